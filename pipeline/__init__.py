@@ -1,0 +1,1 @@
+"""Data to a trained model: ingest, stream, train, evaluate."""

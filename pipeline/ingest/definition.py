@@ -1,0 +1,186 @@
+"""The definition of ingest, as Ibis expressions: the same for every engine.
+
+Events and impressions become *lines*, sorted so that each user's lines stand together and in time order.
+"""
+
+import ibis
+import ibis.expr.types as ir
+
+from schemas.prepare import Events, Impressions, Log
+from schemas.shards import SPLITS
+
+USER_KEY_RANGE = 2**31 - 1
+"""User keys are below this prime."""
+
+_DAYS_BEFORE_MONTH = (0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334)
+
+
+def events(raw: ir.Table, log: Events, features: ir.Table | None) -> ir.Table:
+    """Normalised events (see ``schemas.events``) of a raw log; ``features`` (item_id, category_id) gives categories."""
+    columns = _common(raw, log)
+    if log.behavior is not None:
+        columns["behavior"] = raw[log.behavior].cast("string")
+    table = _kept(raw, log).select(**columns)
+    if features is not None and log.item_features is not None:
+        names = log.item_features
+        categories = (
+            features.filter(features[names.item_id].notnull())
+            .group_by(feature_item=features[names.item_id].cast("int64"))
+            .agg(category_id=features[names.category_id].max())
+        )
+        table = table.drop("category_id").left_join(categories, [("item_id", "feature_item")]).drop("feature_item")
+    return table
+
+
+def impressions(raw: ir.Table, log: Impressions) -> ir.Table:
+    """Normalised impressions (see ``schemas.events``) of a raw log."""
+    columns = _common(raw, log)
+    columns["label"] = raw[log.label].cast("int64")
+    if log.split is not None:
+        columns["split"] = raw[log.split].cast("string")
+    return _kept(raw, log).select(**columns)
+
+
+def faults(log: ir.Table) -> ir.Table:
+    """One row: ``lines``, first and last timestamp, and how many lines have a fault that forbids going on."""
+    checks = {f"null_{name}": log[name].isnull().sum() for name in ("user_id", "item_id", "timestamp")}
+    checks |= {f"negative_{name}": (log[name] < 0).sum() for name in ("user_id", "item_id")}
+    if "label" in log.columns:
+        checks["wrong_label"] = (~log["label"].isin([0, 1]) | log["label"].isnull()).sum()
+    if "split" in log.columns:
+        checks["wrong_split"] = (~log["split"].isin(SPLITS) | log["split"].isnull()).sum()
+    return log.agg(lines=log.count(), first=log["timestamp"].min(), last=log["timestamp"].max(), **checks)
+
+
+def items(events: ir.Table, impressions: ir.Table | None) -> ir.Table:
+    """(item_id, frequency among the events, smallest and largest category ever seen) of every item."""
+    seen = events.select("item_id", "category_id", weight=ibis.literal(1, "int64"))
+    if impressions is not None:
+        seen = seen.union(impressions.select("item_id", "category_id", weight=ibis.literal(0, "int64")))
+    return seen.group_by("item_id").agg(
+        frequency=seen["weight"].sum(), low=seen["category_id"].min(), high=seen["category_id"].max()
+    )
+
+
+def changed_categories(events: ir.Table, impressions: ir.Table | None, items: ir.Table) -> ir.Table:
+    """(item_id, last category) of the items seen with several; of equal timestamps the larger category counts."""
+    seen = events.select("item_id", "category_id", "timestamp")
+    if impressions is not None:
+        seen = seen.union(impressions.select("item_id", "category_id", "timestamp"))
+    changed = items.filter(items["low"] != items["high"]).select("item_id")
+    seen = seen.filter(seen["category_id"].notnull()).semi_join(changed, "item_id")
+    moments = seen.group_by("item_id", "timestamp").agg(category_id=seen["category_id"].max())
+    return moments.group_by("item_id").agg(category_id=moments["category_id"].argmax(moments["timestamp"]))
+
+
+def vocabulary(tables: list[ir.Table], column: str) -> ir.Table:
+    """Distinct values of a text column over several tables."""
+    values = [table.select(value=table[column]) for table in tables]
+    return ibis.union(values[0], *values[1:], distinct=True).filter(lambda table: table["value"].notnull())
+
+
+def timestamp_counts(impressions: ir.Table) -> ir.Table:
+    """(timestamp, number of impressions), by time."""
+    return impressions.group_by("timestamp").agg(lines=impressions.count()).order_by("timestamp")
+
+
+def lines(
+    events: ir.Table,
+    impressions: ir.Table | None,
+    item_ids: ir.Table,
+    vocabularies: dict[str, ir.Table],
+    cuts: tuple[int, int] | None,
+    *,
+    seed: int,
+    shards: int,
+) -> ir.Table:
+    """Events and impressions with dense ids, and the keys that sort them.
+
+    Args:
+        item_ids: (raw_id, id).
+        vocabularies: for ``behavior`` and ``scene``, as far as the data has them, (value, id).
+        cuts: timestamps at which validation and test begin, for impressions without a split of their own.
+
+    Returns:
+        shard, user_key, user_id, timestamp, item[, behavior][, scene][, label, split]; an event's label is -1.
+    """
+    parts = [_dense(events, item_ids, vocabularies)]
+    if impressions is not None:
+        parts[0] = parts[0].mutate(label=ibis.literal(-1, "int8"), split=ibis.literal(-1, "int8"))
+        if "split" in impressions.columns:
+            split = impressions["split"].cases(*((name, code) for code, name in enumerate(SPLITS)))
+        else:
+            assert cuts is not None, "impressions without a split are cut by time"
+            split = ibis.cases(
+                (impressions["timestamp"] < cuts[0], 0), (impressions["timestamp"] < cuts[1], 1), else_=2
+            )
+        shown = impressions.mutate(label=impressions["label"].cast("int8"), split=split.cast("int8"))
+        if "behavior" in vocabularies:
+            shown = shown.mutate(behavior=ibis.null("string"))
+        parts.append(_dense(shown, item_ids, vocabularies).select(parts[0].columns))
+    table = ibis.union(*parts) if len(parts) > 1 else parts[0]
+    table = table.mutate(user_key=_user_key(table["user_id"], seed))
+    return table.mutate(shard=((table["user_key"].cast("int64") * shards).floordiv(USER_KEY_RANGE)).cast("int32"))
+
+
+def line_order(lines: ir.Table) -> list[str]:
+    """Columns that sort lines: users together, in a shuffled order, by time, then by what makes the order unique."""
+    keys = ["user_key", "user_id", "timestamp", "item", "behavior", "scene", "label", "split"]
+    return [key for key in keys if key in lines.columns]
+
+
+def _common(raw: ir.Table, log: Log) -> dict[str, ir.Value]:
+    kind = "string" if log.text_category else "int64"
+    category = ibis.null(kind) if log.category_id is None else raw[log.category_id].cast(kind)
+    columns = {
+        "user_id": raw[log.user_id].cast("int64"),
+        "item_id": raw[log.item_id].cast("int64"),
+        "category_id": category,
+        "timestamp": _seconds(raw[log.timestamp], log.timestamp_unit),
+    }
+    if log.scene is not None:
+        columns["scene"] = raw[log.scene].cast("string")
+    return columns
+
+
+def _kept(raw: ir.Table, log: Log) -> ir.Table:
+    for column, values in log.keep.items():
+        raw = raw.filter(raw[column].cast("string").isin(values))
+    return raw
+
+
+def _seconds(value: ir.Value, unit: str) -> ir.Value:
+    if unit == "datetime":
+        return value.cast("timestamp").epoch_seconds().cast("int64")
+    value = value.cast("int64")
+    if unit == "mmdd":
+        # The log has no year: days are counted from January 1 of one without a leap day. Impossible dates become null.
+        day = value % 100
+        before = value.floordiv(100).cases(*((month + 1, days) for month, days in enumerate(_DAYS_BEFORE_MONTH)))
+        return ibis.ifelse((day >= 1) & (day <= 31), (before + day - 1) * 86_400, ibis.null("int64")).cast("int64")
+    return value.floordiv({"s": 1, "ms": 1_000, "us": 1_000_000}[unit]) if unit != "s" else value
+
+
+def _dense(table: ir.Table, item_ids: ir.Table, vocabularies: dict[str, ir.Table]) -> ir.Table:
+    table = table.inner_join(item_ids.select(raw_id="raw_id", item="id"), [("item_id", "raw_id")]).drop(
+        "raw_id", "item_id", "category_id"
+    )
+    for column, ids in vocabularies.items():
+        named = ids.select(vocabulary_value="value", vocabulary_id="id")
+        table = table.left_join(named, [(column, "vocabulary_value")]).drop("vocabulary_value", column)
+        table = table.mutate(vocabulary_id=ibis.coalesce(table["vocabulary_id"], 0).cast("int32"))
+        table = table.rename({column: "vocabulary_id"})
+    return table
+
+
+def _user_key(user_id: ir.Value, seed: int) -> ir.Value:
+    """A permutation of the residues mod the prime, x -> x^5 (5 does not divide p - 1).
+
+    Every product fits 64 bits, so that engines without wrapping arithmetic agree. Ids that share a residue share a key;
+    ``user_id`` then decides.
+    """
+    # The offset moves small ids away from 0, where x^5 is not yet shuffled.
+    offset = (1_234_567_891 + seed * 987_654_321) % USER_KEY_RANGE
+    x = (user_id % USER_KEY_RANGE + offset) % USER_KEY_RANGE
+    square = x * x % USER_KEY_RANGE
+    return (square * square % USER_KEY_RANGE * x % USER_KEY_RANGE).cast("int32")

@@ -1,0 +1,157 @@
+"""The manifest of a data set: counts, schema version, source fingerprints and a checksum of each file; written last."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from schemas.shards import SCHEMA_VERSION
+
+MANIFEST = "manifest.json"
+ROW_GROUP_INDEX = "row_groups.parquet"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class File(_Record):
+    """A file of the data set: ``path`` relative to the manifest, size, checksum."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Shard(File):
+    """A shard, with what it holds."""
+
+    users: int
+    behaviors: int
+    row_groups: int
+
+
+class Source(_Record):
+    """An input file: its name, size in bytes and a fingerprint (see ``fingerprint``)."""
+
+    name: str
+    bytes: int
+    fingerprint: str
+
+
+class Targets(_Record):
+    """Number of targets of a split, and how many of them are positive."""
+
+    targets: int
+    positives: int
+
+
+class Counts(_Record):
+    """What the data set holds and what was left out on the way."""
+
+    events: int
+    users: int
+    users_left_out: int
+    behaviors: int
+    items: int
+    categories: int
+    items_with_changed_category: int
+    first_timestamp: int
+    last_timestamp: int
+    train: Targets
+    validation: Targets
+    test: Targets
+
+
+class Manifest(_Record):
+    """What is in a data set's folder."""
+
+    schema_version: int
+    seed: int
+    counts: Counts
+    behaviors: tuple[str, ...] | None
+    """Behaviour types by dense id from 1, or None where the data has none."""
+    scenes: tuple[str, ...] | None
+    settings: dict[str, Any]
+    """The settings that the data set was prepared with, but for paths."""
+    sources: tuple[Source, ...]
+    shards: tuple[Shard, ...]
+    files: tuple[File, ...]
+    """Dictionaries and the row-group index."""
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest into ``folder``, atomically. Equal manifests give equal bytes."""
+        temporary = folder / (MANIFEST + ".tmp")
+        temporary.write_text(json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
+        temporary.rename(folder / MANIFEST)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the manifest of ``folder`` and check that its files are there with their sizes.
+
+        Raises:
+            ValueError: no manifest, another schema version, a file that is missing or of another size.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise ValueError(
+                f"{folder}: no {MANIFEST}: not a data set, or one that was never finished; run `dare prepare`"
+            )
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error}); prepare the data set again") from None
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"{path}: schema version {version!r}, this program reads version {SCHEMA_VERSION}; "
+                "prepare the data set again or use the program that wrote it"
+            )
+        try:
+            manifest = cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{path}: {where}: {first['msg']}; prepare the data set again") from None
+        for file in (*manifest.shards, *manifest.files):
+            if not (folder / file.path).is_file():
+                raise ValueError(
+                    f"{folder}: {file.path} is missing, but stands in the manifest; prepare the data set again"
+                )
+            size = (folder / file.path).stat().st_size
+            if size != file.bytes:
+                raise ValueError(
+                    f"{folder}: {file.path} is {size} bytes, in the manifest {file.bytes}; prepare the data set again"
+                )
+        return manifest
+
+    def verify(self, folder: Path) -> None:
+        """Compare every file's checksum with the manifest's.
+
+        Raises:
+            ValueError: a file differs.
+        """
+        for file in (*self.shards, *self.files):
+            if sha256(folder / file.path) != file.sha256:
+                raise ValueError(
+                    f"{folder}: {file.path} differs from the checksum in the manifest; prepare the data set again"
+                )
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file's size, first MiB and last MiB: tells inputs apart without reading terabytes."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as stream:
+        digest.update(stream.read(1 << 20))
+        stream.seek(max(0, size - (1 << 20)))
+        digest.update(stream.read())
+    return digest.hexdigest()

@@ -1,0 +1,100 @@
+"""Settings: YAML files, then ``key=value`` overrides, checked once, then frozen. OmegaConf reads, pydantic checks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+from yaml import YAMLError
+
+
+class Settings(BaseModel):
+    """Base of every settings class: unknown keys are errors, nothing changes after validation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load_settings(
+    kind: type[S], files: Sequence[Path] = (), overrides: Sequence[str] = (), values: dict[str, Any] | None = None
+) -> S:
+    """Settings of class ``kind``: the files in order, then ``values``, then the overrides; later ones win.
+
+    Args:
+        kind: the settings class.
+        files: YAML files.
+        overrides: ``key=value`` or ``section.key=value``; the value is read as YAML.
+        values: settings that come from elsewhere (command-line options), as nested dictionaries.
+
+    Raises:
+        ValueError: a missing file or one that is no YAML, an unknown key, an impossible value; says what is allowed.
+    """
+    merged: DictConfig | ListConfig | TupleConfig = OmegaConf.create({})
+    try:
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"{file}: no such settings file")
+            part = OmegaConf.load(file)
+            if not isinstance(part, DictConfig):
+                raise ValueError(f"{file}: settings are a mapping of keys to values, this is a list")
+            merged = OmegaConf.merge(merged, part)
+        if values:
+            merged = OmegaConf.merge(merged, values)
+        for override in overrides:
+            if "=" not in override.lstrip("="):
+                raise ValueError(f"{override!r}: an override is written key=value")
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        content = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"settings cannot be read: {' '.join(str(error).split())}") from None
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(kind, dict(problem)) for problem in error.errors()[:3])) from None
+
+
+def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
+    location = [part for part in problem["loc"] if not str(part).startswith("function-")]
+    key = ".".join(map(str, location))
+    if problem["type"] == "extra_forbidden":
+        owner = _owner(kind, location[:-1])
+        allowed = f"; allowed here: {', '.join(sorted(owner.model_fields))}" if owner else ""
+        return f"{key}: unknown key{allowed}"
+    if problem["type"] == "missing":
+        return f"{key}: required, but not set"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not key:
+        return message
+    given = problem.get("input")
+    shown = "" if isinstance(given, dict | list | tuple) else f" (not {given!r})"
+    return f"{key}: {message}{shown}"
+
+
+def _owner(kind: type[BaseModel], location: Sequence[Any]) -> type[BaseModel] | None:
+    """The settings class that the keys in ``location`` lead to."""
+    found: type[BaseModel] | None = kind
+    for part in location:
+        if found is None or part not in found.model_fields:
+            # The tag of a union's member follows the field's name in pydantic's locations: stay where the field led.
+            continue
+        found = next(iter(_classes(found.model_fields[part].annotation, location)), None)
+    return found
+
+
+def _classes(annotation: Any, location: Sequence[Any]) -> list[type[BaseModel]]:
+    """The settings classes in a type annotation; of a tagged union, only the member whose tag is in ``location``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    members = [found for argument in get_args(annotation) for found in _classes(argument, location)]
+    tagged = [member for member in members if set(_tags(member)) & set(location)]
+    return tagged or members
+
+
+def _tags(kind: type[BaseModel]) -> tuple[Any, ...]:
+    field = kind.model_fields.get("kind")
+    return get_args(field.annotation) if field else ()
