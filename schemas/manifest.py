@@ -77,6 +77,8 @@ class Manifest(_Record):
     settings: dict[str, Any]
     """The settings that the data set was prepared with, but for paths."""
     sources: tuple[Source, ...]
+    skipped: tuple[str, ...] = ()
+    """Corrupt input files that were left out, with the reason."""
     shards: tuple[Shard, ...]
     files: tuple[File, ...]
     """Dictionaries and the row-group index."""

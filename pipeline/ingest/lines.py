@@ -4,8 +4,9 @@ L = lines, U = users. Lines are ordered by (user, timestamp, item, ...): see ``d
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,14 @@ class Lines:
 
     def __len__(self) -> int:
         return len(self.user_id_L)
+
+    def slice(self, start: int, end: int) -> "Lines":
+        """Lines start .. end; both must be borders of users."""
+        parts: dict[str, Any] = {}
+        for field in fields(self):
+            values = getattr(self, field.name)
+            parts[field.name] = None if values is None else values[start:end]
+        return Lines(**parts)
 
     @cached_property
     def user_start_U(self) -> I64:

@@ -1,0 +1,54 @@
+# Everything runs in .venv, which is built on the first call. DEVICE=cpu or DEVICE=cuda overrides what is found.
+
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/ready-$(DEVICE)
+JOURNEY := data/completejourney
+
+.PHONY: demo test test-slow test-spark setup lint types format bench clean
+
+demo: $(JOURNEY)/manifest.json  ## real histories become training batches
+	$(BIN)/dare inspect $(JOURNEY)
+	$(BIN)/dare stream $(JOURNEY)
+
+test: $(READY)  ## all quick tests
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+test-spark: $(READY)  ## the distributed engine; needs Java 17
+	$(BIN)/pip install --quiet --no-deps -r requirements/spark.txt
+	SPARK_LOCAL_IP=127.0.0.1 $(BIN)/python -m pytest -m spark
+
+setup: $(READY)  ## build .venv
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## timings, side by side
+	$(BIN)/dare bench reader --json
+
+$(JOURNEY)/manifest.json: schemas/presets/completejourney.yaml | $(READY)
+	$(BIN)/dare prepare --preset completejourney --out $(JOURNEY) --overwrite
+
+$(READY): requirements/common.txt requirements/torch.txt requirements/$(DEVICE).txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  || { echo "Python 3.11 is needed, $(PYTHON) is another; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/torch.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/$(DEVICE).txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:
+	rm -rf .venv data runs

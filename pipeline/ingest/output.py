@@ -1,0 +1,57 @@
+"""A folder that appears whole or not at all."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def output_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder beside ``out`` to write into; takes the place of ``out`` if the block ends well, goes away if it fails.
+
+    What a killed run left behind is removed by the next one. Entries that begin with a dot are removed at the end.
+
+    Raises:
+        ValueError: ``out`` exists and is not empty (unless ``overwrite``), or another process is writing it.
+    """
+    out = out.absolute()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; --out names a folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"{out} is not empty; choose another folder or pass --overwrite")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        partial, former = (out.with_name(f".{out.name}.{state}") for state in ("partial", "former"))
+        for left in (partial, former):
+            if left.exists():
+                shutil.rmtree(left)
+        partial.mkdir()
+        try:
+            yield partial
+            for hidden in partial.glob(".*"):
+                shutil.rmtree(hidden)
+            if out.exists():
+                out.rename(former)
+            partial.rename(out)
+        finally:
+            for left in (partial, former):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the lock on ``out``; the kernel lets go of it when the process dies."""
+    path = out.with_name(f".{out.name}.lock")
+    handle = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing {out}; wait for it or stop it") from None
+        yield
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)

@@ -1,0 +1,219 @@
+"""Sorted lines to shards: users with targets, their histories stored once.
+
+L = lines, U = users, P = positives or impressions, T = targets, J = negatives of a positive.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.ingest.catalog import Catalog
+from pipeline.ingest.lines import I64, Lines, whole_users
+from pipeline.ingest.negatives import draw_negatives
+from pipeline.ingest.targets import choose_targets
+from schemas.prepare import ImpressionSplit, PaperSplit, ShardLayout, TimestampSplit
+from schemas.shards import SPLITS
+
+
+@dataclass
+class Written:
+    """A shard file that was written, and what it holds."""
+
+    name: str
+    users: list[int] = field(default_factory=list)
+    """Users of each row group; the lists below run alongside."""
+    behaviors: list[int] = field(default_factory=list)
+    targets: list[tuple[int, ...]] = field(default_factory=list)
+    """Targets by split."""
+    positives: list[tuple[int, ...]] = field(default_factory=list)
+    """Positive targets by split."""
+
+
+@dataclass(frozen=True)
+class ShardBuilder:
+    """Everything that decides what a shard holds; a shard depends on its own lines alone."""
+
+    catalog: Catalog
+    split: PaperSplit | TimestampSplit | ImpressionSplit
+    layout: ShardLayout
+    seed: int
+    schema: pa.Schema
+    folder: Path
+
+    def write(
+        self, batches: Iterable[pa.RecordBatch], progress: Callable[[int], object] | None = None
+    ) -> tuple[list[Written], int]:
+        """Write all shards that sorted lines make.
+
+        Args:
+            batches: lines in ``definition.line_order``, all those of a shard.
+            progress: called with the number of lines done since the last call.
+
+        Returns:
+            The files, in order of their number, and how many users were seen.
+        """
+        files: list[Written] = []
+        users_seen = 0
+        for number, lines_of_shard in _by_shard(whole_users(batches)):
+
+            def tables(lines_of_shard: Iterable[Lines] = lines_of_shard) -> Iterator[pa.Table]:
+                nonlocal users_seen
+                for lines in lines_of_shard:
+                    users_seen += len(lines.user_start_U)
+                    yield self.build(lines)
+                    if progress is not None:
+                        progress(len(lines))
+
+            written = self._write_file(f"shard-{number:05d}.parquet", tables())
+            if written is not None:
+                files.append(written)
+        return files, users_seen
+
+    def build(self, lines: Lines) -> pa.Table:
+        """Rows of the users that have a target, in the order of the lines; schema ``history_schema``."""
+        chosen = choose_targets(lines, self.split, self.seed)
+        line_P, split_P = chosen
+        kept_U = np.zeros(len(lines.user_start_U), bool)
+        kept_U[lines.user_L[line_P]] = True
+
+        history_L = lines.is_event_L & kept_U[lines.user_L]
+        history_offset = _offsets(lines.behaviors_U[kept_U])
+        item_M = lines.item_L[history_L]
+        columns: dict[str, NDArray] = {
+            "history_item": item_M,
+            "history_category": self.catalog.category_I[item_M],
+            "history_timestamp": lines.timestamp_L[history_L],
+        }
+        if lines.behavior_L is not None:
+            columns["history_behavior"] = lines.behavior_L[history_L]
+        if lines.scene_L is not None:
+            columns["history_scene"] = lines.scene_L[history_L]
+
+        per_line = 1 + (0 if isinstance(self.split, ImpressionSplit) else self.split.negatives)
+        item_TP = lines.item_L[line_P][:, None]
+        if isinstance(self.split, ImpressionSplit):
+            assert lines.label_L is not None, "impressions have labels"
+            label_T = lines.label_L[line_P]
+        else:
+            label_T = np.tile(np.arange(per_line) == 0, len(line_P)).astype(np.int8)
+            if self.split.negatives:
+                drawn_PJ = draw_negatives(lines, line_P, self.catalog, self.split.negatives, self.seed)
+                item_TP = np.concatenate([item_TP, drawn_PJ], axis=1)
+        item_T = item_TP.reshape(-1).astype(np.int32)
+        line_T = np.repeat(line_P, per_line)
+        target_offset = _offsets(np.bincount(lines.user_L[line_T], minlength=len(kept_U))[kept_U])
+        columns |= {
+            "target_item": item_T,
+            "target_category": self.catalog.category_I[item_T],
+            "target_timestamp": lines.timestamp_L[line_T],
+            "target_label": label_T,
+            "target_split": np.repeat(split_P, per_line),
+            "target_history_end": lines.history_end_L[line_T].astype(np.int32),
+        }
+        if lines.scene_L is not None:
+            columns["target_scene"] = lines.scene_L[line_T]
+
+        def ragged(name: str) -> pa.Array:
+            offsets = history_offset if name.startswith("history_") else target_offset
+            return pa.ListArray.from_arrays(
+                pa.array(offsets), pa.array(columns[name]), type=self.schema.field(name).type
+            )
+
+        user_id = pa.array(lines.user_id_L[lines.user_start_U[kept_U]])
+        return pa.Table.from_arrays(
+            [user_id if name == "user_id" else ragged(name) for name in self.schema.names], schema=self.schema
+        )
+
+    def _write_file(self, name: str, tables: Iterable[pa.Table]) -> Written | None:
+        written = Written(name)
+        writer = None
+        try:
+            for group in _groups(tables, self.layout.users_per_row_group):
+                if writer is None:
+                    writer = pq.ParquetWriter(self.folder / name, self.schema, **shard_encoding(self.schema))
+                writer.write_table(group, row_group_size=len(group))
+                _count(written, group)
+        finally:
+            if writer is not None:
+                writer.close()
+        return written if written.users else None
+
+
+def shard_encoding(schema: pa.Schema) -> dict:
+    """Arguments of ``ParquetWriter``: plain ids, delta-packed timestamps, zstd; decodes faster than dictionaries."""
+    names = {
+        name: f"{name}.list.element" if pa.types.is_list(schema.field(name).type) else name for name in schema.names
+    }
+    return {
+        "compression": "zstd",
+        "use_dictionary": False,
+        "write_statistics": False,
+        "column_encoding": {
+            path: "DELTA_BINARY_PACKED" if name.endswith("timestamp") else "PLAIN" for name, path in names.items()
+        },
+    }
+
+
+def _by_shard(parts: Iterator[Lines]) -> Iterator[tuple[int, Iterator[Lines]]]:
+    """Group consecutive lines by shard; a part that spans shards is cut. Each group must be used up before the next."""
+    pending: list[Lines] = []
+
+    def cut() -> Iterator[Lines]:
+        for part in parts:
+            # Parts hold whole users, and a user's lines are all of one shard.
+            starts = np.flatnonzero(np.diff(part.shard_L, prepend=part.shard_L[0] - 1))
+            for start, end in zip(starts, [*starts[1:], len(part)], strict=True):
+                yield part.slice(int(start), int(end))
+
+    pieces = cut()
+
+    def of_shard(number: int) -> Iterator[Lines]:
+        while pending and pending[0].shard_L[0] == number:
+            yield pending.pop()
+            following = next(pieces, None)
+            if following is not None:
+                pending.append(following)
+
+    first = next(pieces, None)
+    if first is not None:
+        pending.append(first)
+    while pending:
+        number = int(pending[0].shard_L[0])
+        yield number, of_shard(number)
+
+
+def _groups(tables: Iterable[pa.Table], users: int) -> Iterator[pa.Table]:
+    """Cut a stream of tables into groups of ``users`` rows, the last one smaller, however the stream was cut before."""
+    held: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        while len(table):
+            taken = table.slice(0, users - rows)
+            table = table.slice(len(taken))
+            held.append(taken)
+            rows += len(taken)
+            if rows == users:
+                yield pa.concat_tables(held).combine_chunks()
+                held, rows = [], 0
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def _count(written: Written, group: pa.Table) -> None:
+    split_T = group["target_split"].combine_chunks().flatten().to_numpy()
+    label_T = group["target_label"].combine_chunks().flatten().to_numpy()
+    written.users.append(len(group))
+    written.behaviors.append(int(pc.sum(pc.list_value_length(group["history_item"])).as_py()))
+    written.targets.append(tuple(np.bincount(split_T, minlength=len(SPLITS)).tolist()))
+    written.positives.append(tuple(np.bincount(split_T[label_T > 0], minlength=len(SPLITS)).tolist()))
+
+
+def _offsets(lengths: I64) -> NDArray[np.int32]:
+    """Offsets of lists from their lengths; one more."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]).astype(np.int32)

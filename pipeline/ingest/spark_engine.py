@@ -1,0 +1,135 @@
+"""The distributed engine: Spark, for logs that outgrow one machine.
+
+Input, output and work folders must be visible to all executors, and this project installed there. Where Spark's own
+configuration names no master, it runs on this machine.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ibis
+import ibis.expr.types as ir
+import pyarrow as pa
+
+from pipeline.ingest.engine import Progress
+from pipeline.ingest.faults import first_fault
+from pipeline.ingest.shards import ShardBuilder, Written
+from pipeline.ingest.sources import Files
+
+try:
+    from pyspark.errors import PySparkException
+    from pyspark.sql import DataFrame, SparkSession
+except ImportError:
+    raise ValueError("engine=spark needs pyspark and Java: pip install -r requirements/spark.txt") from None
+
+_TYPES = {"int64": "BIGINT", "string": "STRING", "timestamp": "TIMESTAMP"}
+_BATCH = 500_000
+"""Lines handed to the shard builder at a time."""
+
+
+class SparkEngine:
+    """See ``Engine``.
+
+    Args:
+        folder: for tables that are kept; must exist.
+        memory_limit: bytes of the driver; without a cluster it does all the work.
+        threads: of a local master; None: one for each core.
+    """
+
+    def __init__(self, folder: Path, memory_limit: int, threads: int | None) -> None:
+        builder = SparkSession.builder.appName("dare prepare")
+        if threads is not None:
+            builder = builder.master(f"local[{threads}]")
+        settings = {
+            # FAILFAST counts a line's columns only if none is pruned.
+            "spark.sql.csv.parser.columnPruning.enabled": "false",
+            "spark.driver.memory": f"{memory_limit >> 20}m",
+            "spark.log.level": "OFF",
+            "spark.sql.execution.arrow.maxRecordsPerBatch": str(_BATCH),
+            "spark.sql.session.timeZone": "UTC",
+            "spark.ui.enabled": "false",
+            "spark.ui.showConsoleProgress": "false",
+        }
+        for name, value in settings.items():
+            builder = builder.config(name, value)
+        self._folder = folder
+        self._session = builder.getOrCreate()
+        self._ibis = ibis.pyspark.connect(self._session)
+        self._files: list[Files] = []
+
+    def read(self, files: Files) -> ir.Table:
+        """See ``Engine.read``."""
+        self._files.append(files)
+        paths = [str(path.absolute()) for path in files.paths]
+        if files.format == "parquet":
+            frame = self._session.read.parquet(*paths).select(*files.columns)
+        else:
+            frame = self._session.read.csv(
+                paths,
+                schema=", ".join(f"`{name}` {_TYPES[kind]}" for name, kind in files.columns.items()),
+                header=files.header,
+                sep=files.delimiter,
+                quote='"',
+                escape='"',
+                mode="FAILFAST",
+            )
+        return self._view(files.role + "_files", frame)
+
+    def open(self, path: Path) -> ir.Table:
+        """See ``Engine.open``."""
+        return self._view(path.stem + "_ids", self._session.read.parquet(str(path.absolute())))
+
+    def keep(self, name: str, table: ir.Table, progress: Progress) -> ir.Table:
+        """See ``Engine.keep``."""
+        path = str((self._folder / f"{name}.parquet").absolute())
+        self._told(lambda: self._frame(table).write.parquet(path))
+        return self._view(name, self._session.read.parquet(path))
+
+    def leave(self, memory: int) -> None:
+        """See ``Engine.leave``: the executors' memory is of another process."""
+
+    def fetch(self, table: ir.Table) -> pa.Table:
+        """See ``Engine.fetch``."""
+        found = self._told(lambda: self._frame(table).toArrow())
+        return found.cast(table.schema().to_pyarrow())
+
+    def write_shards(
+        self, lines: ir.Table, order: list[str], builder: ShardBuilder, progress: Callable[[int], object]
+    ) -> tuple[list[Written], int]:
+        """See ``Engine.write_shards``; the executors write, each whole shards."""
+        shared = self._session.sparkContext.broadcast(builder)
+
+        def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            files, users = shared.value.write(batches)
+            yield pa.RecordBatch.from_pydict(
+                {"files": [json.dumps([asdict(file) for file in files])], "users": [users]}
+            )
+
+        frame = self._frame(lines).repartition("shard").sortWithinPartitions(*order)
+        parts = self._told(lambda: frame.mapInArrow(write, "files string, users bigint").toArrow()).to_pylist()
+        files = [Written(**file) for part in parts for file in json.loads(part["files"])]
+        progress(sum(sum(file.behaviors) for file in files))
+        return sorted(files, key=lambda file: file.name), sum(part["users"] for part in parts)
+
+    def close(self) -> None:
+        """See ``Engine.close``."""
+        self._session.stop()
+
+    def _view(self, name: str, frame: DataFrame) -> ir.Table:
+        frame.createOrReplaceTempView(name)
+        return self._ibis.table(name)
+
+    def _frame(self, table: ir.Table) -> DataFrame:
+        return self._session.sql(str(ibis.to_sql(table, dialect="pyspark")))
+
+    def _told(self, run: Callable[[], Any]) -> Any:
+        try:
+            return run()
+        except PySparkException as error:
+            # Spark's words name neither file nor line: look for the fault with the embedded engine.
+            fault = next((found for files in self._files if (found := first_fault(files)) is not None), None)
+            text = str(error).strip().splitlines()
+            raise ValueError(fault or (text or [type(error).__name__])[0]) from None
