@@ -76,7 +76,8 @@ def changed_categories(events: ir.Table, impressions: ir.Table | None, items: ir
 def vocabulary(tables: list[ir.Table], column: str) -> ir.Table:
     """Distinct values of a text column over several tables."""
     values = [table.select(value=table[column]) for table in tables]
-    return ibis.union(values[0], *values[1:], distinct=True).filter(lambda table: table["value"].notnull())
+    # A union of one table is that table, so duplicates must be removed after it.
+    return ibis.union(values[0], *values[1:]).filter(lambda table: table["value"].notnull()).distinct()
 
 
 def timestamp_counts(impressions: ir.Table) -> ir.Table:

@@ -104,18 +104,19 @@ def whole_users(batches: Iterable[pa.RecordBatch]) -> Iterator[Lines]:
 def _lines(batches: list[pa.RecordBatch]) -> Lines:
     table = pa.Table.from_batches(batches)
 
-    def column(name: str) -> NDArray | None:
-        return table[name].to_numpy() if name in table.column_names else None
+    def column(name: str, kind: type[np.integer]) -> Any:
+        # Engines widen small integers as they like.
+        return table[name].to_numpy().astype(kind, copy=False) if name in table.column_names else None
 
     return Lines(
-        table["shard"].to_numpy(),
-        table["user_id"].to_numpy(),
-        table["timestamp"].to_numpy(),
-        table["item"].to_numpy(),
-        column("behavior"),
-        column("scene"),
-        column("label"),
-        column("split"),
+        shard_L=column("shard", np.int32),
+        user_id_L=column("user_id", np.int64),
+        timestamp_L=column("timestamp", np.int64),
+        item_L=column("item", np.int32),
+        behavior_L=column("behavior", np.int32),
+        scene_L=column("scene", np.int32),
+        label_L=column("label", np.int8),
+        split_L=column("split", np.int8),
     )
 
 

@@ -23,13 +23,12 @@ def output_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"{out} is not empty; choose another folder or pass --overwrite")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
-        partial, former = (out.with_name(f".{out.name}.{state}") for state in ("partial", "former"))
-        for left in (partial, former):
-            if left.exists():
-                shutil.rmtree(left)
-        partial.mkdir()
+    partial, former = (out.with_name(f".{out.name}.{state}") for state in ("partial", "former"))
+    partial.mkdir(exist_ok=True)
+    with _locked(partial, out):
         try:
+            _empty(partial)
+            shutil.rmtree(former, ignore_errors=True)
             yield partial
             for hidden in partial.glob(".*"):
                 shutil.rmtree(hidden)
@@ -41,17 +40,27 @@ def output_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
                 shutil.rmtree(left, ignore_errors=True)
 
 
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the lock on ``out``; the kernel lets go of it when the process dies."""
-    path = out.with_name(f".{out.name}.lock")
-    handle = os.open(path, os.O_CREAT | os.O_RDWR)
+def _locked(partial: Path, out: Path) -> Iterator[None]:
+    """Hold the lock on a folder; the kernel lets go of it when the process dies."""
+    handle = os.open(partial, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing {out}; wait for it or stop it") from None
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The folder may have been renamed or removed by its owner between our opening and locking it.
+        if not partial.exists() or not os.path.samestat(os.fstat(handle), partial.stat()):
+            raise BlockingIOError
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"another process is writing {out}; wait for it or stop it") from None
+    try:
         yield
-        path.unlink(missing_ok=True)
     finally:
         os.close(handle)

@@ -20,6 +20,7 @@ from pipeline.ingest.shards import ShardBuilder, Written
 from pipeline.ingest.sources import Files
 
 try:
+    from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
     from pyspark.sql import DataFrame, SparkSession
 except ImportError:
@@ -128,7 +129,7 @@ class SparkEngine:
     def _told(self, run: Callable[[], Any]) -> Any:
         try:
             return run()
-        except PySparkException as error:
+        except (PySparkException, Py4JError) as error:
             # Spark's words name neither file nor line: look for the fault with the embedded engine.
             fault = next((found for files in self._files if (found := first_fault(files)) is not None), None)
             text = str(error).strip().splitlines()
