@@ -1,0 +1,130 @@
+"""A data set in one picture: history lengths, targets, popularity, and the load of row-wise shards."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import EngFormatter
+
+from pipeline.inspect.histogram import Histogram
+from pipeline.inspect.popularity import Popularity, read_popularity
+from pipeline.inspect.summary import Summary
+
+RANGES = 16
+"""Row-wise shards whose load is shown."""
+
+_BLUE, _ORANGE, _GREY = "#2f6db5", "#e0812b", "#8c8c8c"
+_COUNTS = EngFormatter(places=0, sep="")
+
+
+def draw_figure(folder: Path, summary: Summary, figure: Path) -> None:
+    """Write a PNG.
+
+    Args:
+        folder: the data set; its dictionaries are read.
+        summary: of the same data set.
+        figure: file to write, ending in ``.png``.
+
+    Raises:
+        ValueError: another ending; a dictionary that cannot be read.
+    """
+    if figure.suffix.lower() != ".png":
+        raise ValueError(f"{figure}: the figure is a PNG; end its name in .png")
+    items = read_popularity(folder / "items.parquet", summary.counts.items, RANGES)
+    categories = read_popularity(folder / "categories.parquet", summary.counts.categories, RANGES)
+    drawing, axes = plt.subplots(2, 2, figsize=(12, 8), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
+    _lengths(axes[0, 0], summary.lengths)
+    _targets(axes[0, 1], summary)
+    _popularity(axes[1, 0], items, categories)
+    _load(axes[1, 1], items)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.25)
+        axis.set_axisbelow(True)
+    counts = summary.counts
+    drawing.suptitle(
+        f"{folder.resolve().name}: {counts.users:,} users, {counts.behaviors:,} behaviours, "
+        f"{counts.items:,} items in {counts.categories:,} categories"
+    )
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = figure.with_name(figure.name + ".tmp")
+    try:
+        drawing.savefig(unfinished, dpi=120, format="png", metadata={"Software": None})
+        unfinished.rename(figure)
+    finally:
+        unfinished.unlink(missing_ok=True)
+        plt.close(drawing)
+
+
+def _lengths(axis: Axes, lengths: Histogram) -> None:
+    length_V = np.flatnonzero(lengths.count_V)
+    users_V = lengths.count_V[length_V]
+    axis.set_title("History lengths")
+    axis.set_xlabel("behaviours of a user")
+    axis.set_ylabel("users")
+    if len(length_V):
+        low, high = max(length_V[0], 1), max(length_V[-1], 1) + 1
+        edges = np.unique(np.geomspace(low, high, 41).round()).tolist()
+        axis.hist(np.maximum(length_V, 1), edges, weights=users_V, color=_BLUE)
+        median, tail = lengths.quantiles([0.5, 0.99])
+        for value, name in ((median, "median"), (tail, "99 %")):
+            axis.axvline(value, color=_ORANGE, linestyle="--")
+            axis.annotate(
+                f" {name} {value:,}", (value, 0.97), xycoords=("data", "axes fraction"), color=_ORANGE, va="top"
+            )
+        axis.set_xscale("log")
+    axis.yaxis.set_major_formatter(_COUNTS)
+
+
+def _targets(axis: Axes, summary: Summary) -> None:
+    names = list(summary.splits)
+    targets = np.array([split.targets for split in summary.splits.values()])
+    positives = np.array([split.positives for split in summary.splits.values()])
+    axis.bar(names, positives, color=_ORANGE, label="label 1")
+    axis.bar(names, targets - positives, bottom=positives, color=_BLUE, label="label 0")
+    for position, (total, positive) in enumerate(zip(targets, positives, strict=True)):
+        rate = f"\n{positive / total:.1%} positive" if total else ""
+        axis.annotate(f"{total:,}{rate}", (position, total), ha="center", va="bottom")
+    axis.set_title("Targets")
+    axis.set_ylabel("targets")
+    axis.margins(y=0.18)
+    axis.legend(frameon=False)
+    axis.yaxis.set_major_formatter(_COUNTS)
+
+
+def _popularity(axis: Axes, items: Popularity, categories: Popularity) -> None:
+    for popularity, color, name in ((items, _BLUE, "items"), (categories, _ORANGE, "categories")):
+        seen = popularity.frequency_F > 0
+        last_rank_F = np.cumsum(popularity.ids_F[seen])
+        first_rank_F = last_rank_F - popularity.ids_F[seen] + 1
+        rank = np.stack([first_rank_F, last_rank_F], axis=1).ravel()
+        axis.plot(rank, popularity.frequency_F[seen].repeat(2), color=color, label=name, linewidth=2)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_title("Popularity")
+    axis.set_xlabel("rank")
+    axis.set_ylabel("events")
+    axis.legend(frameon=False)
+
+
+def _load(axis: Axes, items: Popularity) -> None:
+    share_W = items.load_W / max(items.load_W.sum(), 1)
+    axis.bar(np.arange(RANGES), share_W * 100, color=_BLUE)
+    axis.axhline(100 / RANGES, color=_GREY, linestyle="--", label="equal load")
+    if len(items.frequency_F) and items.load_W.any():
+        # No order of ids can balance what one item asks for.
+        hottest = items.frequency_F[0] / items.load_W.sum() * 100
+        axis.axhline(hottest, color=_ORANGE, linestyle=":", label=f"most frequent item alone, {hottest:.2g} %")
+    axis.set_title(f"Item look-ups of {RANGES} row-wise shards: largest {items.imbalance:.2f} x mean")
+    axis.set_xlabel("shard")
+    axis.set_ylabel("% of events")
+    axis.set_xticks(np.arange(RANGES))
+    axis.margins(y=0.3)
+    axis.legend(frameon=False, loc="upper right")
