@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
 
 from embeddings.interval import interval_bucket
 
@@ -126,7 +127,7 @@ class History(_Tensors):
 
 
 @dataclass(frozen=True)
-class Batch(_Tensors):
+class Batch(_Tensors, Pipelineable):
     """Targets, and for each sequence of the settings the histories that they point into."""
 
     histories: dict[str, History]
@@ -164,3 +165,23 @@ class Batch(_Tensors):
             columns["scene"] = self.scene_T
         lengths = torch.ones(len(columns) * len(self), dtype=torch.int32, device=self.item_T.device)
         return KeyedJaggedTensor(keys=list(columns), values=torch.cat(list(columns.values())), lengths=lengths)
+
+    def describe(self) -> str:
+        """Shapes and types for people, a line each."""
+        lines = [f"batch of {len(self)} targets and {self.users} users"]
+
+        def describe(part: object, indent: str) -> None:
+            assert is_dataclass(part)
+            for field in fields(part):
+                value = getattr(part, field.name)
+                if isinstance(value, Tensor):
+                    shape = "x".join(map(str, value.shape))
+                    kind = str(value.dtype).removeprefix("torch.")
+                    head = ", ".join(map(str, value[:4].tolist()))
+                    lines.append(f"{indent}{field.name:12} {kind:8} {shape:>8}  {head}, ...")
+
+        describe(self, "  ")
+        for name, history in self.histories.items():
+            lines.append(f"  {name}:")
+            describe(history, "    ")
+        return "\n".join(lines)

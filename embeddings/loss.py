@@ -1,0 +1,32 @@
+"""The loss of a batch that is spread over ranks.
+
+T = targets of this rank.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from embeddings.collective import ranks, sum_over_ranks
+from embeddings.model import Prediction
+
+
+def click_loss(prediction: Prediction, label_T: Tensor) -> Tensor:
+    """Log loss such that gradients averaged over ranks are those of the global batch's mean.
+
+    DistributedDataParallel averages the dense gradients over ranks, TorchRec divides the tables' by their number
+    (`torchrec.distributed.comm_ops.set_gradient_division`). So each rank returns the sum over its targets, times ranks,
+    over the global number of targets: the mean of what the ranks return is the mean over the global batch.
+
+    Args:
+        prediction: the model's, of T targets; with an auxiliary logit its loss is added.
+        label_T: float32, 0 or 1.
+
+    Returns:
+        float32 scalar; 0 on a rank without targets, which must call it and its backward pass nevertheless.
+    """
+    targets = sum_over_ranks(torch.tensor(float(len(label_T)), device=label_T.device)).clamp(min=1)
+    total = binary_cross_entropy_with_logits(prediction.logit_T, label_T, reduction="sum")
+    if prediction.auxiliary_logit_T is not None:
+        total = total + binary_cross_entropy_with_logits(prediction.auxiliary_logit_T, label_T, reduction="sum")
+    return total * (ranks() / targets)

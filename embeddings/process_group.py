@@ -1,0 +1,53 @@
+"""The process group of a run: made from the launcher's environment, or of one rank, and left in order."""
+
+import atexit
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+TIMEOUT = timedelta(minutes=10)
+"""A collective that waits longer for another rank is an error."""
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[dist.ProcessGroup]:
+    """The default process group: gloo on a CPU, NCCL on CUDA.
+
+    Under torchrun (``RANK``, ``WORLD_SIZE`` and the like are set) it joins the others; else it is a group of one rank,
+    which opens no port. A program that has used it ends by `leave`.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    group = dist.group.WORLD
+    assert group is not None
+    try:
+        yield group
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code: exit functions run, streams are flushed, the interpreter is not shut down.
+
+    A gloo thread may drop the last reference to a finished collective's tensor. If that falls into the interpreter's
+    shutdown, the thread is ended in the middle of it and the process aborts ("terminate called without an active
+    exception", SIGABRT) after all its work is done; a launcher then sees a failed job. So a program that has used
+    `process_group` ends by this function.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

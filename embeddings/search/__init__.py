@@ -1,0 +1,1 @@
+"""Search: which K behaviours of a history matter to a target."""

@@ -1,0 +1,150 @@
+"""A model's tables over many ranks: TorchRec's planner makes the plan, `DistributedModelParallel` runs it."""
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch.optim import SGD, Adagrad, Adam, Optimizer
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, TrainerConfig
+from torchrec.distributed.types import ShardingEnv, ShardingPlan, ShardingType
+from torchrec.optim import PartialRowWiseAdam, RowWiseAdagrad
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from embeddings.model import CtrModel
+from schemas.model import TableOptimizer
+
+OPTIMIZERS: dict[TableOptimizer, type[Optimizer]] = {
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adagrad": Adagrad,
+    "sgd": SGD,
+    "adam": Adam,
+    "rowwise_adam": PartialRowWiseAdam,
+}
+CPU_OPTIMIZERS: tuple[TableOptimizer, ...] = ("rowwise_adagrad", "adagrad", "sgd")
+"""What FBGEMM fuses into the backward pass on a CPU."""
+
+
+class TableSharder(EmbeddingBagCollectionSharder):
+    """Row-wise or table-wise on every device, gradients and optimizer fused; an id outside of its table is an error.
+
+    TorchRec's own sharder offers no row-wise sharding on a CPU. Data-parallel tables are left out: FBGEMM's dense
+    kernels pool what they should not on a CPU (pytorch/FBGEMM issue 4586), and their gradients are dense.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Sharding types on offer."""
+        return [ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value]
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """Compute kernels on offer."""
+        return [EmbeddingComputeKernel.FUSED.value]
+
+
+def topology(device: torch.device) -> Topology:
+    """The ranks of the default process group, as the planner sees them."""
+    ranks = dist.get_world_size()
+    local = torch.cuda.device_count() if device.type == "cuda" else ranks
+    return TopologyFactory.create_topology(
+        TrainerConfig(world_size=ranks, local_world_size=min(ranks, local)),
+        kernel_config=KernelConfig(compute_device=device.type),
+    )
+
+
+def constraints(model: CtrModel) -> dict[str, ParameterConstraints]:
+    """What the plan must keep to: item tables row-wise, an equal part a rank; the others as the planner likes."""
+    found = {}
+    for name, _, _ in model.tables.weights():
+        types = [ShardingType.ROW_WISE.value]
+        if not name.startswith("item_"):
+            types.append(ShardingType.TABLE_WISE.value)
+        found[name] = ParameterConstraints(sharding_types=types, pooling_factors=[1.0])
+    return found
+
+
+def make_plan(model: CtrModel, device: torch.device, bags: int) -> ShardingPlan:
+    """The planner's plan for ``model``, the same on all ranks of the default process group.
+
+    Args:
+        model: not sharded yet.
+        device: of the ranks' tables.
+        bags: rows that a rank looks up in a step, for the planner's estimates.
+    """
+    planner = EmbeddingShardingPlanner(topology=topology(device), batch_size=bags, constraints=constraints(model))
+    group = dist.group.WORLD
+    assert group is not None, "no process group; see embeddings.process_group"
+    return planner.collective_plan(model, [TableSharder()], group)
+
+
+def fuse_optimizers(model: CtrModel, device: torch.device) -> None:
+    """Give each table the optimizer of its settings, to run in the backward pass.
+
+    Raises:
+        ValueError: an optimizer or a precision that this device does not have.
+    """
+    for name, table, weight in model.tables.weights():
+        if device.type == "cpu":
+            if table.optimizer not in CPU_OPTIMIZERS:
+                raise ValueError(
+                    f"table {name}: optimizer {table.optimizer} needs CUDA; on a CPU: {', '.join(CPU_OPTIMIZERS)}"
+                )
+            if table.precision != "fp32":
+                raise ValueError(f"table {name}: precision {table.precision} needs CUDA; on a CPU: fp32")
+        settings = {"lr": table.learning_rate}
+        if table.optimizer != "sgd":
+            settings["eps"] = table.epsilon
+        apply_optimizer_in_backward(OPTIMIZERS[table.optimizer], [weight], settings)
+
+
+def shard(model: CtrModel, device: torch.device, plan: ShardingPlan) -> DistributedModelParallel:
+    """Shard the tables by ``plan`` over the default process group and replicate the rest; gradients are averaged.
+
+    One rank goes the same way as many: an unsharded `EmbeddingBagCollection` would have gradients as large as itself.
+
+    Args:
+        model: with its tables on the meta device, and its optimizers not fused yet.
+        device: where the rank computes.
+        plan: see `make_plan`.
+
+    Returns:
+        The sharded model, its tables' optimizers fused. Its weights are arbitrary until `initialize` or a checkpoint.
+
+    Raises:
+        ValueError: a plan for other tables or another number of ranks; settings that the device does not fit.
+    """
+    _check_plan(model, plan)
+    fuse_optimizers(model, device)
+    group = dist.group.WORLD
+    assert group is not None, "no process group; see embeddings.process_group"
+    return DistributedModelParallel(
+        model,
+        env=ShardingEnv.from_process_group(group),
+        device=device,
+        plan=plan,
+        sharders=[TableSharder()],
+        # Every parameter has a gradient in every step, on an empty batch too: nothing to search for or to record.
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
+    )
+
+
+def _check_plan(model: CtrModel, plan: ShardingPlan) -> None:
+    planned = {name: sharding for tables in plan.plan.values() for name, sharding in tables.items()}
+    rows = {name: tuple(weight.shape) for name, _, weight in model.tables.weights()}
+    if planned.keys() != rows.keys():
+        differing = ", ".join(sorted(planned.keys() ^ rows.keys()))
+        raise ValueError(f"the sharding plan is not of this model: {differing} is only in one of them")
+    ranks = dist.get_world_size()
+    for name, (count, dim) in rows.items():
+        sharding = planned[name]
+        if sharding.ranks and max(sharding.ranks) >= ranks:
+            raise ValueError(f"the sharding plan puts table {name} on rank {max(sharding.ranks)} of {ranks}")
+        shards = sharding.sharding_spec.shards if sharding.sharding_spec else []
+        held = sum(part.shard_sizes[0] * part.shard_sizes[1] for part in shards)
+        if held != count * dim:
+            raise ValueError(f"the sharding plan holds {held} values of table {name}, the model has {count} x {dim}")

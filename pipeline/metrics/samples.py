@@ -1,0 +1,73 @@
+"""The samples that a rank has evaluated, in chunks: 13 bytes each, however small the batches.
+
+N = samples of a batch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 20
+"""Samples a chunk."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Columns of some samples, on the CPU."""
+
+    user_id: Tensor
+    """int64."""
+    label: Tensor
+    """bool."""
+    logit: Tensor
+    """float32."""
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def part(self, start: int, end: int) -> "Chunk":
+        """Samples start .. end, sharing memory with these."""
+        return Chunk(self.user_id[start:end], self.label[start:end], self.logit[start:end])
+
+
+class Samples:
+    """Grows by batches, which it copies to the CPU."""
+
+    def __init__(self) -> None:
+        self._chunks: list[Chunk] = []
+        self._size = 0
+        self.wrong_logits = 0
+        """How many logits were not finite."""
+        self.wrong_labels = 0
+        """How many labels were neither 0 nor 1."""
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, user_id_N: Tensor, label_N: Tensor, logit_N: Tensor) -> None:
+        """Append a batch, on any device: int64, float32 and float32. Wrong values are counted, not refused."""
+        assert user_id_N.shape == label_N.shape == logit_N.shape == (len(label_N),)
+        assert (user_id_N.dtype, logit_N.dtype) == (torch.int64, torch.float32)
+        user_id_N, label_N, logit_N = user_id_N.detach().cpu(), label_N.detach().cpu(), logit_N.detach().cpu()
+        self.wrong_logits += int((~logit_N.isfinite()).sum())
+        self.wrong_labels += int(((label_N != 0) & (label_N != 1)).sum())
+        batch = Chunk(user_id_N, label_N > 0, logit_N)
+        done = 0
+        while done < len(batch):
+            filled = self._size % CHUNK
+            if not filled:
+                self._chunks.append(Chunk(user_id_N.new_empty(CHUNK), batch.label.new_empty(CHUNK), torch.empty(CHUNK)))
+            count = min(CHUNK - filled, len(batch) - done)
+            place, source = self._chunks[-1].part(filled, filled + count), batch.part(done, done + count)
+            place.user_id.copy_(source.user_id)
+            place.label.copy_(source.label)
+            place.logit.copy_(source.logit)
+            self._size += count
+            done += count
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The samples in the order of their coming; no chunk is empty."""
+        for index, chunk in enumerate(self._chunks):
+            yield chunk.part(0, min(CHUNK, self._size - index * CHUNK))

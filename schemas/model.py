@@ -1,0 +1,94 @@
+"""Settings of a model: its name, features, numbers of behaviours retrieved, and tables."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from schemas.settings import Settings
+
+Feature = Literal["item", "category", "position", "interval", "behavior", "scene"]
+"""What a behaviour is described by; each feature has a table of its own in every set of tables."""
+
+INHERENT: tuple[Feature, ...] = ("item", "category")
+"""Features that belong to the item, whoever meets it ("inherent features", TWIN, arXiv 2302.02352, section 3.1)."""
+
+CROSS: tuple[Feature, ...] = ("position", "interval", "behavior", "scene")
+"""Features of the meeting of user and item ("user-item cross features", TWIN, section 3.1); their tables are small."""
+
+TableOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "rowwise_adam"]
+
+Precision = Literal["fp32", "fp16"]
+
+Dim = Annotated[int, Field(ge=4, multiple_of=4)]
+"""FBGEMM's kernels need a multiple of 4."""
+
+SequenceName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+class Table(Settings):
+    """What a table's rows are and how they learn."""
+
+    dim: Dim = 16
+    precision: Precision = "fp32"
+    """fp16 needs CUDA."""
+    optimizer: TableOptimizer = "rowwise_adagrad"
+    """adam and rowwise_adam need CUDA."""
+    learning_rate: PositiveFloat = 0.2
+    epsilon: PositiveFloat = 1e-8
+    """Added to the denominator of the adaptive optimizers; far above a row's gradients, it holds the row still."""
+
+
+class TableChange(Settings):
+    """What one feature's table has of its own; None: as the set it is in."""
+
+    dim: Dim | None = None
+    precision: Precision | None = None
+    optimizer: TableOptimizer | None = None
+    learning_rate: PositiveFloat | None = None
+    epsilon: PositiveFloat | None = None
+
+
+class TableSet(Table):
+    """The tables of one concern, attention or representation, one a feature."""
+
+    features: dict[Feature, TableChange] = Field(default_factory=dict)
+    """Tables that differ from the set, by feature."""
+
+    def table(self, feature: Feature) -> Table:
+        """The settings of ``feature``'s table."""
+        common = self.model_dump(exclude={"features"})
+        change = self.features.get(feature, TableChange()).model_dump(exclude_none=True)
+        return Table(**(common | change))
+
+
+class ModelSettings(Settings):
+    """Everything that decides what a model computes."""
+
+    name: str = "dare"
+    features: tuple[Feature, ...] = ("item", "category", "position")
+    attention: TableSet = TableSet()
+    """K_A and the like. A model that shares one set of tables needs it equal to ``representation``."""
+    representation: TableSet = TableSet()
+    """K_R and the like."""
+    retrieved: dict[SequenceName, PositiveInt] = Field(default_factory=lambda: {"history": 20}, min_length=1)
+    """K by sequence: so many behaviours does search keep of it; where the history has fewer, the rest is padding.
+
+    Each sequence has its own attention and pooling, and the prediction sees all of them. Their lengths N are the
+    stream's.
+    """
+    hidden: tuple[PositiveInt, ...] = Field((200, 80), min_length=1)
+    """Widths of the prediction's hidden layers."""
+    auxiliary_loss: bool = False
+    """Add the loss of a second prediction from attention over the whole history, not the K retrieved alone."""
+
+    @model_validator(mode="after")
+    def _features_are_usable(self) -> Self:
+        if "item" not in self.features:
+            raise ValueError("features must name item")
+        if len(set(self.features)) < len(self.features):
+            raise ValueError("features must name each feature once")
+        for concern in ("attention", "representation"):
+            for feature in getattr(self, concern).features:
+                if feature not in self.features:
+                    raise ValueError(f"{concern}.features.{feature}: features does not name {feature}")
+        return self
