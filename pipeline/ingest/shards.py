@@ -154,6 +154,7 @@ def shard_encoding(schema: pa.Schema) -> dict:
         "compression": "zstd",
         "use_dictionary": False,
         "write_statistics": False,
+        "write_page_checksum": True,
         "column_encoding": {
             path: "DELTA_BINARY_PACKED" if name.endswith("timestamp") else "PLAIN" for name, path in names.items()
         },

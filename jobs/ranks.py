@@ -1,0 +1,94 @@
+"""Runs a command's work on all ranks: alone, or under `python -m torch.distributed.run`; tells a failure once."""
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from time import monotonic, sleep
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from embeddings.process_group import leave, process_group
+
+LINGER_S = 5.0
+"""The failing rank that keeps the store waits so long for others that fail for the same reason."""
+
+
+def on_all_ranks(work: Callable[[torch.device], object]) -> NoReturn:
+    """Do ``work`` in a process group and end the process: with 0, or with 1 after one line on standard error.
+
+    Where several ranks fail, the first one tells why and the others keep quiet: mostly they have only lost contact.
+
+    Args:
+        work: gets this rank's device.
+    """
+    _quieten()
+    device = _device()
+    with process_group(device):
+        try:
+            work(device)
+        except BaseException as error:
+            if _fails_first():
+                _tell(error)
+            leave(1)
+    leave(0)
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that speaks for all, by the launcher's environment."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _fails_first() -> bool:
+    """Also if nobody can be asked: the rank that kept the store is gone."""
+    with suppress(Exception):
+        store = dist.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=LINGER_S))
+        place = store.add("failed_ranks", 1)
+        until = monotonic() + LINGER_S
+        while dist.get_rank() == 0 and store.add("failed_ranks", 0) < dist.get_world_size() and monotonic() < until:
+            sleep(0.05)
+        return place == 1
+    return True
+
+
+def _tell(error: BaseException) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        print("dare: interrupted", file=sys.stderr)
+    elif isinstance(error, ValueError | OSError):
+        print(f"dare: {' '.join(str(error).split())}", file=sys.stderr)
+    elif _lost_contact(error):
+        reason = str(error).splitlines()[0].rsplit("] ", 1)[-1]
+        print(
+            f"dare: rank {dist.get_rank()} of {dist.get_world_size()} has lost another one ({reason}); "
+            "what is complete on disk stays; the same command goes on from there",
+            file=sys.stderr,
+        )
+    else:
+        traceback.print_exception(error)
+
+
+def _lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone or too late."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def _quieten() -> None:
+    """What libraries say of their own insides is not for the users of `dare`."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("torchrec", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)

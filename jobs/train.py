@@ -1,0 +1,26 @@
+"""`dare train`: train a model, alone or under `python -m torch.distributed.run`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    data: Annotated[Path, typer.Option(help="Data set that `dare prepare` wrote.")],
+    run: Annotated[Path, typer.Option(help="Folder of the run; if it has a checkpoint, training goes on from it.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. model.name=twin.")
+    ] = None,
+    config: Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")] = None,
+) -> None:
+    """Train a model, validate it on the way, and test its best checkpoint."""
+    from schemas.settings import load_settings
+    from schemas.train import TrainSettings
+
+    settings = load_settings(TrainSettings, config or [], overrides or [])
+
+    from jobs.ranks import on_all_ranks
+    from pipeline.train.run import train as train_run
+
+    on_all_ranks(lambda device: train_run(settings, data, run, device))

@@ -1,0 +1,31 @@
+"""Finished runs side by side."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.run_folder import RunFolder, read_json
+from schemas.train import flat
+
+METRICS = ("auc", "gauc", "log_loss")
+
+
+def compare(folders: list[Path]) -> list[dict[str, Any]]:
+    """For each run: its name, model, test metrics, and those settings in which the runs differ.
+
+    Raises:
+        ValueError: one is not the folder of a run, or not finished.
+    """
+    found, settings = [], []
+    for folder in folders:
+        run = RunFolder(folder)
+        settings.append(flat(run.settings()))
+        if not run.test_file.is_file():
+            raise ValueError(f"{folder}: the run is not finished, it has no {run.test_file.name}; `dare train` goes on")
+        test = read_json(run.test_file)
+        found.append({"run": str(folder), "model": settings[-1]["model.name"]} | {name: test[name] for name in METRICS})
+    keys = dict.fromkeys(key for values in settings for key in values if key != "model.name")
+    differing = [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1]
+    return [
+        entry | {"settings": {key: values.get(key) for key in differing}}
+        for entry, values in zip(found, settings, strict=True)
+    ]

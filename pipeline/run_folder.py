@@ -1,0 +1,138 @@
+"""The folder of a run: what is where in it."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from schemas.settings import load_settings
+from schemas.train import TrainSettings
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and documents of a run; see docs/training.md."""
+
+    path: Path
+
+    @property
+    def settings_file(self) -> Path:
+        """Settings, YAML; may be given to ``dare train --config``."""
+        return self.path / "settings.yaml"
+
+    @property
+    def data_file(self) -> Path:
+        """Where the data set is, and its fingerprint; JSON."""
+        return self.path / "data_set.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def losses(self) -> Path:
+        """The loss of each step, a line each."""
+        return self.path / "losses.jsonl"
+
+    @property
+    def validations(self) -> Path:
+        """The metrics of each validation, a line each."""
+        return self.path / "validations.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def test_file(self) -> Path:
+        """Metrics of the best checkpoint on the test split; JSON. It is there once the run is finished."""
+        return self.path / "test.json"
+
+    def settings(self) -> TrainSettings:
+        """The settings of the run.
+
+        Raises:
+            ValueError: not the folder of a run, or its settings are not ones that this program knows.
+        """
+        if not self.settings_file.is_file():
+            raise ValueError(
+                f"{self.path}: no {self.settings_file.name}: not the folder of a run; see `dare train --run`"
+            )
+        try:
+            return load_settings(TrainSettings, [self.settings_file])
+        except ValueError as error:
+            raise ValueError(f"{self.settings_file}: {error}") from None
+
+    def data_set(self) -> Path:
+        """Folder of the data set that the run was trained on.
+
+        Raises:
+            ValueError: the run does not say.
+        """
+        record = read_json(self.data_file)
+        return Path(record["folder"])
+
+    def begin(self, settings: TrainSettings, data: Path, fingerprint: str) -> None:
+        """Write what the run is about."""
+        write_whole(self.settings_file, settings_text(settings))
+        record = {"folder": str(data.absolute()), "fingerprint": fingerprint}
+        write_whole(self.data_file, json.dumps(record, indent=1) + "\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process, until the block or the process ends.
+
+        Raises:
+            ValueError: another process holds it, or the folder is something else.
+        """
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.settings_file.is_file():
+            raise ValueError(f"{self.path} is not empty and not the folder of a run; choose another one")
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; --run names a folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is training in {self.path}; wait for it or stop it") from None
+            yield
+        finally:
+            os.close(handle)
+
+
+def settings_text(settings: TrainSettings) -> str:
+    """Settings as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a file that is there with all its content, or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(content)
+    temporary.rename(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON document of a run.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (not a JSON object)")
+    return content

@@ -1,0 +1,89 @@
+"""Batches of a planned epoch: row groups fill the shuffle buffer, batches are cut from it.
+
+T = targets.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.stream.data_set import DataSet
+from pipeline.stream.plan import Block, Piece
+from pipeline.stream.reader import RowGroupReader
+from pipeline.stream.row_group import RowGroup
+from pipeline.stream.samples import Samples
+from pipeline.stream.sequences import Cut, samples_of
+from schemas.shards import Split
+
+I64 = NDArray[np.int64]
+
+
+def read_blocks(
+    data_set: DataSet, split: Split, cuts: Mapping[str, Cut], blocks: tuple[Block, ...], threads: int
+) -> Generator[tuple[Block, Samples], None, None]:
+    """Read blocks in order; while one is in use, the reader's threads work on the next.
+
+    Raises:
+        ValueError: a row group that cannot be read or that does not hold what the manifest and the index say.
+    """
+    pieces = [piece for block in blocks for piece in block.pieces]
+    addresses = [data_set.address(piece.group) for piece in pieces]
+    largest_ids = data_set.largest_ids()
+
+    def convert(table: pa.Table, place: int) -> Samples:
+        try:
+            return _samples_of_piece(data_set, split, cuts, pieces[place], RowGroup.from_table(table, largest_ids))
+        except ValueError as error:
+            raise ValueError(f"{addresses[place]}: {error}; prepare the data set again") from None
+
+    ahead = max(threads, max((len(block.pieces) for block in blocks), default=0))
+    with RowGroupReader(addresses, data_set.schema, convert, threads=threads, ahead=ahead) as reader:
+        for block in blocks:
+            yield block, Samples.concatenate([next(reader) for _ in block.pieces])
+
+
+def _samples_of_piece(
+    data_set: DataSet, split: Split, cuts: Mapping[str, Cut], piece: Piece, group: RowGroup
+) -> Samples:
+    """The piece's targets, and of their users' histories what they see."""
+    chosen_T = np.flatnonzero(group.target_T["split"] == split)
+    users, targets = int(data_set.users_G[piece.group]), int(data_set.targets_G[split.name.lower()][piece.group])
+    if len(group.user_id_U) != users or len(chosen_T) != targets:
+        raise ValueError(
+            f"{len(group.user_id_U)} users and {len(chosen_T)} targets, "
+            f"the index of row groups says {users} and {targets}"
+        )
+    return samples_of(group, cuts).take(chosen_T[piece.first : piece.last])
+
+
+def cut_batches(
+    blocks: Iterator[tuple[Block, Samples]],
+    order: Callable[[Block, Samples], I64],
+    batch_size: int,
+    first_target: int,
+) -> Generator[Samples, None, None]:
+    """Batches of exactly ``batch_size`` targets but for the last; what a block leaves over goes on in the next.
+
+    Args:
+        blocks: from the block that holds ``first_target`` on.
+        order: order of a block's targets.
+        first_target: where to begin, counted over all blocks of the rank.
+    """
+    parts: list[Samples] = []
+    missing = batch_size
+    for block, samples in blocks:
+        order_T = order(block, samples)
+        position = max(0, first_target - block.start)
+        while position < len(order_T):
+            index_T = order_T[position : position + missing]
+            parts.append(samples.take(index_T))
+            position += len(index_T)
+            missing -= len(index_T)
+            if not missing:
+                yield Samples.concatenate(parts)
+                parts, missing = [], batch_size
+        del samples  # before the next block is put together
+    if parts:
+        yield Samples.concatenate(parts)

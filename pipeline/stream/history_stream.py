@@ -1,0 +1,213 @@
+"""The stream of batches that training and evaluation read."""
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from embeddings.batch import Batch
+from pipeline.stream.batches import cut_batches, read_blocks
+from pipeline.stream.data_set import DataSet
+from pipeline.stream.plan import Block, EpochPlan, plan_epoch, steps_per_epoch
+from pipeline.stream.prefetch import Prefetch
+from pipeline.stream.row_group import RowGroup
+from pipeline.stream.samples import Samples
+from pipeline.stream.sequences import resolve_sequences, samples_of
+from pipeline.stream.shuffle import shuffled_order
+from schemas.shards import SPLITS, Split
+from schemas.stream import StreamSettings
+
+
+class HistoryStream:
+    """Batches of one split for one rank, epoch after epoch.
+
+    ``for batch in stream`` gives the batches that are left of the current epoch, ``steps_per_epoch`` if none was taken,
+    and leaves the stream at the start of the next. Over all ranks each target of the split comes exactly once an epoch.
+    All ranks make the same number of steps; a rank's last batch may be short, or empty. An epoch is decided by the
+    data set, the settings, ``seed``, ``epoch``, ``rank`` and ``world`` alone, not by threads or what was read before.
+
+    Args:
+        folder: the data set.
+        split: ``train``, ``validation`` or ``test``.
+        settings: how batches are made.
+        seed: of the shuffle.
+        shuffle: a new order each epoch; otherwise the order of the files, a user's targets together (for evaluation).
+        rank: which of the ``world`` readers this is.
+        world: number of readers that share the split.
+        pin_memory: put batches into page-locked memory, for copies to a CUDA device that do not block.
+
+    Raises:
+        ValueError: no data set, one that does not fit its manifest or the settings, a split without targets; while
+            iterating: a shard that cannot be read or does not hold what the manifest says.
+
+    Example:
+        >>> with HistoryStream(folder, "train", StreamSettings(), seed=1, shuffle=True) as stream:
+        ...     while stream.epoch < 2:
+        ...         for batch in stream:
+        ...             train_step(batch)
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        settings: StreamSettings,
+        *,
+        seed: int,
+        shuffle: bool,
+        rank: int = 0,
+        world: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)} (not {split!r})")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must be at least 0 and below world = {world} (not {rank})")
+        self.data_set = DataSet.open(folder)
+        self.split = split
+        self.settings = settings
+        self.epoch = 0
+        """The epoch of the next batch, from 0."""
+        self.step = 0
+        """The next batch's place in its epoch, from 0."""
+        self._cuts = resolve_sequences(settings, self.data_set.manifest)
+        self._seed, self._shuffle, self._rank, self._world = seed, shuffle, rank, world
+        self._pin_memory = pin_memory
+        self._prefetch: Prefetch[Batch] | None = None
+        self._waited_s = 0.0
+        if not self.targets:
+            found = ", ".join(f"{name} {int(count_G.sum())}" for name, count_G in self.data_set.targets_G.items())
+            raise ValueError(f"{folder}: no targets to stream in split {split} (targets: {found})")
+
+    @property
+    def targets(self) -> int:
+        """Targets of the split, over all ranks."""
+        return int(self.data_set.targets_G[self.split].sum())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch, the same for every rank."""
+        return steps_per_epoch(self.targets, self._world, self.settings.batch_size)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting for batches so far: time that a faster reader would save."""
+        return self._waited_s + (self._prefetch.waited_s if self._prefetch else 0.0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        epoch, step = self.epoch, self.step
+        with Prefetch(self._batches(epoch, step), self.settings.prefetch_batches) as prefetch:
+            self._prefetch = prefetch
+            for batch in prefetch:
+                step += 1
+                self.epoch, self.step = (epoch, step) if step < self.steps_per_epoch else (epoch + 1, 0)
+                yield batch
+        # Closed from elsewhere, or done: either way the next iteration begins where this one stopped.
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch."""
+        self.close()
+        self.epoch, self.step = epoch, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the consumer is (not the prefetch) and what must be the same to go on; alike on all ranks."""
+        return {"epoch": self.epoch, "step": self.step, "world": self._world, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the batch after the last one that was consumed when ``state`` was taken.
+
+        Another number of ranks is possible at an epoch's start alone.
+
+        Raises:
+            ValueError: the state is of another data set, split, seed or of other settings.
+        """
+        for key, mine in self._identity().items():
+            if key not in state or state[key] != mine:
+                raise ValueError(
+                    f"the stream cannot go on: {key} is {mine!r}, but was {state.get(key)!r} when its state was saved; "
+                    "use the same, or start the stream afresh"
+                )
+        if state["world"] != self._world and state["step"]:
+            raise ValueError(
+                f"the stream cannot go on within an epoch (at step {state['step']}) with {self._world} ranks, "
+                f"it had {state['world']}; use {state['world']} ranks, or a checkpoint from the end of an epoch"
+            )
+        self.close()
+        self.epoch, self.step = state["epoch"], state["step"]
+
+    def close(self) -> None:
+        """End all threads. The stream keeps its place and can be iterated again."""
+        if self._prefetch is not None:
+            self._prefetch.close()
+            self._waited_s += self._prefetch.waited_s
+            self._prefetch = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _identity(self) -> dict[str, Any]:
+        speed_alone = {"threads", "prefetch_batches"}
+        return {
+            "data_set": self.data_set.fingerprint,
+            "split": self.split,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            **self.settings.model_dump(mode="json", exclude=speed_alone),
+        }
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        targets_G = self.data_set.targets_G[self.split]
+        columns = 4 * (len(self.data_set.largest_ids()) + 2)  # int32 ids and an int64 timestamp
+        bytes_G = sum(
+            (columns * np.minimum(self.data_set.behaviors_G, targets_G * cut.length) for cut in self._cuts.values()),
+            np.zeros_like(targets_G),
+        )
+        return plan_epoch(
+            targets_G,
+            bytes_G,
+            self.settings.shuffle_memory // 3,
+            shuffle=self._shuffle,
+            seed=self._seed,
+            epoch=epoch,
+            rank=self._rank,
+            world=self._world,
+        )
+
+    def _batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
+        """Batches of an epoch from ``step`` on; runs in the prefetch thread."""
+        batch_size = self.settings.batch_size
+        first_target = step * batch_size
+        blocks = tuple(block for block in self._plan(epoch).blocks if block.start + block.targets > first_target)
+
+        def order(block: Block, samples: Samples) -> np.ndarray:
+            if not self._shuffle:
+                return np.arange(len(samples))
+            together = self.settings.targets_per_user_per_batch
+            return shuffled_order(samples.user_T, together, self._seed, epoch, block.key)
+
+        read = read_blocks(self.data_set, Split[self.split.upper()], self._cuts, blocks, self.settings.threads)
+        try:
+            for samples in cut_batches(read, order, batch_size, first_target):
+                yield self._finished(samples, epoch, step)
+                step += 1
+        finally:
+            read.close()
+        while step < self.steps_per_epoch:
+            yield self._finished(self._nothing(), epoch, step)
+            step += 1
+
+    def _nothing(self) -> Samples:
+        """No targets and no users: what a rank gives that has run out before the others."""
+        group = RowGroup.from_table(self.data_set.schema.empty_table(), {})
+        return samples_of(group, self._cuts).take(np.zeros(0, np.int64))
+
+    def _finished(self, samples: Samples, epoch: int, step: int) -> Batch:
+        batch = samples.batch(
+            f"{self.data_set.folder.name} {self.split}, epoch {epoch}, step {step}, rank {self._rank} of {self._world}"
+        )
+        return batch.pin_memory() if self._pin_memory else batch

@@ -1,0 +1,165 @@
+"""petastorm's Reader for row groups of our own choosing: in the order asked for, each whole, whatever the threads."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Self, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.stream.petastorm_compat import (
+    ConcurrentVentilator,
+    EmptyResultError,
+    Reader,
+    StrictThreadPool,
+    WorkerBase,
+)
+
+R = TypeVar("R")
+
+_OPEN_FILES = 16
+"""Files that a thread keeps open: a shuffled order comes back to a file before long, and a footer is not read again."""
+
+
+class RowGroupAddress(NamedTuple):
+    """Where a row group is."""
+
+    path: Path
+    row_group: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: row group {self.row_group}"
+
+
+@dataclass(frozen=True)
+class _Source(Generic[R]):
+    """What reaches the worker threads through petastorm, as its ``dataset_path``."""
+
+    addresses: Sequence[RowGroupAddress]
+    schema: pa.Schema
+    convert: Callable[[pa.Table, int], R]
+
+
+class RowGroupReader(Reader, Generic[R]):
+    """Iterates over row groups in the given order; each is read and converted in one of the reader's threads.
+
+    Use it as a context manager: its threads end with it.
+
+    Args:
+        addresses: the row groups, in order.
+        schema: columns to read, with the types that they must have.
+        convert: makes a result of (row group as a table, its place in ``addresses``); runs in the reader's threads.
+        threads: number of threads.
+        ahead: results that may wait for the consumer; at least 2 a thread.
+
+    Raises:
+        ValueError: while iterating: a file or row group that cannot be read, a column that is missing or of another
+            type, or what ``convert`` raises.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[RowGroupAddress],
+        schema: pa.Schema,
+        convert: Callable[[pa.Table, int], R],
+        *,
+        threads: int,
+        ahead: int,
+    ) -> None:
+        self._count = len(addresses)
+        super().__init__(
+            None,
+            _Source(addresses, schema, convert),
+            schema_fields=schema.names,
+            # Two messages a row group: the result, and that it was processed.
+            reader_pool=StrictThreadPool(threads, 2 * ahead),
+            worker_class=_Worker,
+            shuffle_row_groups=False,
+            is_batched_reader=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __next__(self) -> R:
+        return super().__next__()
+
+    def cleanup_cache(self) -> None:
+        """Nothing to clean; petastorm's own prints a line."""
+
+    def _filter_row_groups(self, *_: object) -> tuple[list[int], None]:
+        """Called by petastorm to choose among the row groups it knows: it knows none, ours are numbered as given."""
+        return list(range(self._count)), None
+
+    def _create_ventilator(self, row_groups: list[int], *_: object) -> ConcurrentVentilator:
+        """Called by petastorm, whose own hands out a few items and then looks for room every 10 ms. Ours hands out all:
+        they are numbers, and memory is bounded where results wait."""
+        return ConcurrentVentilator(
+            self._workers_pool.ventilate,
+            [{"place": place} for place in row_groups],
+        )
+
+
+class _Results:
+    """petastorm's protocol for what turns a pool's results into what the Reader returns; ours need no turning."""
+
+    batched_output = True
+
+    def read_next(self, pool: StrictThreadPool, schema: object, ngram: object) -> Any:
+        try:
+            return pool.get_results()
+        except EmptyResultError:
+            raise StopIteration from None
+
+
+class _Worker(WorkerBase):
+    """Reads row groups; one for each thread. Publishes a failure in place of a result: it is raised in its turn."""
+
+    def __init__(self, worker_id: int, publish_func: Callable[[Any], None], args: tuple) -> None:
+        super().__init__(worker_id, publish_func, args)
+        self._source: _Source = args[1]
+        self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
+
+    @staticmethod
+    def new_results_queue_reader() -> _Results:
+        return _Results()
+
+    def process(self, place: int) -> None:
+        try:
+            result = self._source.convert(self._read(self._source.addresses[place]), place)
+        except Exception as error:
+            result = error
+        self.publish_func(result)
+
+    def _read(self, address: RowGroupAddress) -> pa.Table:
+        try:
+            file = self._open(address.path)
+            return file.read_row_group(address.row_group, self._source.schema.names, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{address} cannot be read ({reason}); prepare the data set again") from None
+
+    def _open(self, path: Path) -> pq.ParquetFile:
+        file = self._files.pop(path, None)
+        if file is None:
+            file = pq.ParquetFile(path, page_checksum_verification=True)
+            _check_columns(path, file.schema_arrow, self._source.schema)
+            if len(self._files) == _OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+        self._files[path] = file
+        return file
+
+
+def _check_columns(path: Path, found: pa.Schema, wanted: pa.Schema) -> None:
+    for field in wanted:
+        position = found.get_field_index(field.name)
+        if position < 0:
+            raise ValueError(f"{path}: column {field.name} is missing; prepare the data set again")
+        kind = found.field(position).type
+        same = kind == field.type
+        if pa.types.is_list(kind) and pa.types.is_list(field.type):
+            same = kind.value_type == field.type.value_type
+        if not same:
+            raise ValueError(f"{path}: column {field.name} is {kind}, not {field.type}; prepare the data set again")

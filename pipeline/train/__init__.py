@@ -1,0 +1,1 @@
+"""Training: the loop, what it agrees on over ranks, what it shows."""

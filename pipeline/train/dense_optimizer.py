@@ -1,0 +1,54 @@
+"""The optimizer of the parameters outside of the tables: warm-up, clipping, Adam."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Adam, AdamW
+from torchrec.optim.keyed import KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from schemas.train import DenseSettings
+
+
+class DenseOptimizer(KeyedOptimizerWrapper):
+    """Adam or AdamW over all parameters of ``model`` that have no optimizer in the backward pass."""
+
+    def __init__(self, model: nn.Module, settings: DenseSettings) -> None:
+        kind = {"adam": Adam, "adamw": AdamW}[settings.optimizer]
+        super().__init__(
+            dict(in_backward_optimizer_filter(model.named_parameters())),
+            lambda parameters: kind(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay),
+        )
+        self._settings = settings
+        self._steps = 0
+        self.gradient_norm = torch.zeros(())
+        """Of all gradients together at the last step, before clipping."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last step."""
+        warmup = self._settings.warmup_steps
+        return self._settings.learning_rate * (min(1.0, self._steps / warmup) if warmup else 1.0)
+
+    def step(self, closure: Any = None) -> None:
+        """Clip, warm up, and step."""
+        self._steps += 1
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        limit = self._settings.clip_norm
+        gradients = [weight.grad for weight in self.params.values() if weight.grad is not None]
+        self.gradient_norm = nn.utils.get_total_norm(gradients)
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(self.params.values(), limit, self.gradient_norm)
+        super().step(closure)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Go on from a state."""
+        super().load_state_dict(state_dict)
+        self._steps = max((int(state["step"]) for state in self.state.values()), default=0)
+
+    def prepare_to_load(self) -> None:
+        """Make the state that is otherwise made by the first step. Parameters change: load them afterwards."""
+        self.init_state()
+        self.zero_grad()

@@ -1,0 +1,142 @@
+"""A run from its beginning, or from its last checkpoint, to its test."""
+
+import json
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchrec.distributed import DistributedModelParallel
+
+from embeddings.initialization import initialize
+from pipeline.checkpoint.folder import Checkpoint, last_checkpoint
+from pipeline.checkpoint.writer import CheckpointWriter
+from pipeline.evaluate import choose_checkpoint, evaluate, load_model
+from pipeline.run_folder import RunFolder, read_json, settings_text, write_whole
+from pipeline.sharded_model import sharded_model
+from pipeline.stream.data_set import DataSet
+from pipeline.stream.history_stream import HistoryStream
+from pipeline.train.plan_text import plan_text
+from pipeline.train.random_state import seed_all
+from pipeline.train.report import Report
+from pipeline.train.stop_signal import StopSignal
+from pipeline.train.trainer import Trainer
+from schemas.train import MAY_CHANGE, TrainSettings, differing
+
+
+def train(settings: TrainSettings, data: Path, folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """Train in ``folder``, going on from its last checkpoint if it has one; then test the best checkpoint.
+
+    All ranks of the default process group must call it.
+
+    Args:
+        settings: of the run.
+        data: folder of the data set.
+        folder: of the run; see docs/training.md.
+        device: of this rank.
+
+    Returns:
+        The test's metrics; None if the run was asked to stop before its end.
+
+    Raises:
+        ValueError: settings, data and run folder do not fit each other; a loss that is not finite.
+        OSError: a checkpoint that cannot be written.
+    """
+    run = RunFolder(folder)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        if dist.get_rank() == 0:
+            stack.enter_context(run.locked())
+        dist.barrier()
+        data_set = DataSet.open(data)
+        resumed = _checkpoint_to_resume(run, settings, data_set)
+        seed_all(settings.seed + dist.get_rank())
+        model = sharded_model(settings, data_set.manifest, device)
+        train_stream = stack.enter_context(_stream(data, "train", settings, device))
+        validation_stream = stack.enter_context(_stream(data, "validation", settings, device))
+        trainer = Trainer(settings, model, train_stream, validation_stream, device)
+        if resumed is None:
+            initialize(model, settings.seed)
+        else:
+            trainer.resume(resumed.path)
+        if dist.get_rank() == 0:
+            run.begin(settings, data, data_set.fingerprint)
+        documents = {"settings.yaml": settings_text(settings), "plan.json": plan_text(model.plan)}
+        if not trainer.done:
+            _say(f"{folder}: {_beginning(resumed)}, {trainer.steps} steps on {dist.get_world_size()} processes")
+            checkpoints = stack.enter_context(CheckpointWriter(run.checkpoints, settings.checkpoint.keep, documents))
+            with Report(run, trainer.step, trainer.steps, documents) as report:
+                trainer.train(checkpoints, report, stop)
+            dist.barrier()
+            if not trainer.done:
+                _say(f"{folder}: asked to stop, saved at step {trainer.step}; the same command goes on from there")
+                return None
+        elif run.test_file.is_file() and read_json(run.test_file).get("steps") == trainer.step:
+            _say(f"{folder}: finished already, at step {trainer.step}; see {run.test_file}")
+            return read_json(run.test_file)
+        return _test(run, settings, model, trainer.step, data, device)
+
+
+def _checkpoint_to_resume(run: RunFolder, settings: TrainSettings, data_set: DataSet) -> Checkpoint | None:
+    last = last_checkpoint(run.checkpoints)
+    if last is not None:
+        changed = {key: values for key, values in differing(settings, run.settings()).items() if key not in MAY_CHANGE}
+        if changed:
+            differences = ", ".join(f"{key} is {now!r}, was {before!r}" for key, (now, before) in changed.items())
+            raise ValueError(
+                f"{run.path}: the run was begun with other settings: {differences}; "
+                "use the same to go on, or another folder to begin anew"
+            )
+        if read_json(run.data_file)["fingerprint"] != data_set.fingerprint:
+            raise ValueError(
+                f"{run.path}: the run was begun with another data set, {run.data_set()} as it was then, "
+                f"not {data_set.folder}; use the same to go on, or another folder to begin anew"
+            )
+    return last
+
+
+def _stream(data: Path, split: str, settings: TrainSettings, device: torch.device) -> HistoryStream:
+    return HistoryStream(
+        data,
+        split,
+        settings.stream,
+        seed=settings.seed,
+        shuffle=split == "train",
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _test(
+    run: RunFolder,
+    settings: TrainSettings,
+    model: DistributedModelParallel,
+    steps: int,
+    data: Path,
+    device: torch.device,
+) -> dict[str, Any]:
+    checkpoint = choose_checkpoint(run, "best")
+    load_model(model, checkpoint.path)
+    with _stream(data, "test", settings, device) as stream:
+        evaluation = evaluate(model, stream, device).compute()
+    result = {**asdict(evaluation), "steps": steps, "checkpoint_step": checkpoint.step}
+    if dist.get_rank() == 0:
+        write_whole(run.test_file, json.dumps(result, indent=1) + "\n")
+    _say(
+        f"{run.path}: test of the best checkpoint (step {checkpoint.step}): AUC {evaluation.auc:.4f}, "
+        f"GAUC {evaluation.gauc:.4f}, log loss {evaluation.log_loss:.4f}"
+    )
+    return result
+
+
+def _beginning(resumed: Checkpoint | None) -> str:
+    return f"goes on after step {resumed.step}" if resumed else "begins"
+
+
+def _say(line: str) -> None:
+    if dist.get_rank() == 0:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,179 @@
+"""The training loop."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.stateful import Stateful
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.model_parallel import get_unwrapped_module
+from torchrec.distributed.train_pipeline import TrainPipelineBase
+
+from embeddings.gradient_norms import GradientNorms
+from embeddings.model import CtrModel
+from pipeline.checkpoint.loading import keys_in, load
+from pipeline.checkpoint.writer import CheckpointWriter
+from pipeline.evaluate import evaluate
+from pipeline.stream.history_stream import HistoryStream
+from pipeline.train.agreement import Agreement, agree
+from pipeline.train.click_task import ClickTask
+from pipeline.train.dense_optimizer import DenseOptimizer
+from pipeline.train.random_state import random_state, set_random_state
+from pipeline.train.report import Report
+from pipeline.train.stop_signal import StopSignal
+from schemas.train import TrainSettings
+
+
+class Trainer(Stateful):
+    """Trains a sharded model; a checkpoint is its state.
+
+    Args:
+        settings: of the run.
+        model: sharded, with weights.
+        stream: of the train split.
+        validation: stream of the validation split, in file order.
+        device: of this rank.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        model: DistributedModelParallel,
+        stream: HistoryStream,
+        validation: HistoryStream,
+        device: torch.device,
+    ) -> None:
+        self.settings, self.model, self.stream, self.device = settings, model, stream, device
+        self.step = self.epoch = self.step_of_epoch = 0
+        """Steps done, the epoch of the next one, and its place in it."""
+        self.best = -math.inf
+        """The best validation's metric."""
+        self._validation = validation
+        self._optimizer = DenseOptimizer(model, settings.dense)
+        # It takes the next batch while a step runs, so the place in the data is counted here, not by the stream.
+        self._pipeline = TrainPipelineBase(ClickTask(model), self._optimizer, device)
+
+    @property
+    def steps(self) -> int:
+        """Steps at the end of training."""
+        return self.step - self.step_of_epoch + (self.settings.epochs - self.epoch) * self.stream.steps_per_epoch
+
+    @property
+    def done(self) -> bool:
+        """All epochs are."""
+        return self.epoch >= self.settings.epochs
+
+    def train(self, checkpoints: CheckpointWriter, report: Report, stop: StopSignal) -> None:
+        """Train to the end, or until a rank was asked to stop; either way the last state is saved.
+
+        All ranks must call it.
+
+        Raises:
+            ValueError: a loss that is not finite, data that cannot be read.
+            OSError: a checkpoint that cannot be written.
+        """
+        batches = iter(self.stream)
+        while not self.done:
+            watched = self._watch_gradients()
+            try:
+                output = self._pipeline.progress(batches)
+            except StopIteration:
+                self._pipeline.reset()
+                batches = iter(self.stream)
+                continue
+            agreed = agree(self.step + 1, output, self._optimizer.gradient_norm, stop.received)
+            self._advance()
+            self._report(report, agreed, watched)
+            better = self._is_due(self.settings.validation.every) and self._validate(report)
+            if better or agreed.stop or self._is_due(self.settings.checkpoint.every):
+                report.flush()
+                checkpoints.save(self.state_dict(), self.step, self.best if better else None)
+            if agreed.stop:
+                break
+            checkpoints.check()
+        checkpoints.wait()
+
+    def _advance(self) -> None:
+        self.step += 1
+        self.step_of_epoch += 1
+        if self.step_of_epoch == self.stream.steps_per_epoch:
+            self.epoch, self.step_of_epoch = self.epoch + 1, 0
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.done
+
+    def _watch_gradients(self) -> GradientNorms | None:
+        """Measure the next step's gradients if it will be a point of the curves."""
+        due = (self.step + 1) % self.settings.log_every == 0
+        inner = get_unwrapped_module(self.model)
+        assert isinstance(inner, CtrModel)
+        inner.tap = GradientNorms() if due else None
+        return inner.tap
+
+    def _report(self, report: Report, agreed: Agreement, watched: GradientNorms | None) -> None:
+        report.step(self.step, agreed)
+        if watched is not None:
+            model = self.settings.model
+            rates = {
+                "dense": self._optimizer.learning_rate,
+                "attention": model.attention.learning_rate,
+                "representation": model.representation.learning_rate,
+            }
+            norms = {str(concern): norm for concern, norm in watched.norms().items()}
+            norms["dense"] = float(self._optimizer.gradient_norm)
+            report.point(self.step, agreed, rates, norms, self.stream.waited_s)
+
+    def _validate(self, report: Report) -> bool:
+        """Whether it is the best validation so far."""
+        began = time.monotonic()
+        metrics = evaluate(self.model, self._validation, self.device)
+        evaluation, scores = metrics.compute(), metrics.distribution()
+        score = getattr(evaluation, self.settings.validation.metric)
+        better = score > self.best  # never where it is nan
+        if better:
+            self.best = score
+        report.validation(self.step, evaluation, scores, time.monotonic() - began, better)
+        return better
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides how training goes on."""
+        return {
+            "model": self.model.state_dict(),
+            "table_optimizer": self.model.fused_optimizer.state_dict(),
+            "dense_optimizer": self._optimizer.state_dict(),
+            "stream": {**self.stream.state_dict(), "epoch": self.epoch, "step": self.step_of_epoch},
+            "progress": {"step": self.step, "best": self.best},
+            "random": {str(dist.get_rank()): random_state()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            ValueError: it is of another data set, or within an epoch of another number of ranks.
+        """
+        self.stream.load_state_dict(state_dict["stream"])
+        self.model.load_state_dict(state_dict["model"])
+        self.model.fused_optimizer.load_state_dict(state_dict["table_optimizer"])
+        self._optimizer.load_state_dict(state_dict["dense_optimizer"])
+        self.epoch, self.step_of_epoch = self.stream.epoch, self.stream.step
+        self.step, self.best = state_dict["progress"]["step"], state_dict["progress"]["best"]
+        self.model.fused_optimizer.set_optimizer_step(self.step)
+        for states in state_dict["random"].values():
+            set_random_state(states)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint; all ranks must call it.
+
+        Raises:
+            ValueError: it is of another model, another data set, or within an epoch of another number of ranks.
+        """
+        self._optimizer.prepare_to_load()
+        state = self.state_dict()
+        if not any(key.startswith(f"random.{dist.get_rank()}.") for key in keys_in(checkpoint)):
+            state["random"] = {}  # a rank that was not there when it was saved
+        load(state, checkpoint)
+        self.load_state_dict(state)

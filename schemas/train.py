@@ -1,0 +1,88 @@
+"""Settings of a training run, and which of them may change when it goes on."""
+
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from schemas.model import ModelSettings
+from schemas.settings import Settings
+from schemas.stream import StreamSettings
+
+
+class DenseSettings(Settings):
+    """How the parameters outside of the tables learn."""
+
+    optimizer: Literal["adam", "adamw"] = "adam"
+    learning_rate: PositiveFloat = 0.01
+    weight_decay: NonNegativeFloat = 1e-6
+    """adam adds it to the gradient, adamw takes it from the weight."""
+    warmup_steps: NonNegativeInt = 0
+    """The learning rate rises in equal steps over so many steps."""
+    clip_norm: PositiveFloat | None = None
+    """Largest norm of the gradients of all dense parameters together; None: any."""
+
+
+class ValidationSettings(Settings):
+    """When the model is validated and what the best checkpoint is chosen by; the end of training is validated too."""
+
+    every: PositiveInt = 100
+    """Steps."""
+    metric: Literal["auc", "gauc"] = "auc"
+
+
+class CheckpointSettings(Settings):
+    """When checkpoints are written and how many stay; the best one always does."""
+
+    every: PositiveInt = 500
+    """Steps."""
+    keep: PositiveInt = 2
+    """The last ones, beside the best."""
+
+
+class TrainSettings(Settings):
+    """Everything that decides what a run does, but for where its data are."""
+
+    seed: NonNegativeInt = 1
+    """Of the first weights and of the order of the data."""
+    epochs: PositiveInt = 2
+    model: ModelSettings = ModelSettings()
+    stream: StreamSettings = StreamSettings()
+    dense: DenseSettings = DenseSettings()
+    validation: ValidationSettings = ValidationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log_every: PositiveInt = Field(20)
+    """Steps between two points of the curves in TensorBoard."""
+
+
+MAY_CHANGE = (
+    "epochs",
+    "log_every",
+    "validation.every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "stream.threads",
+    "stream.prefetch_batches",
+)
+"""What may differ when a run goes on: none of these changes what a step computes."""
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """Values by dotted key, those that are not set included."""
+    found: dict[str, Any] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, part in value.items():
+                visit(f"{prefix}.{key}" if prefix else str(key), part)
+        else:
+            found[prefix] = value
+
+    visit("", settings.model_dump(mode="json"))
+    return found
+
+
+def differing(one: Settings, other: Settings) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both values; None where one of them has no such key."""
+    ours, theirs = flat(one), flat(other)
+    keys = dict.fromkeys([*ours, *theirs])
+    return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}

@@ -1,0 +1,248 @@
+"""Checkpoints: resharding, what stays, full disks, damaged ones and ones of another model."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from embeddings.initialization import initialize
+from embeddings.process_group import process_group
+from embeddings.sizes import DataSizes
+from pipeline.checkpoint.folder import best_checkpoint, checkpoints_in, last_checkpoint, prune, remove_leftovers
+from pipeline.checkpoint.loading import load
+from pipeline.checkpoint.writer import CheckpointWriter
+from pipeline.evaluate import load_model
+from pipeline.sharded_model import sharded_model
+from pipeline.stream.data_set import DataSet
+from pipeline.train.trainer import Trainer
+from schemas.train import TrainSettings
+from tests.datasets import random_users, write_dataset
+from tests.distributed import run_ranks
+from tests.runs import Run, small_settings
+from tests.toy_batch import part, toy_batch
+
+CPU = torch.device("cpu")
+
+
+class SplitBatches:
+    """Stands for a stream: the same global batches for any number of ranks."""
+
+    steps_per_epoch, waited_s = 6, 0.0
+
+    def __init__(self) -> None:
+        self.epoch = self.step = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for step in range(self.step, self.steps_per_epoch):
+            yield part(toy_batch(step, targets=24), dist.get_rank(), dist.get_world_size())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": 0, "step": 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.step = state["epoch"], state["step"]
+
+
+class Losses:
+    """Stands for a report."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def step(self, step: int, agreed: Any) -> None:
+        self.losses.append(agreed.loss)
+
+    def flush(self) -> None:
+        pass
+
+
+class Never:
+    received = False
+
+
+def trainer_of(settings: TrainSettings, data: Path) -> Trainer:
+    model = sharded_model(settings, DataSet.open(data).manifest, CPU)
+    initialize(model, settings.seed)
+    trainer = Trainer(settings, model, SplitBatches(), None, CPU)  # type: ignore[arg-type]
+    trainer._validate = lambda report: False  # type: ignore[method-assign]
+    return trainer
+
+
+def train_and_save(settings: TrainSettings, data: Path, folder: Path) -> list[float]:
+    """Train an epoch; losses."""
+    report, trainer = Losses(), trainer_of(settings, data)
+    with CheckpointWriter(folder, 9, {}) as writer:
+        trainer.train(writer, report, Never())  # type: ignore[arg-type]
+    dist.barrier()
+    return report.losses
+
+
+def predict(settings: TrainSettings, data: Path, checkpoint: Path) -> torch.Tensor:
+    trainer = trainer_of(settings, data)
+    load_model(trainer.model, checkpoint)
+    trainer.model.eval()
+    batch = toy_batch(99, targets=15 if dist.get_rank() == 0 else 0)
+    with torch.no_grad():
+        return trainer.model(batch).logit_T
+
+
+def next_losses(settings: TrainSettings, data: Path, checkpoint: Path) -> list[float]:
+    """Of an epoch after the checkpoint's."""
+    report, trainer = Losses(), trainer_of(settings, data)
+    trainer.resume(checkpoint)
+    with CheckpointWriter(checkpoint.parent / f"of-{dist.get_world_size()}", 1, {}) as writer:
+        trainer.train(writer, report, Never())  # type: ignore[arg-type]
+    return report.losses
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "data"
+    write_dataset(folder, random_users(60))
+    return folder
+
+
+def test_ranks_change_nothing_and_can_change(data: Path, tmp_path: Path) -> None:
+    """The same losses on 1, 2 and 4 ranks; a checkpoint of 2 ranks predicts and trains the same on 1 and 4."""
+    settings = small_settings("epochs=1", "checkpoint.every=6")
+    longer = small_settings("epochs=2", "checkpoint.every=6")
+    with process_group(CPU):
+        expected = train_and_save(settings, data, tmp_path / "1")
+    on_two = run_ranks(2, train_and_save, settings, data, tmp_path / "2")
+    on_four = run_ranks(4, train_and_save, settings, data, tmp_path / "4")
+    for losses in (*on_two, *on_four):
+        assert losses == pytest.approx(expected, rel=1e-5)
+    checkpoint = last_checkpoint(tmp_path / "2")
+    assert checkpoint is not None
+    assert checkpoint.step == 6
+    reference = run_ranks(2, predict, settings, data, checkpoint.path)[0]
+    further = run_ranks(2, next_losses, longer, data, checkpoint.path)[0]
+    assert len(further) == 6
+    with process_group(CPU):
+        torch.testing.assert_close(predict(settings, data, checkpoint.path), reference, rtol=1e-6, atol=1e-6)
+        assert next_losses(longer, data, checkpoint.path) == pytest.approx(further, rel=1e-5)
+    torch.testing.assert_close(run_ranks(4, predict, settings, data, checkpoint.path)[0], reference, rtol=1e-6, atol=1e-6)
+    assert run_ranks(4, next_losses, longer, data, checkpoint.path)[3] == pytest.approx(further, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def saved(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    with process_group(CPU):
+        train_and_save(small_settings("epochs=1"), data, folder)
+    found = last_checkpoint(folder)
+    assert found is not None
+    return found.path
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.attention.dim=8", "item_attention.weight is 51 x 4, in the model 51 x 8"),
+        ("model.name=twin", "is not in it"),
+        ("stream.history_length=20", "history_position_attention.weight is 13 x 4, in the model 21 x 4"),
+        ("model.hidden=[16,8]", "prediction.layers"),
+    ],
+)
+def test_checkpoint_of_another_model(data: Path, saved: Path, override: str, message: str) -> None:
+    overrides = ["model.attention.dim=8"] if "twin" in override else []
+    with process_group(CPU):
+        trainer = trainer_of(small_settings(override, *overrides), data)
+        with pytest.raises(ValueError, match="is of another model: ") as error:
+            load_model(trainer.model, saved)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_checkpoint(data: Path, saved: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "step-000000000001"
+    subprocess.run(["cp", "-r", str(saved), str(damaged)], check=True)
+    state = next(damaged.glob("*.distcp"))
+    content = state.read_bytes()
+    with process_group(CPU):
+        trainer = trainer_of(small_settings("epochs=1"), data)
+        state.write_bytes(content[: len(content) // 3])
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_model(trainer.model, damaged)
+        state.unlink()
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_model(trainer.model, damaged)
+        (damaged / ".metadata").write_bytes(b"nonsense")
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_model(trainer.model, damaged)
+    (damaged / "checkpoint.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoints_in(tmp_path)
+
+
+def test_the_copy_does_not_change_while_training_goes_on(tmp_path: Path) -> None:
+    """Saving goes on in a thread; what it writes is the state at the call."""
+    with process_group(CPU), CheckpointWriter(tmp_path, 2, {"plan.json": "{}"}) as writer:
+        value = torch.zeros(1_000_000)
+        writer.save({"model": {"a": value, "nested": [value[:3]]}, "progress": {"step": 5, "none": None}}, 5, 0.5)
+        value += 1
+        writer.wait()
+        state = {"model": {"a": torch.ones(1_000_000)}, "progress": {"step": 0, "none": 1}}
+        found = last_checkpoint(tmp_path)
+        assert found is not None
+        assert (found.step, found.score) == (5, 0.5)
+        assert (found.path / "plan.json").read_text() == "{}"
+    with process_group(CPU):
+        state["model"]["nested"] = [torch.ones(3)]  # type: ignore[index]
+        load(state, found.path)
+        assert state["progress"] == {"step": 5, "none": None}
+        assert not state["model"]["a"].any()  # type: ignore[index]
+        assert not state["model"]["nested"][0].any()  # type: ignore[index]
+
+
+def test_the_last_ones_and_the_best_stay(tmp_path: Path) -> None:
+    for step, score in ((1, 0.5), (2, None), (3, 0.9), (4, None), (5, None), (12, 0.7)):
+        (tmp_path / f"step-{step:012}").mkdir()
+        record = {"step": step, "score": score}
+        (tmp_path / f"step-{step:012}" / "checkpoint.json").write_text(json.dumps(record))
+    (tmp_path / ".step-000000000013.partial").mkdir()
+    prune(tmp_path, 2)
+    assert [checkpoint.step for checkpoint in checkpoints_in(tmp_path)] == [3, 5, 12]
+    best = best_checkpoint(tmp_path)
+    assert best is not None
+    assert best.step == 3
+    remove_leftovers(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    if os.geteuid() or mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_full_disk(data: Path, tmp_path: Path, small_disk: Path, ranks: int) -> None:
+    settings = small_settings("epochs=20", "checkpoint.every=2", "checkpoint.keep=100")
+    run = Run(ranks, settings, data, small_disk / "run")
+    run._errors = run._errors
+    assert set(run.wait(60)) == {1}
+    whole = checkpoints_in(small_disk / "run" / "checkpoints")
+    assert len(whole) > 1
+    assert f"cannot be written: no space left; the last one is of step {whole[-1].step}" in run.complaint()
+    assert not list((small_disk / "run" / "checkpoints").glob(".*"))
+    with process_group(CPU):
+        trainer = trainer_of(settings, data)
+        for checkpoint in whole:
+            load_model(trainer.model, checkpoint.path)
+
+
+def test_sizes_come_from_the_manifest(data: Path) -> None:
+    sizes = DataSizes.of(DataSet.open(data).manifest, small_settings().stream)
+    assert sizes.rows("item") == 51
