@@ -5,12 +5,19 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready-$(DEVICE)
 JOURNEY := data/completejourney
+# One process a GPU, and two on a CPU.
+PROCESSES ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | head -2 | wc -l),2)
 
 .PHONY: demo test test-slow test-spark setup lint types format bench clean
 
-demo: $(JOURNEY)/manifest.json  ## real histories become training batches
+demo: $(JOURNEY)/manifest.json  ## prepare real histories, train DARE and TWIN on them, compare
 	$(BIN)/dare inspect $(JOURNEY)
-	$(BIN)/dare stream $(JOURNEY)
+	@for model in twin dare; do \
+	  $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m -- jobs.cli train \
+	    --data $(JOURNEY) --run runs/completejourney-$$model --config jobs/recipes/completejourney.yaml \
+	    model.name=$$model || exit 1; \
+	done
+	$(BIN)/dare compare runs/completejourney-twin runs/completejourney-dare
 
 test: $(READY)  ## all quick tests
 	$(BIN)/python -m pytest

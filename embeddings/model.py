@@ -15,10 +15,12 @@ from embeddings.bounds import check_bounds
 from embeddings.collective import max_over_ranks
 from embeddings.lookup import BatchRows
 from embeddings.perceptron import Perceptron
-from embeddings.representation import history_inputs
+from embeddings.pooled_lookup import pooled_on_shards
+from embeddings.representation import Representation, history_inputs, pooled
 from embeddings.rows import Concern, Rows
 from embeddings.scoring import ScaledDotProduct, attention_weights
 from embeddings.search.home import search_at_home
+from embeddings.search.on_shard import ShardedTopK
 from embeddings.search.selection import Selection
 from embeddings.sizes import DataSizes
 from embeddings.tables import AllCrossRows, Tables
@@ -117,22 +119,31 @@ class CtrModel(nn.Module):
         everything = targets + behaviors + 1
         selected = self.search(batch, cross, everything)
         whole = self.auxiliary is not None and self.training
+        pools = self._pools_on_shards
         rows = BatchRows(
             batch,
             self.tables,
             cross,
-            {self.roles.target_attention, self.roles.target_representation},
-            {self.roles.history_attention, self.roles.history_representation},
+            {self.roles.target_attention} | ({self.roles.target_representation} if not pools else set()),
+            {self.roles.history_attention} | ({self.roles.history_representation} if not pools else set()),
             selected,
             whole,
             bags=everything if whole else targets * (1 + sum(self.settings.retrieved.values())) + 1,
         )
-        logit_T = self.prediction(self._prediction_input(rows, selected))
+        weights = self._weights(rows, selected)
+        if pools:
+            name = self.roles.history_representation
+            bags = targets * (1 + len(selected)) + 1
+            represented = pooled_on_shards(batch, self.tables, name, cross[name], selected, weights, bags)
+        else:
+            represented = self._pooled_at_home(rows, selected, weights)
+        logit_T = self.prediction(self._prediction_input(represented))
         if not whole:
             return Prediction(logit_T)
         assert self.auxiliary is not None
         all_of_it = {name: Selection.everything(batch.histories[name]) for name in selected}
-        return Prediction(logit_T, self.auxiliary(self._prediction_input(rows, all_of_it)))
+        represented = self._pooled_at_home(rows, all_of_it, self._weights(rows, all_of_it))
+        return Prediction(logit_T, self.auxiliary(self._prediction_input(represented)))
 
     def search(self, batch: Batch, cross: AllCrossRows, bags: int) -> dict[str, Selection]:
         """The K behaviours of each target in each sequence that the score ranks highest, without gradient.
@@ -145,29 +156,63 @@ class CtrModel(nn.Module):
         Returns:
             By sequence, in the order of ``model.retrieved``.
         """
+        target_set, history_set = self.roles.target_attention, self.roles.history_attention
+        if self._searches_on_shards:
+            top_k = ShardedTopK(
+                self.tables.inherent[target_set],
+                self.tables.inherent[history_set],
+                self.scoring,
+                self.settings.retrieved,
+                self.sizes.lengths,
+                cross[target_set],
+                cross[history_set],
+            )
+            selected: dict[str, Selection] = top_k(batch).wait()
+            return selected
         return search_at_home(
-            batch,
-            self.tables,
-            self.scoring,
-            self.roles.target_attention,
-            self.roles.history_attention,
-            cross,
-            self.settings.retrieved,
-            bags,
+            batch, self.tables, self.scoring, target_set, history_set, cross, self.settings.retrieved, bags
         )
 
-    def _prediction_input(self, rows: BatchRows, selected: Mapping[str, Selection]) -> Tensor:
-        """Attention over the selected behaviours of each sequence, and all that the prediction sees, (T, inputs)."""
-        inputs: list[Tensor] = []
+    @property
+    def _searches_on_shards(self) -> bool:
+        """Tables that are not sharded are at home."""
+        return self.settings.search == "shard" and self.tables.row_wise(self.roles.history_attention)
+
+    @property
+    def _pools_on_shards(self) -> bool:
+        """Rows that attention brings home, or that are tapped, are pooled there."""
+        representation = {self.roles.target_representation, self.roles.history_representation}
+        attention = {self.roles.target_attention, self.roles.history_attention}
+        tapped = self.tap is not None and self.training
+        return self._searches_on_shards and len(representation) == 1 and not attention & representation and not tapped
+
+    def _weights(self, rows: BatchRows, selected: Mapping[str, Selection]) -> dict[str, Tensor]:
+        """Attention over the selected behaviours, by sequence, (T, K)."""
+        weights = {}
         for sequence, chosen in selected.items():
             attended = self._tapped("attention", rows.targets(self.roles.target_attention, sequence))
             attending = self._tapped("attention", rows.behaviors(self.roles.history_attention, sequence, chosen))
-            weight_TK = attention_weights(self.scoring(attended, attending), chosen.valid_TK)
+            weights[sequence] = attention_weights(self.scoring(attended, attending), chosen.valid_TK)
+        return weights
+
+    def _pooled_at_home(
+        self, rows: BatchRows, selected: Mapping[str, Selection], weights: Mapping[str, Tensor]
+    ) -> dict[str, Representation]:
+        found = {}
+        for sequence, chosen in selected.items():
             target = self._tapped("representation", rows.targets(self.roles.target_representation, sequence))
             shown = rows.behaviors(self.roles.history_representation, sequence, chosen)
-            inputs += [] if inputs else [target.inherent]
-            inputs += target.cross.values()
-            inputs += history_inputs(weight_TK, target, self._tapped("representation", shown), self.target_aware)
+            behaviors = self._tapped("representation", shown)
+            found[sequence] = Representation(target, pooled(weights[sequence], behaviors))
+        return found
+
+    def _prediction_input(self, represented: Mapping[str, Representation]) -> Tensor:
+        """All that the prediction sees, (T, inputs)."""
+        inputs: list[Tensor] = []
+        for of_sequence in represented.values():
+            inputs += [] if inputs else [of_sequence.target.inherent]
+            inputs += of_sequence.target.cross.values()
+            inputs += history_inputs(of_sequence, self.target_aware)
         return torch.cat(inputs, dim=1)
 
     def _tapped(self, concern: Concern, rows: Rows) -> Rows:

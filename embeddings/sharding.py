@@ -15,7 +15,7 @@ from torchrec.optim import PartialRowWiseAdam, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from embeddings.model import CtrModel
-from schemas.model import TableOptimizer
+from schemas.model import Memory, TableOptimizer
 
 OPTIMIZERS: dict[TableOptimizer, type[Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
@@ -26,6 +26,12 @@ OPTIMIZERS: dict[TableOptimizer, type[Optimizer]] = {
 }
 CPU_OPTIMIZERS: tuple[TableOptimizer, ...] = ("rowwise_adagrad", "adagrad", "sgd")
 """What FBGEMM fuses into the backward pass on a CPU."""
+
+KERNELS: dict[Memory, str] = {
+    "device": EmbeddingComputeKernel.FUSED.value,
+    "host": EmbeddingComputeKernel.FUSED_UVM_CACHING.value,
+}
+"""By where a table's rows are."""
 
 
 class TableSharder(EmbeddingBagCollectionSharder):
@@ -43,8 +49,8 @@ class TableSharder(EmbeddingBagCollectionSharder):
         return [ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value]
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Compute kernels on offer."""
-        return [EmbeddingComputeKernel.FUSED.value]
+        """Compute kernels on offer; which one a table gets follows from its settings."""
+        return [KERNELS["device"]] if compute_device_type == "cpu" else list(KERNELS.values())
 
 
 def topology(device: torch.device) -> Topology:
@@ -58,14 +64,27 @@ def topology(device: torch.device) -> Topology:
 
 
 def constraints(model: CtrModel) -> dict[str, ParameterConstraints]:
-    """What the plan must keep to: item tables row-wise, an equal part a rank; the others as the planner likes."""
+    """What the plan must keep to: item tables row-wise, an equal part a rank; the others as the planner likes.
+
+    Shards search and pool what is looked up by item and category, so ``search: shard`` needs both row-wise.
+    """
+    on_shard = _searched_on_shards(model)
     found = {}
-    for name, _, _ in model.tables.weights():
+    for name, table, _ in model.tables.weights():
         types = [ShardingType.ROW_WISE.value]
-        if not name.startswith("item_"):
+        if not (name.startswith("item_") or name in on_shard):
             types.append(ShardingType.TABLE_WISE.value)
-        found[name] = ParameterConstraints(sharding_types=types, pooling_factors=[1.0])
+        found[name] = ParameterConstraints(
+            sharding_types=types, compute_kernels=[KERNELS[table.memory]], pooling_factors=[1.0]
+        )
     return found
+
+
+def _searched_on_shards(model: CtrModel) -> set[str]:
+    """Names of the tables that shards search or pool; none if rows travel home."""
+    if model.settings.search == "home":
+        return set()
+    return {f"{feature}_{name}" for name in model.tables.inherent for feature in model.tables.inherent_features}
 
 
 def make_plan(model: CtrModel, device: torch.device, bags: int) -> ShardingPlan:
@@ -96,6 +115,8 @@ def fuse_optimizers(model: CtrModel, device: torch.device) -> None:
                 )
             if table.precision != "fp32":
                 raise ValueError(f"table {name}: precision {table.precision} needs CUDA; on a CPU: fp32")
+            if table.memory != "device":
+                raise ValueError(f"table {name}: memory {table.memory} needs CUDA; on a CPU: device")
         settings = {"lr": table.learning_rate}
         if table.optimizer != "sgd":
             settings["eps"] = table.epsilon
@@ -118,7 +139,7 @@ def shard(model: CtrModel, device: torch.device, plan: ShardingPlan) -> Distribu
     Raises:
         ValueError: a plan for other tables or another number of ranks; settings that the device does not fit.
     """
-    _check_plan(model, plan)
+    _check_plan(model, device, plan)
     fuse_optimizers(model, device)
     group = dist.group.WORLD
     assert group is not None, "no process group; see embeddings.process_group"
@@ -133,18 +154,29 @@ def shard(model: CtrModel, device: torch.device, plan: ShardingPlan) -> Distribu
     )
 
 
-def _check_plan(model: CtrModel, plan: ShardingPlan) -> None:
+def _check_plan(model: CtrModel, device: torch.device, plan: ShardingPlan) -> None:
     planned = {name: sharding for tables in plan.plan.values() for name, sharding in tables.items()}
     rows = {name: tuple(weight.shape) for name, _, weight in model.tables.weights()}
     if planned.keys() != rows.keys():
         differing = ", ".join(sorted(planned.keys() ^ rows.keys()))
         raise ValueError(f"the sharding plan is not of this model: {differing} is only in one of them")
-    ranks = dist.get_world_size()
+    ranks, on_shard = dist.get_world_size(), _searched_on_shards(model)
     for name, (count, dim) in rows.items():
         sharding = planned[name]
         if sharding.ranks and max(sharding.ranks) >= ranks:
             raise ValueError(f"the sharding plan puts table {name} on rank {max(sharding.ranks)} of {ranks}")
+        if sharding.sharding_type == ShardingType.ROW_WISE.value and sharding.ranks != list(range(ranks)):
+            raise ValueError(
+                f"the sharding plan spreads table {name} over {len(sharding.ranks or [])} ranks, these are {ranks}"
+            )
         shards = sharding.sharding_spec.shards if sharding.sharding_spec else []
+        if any(part.placement.device().type != device.type for part in shards):
+            raise ValueError(f"the sharding plan is not for {device.type}: table {name} is elsewhere in it")
         held = sum(part.shard_sizes[0] * part.shard_sizes[1] for part in shards)
+        if name in on_shard and sharding.sharding_type != ShardingType.ROW_WISE.value:
+            raise ValueError(
+                f"the sharding plan has table {name} {sharding.sharding_type}; model.search=shard needs row_wise: "
+                "make the plan anew, or set model.search=home"
+            )
         if held != count * dim:
             raise ValueError(f"the sharding plan holds {held} values of table {name}, the model has {count} x {dim}")

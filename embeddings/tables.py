@@ -1,6 +1,7 @@
 """The embedding tables of a model: attention and representation, and how rows are looked up in them.
 
-B = bags, D = dim of a set's inherent features together, R = rows of a small table, d = its dim.
+B = bags of one, L = bags of any length, I = ids in them, D = dim of a set's inherent features together,
+R = rows of a small table, d = its dim.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torchrec import DataType, EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import Awaitable
 
 from embeddings.sizes import DataSizes
+from embeddings.weighted_pooling import ShardedWeightedPooling
 from schemas.model import CROSS, INHERENT, Feature, ModelSettings, Precision, Table, TableSet
 
 DATA_TYPES: dict[Precision, DataType] = {"fp32": DataType.FP32, "fp16": DataType.FP16}
@@ -117,6 +120,38 @@ class Tables(nn.Module):
             lengths=lengths.repeat(len(self.inherent_features)),
         )
         return _side_by_side(self.inherent[name], features, self.inherent_features)[:count]
+
+    def row_wise(self, name: str) -> bool:
+        """Whether the rows of set ``name`` are spread over ranks, so that shards can search and pool them."""
+        return isinstance(self.inherent[name], ShardedEmbeddingBagCollection)
+
+    def pooled_rows(
+        self, name: str, ids: Mapping[Feature, Tensor], weight_I: Tensor, length_L: Tensor, bags: int
+    ) -> Tensor:
+        """Weighted sums of rows of the inherent features, concatenated; made on the shards.
+
+        Args:
+            name: the set of tables, sharded row-wise.
+            ids: for each inherent feature, int32 (I,): the first bag's, the second's, ...
+            weight_I: float32, may require a gradient.
+            length_L: int32 or int64, ids of each of L bags.
+            bags: at least L and the same on all ranks.
+
+        Returns:
+            float32 (L, D).
+        """
+        count = len(length_L)
+        assert bags >= count, (bags, count)
+        lengths = torch.zeros(bags, dtype=torch.int32, device=length_L.device)
+        lengths[:count] = length_L
+        features = KeyedJaggedTensor(
+            keys=list(self.inherent_features),
+            values=torch.cat([ids[feature] for feature in self.inherent_features]),
+            weights=weight_I.repeat(len(self.inherent_features)),
+            lengths=lengths.repeat(len(self.inherent_features)),
+        )
+        pooling = ShardedWeightedPooling(self.inherent[name])
+        return _side_by_side(pooling, features, self.inherent_features)[:count]
 
     def cross_rows(self, device: torch.device) -> AllCrossRows:
         """All rows of all cross tables, looked up with the ids on ``device``."""

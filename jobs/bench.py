@@ -2,7 +2,13 @@
 
 import typer
 
+from jobs.bench_plan import bench_plan
 from jobs.bench_reader import bench_reader
+from jobs.bench_search import bench_search
+from jobs.bench_shard_search import bench_shard_search
 
 bench = typer.Typer(help="Measure parts of the pipeline against plain references.", no_args_is_help=True)
 bench.command("reader")(bench_reader)
+bench.command("search")(bench_search)
+bench.command("shard-search")(bench_shard_search)
+bench.command("plan")(bench_plan)

@@ -9,6 +9,7 @@ from jobs.bench import bench
 from jobs.compare import compare
 from jobs.evaluate import evaluate
 from jobs.inspect import inspect
+from jobs.plan import plan
 from jobs.prepare import prepare
 from jobs.score import score
 from jobs.stream import stream
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (prepare, synth, inspect, stream, train, evaluate, score, compare):
+for command in (prepare, synth, inspect, stream, plan, train, evaluate, score, compare):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

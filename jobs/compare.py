@@ -24,7 +24,8 @@ def compare(
     table = Table("run", "model", *(name.replace("_", " ") for name in METRICS), *keys)
     for row in rows:
         settings = ["" if row["settings"][key] is None else str(row["settings"][key]) for key in keys]
-        table.add_row(Path(row["run"]).name, row["model"], *(f"{row[name]:.4f}" for name in METRICS), *settings)
+        metrics = ["" if row[name] is None else f"{row[name]:.4f}" for name in METRICS]
+        table.add_row(Path(row["run"]).name, row["model"], *metrics, *settings)
     # Where nobody looks, lines are as long as they need to be.
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
     if json:

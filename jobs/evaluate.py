@@ -15,19 +15,18 @@ def evaluate(
 ) -> None:
     """Compute AUC, GAUC, log loss and the like of a run's checkpoint."""
     import json as json_format
-    from dataclasses import asdict
 
     import torch
 
     from jobs.ranks import first_rank, on_all_ranks
-    from pipeline.evaluate import evaluate_run
+    from pipeline.evaluate import as_document, evaluate_run
 
     def work(device: torch.device) -> None:
         evaluation = evaluate_run(run, split, checkpoint, data, device)
         if first_rank():
-            for name, value in asdict(evaluation).items():
+            for name, value in vars(evaluation).items():
                 print(f"{name:20} {value:,}" if isinstance(value, int) else f"{name:20} {value:.5f}")
             if json:
-                print(json_format.dumps(asdict(evaluation)))
+                print(json_format.dumps(as_document(evaluation)))
 
     on_all_ranks(work)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from embeddings.process_group import leave, process_group
+from jobs.versions import fbgemm_has_cuda
 
 LINGER_S = 5.0
 """The failing rank that keeps the store waits so long for others that fail for the same reason."""
@@ -46,7 +47,7 @@ def first_rank() -> bool:
 
 
 def _device() -> torch.device:
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or not fbgemm_has_cuda():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)

@@ -13,6 +13,9 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. model.name=twin.")
     ] = None,
     config: Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Sharding plan that `dare plan --save` wrote, for this number of processes.")
+    ] = None,
 ) -> None:
     """Train a model, validate it on the way, and test its best checkpoint."""
     from schemas.settings import load_settings
@@ -20,7 +23,18 @@ def train(
 
     settings = load_settings(TrainSettings, config or [], overrides or [])
 
-    from jobs.ranks import on_all_ranks
+    import torch
+
+    from jobs.ranks import first_rank, on_all_ranks
     from pipeline.train.run import train as train_run
 
-    on_all_ranks(lambda device: train_run(settings, data, run, device))
+    def work(device: torch.device) -> None:
+        test = train_run(settings, data, run, device, plan)
+        if first_rank() and test is not None:
+            metrics = [
+                f"{shown} {'not defined' if test[name] is None else format(test[name], '.4f')}"
+                for name, shown in (("auc", "AUC"), ("gauc", "GAUC"), ("log_loss", "log loss"))
+            ]
+            print(f"{run}: test of the best checkpoint, of step {test['checkpoint_step']}: {', '.join(metrics)}")
+
+    on_all_ranks(work)

@@ -28,6 +28,11 @@ def check_versions() -> None:
         )
 
 
+def fbgemm_has_cuda() -> bool:
+    """Whether the CUDA build of fbgemm-gpu is installed; with the other one, a GPU is of no use."""
+    return _version("fbgemm-gpu") is not None
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -5,7 +5,9 @@ T = targets of a batch.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +46,11 @@ def evaluate(model: nn.Module, stream: HistoryStream, device: torch.device) -> M
     for batch, logit_T in predictions(model, stream, device):
         metrics.add(batch.user_id_U[batch.user_T], batch.label_T, logit_T)
     return metrics
+
+
+def as_document(evaluation: Evaluation) -> dict[str, Any]:
+    """By name, as JSON knows it: None where a metric is not defined."""
+    return {name: None if value != value else value for name, value in asdict(evaluation).items()}
 
 
 def choose_checkpoint(run: RunFolder, which: str) -> Checkpoint:

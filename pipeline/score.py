@@ -17,7 +17,7 @@ from torch import Tensor
 
 from embeddings.batch import Batch
 from pipeline.evaluate import opened_run, predictions
-from pipeline.ingest.output import output_folder
+from pipeline.output import output_folder
 
 COMPRESSION = "zstd"
 

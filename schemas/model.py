@@ -19,6 +19,8 @@ TableOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "rowwise_a
 
 Precision = Literal["fp32", "fp16"]
 
+Memory = Literal["device", "host"]
+
 Dim = Annotated[int, Field(ge=4, multiple_of=4)]
 """FBGEMM's kernels need a multiple of 4."""
 
@@ -31,6 +33,8 @@ class Table(Settings):
     dim: Dim = 16
     precision: Precision = "fp32"
     """fp16 needs CUDA."""
+    memory: Memory = "device"
+    """Where the rows are; host: a fifth of them is cached on the device, and it needs CUDA."""
     optimizer: TableOptimizer = "rowwise_adagrad"
     """adam and rowwise_adam need CUDA."""
     learning_rate: PositiveFloat = 0.2
@@ -43,6 +47,7 @@ class TableChange(Settings):
 
     dim: Dim | None = None
     precision: Precision | None = None
+    memory: Memory | None = None
     optimizer: TableOptimizer | None = None
     learning_rate: PositiveFloat | None = None
     epsilon: PositiveFloat | None = None
@@ -76,6 +81,9 @@ class ModelSettings(Settings):
     Each sequence has its own attention and pooling, and the prediction sees all of them. Their lengths N are the
     stream's.
     """
+    search: Literal["shard", "home"] = "shard"
+    """Where behaviours are scored and pooled. ``shard``: where the rows are; ids travel there, the K best come back.
+    ``home``: where the sample is; the rows of all behaviours travel there, as ``auxiliary_loss`` needs them."""
     hidden: tuple[PositiveInt, ...] = Field((200, 80), min_length=1)
     """Widths of the prediction's hidden layers."""
     auxiliary_loss: bool = False
@@ -91,4 +99,12 @@ class ModelSettings(Settings):
             for feature in getattr(self, concern).features:
                 if feature not in self.features:
                     raise ValueError(f"{concern}.features.{feature}: features does not name {feature}")
+        return self
+
+    @model_validator(mode="after")
+    def _auxiliary_loss_needs_all_rows_at_home(self) -> Self:
+        if self.auxiliary_loss and self.search == "shard":
+            raise ValueError(
+                "auxiliary_loss needs the rows of all behaviours: set search=home (or auxiliary_loss=false)"
+            )
         return self

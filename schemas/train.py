@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from schemas.model import ModelSettings
 from schemas.settings import Settings
@@ -50,13 +50,15 @@ class TrainSettings(Settings):
     dense: DenseSettings = DenseSettings()
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
-    log_every: PositiveInt = Field(20)
-    """Steps between two points of the curves in TensorBoard."""
+    log_every: PositiveInt = 20
+    """Steps between two points of the curves in TensorBoard.
+
+    The gradients of these steps are measured, which changes the order of sums: a run's last bits depend on it.
+    """
 
 
 MAY_CHANGE = (
     "epochs",
-    "log_every",
     "validation.every",
     "checkpoint.every",
     "checkpoint.keep",

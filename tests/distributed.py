@@ -17,7 +17,18 @@ import torch
 
 from embeddings.process_group import leave, process_group
 
-PRELOADED = ["torch", "torchrec", "embeddings.models", "embeddings.sharding", "pipeline.train.run", "jobs.ranks", "tests.distributed"]
+PRELOADED = [
+    "torch",
+    "torchrec",
+    "embeddings.models",
+    "embeddings.sharding",
+    "pipeline.train.run",
+    "pipeline.train.tensorboard",
+    "torch._dynamo",
+    "numba",
+    "jobs.ranks",
+    "tests.distributed",
+]
 
 
 def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:

@@ -143,3 +143,24 @@ def _rank(
     if sabotage:
         sabotage(rank, *arguments)
     on_all_ranks(lambda device: train(settings, data, folder, device))
+
+
+def run_dare(folder: Path, *arguments: object) -> tuple[int | None, str, str]:
+    """`dare` in a process of its own, with files in ``folder``: exit code, standard output, standard error."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    files = folder / "stdout", folder / "stderr"
+    process = context.Process(target=_dare, args=([str(argument) for argument in arguments], *files))
+    process.start()
+    process.join(100)
+    process.kill()
+    return process.exitcode, files[0].read_text(), files[1].read_text()
+
+
+def _dare(arguments: list[str], output: Path, errors: Path) -> None:
+    from jobs.cli import main
+
+    torch.set_num_threads(1)
+    sys.argv = ["dare", *arguments]
+    sys.stdout, sys.stderr = output.open("w", buffering=1), errors.open("w", buffering=1)
+    main()

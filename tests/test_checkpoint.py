@@ -14,7 +14,14 @@ import torch.distributed as dist
 from embeddings.initialization import initialize
 from embeddings.process_group import process_group
 from embeddings.sizes import DataSizes
-from pipeline.checkpoint.folder import best_checkpoint, checkpoints_in, last_checkpoint, prune, remove_leftovers
+from pipeline.checkpoint.folder import (
+    best_checkpoint,
+    checkpoints_in,
+    final_path,
+    last_checkpoint,
+    prune,
+    remove_leftovers,
+)
 from pipeline.checkpoint.loading import load
 from pipeline.checkpoint.writer import CheckpointWriter
 from pipeline.evaluate import load_model
@@ -57,6 +64,9 @@ class Losses:
 
     def step(self, step: int, agreed: Any) -> None:
         self.losses.append(agreed.loss)
+
+    def point(self, *arguments: Any) -> None:
+        pass
 
     def flush(self) -> None:
         pass
@@ -108,27 +118,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def all_of_it(data: Path, folder: Path, checkpoint: Path) -> tuple[list[float], torch.Tensor, list[float]]:
+    """Losses of an epoch; from ``checkpoint``, predictions and the losses of another epoch."""
+    settings = small_settings("epochs=1", "checkpoint.every=6")
+    losses = train_and_save(settings, data, folder)
+    longer = small_settings("epochs=2", "checkpoint.every=6")
+    return losses, predict(settings, data, checkpoint), next_losses(longer, data, checkpoint)
+
+
 def test_ranks_change_nothing_and_can_change(data: Path, tmp_path: Path) -> None:
     """The same losses on 1, 2 and 4 ranks; a checkpoint of 2 ranks predicts and trains the same on 1 and 4."""
-    settings = small_settings("epochs=1", "checkpoint.every=6")
-    longer = small_settings("epochs=2", "checkpoint.every=6")
+    checkpoint = final_path(tmp_path / "2", 6)
+    losses, logit_T, further = run_ranks(2, all_of_it, data, tmp_path / "2", checkpoint)[0]
+    assert len(losses) == len(further) == 6
     with process_group(CPU):
-        expected = train_and_save(settings, data, tmp_path / "1")
-    on_two = run_ranks(2, train_and_save, settings, data, tmp_path / "2")
-    on_four = run_ranks(4, train_and_save, settings, data, tmp_path / "4")
-    for losses in (*on_two, *on_four):
-        assert losses == pytest.approx(expected, rel=1e-5)
-    checkpoint = last_checkpoint(tmp_path / "2")
-    assert checkpoint is not None
-    assert checkpoint.step == 6
-    reference = run_ranks(2, predict, settings, data, checkpoint.path)[0]
-    further = run_ranks(2, next_losses, longer, data, checkpoint.path)[0]
-    assert len(further) == 6
-    with process_group(CPU):
-        torch.testing.assert_close(predict(settings, data, checkpoint.path), reference, rtol=1e-6, atol=1e-6)
-        assert next_losses(longer, data, checkpoint.path) == pytest.approx(further, rel=1e-5)
-    torch.testing.assert_close(run_ranks(4, predict, settings, data, checkpoint.path)[0], reference, rtol=1e-6, atol=1e-6)
-    assert run_ranks(4, next_losses, longer, data, checkpoint.path)[3] == pytest.approx(further, rel=1e-5)
+        outcomes = [all_of_it(data, tmp_path / "1", checkpoint)]
+    outcomes += run_ranks(4, all_of_it, data, tmp_path / "4", checkpoint)
+    torch.testing.assert_close(outcomes[0][1], logit_T, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(outcomes[1][1], logit_T, rtol=1e-6, atol=1e-6)
+    for outcome in outcomes:
+        assert outcome[0] == pytest.approx(losses, rel=1e-5)
+        assert outcome[2] == pytest.approx(further, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +241,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_full_disk(data: Path, tmp_path: Path, small_disk: Path, ranks: int) -> None:
     settings = small_settings("epochs=20", "checkpoint.every=2", "checkpoint.keep=100")
     run = Run(ranks, settings, data, small_disk / "run")
-    run._errors = run._errors
     assert set(run.wait(60)) == {1}
     whole = checkpoints_in(small_disk / "run" / "checkpoints")
     assert len(whole) > 1

@@ -116,7 +116,7 @@ def test_a_killed_run_leaves_nothing_that_reads_as_whole(tmp_path: Path) -> None
 
 def test_two_runs_do_not_write_the_same_folder(tmp_path: Path) -> None:
     write(tmp_path / "all.csv", make_events(5))
-    from pipeline.ingest.output import output_folder
+    from pipeline.output import output_folder
 
     with (
         output_folder(tmp_path / "out", overwrite=False),

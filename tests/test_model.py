@@ -46,6 +46,7 @@ CASES = {
     ),
     "dare-auxiliary": ModelSettings(
         auxiliary_loss=True,
+        search="home",
         features=ALL,
         retrieved={"history": 4},
         attention=TableSet(**SGD),
@@ -54,6 +55,7 @@ CASES = {
     "twin-auxiliary-sequences": ModelSettings(
         name="twin",
         auxiliary_loss=True,
+        search="home",
         retrieved={"ads": 3, "content": 5},
         attention=TableSet(**SGD),
         representation=TableSet(**SGD),

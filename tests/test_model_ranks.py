@@ -26,7 +26,7 @@ SETTINGS = {
         attention=TableSet(dim=8, optimizer="sgd", learning_rate=1.0),
         representation=TableSet(optimizer="sgd", learning_rate=1.0),
     ),
-    "twin": ModelSettings(name="twin", retrieved={"ads": 4, "content": 6}, auxiliary_loss=True),
+    "twin": ModelSettings(name="twin", retrieved={"ads": 4, "content": 6}, auxiliary_loss=True, search="home"),
 }
 DENSE = {"dare": partial(torch.optim.SGD, lr=0.1), "twin": partial(torch.optim.Adam, lr=0.01)}
 TOLERANCE = {"dare": 1e-6, "twin": 2e-3}

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.checkpoint.folder import checkpoints_in
 from pipeline.train.step_log import StepLog, read_step_log
+from schemas.shards import Split
 from tests.datasets import random_users, write_dataset
 from tests.runs import Run, small_settings
 
@@ -20,7 +21,7 @@ from tests.runs import Run, small_settings
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train") / "data"
-    write_dataset(folder, random_users(300))
+    write_dataset(folder, random_users(150, splits=(*[Split.TRAIN] * 5, Split.VALIDATION, Split.TEST)))
     return folder
 
 
@@ -46,6 +47,19 @@ def kill_in_the_middle_of_a_write(rank: int, of: int, at: int) -> None:
         return found
 
     FileSystemWriter.write_data = die
+
+
+def slow_steps(rank: int, stop_at: int | None = None) -> None:
+    """Steps take a tenth of a second more; after step ``stop_at`` it is as if SIGTERM had come."""
+    from pipeline.train import trainer
+
+    agree = trainer.agree
+
+    def slowly(step: int, output: Any, gradient_norm: Any, stop: bool) -> Any:
+        time.sleep(0.1)
+        return agree(step, output, gradient_norm, stop or step == stop_at)
+
+    trainer.agree = slowly
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -116,7 +130,9 @@ def test_tensorboard_has_each_point_once(data: Path, tmp_path: Path) -> None:
     last = Run(1, small_settings(), data, tmp_path / "run").finish()
     events = EventAccumulator(str(last.folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     tags = events.Tags()
-    assert {"loss/train", "learning_rate/dense", "speed/samples_per_s", "speed/waiting_for_data"} <= set(tags["scalars"])
+    assert {"loss/train", "learning_rate/dense", "speed/samples_per_s", "speed/waiting_for_data"} <= set(
+        tags["scalars"]
+    )
     assert {"gradient_norm/attention", "gradient_norm/representation", "memory/resident_gib"} <= set(tags["scalars"])
     assert {"validation/auc", "validation/gauc", "validation/log_loss"} <= set(tags["scalars"])
     assert {"validation_logits/positive", "validation_logits/negative"} <= set(tags["histograms"])
@@ -130,7 +146,7 @@ def test_tensorboard_has_each_point_once(data: Path, tmp_path: Path) -> None:
 
 
 def test_sigterm_on_any_rank_saves_and_ends_well(data: Path, tmp_path: Path, undisturbed: dict[int, Run]) -> None:
-    run = Run(2, small_settings("checkpoint.every=1000", "validation.every=9"), data, tmp_path / "run")
+    run = Run(2, small_settings("checkpoint.every=1000"), data, tmp_path / "run", slow_steps)
     run.wait_for_step(5)
     run.terminate(1)
     run.finish(30)
@@ -142,14 +158,16 @@ def test_sigterm_on_any_rank_saves_and_ends_well(data: Path, tmp_path: Path, und
     assert last.logs() == undisturbed[2].logs()
 
 
-def test_a_dead_rank_stops_the_others(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_rank_stops_the_others(rank: int, data: Path, tmp_path: Path) -> None:
     run = Run(2, small_settings("epochs=50"), data, tmp_path / "run")
     run.wait_for_step(10)
-    run.kill(1)
+    run.kill(rank)
     began = time.monotonic()
-    assert run.wait(60) == [1, -signal.SIGKILL]
+    codes = run.wait(60)
     assert time.monotonic() - began < 30
-    assert "rank 0 of 2 has lost another one" in run.complaint()
+    assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1)
+    assert f"rank {1 - rank} of 2 has lost another one" in run.complaint()
     assert checkpoints_in(run.folder / "checkpoints")
 
 
@@ -166,9 +184,7 @@ def test_a_run_can_change_its_ranks_at_an_epoch(data: Path, tmp_path: Path) -> N
     last = Run(1, small_settings("epochs=2"), data, tmp_path / "run").finish()
     steps = [line["step"] for line in read_step_log(last.folder / "losses.jsonl")]
     assert steps == list(range(1, len(steps) + 1))
-    other = Run(1, small_settings("epochs=3"), data, tmp_path / "run")
-    other.wait_for_step(len(steps) + 5)
-    other.kill()
+    Run(1, small_settings("epochs=3"), data, tmp_path / "run", slow_steps, (len(steps) + 2,)).finish()
     refused = Run(2, small_settings("epochs=3"), data, tmp_path / "run")
     assert refused.wait(60) == [1, 1]
     assert "cannot go on within an epoch" in refused.complaint()
@@ -187,7 +203,9 @@ def test_refusals(data: Path, tmp_path: Path) -> None:
     write_dataset(other, random_users(50, seed=1))
     assert "begun with another data set" in complaint(small_settings("epochs=1"), other)
     assert "not a data set" in complaint(small_settings(), tmp_path / "nowhere", tmp_path / "new", ranks=2)
-    assert not (tmp_path / "new" / "settings.yaml").exists()
+    assert not (tmp_path / "new").exists()
+    write_dataset(tmp_path / "no-test", random_users(50, splits=(Split.TRAIN, Split.VALIDATION)))
+    assert "no targets to stream in split test" in complaint(small_settings(), tmp_path / "no-test", tmp_path / "new")
     assert "not the folder of a run" in complaint(small_settings(), folder=tmp_path / "other")
     assert "model.name: must be one of" in complaint(small_settings("model.name=tree"), folder=tmp_path / "new")
     assert "optimizer adam needs CUDA" in complaint(
@@ -221,4 +239,3 @@ def test_step_log(tmp_path: Path) -> None:
     assert read_step_log(path)[-1] == {"step": 3, "loss": 0.1 * 3}
     StepLog(path, 0).close()
     assert path.read_text() == ""
-

@@ -1,16 +1,18 @@
 """Search at home: the attention rows of all behaviours come to the rank that owns the sample, and it keeps the K best.
 
-M = behaviours of all users, T = targets, W = sum of window lengths, R = rows of a small table.
+M = behaviours of all users, T = targets, W = (target, behaviour) pairs.
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from embeddings.batch import Batch, History
+from embeddings.batch import Batch
 from embeddings.cross_features import behavior_row, target_row
 from embeddings.scoring import ScaledDotProduct
+from embeddings.search.pairs import Pairs, cross_score
 from embeddings.search.selection import Selection
 from embeddings.search.top_k import top_k
 from embeddings.tables import AllCrossRows, Tables
@@ -62,35 +64,21 @@ def search_at_home(
         target_TD = rows(target_set, [batch.item_T], [batch.category_T])
 
     query_TD = scoring.inherent_query(target_TD)
+    target_T = torch.arange(len(batch), device=query_TD.device)
     found = {}
     parts = behavior_MD.split([len(item_M) for item_M in items])
     for (sequence, k), history, rows_MD in zip(retrieved.items(), histories, parts, strict=True):
         ids_M = torch.arange(len(rows_MD), device=rows_MD.device)
-        additive_W = cross_score(batch, history, scoring, cross[target_set][sequence], cross[history_set][sequence])
+        pairs = Pairs(history.start_T, history.end_T, len(rows_MD))
+        behavior_W, target_W = pairs.of_behaviors(ids_M), pairs.of_targets(target_T)
+        additive_W = cross_score(
+            pairs,
+            scoring,
+            partial(behavior_row, batch=batch, history=history, behavior_X=behavior_W, target_X=target_W),
+            partial(target_row, batch=batch),
+            cross[target_set][sequence],
+            cross[history_set][sequence],
+        )
         _, behavior_TK = top_k(rows_MD, ids_M, history.start_T, history.end_T, query_TD, additive_W, k)
         found[sequence] = Selection(behavior_TK.clamp(min=0), behavior_TK >= 0)
     return found
-
-
-@torch.no_grad()
-def cross_score(
-    batch: Batch,
-    history: History,
-    scoring: ScaledDotProduct,
-    target_cross: Mapping[Feature, Tensor],
-    history_cross: Mapping[Feature, Tensor],
-) -> Tensor:
-    """The cross features' part of each (target, behaviour) pair's score, float32 (W,), window after window."""
-    length_T = history.end_T - history.start_T
-    target_W = torch.arange(len(length_T), device=length_T.device).repeat_interleave(length_T)
-    first_T = length_T.cumsum(0) - length_T
-    behavior_W = torch.arange(len(target_W), device=length_T.device) + (history.start_T - first_T)[target_W]
-    score_W = torch.zeros(len(target_W), device=length_T.device)
-    for feature, rows_Rd in history_cross.items():
-        row_W = behavior_row(feature, batch, history, behavior_W, target_W)
-        of_target_T = target_row(feature, batch)
-        if of_target_T is None:
-            score_W += scoring.cross_scores(target_cross[feature][:1], rows_Rd)[0][row_W]
-        else:
-            score_W += scoring.cross_scores(target_cross[feature], rows_Rd)[of_target_T[target_W], row_W]
-    return score_W

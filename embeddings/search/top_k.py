@@ -1,139 +1,117 @@
-"""The K best-scored behaviours of each target's window, in plain torch.
+"""The K best-scored behaviours of each target's window, as an operator of torch: `torch.ops.dare.top_k`.
 
-R = rows of the table, D = dim, M = ids of all users, T = targets, W = sum of window lengths, N = longest window,
-K = kept, G = groups of overlapping windows, S = longest span of a group, Q = most targets of a group,
-C = targets of one pass.
+R = rows of the table, D = dim, M = ids of all users, T = targets, W = sum of window lengths, K = kept.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 << 20
-"""Scores and gathered rows of one pass stay below this, unless a single user's do not."""
+from embeddings.search.arguments import check_kinds, check_values
+from embeddings.search.reference import top_k_reference
 
 
-class _Span(NamedTuple):
-    """Groups of targets whose windows overlap, padded to the longest and the largest of them."""
+class TopKImplementation(StrEnum):
+    """Who computes it; all agree, but for rounding."""
 
-    begin_G: Tensor
-    size_G: Tensor
-    S: int
-    Q: int
-
-
-_NOTHING = torch.iinfo(torch.int64).min
+    REFERENCE = "reference"
+    """Plain torch, on any device."""
+    CPU = "cpu"
+    """Compiled by Numba."""
+    CUDA = "cuda"
+    """Compiled by Triton."""
 
 
 def top_k(
-    rows_RD: Tensor, ids_M: Tensor, start_T: Tensor, end_T: Tensor, query_TD: Tensor, additive_W: Tensor, k: int
+    rows_RD: Tensor,
+    ids_M: Tensor,
+    start_T: Tensor,
+    end_T: Tensor,
+    query_TD: Tensor,
+    additive_W: Tensor,
+    k: int,
+    *,
+    scale_R: Tensor | None = None,
+    implementation: TopKImplementation | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score ``<rows_RD[ids_M[m]], query_TD[t]> + additive`` for each m of target t's window, keep the k best.
 
     No gradient. Deterministic: of equal scores the earlier behaviour wins. Padding never wins, not even over -inf.
-    Targets whose windows overlap share one gather of the rows.
+    A score that is NaN beats all others, as in `torch.topk`, so that a broken row shows instead of being passed over.
+    Products and sums are in float32. Targets whose windows overlap share the reading of rows.
 
     Args:
-        rows_RD: floating, the attention table's rows.
-        ids_M: integer, the row of each behaviour; windows count in it.
+        rows_RD: float32, float16, bfloat16 or int8, the attention table's rows.
+        ids_M: int32 or int64, the row of each behaviour; windows count in it.
         start_T: int64, start of each target's window.
         end_T: int64, its end; windows may be empty, and may overlap.
         query_TD: floating, the targets' rows, already divided by the root of the dim.
         additive_W: float32, a score for each (target, behaviour) pair, windows one after the other.
         k: K, at least 1.
+        scale_R: float32, what int8 rows are multiplied by; for them alone.
+        implementation: by default the one for the rows' device.
 
     Returns:
         score_TK: float32, descending; -inf where the window has fewer than K.
         behavior_TK: int64, counted in M; -1 there.
 
     Raises:
-        ValueError: k below 1, or windows outside of the ids.
+        ValueError: k below 1, shapes, types or devices that do not fit, ids that are not rows of the table, windows
+            outside of the ids, an implementation for another device.
     """
-    _check(ids_M, start_T, end_T, k)
-    targets, device = len(start_T), query_TD.device
-    score_TK = torch.full((targets, k), -torch.inf, device=device)
-    behavior_TK = torch.full((targets, k), -1, dtype=torch.int64, device=device)
-    length_T = end_T - start_T
-    first_T = length_T.cumsum(0) - length_T
-    with torch.no_grad():
-        for target_C, span in _chunks(start_T, end_T, rows_RD.shape[1]):
-            score_CN = _scores(rows_RD, ids_M, start_T[target_C], end_T[target_C], query_TD[target_C], span)
-            column_N = torch.arange(score_CN.shape[1], device=device)
-            valid_CN = column_N < length_T[target_C, None]
-            pair_CN = torch.where(valid_CN, first_T[target_C, None] + column_N, 0)
-            score_CN = score_CN + additive_W[pair_CN]
-            kept = min(k, score_CN.shape[1])
-            key_CK = torch.where(valid_CN, _ordered(score_CN, column_N), _NOTHING).topk(kept, sorted=True).values
-            found_CK = key_CK != _NOTHING
-            column_CK = torch.where(found_CK, 0xFFFFFFFF - (key_CK & 0xFFFFFFFF), 0)
-            score_TK[target_C, :kept] = torch.where(found_CK, score_CN.gather(1, column_CK), -torch.inf)
-            behavior_TK[target_C, :kept] = torch.where(found_CK, start_T[target_C, None] + column_CK, -1)
+    if implementation is None:
+        on = rows_RD.device.type
+        implementation = TopKImplementation(on) if on in ("cpu", "cuda") else TopKImplementation.REFERENCE
+    score_TK, behavior_TK = _top_k(
+        rows_RD.detach(), ids_M, start_T, end_T, query_TD.detach(), additive_W.detach(), k, scale_R, implementation
+    )
     return score_TK, behavior_TK
 
 
-def _check(ids_M: Tensor, start_T: Tensor, end_T: Tensor, k: int) -> None:
-    if k < 1:
-        raise ValueError(f"k: at least 1 (not {k})")
-    if len(start_T) and bool(((start_T < 0) | (end_T < start_T) | (end_T > len(ids_M))).any()):
-        raise ValueError(f"windows: must lie within the {len(ids_M)} behaviours, and end no earlier than they start")
+@torch.library.custom_op("dare::top_k", mutates_args=())
+def _top_k(
+    rows_RD: Tensor,
+    ids_M: Tensor,
+    start_T: Tensor,
+    end_T: Tensor,
+    query_TD: Tensor,
+    additive_W: Tensor,
+    k: int,
+    scale_R: Tensor | None,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    check_kinds(rows_RD, ids_M, start_T, end_T, query_TD, additive_W, k, scale_R)
+    longest = check_values(rows_RD, ids_M, start_T, end_T, additive_W)
+    arguments = (rows_RD, ids_M, start_T, end_T, query_TD, additive_W, k, scale_R)
+    # Compilers are loaded only by those who need them.
+    if implementation == TopKImplementation.CPU:
+        if rows_RD.device.type != "cpu":
+            raise ValueError(f"implementation: cpu, but the rows are on {rows_RD.device}")
+        from embeddings.search.cpu import top_k_cpu
+
+        return top_k_cpu(*arguments)
+    if implementation == TopKImplementation.CUDA:
+        from embeddings.search.cuda import top_k_cuda
+
+        return top_k_cuda(*arguments, longest)
+    return top_k_reference(*arguments)
 
 
-def _ordered(score_CN: Tensor, column_N: Tensor) -> Tensor:
-    """int64 keys that sort as (score, earlier column first): the float's bits made monotonic, above the column."""
-    bits_CN = (score_CN + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
-    monotonic_CN = torch.where(bits_CN < 0, bits_CN ^ 0x7FFFFFFF, bits_CN).to(torch.int64)
-    return (monotonic_CN << 32) | (0xFFFFFFFF - column_N)
-
-
-def _chunks(start_T: Tensor, end_T: Tensor, dim: int) -> Iterator[tuple[Tensor, _Span]]:
-    """The targets in portions of bounded memory: their indices, and the groups that they are in."""
-    if not len(start_T):
-        return
-    order_T = torch.argsort(start_T, stable=True)
-    start, reach = start_T[order_T], end_T[order_T].cummax(0).values
-    new = torch.ones_like(start, dtype=torch.bool)
-    new[1:] = start[1:] >= reach[:-1]
-    group_T = new.cumsum(0) - 1
-    size_G = torch.bincount(group_T)
-    last_G = size_G.cumsum(0)
-    begin_G = start[last_G - size_G]
-    span_G = reach[last_G - 1] - begin_G
-    # Groups of like span together, so that padding to the longest wastes little.
-    by_span_G = torch.argsort(span_G, stable=True)
-    order_T = order_T[torch.argsort(torch.argsort(by_span_G)[group_T], stable=True)]
-    begin_G, size_G, spans, sizes = (
-        begin_G[by_span_G],
-        size_G[by_span_G],
-        span_G[by_span_G].tolist(),
-        size_G[by_span_G].tolist(),
+@_top_k.register_fake
+def _(
+    rows_RD: Tensor,
+    ids_M: Tensor,
+    start_T: Tensor,
+    end_T: Tensor,
+    query_TD: Tensor,
+    additive_W: Tensor,
+    k: int,
+    scale_R: Tensor | None,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    check_kinds(rows_RD, ids_M, start_T, end_T, query_TD, additive_W, k, scale_R)
+    return (
+        rows_RD.new_empty(len(start_T), k, dtype=torch.float32),
+        rows_RD.new_empty(len(start_T), k, dtype=torch.int64),
     )
-    group, target = 0, 0
-    while group < len(spans):
-        S, Q, stop = 0, 0, group
-        while stop < len(spans):
-            wider, more = max(S, spans[stop]), max(Q, sizes[stop])
-            if stop > group and (stop - group + 1) * (wider * dim * 4 + more * wider * 24) > CHUNK_BYTES:
-                break
-            S, Q, stop = wider, more, stop + 1
-        targets = sum(sizes[group:stop])
-        yield order_T[target : target + targets], _Span(begin_G[group:stop], size_G[group:stop], S, Q)
-        group, target = stop, target + targets
-
-
-def _scores(rows_RD: Tensor, ids_M: Tensor, start_C: Tensor, end_C: Tensor, query_CD: Tensor, span: _Span) -> Tensor:
-    """Dot products of each target with the rows of its window, (C, N); arbitrary behind the window's end."""
-    begin_G, size_G, S, Q = span
-    longest = int((end_C - start_C).max())
-    if longest == 0:
-        return query_CD.new_zeros(len(start_C), 0, dtype=torch.float32)
-    index_GS = (begin_G[:, None] + torch.arange(S, device=begin_G.device)).clamp(max=len(ids_M) - 1)
-    rows_GSD = rows_RD.index_select(0, ids_M[index_GS.flatten()]).float().view(len(begin_G), S, -1)
-    group_C = torch.arange(len(begin_G), device=begin_G.device).repeat_interleave(size_G)
-    slot_C = torch.arange(len(group_C), device=group_C.device) - (size_G.cumsum(0) - size_G)[group_C]
-    query_GQD = query_CD.new_zeros(len(begin_G), Q, rows_RD.shape[1], dtype=torch.float32)
-    query_GQD[group_C, slot_C] = query_CD.float()
-    score_GQS = torch.bmm(query_GQD, rows_GSD.transpose(1, 2))
-    column_CN = (start_C - begin_G[group_C])[:, None] + torch.arange(longest, device=begin_G.device)
-    return score_GQS[group_C, slot_C].gather(1, column_CN.clamp(max=S - 1))

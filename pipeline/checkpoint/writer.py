@@ -46,7 +46,7 @@ class CheckpointWriter:
         """Begin to save ``state``; waits for the previous one first.
 
         Args:
-            state: nested dictionaries of tensors, sharded tensors and plain values.
+            state: nested dictionaries, lists and tuples of tensors, sharded tensors and plain values.
             step: names the checkpoint.
             score: see `Checkpoint.score`.
 
@@ -80,6 +80,8 @@ class CheckpointWriter:
     def _copy(self, value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: self._copy(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._copy(part) for part in value)
         if isinstance(value, ShardedTensor):
             on_cpu = all(shard.tensor.device.type == "cpu" for shard in value.local_shards())
             return value.clone() if on_cpu else value.cpu(process_group=self._group)

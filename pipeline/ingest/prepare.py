@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 from pipeline.ingest import definition
 from pipeline.ingest.catalog import BYTES_PER_ITEM, Catalog, build_catalog
 from pipeline.ingest.engine import Engine
-from pipeline.ingest.output import output_folder
 from pipeline.ingest.progress import stage
 from pipeline.ingest.shards import ShardBuilder, Written
 from pipeline.ingest.sources import Files, feature_files, log_files
+from pipeline.output import output_folder
 from schemas.manifest import ROW_GROUP_INDEX, Counts, File, Manifest, Shard, Source, Targets, fingerprint, sha256
 from schemas.prepare import ImpressionSplit, PrepareSettings
 from schemas.shards import ROW_GROUPS, SCHEMA_VERSION, SPLITS, history_schema

@@ -1,6 +1,5 @@
 """What the ranks agree on after each step: the loss, whether to go on, and whose numbers are wrong."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -47,7 +46,7 @@ def agree(step: int, output: StepOutput, gradient_norm: Tensor, stop: bool) -> A
 
 def _raise(step: int, output: StepOutput, sound: bool) -> None:
     origins: list[str | None] = [None] * dist.get_world_size()
-    lost = None if sound else f"{output.origin} (loss {output.loss.item() if math.isfinite(output.loss) else 'nan'})"
+    lost = None if sound else f"{output.origin} (loss {output.loss.item():g})"
     dist.all_gather_object(origins, lost)
     found = [origin for origin in origins if origin]
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""

@@ -46,9 +46,10 @@ class Progress:
             )
             self._told, self._samples_told = now, self._samples
 
-    def validated(self, auc: float, better: bool) -> None:
-        """A validation is done; ``better``: than ever before."""
+    def validated(self, auc: float, better: bool, seconds: float) -> None:
+        """A validation is done, which took so long; ``better``: than ever before."""
         self._validation = f", validation AUC {auc:.4f}"
+        self._began, self._told = self._began + seconds, self._told + seconds  # the speed is that of training
         if self._plain:
             self._say(f"step {self._step}/{self._steps}{self._validation}{', the best so far' if better else ''}")
 

@@ -1,11 +1,11 @@
 """Everything that a run writes about itself while it goes: progress, TensorBoard, losses, validations."""
 
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import Self
 
 import torch.distributed as dist
 
+from pipeline.evaluate import as_document
 from pipeline.metrics.distribution import ScoreDistribution
 from pipeline.metrics.evaluation import Evaluation
 from pipeline.run_folder import RunFolder
@@ -55,9 +55,9 @@ class Report:
         self, step: int, evaluation: Evaluation, scores: ScoreDistribution, seconds: float, better: bool
     ) -> None:
         """A validation is done."""
-        self._progress.validated(evaluation.auc, better)
+        self._progress.validated(evaluation.auc, better, seconds)
         if self._speaks:
-            self._validations.add(step, **asdict(evaluation))
+            self._validations.add(step, **as_document(evaluation))
             self._board.validation(step, evaluation, scores, seconds)
 
     def flush(self) -> None:

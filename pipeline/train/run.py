@@ -3,7 +3,6 @@
 import json
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,25 @@ import torch.distributed as dist
 from torchrec.distributed import DistributedModelParallel
 
 from embeddings.initialization import initialize
+from embeddings.plan.plan_file import plan_text, read_plan
 from pipeline.checkpoint.folder import Checkpoint, last_checkpoint
 from pipeline.checkpoint.writer import CheckpointWriter
-from pipeline.evaluate import choose_checkpoint, evaluate, load_model
+from pipeline.evaluate import as_document, choose_checkpoint, evaluate, load_model
 from pipeline.run_folder import RunFolder, read_json, settings_text, write_whole
 from pipeline.sharded_model import sharded_model
 from pipeline.stream.data_set import DataSet
 from pipeline.stream.history_stream import HistoryStream
-from pipeline.train.plan_text import plan_text
 from pipeline.train.random_state import seed_all
 from pipeline.train.report import Report
 from pipeline.train.stop_signal import StopSignal
 from pipeline.train.trainer import Trainer
+from schemas.shards import SPLITS
 from schemas.train import MAY_CHANGE, TrainSettings, differing
 
 
-def train(settings: TrainSettings, data: Path, folder: Path, device: torch.device) -> dict[str, Any] | None:
+def train(
+    settings: TrainSettings, data: Path, folder: Path, device: torch.device, plan: Path | None = None
+) -> dict[str, Any] | None:
     """Train in ``folder``, going on from its last checkpoint if it has one; then test the best checkpoint.
 
     All ranks of the default process group must call it.
@@ -37,9 +39,10 @@ def train(settings: TrainSettings, data: Path, folder: Path, device: torch.devic
         data: folder of the data set.
         folder: of the run; see docs/training.md.
         device: of this rank.
+        plan: file of a sharding plan to follow, for this number of ranks; None: one is made.
 
     Returns:
-        The test's metrics; None if the run was asked to stop before its end.
+        The test's metrics, what ``test.json`` holds; None if the run was asked to stop before its end.
 
     Raises:
         ValueError: settings, data and run folder do not fit each other; a loss that is not finite.
@@ -48,16 +51,15 @@ def train(settings: TrainSettings, data: Path, folder: Path, device: torch.devic
     run = RunFolder(folder)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
+        data_set = DataSet.open(data)
         if dist.get_rank() == 0:
             stack.enter_context(run.locked())
         dist.barrier()
-        data_set = DataSet.open(data)
         resumed = _checkpoint_to_resume(run, settings, data_set)
         seed_all(settings.seed + dist.get_rank())
-        model = sharded_model(settings, data_set.manifest, device)
-        train_stream = stack.enter_context(_stream(data, "train", settings, device))
-        validation_stream = stack.enter_context(_stream(data, "validation", settings, device))
-        trainer = Trainer(settings, model, train_stream, validation_stream, device)
+        model = sharded_model(settings, data_set.manifest, device, read_plan(plan) if plan else None)
+        streams = {split: stack.enter_context(_stream(data, split, settings, device)) for split in SPLITS}
+        trainer = Trainer(settings, model, streams["train"], streams["validation"], device)
         if resumed is None:
             initialize(model, settings.seed)
         else:
@@ -77,7 +79,7 @@ def train(settings: TrainSettings, data: Path, folder: Path, device: torch.devic
         elif run.test_file.is_file() and read_json(run.test_file).get("steps") == trainer.step:
             _say(f"{folder}: finished already, at step {trainer.step}; see {run.test_file}")
             return read_json(run.test_file)
-        return _test(run, settings, model, trainer.step, data, device)
+        return _test(run, model, trainer.step, streams["test"], device)
 
 
 def _checkpoint_to_resume(run: RunFolder, settings: TrainSettings, data_set: DataSet) -> Checkpoint | None:
@@ -112,24 +114,14 @@ def _stream(data: Path, split: str, settings: TrainSettings, device: torch.devic
 
 
 def _test(
-    run: RunFolder,
-    settings: TrainSettings,
-    model: DistributedModelParallel,
-    steps: int,
-    data: Path,
-    device: torch.device,
+    run: RunFolder, model: DistributedModelParallel, steps: int, stream: HistoryStream, device: torch.device
 ) -> dict[str, Any]:
     checkpoint = choose_checkpoint(run, "best")
     load_model(model, checkpoint.path)
-    with _stream(data, "test", settings, device) as stream:
-        evaluation = evaluate(model, stream, device).compute()
-    result = {**asdict(evaluation), "steps": steps, "checkpoint_step": checkpoint.step}
+    evaluation = evaluate(model, stream, device).compute()
+    result = {**as_document(evaluation), "steps": steps, "checkpoint_step": checkpoint.step}
     if dist.get_rank() == 0:
         write_whole(run.test_file, json.dumps(result, indent=1) + "\n")
-    _say(
-        f"{run.path}: test of the best checkpoint (step {checkpoint.step}): AUC {evaluation.auc:.4f}, "
-        f"GAUC {evaluation.gauc:.4f}, log loss {evaluation.log_loss:.4f}"
-    )
     return result
 
 

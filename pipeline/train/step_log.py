@@ -1,8 +1,8 @@
 """A file with a line for each step: JSON objects that begin with the step, in order."""
 
 import json
-import os
 from pathlib import Path
+from typing import Any
 
 
 class StepLog:
@@ -24,7 +24,7 @@ class StepLog:
             former.truncate(end)
         self._stream = path.open("a")
 
-    def add(self, step: int, **values: float) -> None:
+    def add(self, step: int, **values: float | None) -> None:
         """A line; in the file after `flush`."""
         self._stream.write(json.dumps({"step": step, **values}) + "\n")
 
@@ -37,7 +37,7 @@ class StepLog:
         self._stream.close()
 
 
-def read_step_log(path: Path) -> list[dict[str, float]]:
+def read_step_log(path: Path) -> list[dict[str, Any]]:
     """All whole lines."""
-    lines = path.read_bytes().split(b"\n")[:-1] if os.path.exists(path) else []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]

@@ -24,7 +24,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, step: int, documents: dict[str, str]) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=15)
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0, flush_secs=15)
         if not step:
             for name, content in documents.items():
                 self._writer.add_text(name, "".join(f"    {line}\n" for line in content.splitlines()), 0)

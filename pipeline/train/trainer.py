@@ -110,8 +110,9 @@ class Trainer(Stateful):
         due = (self.step + 1) % self.settings.log_every == 0
         inner = get_unwrapped_module(self.model)
         assert isinstance(inner, CtrModel)
-        inner.tap = GradientNorms() if due else None
-        return inner.tap
+        watched = GradientNorms() if due else None
+        inner.tap = watched
+        return watched
 
     def _report(self, report: Report, agreed: Agreement, watched: GradientNorms | None) -> None:
         report.step(self.step, agreed)

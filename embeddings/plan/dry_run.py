@@ -1,0 +1,246 @@
+"""The planner's run on tables that do not exist."""
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import PlannerError, ShardingOption
+from torchrec.distributed.types import ShardingPlan, ShardingType
+
+from embeddings.model import CtrModel
+from embeddings.models import build_model
+from embeddings.plan.step import StepEstimate, StepModel, pools_on_shards
+from embeddings.plan.tables import PlannedTable, planned_tables
+from embeddings.plan.topology import cluster_topology, usable_memory
+from embeddings.plan.workload import Search, Workload
+from embeddings.sharding import TableSharder, constraints, fuse_optimizers
+from embeddings.sizes import DataSizes
+from schemas.plan import PlanSettings
+
+DENSE_COPIES = 5
+"""Of the dense parameters: weights, gradients, DDP's buckets, Adam's two averages."""
+
+
+@dataclass(frozen=True)
+class Lack:
+    """What does not fit."""
+
+    memory: str
+    """``device`` or ``host``."""
+    needed: int
+    """Bytes of a rank, if all were spread as evenly as can be."""
+    usable: int
+    """Bytes of a rank."""
+    table: str
+    """The table that takes most of it."""
+    table_bytes: int
+    """What it takes on a rank."""
+
+
+@dataclass(frozen=True)
+class RankLoad:
+    """What a rank holds and does."""
+
+    device_bytes: int
+    host_bytes: int
+    lookups: float
+    """Share of all rows looked up in a step."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A model on a cluster."""
+
+    settings: PlanSettings
+    sizes: DataSizes
+    seconds: float
+    """That the planner took."""
+    search: Search
+    """That the memory is planned for."""
+    steps: dict[Search, StepEstimate]
+    other_bytes: int
+    """Of a rank's memory that is not for tables and their buffers."""
+    plan: ShardingPlan | None
+    """None: it does not fit."""
+    tables: tuple[PlannedTable, ...]
+    ranks: tuple[RankLoad, ...]
+    lack: Lack | None
+
+    @property
+    def feasible(self) -> bool:
+        """It fits."""
+        return self.plan is not None
+
+    @property
+    def step(self) -> StepEstimate:
+        """With the search that it is planned for."""
+        return self.steps[self.search]
+
+    @property
+    def samples_per_second(self) -> float:
+        """Of all ranks."""
+        return self.settings.cluster.ranks * self.step.targets / self.step.ms * 1e3
+
+
+def dry_run(settings: PlanSettings, sizes: DataSizes) -> DryRun:
+    """Plan the model on the cluster; no process group, no GPU, no memory for tables.
+
+    Args:
+        settings: the model, the stream, the cluster.
+        sizes: of the data.
+
+    Raises:
+        ValueError: settings that do not fit each other.
+    """
+    cluster, search = settings.cluster, settings.model.search
+    model = build_model(settings.model, sizes, torch.device("meta"))
+    fuse_optimizers(model, torch.device(cluster.device))
+    work = Workload.of(settings, sizes)
+    stand_in = StepModel(model, (), work, cluster)
+    dense = stand_in.dense_parameters * 4 * DENSE_COPIES + stand_in.inputs * work.targets * 4 * 12
+    kept = (
+        work.targets
+        * work.retrieved
+        * sum(sum(model.tables.inherent_dims(name).values()) for name in model.tables.inherent)
+    )
+    other = round(dense + kept * 4 * 4 + stand_in.search_bytes(search))
+    bounds = _bounds(model, work, search)
+    topology = cluster_topology(cluster, other)
+    began = time.perf_counter()
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        constraints=bounds,
+        storage_reservation=FixedPercentageStorageReservation(0.0),
+        # A grid search over all combinations takes minutes with a thousand ranks, and finds no better.
+        proposer=[GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()],
+        stats=[],
+        debug=False,
+    )
+    with _quiet():
+        try:
+            plan = planner.plan(model, [TableSharder()])
+            chosen = planner._best_plan
+        except PlannerError:
+            plan, chosen = None, None
+        seconds = time.perf_counter() - began
+        options = chosen or _evenly(planner._enumerator.enumerate(model, [TableSharder()]))
+    if plan is None:
+        lack = _lack(options, settings, other)
+        return DryRun(settings, sizes, seconds, search, {}, other, None, (), (), lack)
+    tables = planned_tables(model, plan)
+    step = StepModel(model, tables, work, cluster)
+    return DryRun(
+        settings,
+        sizes,
+        seconds,
+        search,
+        {where: step.estimate(where) for where in ("shard", "home")},
+        other,
+        plan,
+        tables,
+        _loads(options, tables, settings, other),
+        None,
+    )
+
+
+def _bounds(model: CtrModel, work: Workload, search: Search) -> dict[str, ParameterConstraints]:
+    """What the plan must keep to, with the bags that a rank looks up in each table."""
+    found = constraints(model)
+    roles = model.roles
+    searched = {roles.target_attention, roles.history_attention}
+    cross = max((rows for rows, _, _, _ in model.tables._rows.values()), default=0)
+    bags = {}
+    for of_set in model.tables.inherent:
+        bags[of_set] = work.winner_bags
+        if model.auxiliary is not None or (search == "home" and of_set in searched):
+            bags[of_set] = work.history_bags
+        elif search == "shard" and of_set == roles.history_representation and pools_on_shards(model):
+            bags[of_set] = work.pooled_bags
+    inherent = {
+        f"{feature}_{of_set}": bags[of_set]
+        for of_set in model.tables.inherent
+        for feature in model.tables.inherent_features
+    }
+    for name, constraint in found.items():
+        constraint.batch_sizes = [inherent.get(name, cross)]
+        if name not in inherent:
+            # A few thousand rows: any rank has room for them, and row-wise they would burden all ranks, not one.
+            constraint.sharding_types = [ShardingType.TABLE_WISE.value]
+    return found
+
+
+def _evenly(options: list[ShardingOption]) -> list[ShardingOption]:
+    """Of each table the option whose shards take least of the fullest rank."""
+    best: dict[str, ShardingOption] = {}
+    for option in options:
+        if option.name not in best or _largest(option) < _largest(best[option.name]):
+            best[option.name] = option
+    return list(best.values())
+
+
+def _largest(option: ShardingOption) -> int:
+    return max(shard.storage.hbm + shard.storage.ddr for shard in option.shards)
+
+
+def _lack(options: list[ShardingOption], settings: PlanSettings, other: int) -> Lack:
+    ranks, on_cpu = settings.cluster.ranks, settings.cluster.device == "cpu"
+    device, host = usable_memory(settings.cluster)
+    sums = {
+        memory: {
+            option.name: sum(getattr(shard.storage, memory) for shard in option.shards) / ranks for option in options
+        }
+        for memory in ("hbm", "ddr")
+    }
+    needed = {memory: sum(parts.values()) for memory, parts in sums.items()}
+    needed["ddr" if on_cpu else "hbm"] += other
+    memory, usable = ("ddr", host) if on_cpu or needed["hbm"] <= device else ("hbm", device)
+    table = max(sums[memory], key=lambda name: sums[memory][name])
+    return Lack(
+        "device" if memory == "hbm" else "host",
+        round(needed[memory]),
+        usable,
+        table,
+        round(sums[memory][table]),
+    )
+
+
+def _loads(
+    options: list[ShardingOption], tables: tuple[PlannedTable, ...], settings: PlanSettings, other: int
+) -> tuple[RankLoad, ...]:
+    ranks, on_cpu = settings.cluster.ranks, settings.cluster.device == "cpu"
+    device, host, lookups = [0 if on_cpu else other] * ranks, [other if on_cpu else 0] * ranks, [0.0] * ranks
+    for option in options:
+        for shard in option.shards:
+            device[shard.rank] += shard.storage.hbm
+            host[shard.rank] += shard.storage.ddr
+    work = settings.stream.batch_size * (1 + sum(settings.model.retrieved.values()))
+    for table in tables:
+        # Ids are drawn evenly over rows: their order is shuffled.
+        asked = float(work if table.inherent else table.rows)
+        for rank, rows in zip(table.ranks, table.shard_rows, strict=True):
+            lookups[rank] += asked * rows / table.rows
+    total = sum(lookups)
+    return tuple(
+        RankLoad(of_device, of_host, asked / total)
+        for of_device, of_host, asked in zip(device, host, lookups, strict=True)
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The planner's remarks about itself are not for the users of a dry run."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

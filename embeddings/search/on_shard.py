@@ -1,0 +1,261 @@
+"""Search where the rows live: behaviours' ids go to the shards of the item table, the K best of each shard come back.
+
+T = targets of this rank, G = targets of all ranks, S = shards (one a rank), W = (target, behaviour) pairs, K = kept,
+F = found by all shards for this rank, D = dim of the item and category tables together, C = categories met, R = all
+categories, d = their dim.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec import EmbeddingBagCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.types import Awaitable, LazyAwaitable, ShardedModule
+from torchrec.streamable import Multistreamable
+
+from embeddings.all_to_all import Column, ColumnsAllToAll, narrowest
+from embeddings.batch import Batch
+from embeddings.row_wise import row_wise_tables
+from embeddings.scoring import ScaledDotProduct
+from embeddings.search.merge import merged
+from embeddings.search.pairs import Pairs, cross_score, small_table_score
+from embeddings.search.request import HomeWindows, Request, ShardHistory, ShardTargets
+from embeddings.search.selection import Selection
+from embeddings.search.top_k import top_k
+from embeddings.tables import CrossRows
+
+
+@dataclass(frozen=True)
+class ShardInput:
+    """All that a shard is asked."""
+
+    targets: ShardTargets
+    histories: Mapping[str, ShardHistory]
+
+
+@dataclass(frozen=True)
+class ShardBest:
+    """The K best of a sequence's behaviours on a shard."""
+
+    score_GK: Tensor
+    """float32"""
+    place_GK: Tensor
+    """int64, counted in the part of the window that is on the shard; negative: none."""
+    count_G: Tensor
+    """int64, how many there are."""
+
+
+@dataclass
+class TopKContext(Multistreamable):
+    """What home remembers of a search."""
+
+    windows: dict[str, HomeWindows] = field(default_factory=dict)
+    targets: list[int] = field(default_factory=list)
+    """Of each rank."""
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that ``stream`` uses the tensors."""
+        for windows in self.windows.values():
+            for tensor in vars(windows).values():
+                tensor.record_stream(stream)
+
+
+class BehaviorsAllToAll(Awaitable[ShardInput]):
+    """Second step of the input: targets, behaviours and windows on their way to the shards."""
+
+    def __init__(self, columns: ColumnsAllToAll, unpack: Callable[[list[Tensor]], ShardInput]) -> None:
+        super().__init__()
+        self._columns, self._unpack = columns, unpack
+
+    def _wait_impl(self) -> ShardInput:
+        return self._unpack(self._columns.wait())
+
+
+class SizesAllGather(Awaitable[BehaviorsAllToAll]):
+    """First step of the input: how much each rank sends to each; `wait` starts the second."""
+
+    def __init__(self, group: dist.ProcessGroup, sizes: Tensor, send: Callable[[Tensor], BehaviorsAllToAll]) -> None:
+        super().__init__()
+        self._send = send
+        self._sizes = sizes.new_empty(group.size() * len(sizes))
+        self._work = dist.all_gather_into_tensor(self._sizes, sizes, group=group, async_op=True)
+
+    def _wait_impl(self) -> BehaviorsAllToAll:
+        self._work.wait()
+        return self._send(self._sizes)
+
+
+class ScoresAllToAll(LazyAwaitable[dict[str, Selection]]):
+    """The output: scores and places on their way home, where they are merged."""
+
+    def __init__(self, columns: ColumnsAllToAll, merge: Callable[[list[Tensor]], dict[str, Selection]]) -> None:
+        super().__init__()
+        self._columns, self._merge = columns, merge
+
+    def _wait_impl(self) -> dict[str, Selection]:
+        return self._merge(self._columns.wait())
+
+
+class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Selection], TopKContext]):
+    """The K best behaviours of each target in each sequence, by a score that is a dot product of rows. No gradient.
+
+    It has no parameters of its own: it reads those of sharded collections whose tables are row-wise.
+
+    - input_dist: a user's behaviours travel once, whatever the number of the user's targets, to the shards of their
+      items: row, category, place, ..., and each target's window in them;
+    - compute: the shards send each other the targets' item rows, and fetch the rows of the categories that they were
+      sent; then each keeps the K best of its own behaviours for each target of all ranks;
+    - output_dist: at most K scores and places a target and shard travel home, where they are merged into K.
+
+    Args:
+        targets: sharded tables that targets are looked up in.
+        history: those that behaviours are looked up in, often the same.
+        scoring: the score.
+        retrieved: K by sequence.
+        lengths: N by sequence.
+        target_cross: by sequence, all rows of the targets' cross tables.
+        history_cross: the same of the behaviours'.
+    """
+
+    def __init__(
+        self,
+        targets: ShardedEmbeddingBagCollection,
+        history: ShardedEmbeddingBagCollection,
+        scoring: ScaledDotProduct,
+        retrieved: Mapping[str, int],
+        lengths: Mapping[str, int],
+        target_cross: CrossRows,
+        history_cross: CrossRows,
+    ) -> None:
+        super().__init__()
+        self._target_tables, history_tables = row_wise_tables(targets), row_wise_tables(history)
+        self._scoring, self._retrieved, self._lengths = scoring, dict(retrieved), dict(lengths)
+        self._target_cross, self._history_cross = target_cross, history_cross
+        self._item, self._category = history_tables["item"], history_tables.get("category")
+        self._group = self._item.group
+        cross = next(iter(history_cross.values()))
+        rows = {feature: len(rows_Rd) for feature, rows_Rd in cross.items()} | {"item": self._item.block}
+        if self._category:
+            rows["category"] = self._category.rows
+        self._request = Request((*history_tables, *cross), rows, self._item.rows, lengths)
+
+    @property
+    def unsharded_module_type(self) -> type[EmbeddingBagCollection]:
+        """What it reads, before sharding."""
+        return EmbeddingBagCollection
+
+    def create_context(self) -> TopKContext:
+        """Of one search."""
+        return TopKContext()
+
+    @torch.no_grad()
+    def input_dist(self, ctx: TopKContext, batch: Batch) -> SizesAllGather:
+        """Send the targets and histories of this rank to the shards."""
+        buckets = {name: self._item.bucketed(batch.histories[name].item_M) for name in self._retrieved}
+        ctx.windows = {name: HomeWindows.of(batch.histories[name], bucket) for name, bucket in buckets.items()}
+        earliest, span = self._request.times(batch)
+        counts = [count for bucket in buckets.values() for count in bucket.counts]
+
+        def send(sizes: Tensor) -> BehaviorsAllToAll:
+            ranks = self._group.size()
+            by_rank = sizes.view(ranks, -1)
+            ctx.targets = by_rank[:, 0].tolist()
+            longest_span = int(by_rank[:, 1].max())
+            to_here = by_rank[:, 2:].view(ranks, len(buckets), ranks)[:, :, self._group.rank()].T.tolist()
+            columns = self._request.target_columns(batch, earliest, ctx.targets)
+            for (name, bucket), behaviors in zip(buckets.items(), to_here, strict=True):
+                columns += self._request.history_columns(
+                    name, batch, bucket, ctx.windows[name], earliest, longest_span, behaviors, ctx.targets
+                )
+            return BehaviorsAllToAll(ColumnsAllToAll(self._group, columns), lambda found: unpack(found, to_here))
+
+        def unpack(found: list[Tensor], to_here: list[list[int]]) -> ShardInput:
+            columns = iter(found)
+            targets = self._request.targets(columns, ctx.targets)
+            return ShardInput(
+                targets,
+                {
+                    name: self._request.history(columns, behaviors, targets)
+                    for name, behaviors in zip(buckets, to_here, strict=True)
+                },
+            )
+
+        sizes = torch.tensor([len(batch), span, *counts], device=batch.item_T.device)
+        return SizesAllGather(self._group, sizes, send)
+
+    @torch.no_grad()
+    def compute(self, ctx: TopKContext, dist_input: ShardInput) -> dict[str, ShardBest]:
+        """The K best of this shard, by sequence."""
+        targets = dist_input.targets
+        rows = [table.gather(targets.columns[feature]).float() for feature, table in self._target_tables.items()]
+        query_GD = self._scoring.inherent_query(torch.cat(rows, dim=1))
+        queries = dict(zip(self._target_tables, query_GD.split([part.shape[1] for part in rows], dim=1), strict=True))
+        categories = self._categories(dist_input.histories)
+        found = {}
+        for name, history in dist_input.histories.items():
+            pairs = Pairs(history.start_G, history.end_G, len(history.columns["item"]))
+            additive_W = cross_score(
+                pairs,
+                self._scoring,
+                partial(history.row, targets=targets, pairs=pairs),
+                targets.row,
+                self._target_cross[name],
+                self._history_cross[name],
+            )
+            if categories:
+                rows_Cd, slot_R = categories
+                slot_W = pairs.of_behaviors(slot_R.index_select(0, history.columns["category"].to(torch.int32)))
+                additive_W += small_table_score(pairs, queries["category"], rows_Cd, slot_W)
+            score_GK, behavior_GK = top_k(
+                self._item.local_Rd,
+                history.columns["item"].to(torch.int32),
+                history.start_G,
+                history.end_G,
+                queries["item"].contiguous(),
+                additive_W,
+                self._retrieved[name],
+            )
+            length_G = history.end_G - history.start_G
+            found[name] = ShardBest(
+                score_GK, behavior_GK - history.start_G[:, None], length_G.clamp(max=self._retrieved[name])
+            )
+        return found
+
+    def _categories(self, histories: Mapping[str, ShardHistory]) -> tuple[Tensor, Tensor] | None:
+        """Rows of the categories that were met here, float32, and where among them each category's is."""
+        if self._category is None:
+            return None
+        met_R = torch.zeros(self._category.rows, dtype=torch.bool, device=self._item.local_Rd.device)
+        for history in histories.values():
+            met_R[history.columns["category"].long()] = True
+        return self._category.fetch(met_R.nonzero().flatten()).float(), met_R.cumsum(0) - 1
+
+    @torch.no_grad()
+    def output_dist(self, ctx: TopKContext, output: dict[str, ShardBest]) -> ScoresAllToAll:
+        """Send what was found home and merge it."""
+        columns, founds = [], {}
+        for name, best in output.items():
+            k = self._retrieved[name]
+            windows = ctx.windows[name]
+            founds[name] = (windows.end_ST - windows.start_ST).clamp(max=k)
+            sent = [int(part.sum()) for part in best.count_G.split(ctx.targets)]
+            received = founds[name].sum(1).tolist()
+            is_there_GK = torch.arange(k, device=best.count_G.device) < best.count_G[:, None]
+            places = best.place_GK[is_there_GK].to(narrowest(self._lengths[name] - 1))
+            columns += [Column(best.score_GK[is_there_GK], sent, received), Column(places, sent, received)]
+
+        def merge(columns: list[Tensor]) -> dict[str, Selection]:
+            selected = {}
+            for place, (name, found_ST) in enumerate(founds.items()):
+                score_F, place_F = columns[2 * place : 2 * place + 2]
+                windows = ctx.windows[name]
+                first_F = windows.start_ST.flatten().repeat_interleave(found_ST.flatten())
+                behavior_F = windows.place_M.index_select(0, first_F + place_F.long()).long()
+                selected[name] = merged(found_ST, score_F, behavior_F, self._retrieved[name])
+            return selected
+
+        return ScoresAllToAll(ColumnsAllToAll(self._group, columns), merge)

@@ -1,0 +1,45 @@
+"""Run with TRITON_INTERPRET=1, before triton is loaded: the GPU's search on this machine's CPU against plain torch."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embeddings.search import cuda
+from embeddings.search.top_k import TopKImplementation, top_k
+from tests.top_k_inputs import assert_same, searches
+
+
+@given(
+    search=searches(longest=40, dims=40, k=20),
+    programs=st.sampled_from([1, 100]),
+    key_bytes=st.sampled_from([1, cuda.KEY_BYTES]),
+)
+@settings(max_examples=15, deadline=None, derandomize=True)
+def agree(search: dict, programs: int, key_bytes: int) -> None:
+    cuda.PROGRAMS, cuda.KEY_BYTES = programs, key_bytes
+    found = top_k(**search, implementation=TopKImplementation.CUDA)
+    assert_same(found, top_k(**search, implementation=TopKImplementation.REFERENCE))
+
+
+def agree_on_long_windows(k: int, programs: int) -> None:
+    cuda.PROGRAMS = programs
+    values = torch.Generator().manual_seed(k)
+    search = {
+        "rows_RD": torch.randint(-2, 3, (30, 20), generator=values).half(),
+        "ids_M": torch.randint(0, 30, (150,), generator=values),
+        "start_T": torch.tensor([0, 30]),
+        "end_T": torch.tensor([100, 150]),
+        "query_TD": torch.randint(-2, 3, (2, 20), generator=values).float(),
+        "additive_W": torch.randint(-2, 3, (220,), generator=values).float(),
+        "k": k,
+    }
+    found = top_k(**search, implementation=TopKImplementation.CUDA)
+    assert_same(found, top_k(**search, implementation=TopKImplementation.REFERENCE))
+
+
+if __name__ == "__main__":
+    cuda.BLOCK_N = cuda.BLOCK_D = 16
+    agree()
+    for k in (3, 16, 17):
+        for programs in (1, 6):
+            agree_on_long_windows(k, programs)
