@@ -245,7 +245,7 @@ def _sum_of_rows(rows_RD: np.ndarray, ids_M: np.ndarray, ones_D: np.ndarray, ahe
     base, row_bytes, total = rows_RD.ctypes.data, rows_RD.strides[0], np.float32(0)
     for place in range(len(ids_M)):
         if ahead and place + ahead < len(ids_M):
-            prefetch_row(base + np.int64(ids_M[place + ahead]) * row_bytes, (row_bytes + 63) // 64)
+            prefetch_row(rows_RD, base + np.int64(ids_M[place + ahead]) * row_bytes, (row_bytes + 63) // 64)
         total += dot(rows_RD, base + np.int64(ids_M[place]) * row_bytes, ones_D, len(ones_D))
     return float(total)
 

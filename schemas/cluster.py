@@ -58,6 +58,8 @@ class ClusterSettings(Settings):
     """Of a device; 0 on ``cpu``."""
     host_memory: ByteSize = Field(gt=0)
     """Of a node."""
+    cores: PositiveInt | None = None
+    """CPU cores of a node, which its jobs ask for; a plan needs none."""
     memory_bandwidth: PositiveFloat
     """GB/s of a device's memory, or of a process's share of the host's, read and written from end to end."""
     host_link: PositiveFloat = 32.0

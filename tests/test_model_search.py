@@ -36,15 +36,15 @@ def by_hand(rows_RD, ids_M, start_T, end_T, query_TD, additive_W, k, scale_R=Non
 
 
 @given(search=searches(), chunk_bytes=st.sampled_from([1, 300, reference.CHUNK_BYTES]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_the_reference_keeps_the_best_and_the_earlier_of_equals(search: dict, chunk_bytes: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "CHUNK_BYTES", chunk_bytes)
         assert_same(top_k(**search, implementation=TopKImplementation.REFERENCE), by_hand(**search))
 
 
-@given(search=searches(longest=150, dims=100, k=40), together=st.sampled_from([1, 3, 64]), block=st.integers(1, 4000))
-@settings(max_examples=200, deadline=None)
+@given(search=searches(longest=100, dims=100, k=40), together=st.sampled_from([1, 3, 64]), block=st.integers(1, 4000))
+@settings(max_examples=100, deadline=None)
 def test_the_cpu_agrees_with_the_reference(search: dict, together: int, block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "TARGETS_TOGETHER", together)

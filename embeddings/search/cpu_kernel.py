@@ -22,8 +22,8 @@ LANES, SUMS = 16, 4
 """Floats of a vector, and vectors summed independently, so that an addition need not wait for the one before."""
 PREFETCHED_ROWS, PREFETCHED_LINES = 16, 4
 """Rows asked for ahead, and cache lines of each; the processor finds the lines that follow."""
-SHORT_LINES = 2
-"""Rows of so few cache lines are best fetched past the second-level cache; that gains a quarter of the time."""
+SHORT_LINES, SMALL_TABLE_BYTES = 2, 4 << 20
+"""Rows of so few lines, in a larger table, are fetched past the second-level cache: a quarter of the time less."""
 LINE_BYTES = 64
 BLOCK_BYTES = 32 << 10
 """Rows that targets of a unit score in turn, before they move on: they stay in the first-level cache."""
@@ -152,9 +152,9 @@ def _compiled(function: Callable) -> Callable:
 
 
 @_compiled
-def prefetch_row(address: int, lines: int) -> None:
-    """Ask for the first cache lines of a row and go on; harmless at any address."""
-    if lines <= SHORT_LINES:
+def prefetch_row(rows_RD: np.ndarray, address: int, lines: int) -> None:
+    """Ask for the first cache lines of the row at ``address`` and go on; harmless at any address."""
+    if lines <= SHORT_LINES and rows_RD.size * rows_RD.itemsize > SMALL_TABLE_BYTES:
         for line in range(lines):
             _past_second_level(address + line * LINE_BYTES)
     else:
@@ -288,7 +288,7 @@ def search(
         for block_begin in range(begin, reach, block):
             ahead = max(ahead, block_begin)
             while ahead < min(block_begin + PREFETCHED_ROWS, reach):
-                prefetch_row(base + np.int64(ids_M[ahead]) * row_bytes, lines)
+                prefetch_row(rows_RD, base + np.int64(ids_M[ahead]) * row_bytes, lines)
                 ahead += 1
             for slot in range(len(targets)):
                 target = targets[slot]
@@ -298,7 +298,7 @@ def search(
                 size, worst = size_Q[slot], worst_Q[slot]
                 for behavior in range(max(start, block_begin), min(end_T[target], block_begin + block)):
                     if ahead < reach and ahead <= behavior + PREFETCHED_ROWS:
-                        prefetch_row(base + np.int64(ids_M[ahead]) * row_bytes, lines)
+                        prefetch_row(rows_RD, base + np.int64(ids_M[ahead]) * row_bytes, lines)
                         ahead += 1
                     row = np.int64(ids_M[behavior])
                     score = dot(rows_RD, base + row * row_bytes, query_D, dim)
