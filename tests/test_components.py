@@ -1,0 +1,329 @@
+"""torchx components: what they ask of each scheduler, and that a job goes on after a process is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torchx import specs
+from torchx.runner import Runner, get_runner
+from torchx.specs.file_linter import validate
+from torchx.specs.finder import get_component, get_components
+
+from jobs import components
+from jobs.processes import Processes
+from jobs.resources import node
+from schemas.cluster import known_clusters
+from tests.torchx_jobs import CHECKPOINT_EVERY, last_step, rank_process, small_data, training, wait_until, written
+
+REPOSITORY = Path(__file__).parents[1]
+COMPONENTS = ("train", "evaluate", "prepare", "plan")
+MOUNTS = "type=bind,src=/data,dst=/data,readonly,type=volume,src=runs,dst=/runs"
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run asks a Slurm that is there for the memory of its nodes."""
+    monkeypatch.setenv("SLURM_CONF", "/nowhere")
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    with get_runner() as it:
+        yield it
+
+
+def role_of(app: specs.AppDef) -> specs.Role:
+    (role,) = app.roles
+    return role
+
+
+def line_of(app: specs.AppDef) -> str:
+    assert role_of(app).entrypoint == "bash"
+    option, line = role_of(app).args
+    assert option == "-c"
+    return line
+
+
+# What a component describes.
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_torchx_accepts_the_components_source(name: str) -> None:
+    assert validate(str(REPOSITORY / "jobs/components.py"), name) == []
+
+
+def test_entry_points_are_found_beside_those_of_torchx() -> None:
+    found = set(get_components())
+    assert {f"dare.{name}" for name in COMPONENTS} | {"dist.ddp", "utils.echo"} <= found
+    assert {name for name in found if name.startswith("dare.")} == {f"dare.{name}" for name in COMPONENTS}
+
+
+def test_components_are_usable_by_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    app = specs.materialize_appdef(
+        get_component("jobs/components.py:train").fn, ["-j", "2x1", "--", "--data", "d", "--run", "r"]
+    )
+    assert line_of(app).endswith("-m -- jobs.cli train --data d --run r")
+
+
+@pytest.mark.parametrize("name", known_clusters(REPOSITORY / "jobs/clusters"))
+def test_a_node_of_each_topology_is_a_named_resource(name: str) -> None:
+    found = specs.named_resources[name]
+    assert found == node(name)
+    assert found.cpu > 0
+    assert found.memMB > 0
+    assert found.gpu == (0 if name == "laptop-cpu" else 8)
+
+
+def test_a_gpu_node_gets_a_process_a_gpu_and_its_cores_are_shared() -> None:
+    app = components.train(j="128", h="h200-128x8")
+    assert "--nnodes=128 --nproc-per-node=8" in line_of(app)
+    assert role_of(app).num_replicas == 128
+    assert role_of(app).env["OMP_NUM_THREADS"] == str(specs.named_resources["h200-128x8"].cpu // 8)
+
+
+def test_one_node_meets_on_its_loopback_and_several_at_the_port() -> None:
+    assert "--rdzv-endpoint=127.0.0.1:0 --local-addr=127.0.0.1" in line_of(components.train(rdzv_port=29511))
+    assert f"--rdzv-endpoint=$${{{specs.macros.rank0_env}:=localhost}}:29511" in line_of(
+        components.train(j="2x1", rdzv_port=29511)
+    )
+
+
+def test_restarts_recover() -> None:
+    app = components.train(max_restarts=7, log_dir="my logs")
+    assert "--max-restarts=7" in line_of(app)
+    assert "'--log-dir=my logs'" in line_of(app)
+    assert role_of(app).env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert role_of(app).env["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert "--max-restarts=0" in line_of(components.evaluate())
+
+
+def test_the_users_environment_comes_first() -> None:
+    assert role_of(components.plan(env={"OMP_NUM_THREADS": "5"})).env["OMP_NUM_THREADS"] == "5"
+
+
+def test_python_is_the_containers_or_the_one_that_torchx_runs_in() -> None:
+    assert line_of(components.plan(image="dare:cpu")).startswith("exec python -m jobs.cli plan")
+    assert line_of(components.plan()).startswith(f"exec {sys.executable} -m jobs.cli plan")
+
+
+@pytest.mark.parametrize("name", ["dare_train", "Dare", "-dare", "dare-", "7dare", "a/b", "", "a" * 41])
+def test_a_name_that_a_scheduler_refuses_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^--name .*not a name for a job"):
+        components.prepare(name=name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"j": "2x"}, "-j 2x: nodes, or nodes x processes"),
+        ({"j": "0"}, "at least one node"),
+        ({"j": "1x0"}, "at least one node and one process"),
+        ({"j": "1x9", "h": "a100-8"}, "9 processes on nodes of 8 GPUs"),
+        ({"h": "h300"}, "-h h300: no such node"),
+        ({"cpu": 0}, "--cpu 0 --gpu 0 --memMB 4096"),
+        ({"rdzv_port": 70000}, "--rdzv_port 70000"),
+        ({"max_restarts": -1}, "--max_restarts -1"),
+        ({"max_retries": -1}, "--max_retries -1"),
+        ({"mounts": ["src=/data"]}, "--mounts src=/data: type must be"),
+        ({"mounts": ["type=bind", "where=/data"]}, "unknown mount option where"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError) as error:
+        components.train(**arguments)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_processes_without_gpus_are_two_unless_said() -> None:
+    assert Processes.parse("3", 0) == Processes(3, 2)
+    assert Processes.parse("3x5", 0) == Processes(3, 5)
+    assert Processes.parse("3", 8) == Processes(3, 8)
+
+
+# What schedulers are asked for.
+
+
+def test_a_value_with_commas_arrives_whole(runner: Runner) -> None:
+    arguments = ["-j", "2x1", "--env", "HOSTS=a,b c,d,PLAIN=yes", "--", "--data", "d"]
+    script = repr(runner.dryrun_component("dare.train", arguments, "slurm"))
+    assert "PLAIN=yes" in script
+    assert "exec env" in script
+    (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
+    exported = next(word for word in line.split() if "--export=" in word)
+    assert "HOSTS" not in exported
+    # What bash makes of the line that torchx wrote; `srun` and Python are stand-ins.
+    told = subprocess.run(
+        ["bash", "-c", f'srun() {{ while [ "$1" != bash ]; do shift; done; "$@"; }}\n{line.split(" :")[0]}'],
+        env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "srun" not in told.stderr
+    app = components.plan(env={"HOSTS": "a,b c,d"})
+    shown = line_of(app).replace(f"{sys.executable} -m jobs.cli plan", "printenv HOSTS")
+    assert subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=True).stdout == "a,b c,d\n"
+
+
+def test_local(runner: Runner, tmp_path: Path) -> None:
+    request = runner.dryrun_component(
+        "dare.train", ["--", "--data", "d", "--run", "r", "model.name=twin"], "local_cwd", {"log_dir": str(tmp_path)}
+    ).request
+    (params,) = request.role_params["train"]
+    assert params.args[2].endswith("-m -- jobs.cli train --data d --run r model.name=twin")
+    assert params.env["PET_LOG_DIR"].startswith(str(tmp_path))
+    assert params.env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+def test_slurm(runner: Runner) -> None:
+    arguments = ["-j", "2", "-h", "h100-16x8", "--rdzv_port", "29533", "--max_retries", "2", "--", "--data", "d"]
+    request = runner.dryrun_component("dare.train", arguments, "slurm", {"partition": "gpu", "time": "1:00:00"}).request
+    assert request.max_retries == 2
+    assert list(request.replicas) == ["train-0", "train-1"]
+    for replica in request.replicas.values():
+        assert replica.sbatch_opts == {
+            "requeue": None,
+            "partition": "gpu",
+            "time": "1:00:00",
+            "ntasks-per-node": "1",
+            "cpus-per-task": "112",
+            "mem": str(specs.named_resources["h100-16x8"].memMB),
+            "gpus-per-task": "8",
+        }
+        assert "--rdzv-endpoint=${SLURM_JOB_NODELIST_HET_GROUP_0:=localhost}:29533" in replica.args[1]
+
+
+def test_aws_batch(runner: Runner) -> None:
+    arguments = ["-j", "2", "-h", "a100-8", "--image", "dare:cuda", "--max_retries", "3", "--mounts", MOUNTS]
+    request = runner.dryrun_component(
+        "dare.train", [*arguments, "--env", "A=b", "--", "--data", "/data"], "aws_batch", {"queue": "q"}
+    ).request
+    assert request.job_def["retryStrategy"]["attempts"] == 3
+    assert request.job_def["nodeProperties"]["numNodes"] == 2
+    (nodes,) = request.job_def["nodeProperties"]["nodeRangeProperties"]
+    container = nodes["container"]
+    assert container["image"] == "dare:cuda"
+    assert {"name": "A", "value": "b"} in container["environment"]
+    assert {"type": "GPU", "value": "8"} in container["resourceRequirements"]
+    assert [(m["containerPath"], m["readOnly"]) for m in container["mountPoints"][:2]] == [
+        ("/data", True),
+        ("/runs", False),
+    ]
+    assert "${AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS:=localhost}:29500" in container["command"][-1]
+
+
+@pytest.mark.filterwarnings("ignore:\nRole train configured")
+@pytest.mark.skipif(find_spec("kubernetes") is None, reason="needs `pip install kubernetes`")
+def test_kubernetes(runner: Runner) -> None:
+    from torchx.schedulers.kubernetes_scheduler import sanitize_for_serialization
+
+    arguments = ["-j", "2", "-h", "h200-16x8", "--image", "dare:cuda", "--max_retries", "3", "--mounts", MOUNTS]
+    request = runner.dryrun_component(
+        "dare.train", [*arguments, "--env", "A=b", "--", "--data", "/data"], "kubernetes", {"queue": "q"}
+    ).request
+    job: Any = sanitize_for_serialization(request.resource)
+    assert job["spec"]["maxRetry"] == 3
+    assert [task["name"] for task in job["spec"]["tasks"]] == ["train-0", "train-1"]
+    for number, task in enumerate(job["spec"]["tasks"]):
+        assert task["replicas"] == 1
+        assert task["policies"] == [
+            {"event": "PodEvicted", "action": "RestartJob"},
+            {"event": "PodFailed", "action": "RestartJob"},
+        ]
+        (container,) = task["template"]["spec"]["containers"]
+        assert container["image"] == "dare:cuda"
+        assert {"name": "A", "value": "b"} in container["env"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+        mounted = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
+        assert mounted == {"/dev/shm": False, "/data": True, "/runs": False}
+        first = "TORCHX_RANK0_HOST" if number == 0 else "VC_TRAIN_0_HOSTS"
+        assert f"${{{first}:=localhost}}:29500" in container["command"][-1]
+        validate_pod(task["template"])
+
+
+def validate_pod(template: dict[str, Any]) -> None:
+    validator = pytest.importorskip("kubernetes_validate", reason="needs `pip install kubernetes-validate`")
+    metadata = template["metadata"] | {"name": "pod"}
+    validator.validate(template | {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}, "1.30", strict=True)
+
+
+# On this machine.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--name", "My_Job"], "--name My_Job: not a name for a job"), (["-j", "x"], "-j x: nodes, or nodes x processes")],
+)
+def test_the_command_line_tells_a_mistake_without_a_traceback(arguments: list[str], said: str) -> None:
+    told = subprocess.run(torchx("run", "dare.train", *arguments), cwd=REPOSITORY, capture_output=True, text=True)
+    assert told.returncode == 1
+    assert said in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_a_single_process_job_runs_at_once_in_the_repository(tmp_path: Path) -> None:
+    told = subprocess.run(
+        torchx("run", *logs_in(tmp_path), "dare.plan", "--", "--topology", "nowhere", "sizes.items=1000"),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 1
+    assert "dare: --topology nowhere: unknown" in told.stderr
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data(tmp_path_factory.mktemp("killed") / "data")
+
+
+LONG = ("epochs=6", "validation.every=15")
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path) -> Path:
+    run = data.with_name("undisturbed")
+    subprocess.run(train_locally(data, run), cwd=REPOSITORY, check=True, capture_output=True, timeout=120)
+    assert last_step(run) == STEPS
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(10))
+def test_after_kill_9_of_a_rank_training_goes_on_to_the_same_end(data: Path, undisturbed: Path, attempt: int) -> None:
+    run = data.with_name(f"killed-{attempt}")
+    job = subprocess.Popen(train_locally(data, run), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: last_step(run) > CHECKPOINT_EVERY + attempt, 90, "some steps")
+        os.kill(rank_process(run, attempt % 2).pid, signal.SIGKILL)
+        _, said = job.communicate(timeout=120)
+    finally:
+        if job.poll() is None:
+            job.send_signal(signal.SIGINT)
+            job.wait(30)
+    assert job.returncode == 0, said
+    assert "goes on after step" in said
+    assert written(run) == written(undisturbed)
+    assert json.loads((run / "test.json").read_text())["steps"] == STEPS
+
+
+def torchx(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "torchx.cli.main", *arguments]
+
+
+def logs_in(folder: Path) -> list[str]:
+    return ["-s", "local_cwd", "-cfg", f"log_dir={folder}"]
+
+
+def train_locally(data: Path, run: Path) -> list[str]:
+    return torchx("run", *logs_in(data.with_name("logs")), "dare.train", "--", *training(data, run, *LONG))
