@@ -2,6 +2,7 @@
 
 import typer
 
+from jobs.bench_attention_dim import bench_attention_dim
 from jobs.bench_plan import bench_plan
 from jobs.bench_reader import bench_reader
 from jobs.bench_search import bench_search
@@ -12,3 +13,4 @@ bench.command("reader")(bench_reader)
 bench.command("search")(bench_search)
 bench.command("shard-search")(bench_shard_search)
 bench.command("plan")(bench_plan)
+bench.command("attention-dim")(bench_attention_dim)

@@ -1,6 +1,6 @@
 """`dare bench search`: speed of top-K search."""
 
-import json as json_module
+import json as json_format
 from dataclasses import asdict
 from typing import Annotated
 
@@ -17,7 +17,7 @@ def bench_search(
 
     figures = [asdict(case) for case in measure(rows, rounds)]
     if json:
-        print(json_module.dumps(figures))
+        print(json_format.dumps(figures))
     else:
         for case in figures:
             print("  ".join(f"{name} {figure}" for name, figure in case.items()))
