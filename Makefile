@@ -8,7 +8,7 @@ JOURNEY := data/completejourney
 # One process a GPU, and two on a CPU.
 PROCESSES ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | head -2 | wc -l),2)
 
-.PHONY: demo test test-slow test-spark setup lint types format bench clean
+.PHONY: demo test test-slow test-spark test-slurm setup lint types format bench clean
 
 demo: $(JOURNEY)/manifest.json  ## prepare real histories, train DARE and TWIN on them, compare
 	$(BIN)/dare inspect $(JOURNEY)
@@ -29,6 +29,9 @@ test-spark: $(READY)  ## the distributed engine; needs Java 17
 	$(BIN)/pip install --quiet --no-deps -r requirements/spark.txt
 	SPARK_LOCAL_IP=127.0.0.1 $(BIN)/python -m pytest -m spark
 
+test-slurm: $(READY)  ## jobs on a real Slurm of one host; needs root and Debian's slurm-wlm munge slurmdbd mariadb-server
+	$(BIN)/python -m pytest -m slurm -rs
+
 setup: $(READY)  ## build .venv
 
 lint: $(READY)
@@ -43,7 +46,9 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)  ## timings, side by side
-	$(BIN)/dare bench reader --json
+	$(BIN)/dare bench reader
+	$(BIN)/dare bench search
+	$(BIN)/dare bench shard-search
 
 $(JOURNEY)/manifest.json: schemas/presets/completejourney.yaml | $(READY)
 	$(BIN)/dare prepare --preset completejourney --out $(JOURNEY) --overwrite

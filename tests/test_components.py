@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from torchx import specs
+from torchx.cli.argparse_util import ArgOnceAction, torchxconfig
+from torchx.cli.main import main
 from torchx.runner import Runner, get_runner
 from torchx.specs.file_linter import validate
 from torchx.specs.finder import get_component, get_components
@@ -28,9 +30,18 @@ MOUNTS = "type=bind,src=/data,dst=/data,readonly,type=volume,src=runs,dst=/runs"
 
 
 @pytest.fixture(autouse=True)
-def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dry run asks a Slurm that is there for the memory of its nodes."""
-    monkeypatch.setenv("SLURM_CONF", "/nowhere")
+def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Commands of Slurm, which a dry run asks for the memory of nodes; `python` of a container prints a variable."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, script in {
+        "sinfo": "exit 1",
+        "srun": """while [ "$1" != bash ]; do shift; done; "${@:1:3}\"""",
+        "python": 'printf "%s|" "$HOSTS" "${@: -1}"',
+    }.items():
+        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
 @pytest.fixture(scope="module")
@@ -152,26 +163,27 @@ def test_processes_without_gpus_are_two_unless_said() -> None:
 # What schedulers are asked for.
 
 
-def test_a_value_with_commas_arrives_whole(runner: Runner) -> None:
-    arguments = ["-j", "2x1", "--env", "HOSTS=a,b c,d,PLAIN=yes", "--", "--data", "d"]
-    script = repr(runner.dryrun_component("dare.train", arguments, "slurm"))
-    assert "PLAIN=yes" in script
-    assert "exec env" in script
-    (line,) = [line for line in script.splitlines() if line.startswith("srun ")]
-    exported = next(word for word in line.split() if "--export=" in word)
-    assert "HOSTS" not in exported
-    # What bash makes of the line that torchx wrote; `srun` and Python are stand-ins.
+def test_values_and_arguments_arrive_whole(runner: Runner) -> None:
+    arguments = [
+        "-j",
+        "2x1",
+        "--image",
+        "any",
+        "--env",
+        "HOSTS=a,b c,'d,PLAIN=yes",
+        "--",
+        "--data",
+        "d",
+        "x=[1, 'a b']",
+    ]
+    script = runner.dryrun_component("dare.train", arguments, "slurm").request.materialize()
     told = subprocess.run(
-        ["bash", "-c", f'srun() {{ while [ "$1" != bash ]; do shift; done; "$@"; }}\n{line.split(" :")[0]}'],
-        env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+        ["bash", "-c", script], capture_output=True, text=True, env=os.environ | {"SLURM_JOB_ID": "7"}
     )
-    assert "srun" not in told.stderr
-    app = components.plan(env={"HOSTS": "a,b c,d"})
-    shown = line_of(app).replace(f"{sys.executable} -m jobs.cli plan", "printenv HOSTS")
-    assert subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=True).stdout == "a,b c,d\n"
+    assert told.stdout == "a,b c,'d|x=[1, 'a b']|job exited with code 0\n", told.stderr
+    (exported,) = {word for word in script.split() if "--export=" in word}
+    assert "PLAIN=yes" in exported
+    assert "HOSTS" not in exported
 
 
 def test_local(runner: Runner, tmp_path: Path) -> None:
@@ -268,6 +280,44 @@ def test_the_command_line_tells_a_mistake_without_a_traceback(arguments: list[st
     assert told.returncode == 1
     assert said in told.stderr
     assert "Traceback" not in told.stderr
+
+
+@pytest.fixture
+def fresh_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchx remembers, for the life of a process, which options it has seen."""
+    for kind in (torchxconfig, ArgOnceAction):
+        monkeypatch.setattr(kind, "called_args", set())
+
+
+@pytest.mark.usefixtures("fresh_command_line")
+def test_a_client_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    assert told_by_torchx("kubernetes", capsys) == (
+        "torchx: kubernetes: needs a package that is not installed: pip install kubernetes\n"
+    )
+
+
+@pytest.mark.usefixtures("fresh_command_line")
+def test_a_slurm_that_is_not_reachable_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "bin/sbatch").write_text("#!/bin/bash\nexit 1\n")
+    (tmp_path / "bin/sbatch").chmod(0o755)
+    assert told_by_torchx("slurm", capsys).startswith("torchx: slurm: sbatch ended with 1; is the cluster up")
+
+
+@pytest.mark.usefixtures("fresh_command_line")
+def test_a_machine_without_slurm_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert told_by_torchx("slurm", capsys) == "torchx: slurm: sbatch is not on this machine\n"
+
+
+def told_by_torchx(scheduler: str, capsys: pytest.CaptureFixture[str]) -> str:
+    options = ["-s", scheduler, "--workspace", "", *(["-cfg", "queue=q"] if scheduler == "kubernetes" else [])]
+    with pytest.raises(SystemExit) as end:
+        main(["run", *options, "dare.plan"])
+    assert end.value.code == 1
+    return capsys.readouterr().err
 
 
 def test_a_single_process_job_runs_at_once_in_the_repository(tmp_path: Path) -> None:
