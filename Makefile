@@ -13,9 +13,9 @@ PROCESSES ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | head -2 | wc 
 demo: $(JOURNEY)/manifest.json  ## prepare real histories, train DARE and TWIN on them, compare
 	$(BIN)/dare inspect $(JOURNEY)
 	@for model in twin dare; do \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m -- jobs.cli train \
-	    --data $(JOURNEY) --run runs/completejourney-$$model --config jobs/recipes/completejourney.yaml \
-	    model.name=$$model stream.batch_size=$$((2048 / $(PROCESSES))) || exit 1; \
+	  $(BIN)/torchx run dare.train -j 1x$(PROCESSES) -- --data $(JOURNEY) --run runs/completejourney-$$model \
+	    --config jobs/recipes/completejourney.yaml model.name=$$model stream.batch_size=$$((2048 / $(PROCESSES))) \
+	    || exit 1; \
 	done
 	$(BIN)/dare compare runs/completejourney-twin runs/completejourney-dare
 
