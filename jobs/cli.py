@@ -39,8 +39,6 @@ def main() -> None:
     except (ValueError, OSError) as error:
         # A launcher's processes all make the same mistake.
         sys.exit(f"dare: {' '.join(str(error).split())}" if os.environ.get("RANK", "0") == "0" else 1)
-    except KeyboardInterrupt:
-        sys.exit("dare: interrupted")
 
 
 if __name__ == "__main__":

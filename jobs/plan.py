@@ -21,7 +21,7 @@ def plan(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
             help="Settings, e.g. sizes.items=2_000_000_000 cluster.nodes=4.",
         ),
     ] = None,

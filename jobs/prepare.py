@@ -17,7 +17,7 @@ from schemas.settings import load_settings
 def prepare(
     out: Annotated[Path, typer.Option(help="Folder of the data set; appears when it is whole.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. split.negatives=4.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. split.negatives=4.")
     ] = None,
     preset: Annotated[str, typer.Option(help=f"Settings of a known log: {', '.join(PRESETS)}.")] = "generic",
     config: Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")] = None,

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,9 +13,9 @@ from schemas.stream import StreamSettings
 def stream(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Data set that `dare prepare` wrote.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. batch_size=512.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. batch_size=512.")
     ] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="What to read.")] = "train",
     config: Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")] = None,
 ) -> None:
     """Read one epoch of a split, and tell what came."""

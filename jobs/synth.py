@@ -15,7 +15,7 @@ from schemas.synth import SynthSettings
 def synth(
     out: Annotated[Path, typer.Option(help="File to write: .parquet, or .csv as Taobao's UserBehavior.csv.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. events=1000000.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. events=1000000.")
     ] = None,
     impressions: Annotated[Path | None, typer.Option(help=".parquet file to write impressions with labels to.")] = None,
     config: Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")] = None,

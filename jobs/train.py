@@ -10,7 +10,7 @@ def train(
     data: Annotated[Path, typer.Option(help="Data set that `dare prepare` wrote.")],
     run: Annotated[Path, typer.Option(help="Folder of the run; if it has a checkpoint, training goes on from it.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. model.name=twin.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. model.name=twin.")
     ] = None,
     config: Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")] = None,
     plan: Annotated[

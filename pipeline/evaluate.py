@@ -105,7 +105,9 @@ def opened_run(
         world=dist.get_world_size(),
         pin_memory=device.type == "cuda",
     ) as stream:
-        model = sharded_model(settings, stream.data_set.manifest, device)
+        data_set = stream.data_set
+        run.check_dictionaries(data_set.folder, data_set.fingerprint, data_set.dictionaries())
+        model = sharded_model(settings, data_set.manifest, device)
         load_model(model, checkpoint.path)
         yield model, stream
 

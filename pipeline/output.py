@@ -3,25 +3,34 @@
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def output_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+def output_folder(out: Path, contents: Collection[str], *, overwrite: bool) -> Iterator[Path]:
     """A folder beside ``out`` to write into; takes the place of ``out`` if the block ends well, goes away if it fails.
 
     What a killed run left behind is removed by the next one. Entries that begin with a dot are removed at the end.
 
+    Args:
+        out: the folder.
+        contents: patterns of the names that such a folder holds; with others in it, it is never overwritten.
+        overwrite: ``out`` may hold an earlier output.
+
     Raises:
-        ValueError: ``out`` exists and is not empty (unless ``overwrite``), or another process is writing it.
+        ValueError: ``out`` is not empty (unless ``overwrite``) or not an earlier output, or another process writes it.
     """
     out = out.absolute()
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out names a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"{out} is not empty; choose another folder or pass --overwrite")
+    if out.is_dir():
+        foreign = sorted(path.name for path in out.iterdir() if not any(path.match(name) for name in contents))
+        if foreign:
+            raise ValueError(f"{out} holds {foreign[0]!r}, which this command did not write; choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial, former = (out.with_name(f".{out.name}.{state}") for state in ("partial", "former"))
     partial.mkdir(exist_ok=True)

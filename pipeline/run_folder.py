@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class RunFolder:
 
     @property
     def data_file(self) -> Path:
-        """Where the data set is, and its fingerprint; JSON."""
+        """Where the data set is, its fingerprint and its dictionaries; JSON."""
         return self.path / "data_set.json"
 
     @property
@@ -53,7 +53,7 @@ class RunFolder:
 
     @property
     def test_file(self) -> Path:
-        """Metrics of the best checkpoint on the test split; JSON. It is there once the run is finished."""
+        """Metrics of the best checkpoint on the test split; JSON. It is there while the run is finished."""
         return self.path / "test.json"
 
     def settings(self) -> TrainSettings:
@@ -80,15 +80,51 @@ class RunFolder:
         record = read_json(self.data_file)
         return Path(record["folder"])
 
-    def begin(self, settings: TrainSettings, data: Path, fingerprint: str) -> None:
-        """Write what the run is about."""
+    def begin(self, settings: TrainSettings, data: Path, fingerprint: str, dictionaries: dict[str, Any]) -> None:
+        """Write what the run is about; a former test is not its test any more, and goes.
+
+        Args:
+            settings: of the run.
+            data: folder of the data set.
+            fingerprint: of the data set.
+            dictionaries: of the data set, what `DataSet.dictionaries` returns.
+        """
+        self.test_file.unlink(missing_ok=True)
         write_whole(self.settings_file, settings_text(settings))
-        record = {"folder": str(data.absolute()), "fingerprint": fingerprint}
+        record = {"folder": str(data.absolute()), "fingerprint": fingerprint, "dictionaries": dictionaries}
         write_whole(self.data_file, json.dumps(record, indent=1) + "\n")
+
+    def check_dictionaries(self, data: Path, fingerprint: str, dictionaries: dict[str, Any]) -> None:
+        """Ids must mean in a data set what they meant in training. Arguments as of `begin`.
+
+        Vocabularies of features that the model does not have may differ.
+
+        Raises:
+            ValueError: they do not; names the dictionaries that differ.
+        """
+        record = read_json(self.data_file)
+        if record.get("fingerprint") == fingerprint:
+            return
+        trained = record.get("dictionaries")
+        if not isinstance(trained, dict):
+            raise ValueError(
+                f"{data} is not the data set of {self.path} as it was in training, and {self.data_file.name} does not "
+                "say with which dictionaries that was: an older program wrote it; give that data set, or train anew"
+            )
+        features = self.settings().model.features
+        used = {"items": True, "categories": True, "behaviors": "behavior" in features, "scenes": "scene" in features}
+        differing = [name for name in used if used[name] and trained.get(name) != dictionaries[name]]
+        if differing:
+            raise ValueError(
+                f"{data}: other dictionaries than the run {self.path} was trained with: {', '.join(differing)} differ; "
+                "prepare it from the same events with the same seed, or train on it"
+            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process, until the block or the process ends.
+
+        If it was made for this and is still empty then, it is removed.
 
         Raises:
             ValueError: another process holds it, or the folder is something else.
@@ -97,6 +133,7 @@ class RunFolder:
             raise ValueError(f"{self.path} is not empty and not the folder of a run; choose another one")
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; --run names a folder")
+        made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDONLY)
         try:
@@ -104,7 +141,12 @@ class RunFolder:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"another process is training in {self.path}; wait for it or stop it") from None
-            yield
+            try:
+                yield
+            finally:
+                if made:
+                    with suppress(OSError):  # it is not empty
+                        self.path.rmdir()
         finally:
             os.close(handle)
 

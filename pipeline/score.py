@@ -84,6 +84,6 @@ def _folder_of_all(out: Path, overwrite: bool) -> Iterator[Path]:
         dist.broadcast_object_list(message)
         yield Path(message[0])
         return
-    with output_folder(out, overwrite=overwrite) as folder:
+    with output_folder(out, ["part-*.parquet"], overwrite=overwrite) as folder:
         dist.broadcast_object_list([str(folder)])
         yield folder

@@ -105,6 +105,6 @@ class ModelSettings(Settings):
     def _auxiliary_loss_needs_all_rows_at_home(self) -> Self:
         if self.auxiliary_loss and self.search == "shard":
             raise ValueError(
-                "auxiliary_loss needs the rows of all behaviours: set search=home (or auxiliary_loss=false)"
+                "auxiliary_loss needs the rows of all behaviours: set model.search=home (or model.auxiliary_loss=false)"
             )
         return self

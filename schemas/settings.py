@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -38,9 +39,9 @@ def load_settings(
         for file in files:
             if not file.is_file():
                 raise ValueError(f"{file}: no such settings file")
+            if not isinstance(yaml.safe_load(file.read_text()) or {}, dict):
+                raise ValueError(f"{file}: settings are a mapping of keys to values, this is something else")
             part = OmegaConf.load(file)
-            if not isinstance(part, DictConfig):
-                raise ValueError(f"{file}: settings are a mapping of keys to values, this is a list")
             merged = OmegaConf.merge(merged, part)
         if values:
             merged = OmegaConf.merge(merged, values)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,7 +18,11 @@ from sklearn.metrics import log_loss, roc_auc_score
 from embeddings.process_group import process_group
 from jobs.cli import main
 from pipeline.evaluate import evaluate_run
+from pipeline.ingest.prepare import prepare
+from pipeline.run_folder import RunFolder
 from pipeline.score import score_run
+from pipeline.stream.data_set import DataSet
+from schemas.prepare import PrepareSettings
 from schemas.shards import Split
 from tests.datasets import ITEMS, random_users, write_dataset
 from tests.distributed import run_ranks
@@ -101,6 +106,55 @@ def test_refusals(run: Path, data: Path, tmp_path: Path) -> None:
         evaluate_run(tmp_path / "empty", "test", "best", None, CPU)
     with pytest.raises(ValueError, match="is not empty"):
         score_run(run, "test", "best", None, other, CPU, overwrite=False)
+
+
+def test_another_data_set_must_have_the_dictionaries_of_the_run(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [(user, item, item % 5, time) for user in range(40) for time, item in enumerate(rng.integers(0, 60, 30))]
+    lines = ["user_id,item_id,category_id,timestamp", *(",".join(map(str, row)) for row in rows)]
+    (tmp_path / "events.csv").write_text("\n".join(lines) + "\n")
+
+    def prepared(name: str, seed: int, test_groups: int = 3) -> Path:
+        split = {"kind": "by_timestamp", "min_history": 5, "test_groups": test_groups, "validation_groups": 2}
+        content = {"events": {"files": [str(tmp_path / "events.csv")]}, "split": split, "seed": seed}
+        prepare(PrepareSettings.model_validate(content), tmp_path / name)
+        return tmp_path / name
+
+    data = prepared("data", 1)
+    run = Run(1, small_settings("epochs=1"), data, tmp_path / "run").finish().folder
+    assert evaluate_run(run, "test", "best", prepared("split", 1, 5), CPU).samples > 0
+    seed = prepared("seed", 2)
+    with pytest.raises(ValueError, match="items, categories differ") as refused:
+        evaluate_run(run, "test", "best", seed, CPU)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="items, categories differ"):
+        score_run(run, "test", "best", seed, tmp_path / "out", CPU, overwrite=False)
+    assert not (tmp_path / "out").exists()
+    record = json.loads((run / "data_set.json").read_text())
+    del record["dictionaries"]
+    (run / "data_set.json").write_text(json.dumps(record))
+    assert evaluate_run(run, "test", "best", None, CPU).samples > 0
+    with pytest.raises(ValueError, match="an older program wrote it"):
+        evaluate_run(run, "test", "best", tmp_path / "split", CPU)
+    data.rename(tmp_path / "former")
+    seed.rename(data)
+    record |= {"dictionaries": DataSet.open(tmp_path / "former").dictionaries()}
+    (run / "data_set.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="items, categories differ"):
+        evaluate_run(run, "test", "best", None, CPU)
+
+
+def test_vocabularies_matter_where_the_model_has_the_feature(tmp_path: Path) -> None:
+    names = tmp_path / "one", tmp_path / "other"
+    for folder, behaviors in zip(names, (("a", "b"), ("b", "c")), strict=True):
+        write_dataset(folder, random_users(20, behaviors=2), behaviors=behaviors)
+    one, other = (DataSet.open(folder) for folder in names)
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.begin(small_settings("model.features=[item,behavior]"), one.folder, one.fingerprint, one.dictionaries())
+    run.check_dictionaries(one.folder, "another", one.dictionaries())
+    with pytest.raises(ValueError, match=": behaviors differ"):
+        run.check_dictionaries(other.folder, other.fingerprint, other.dictionaries())
 
 
 def test_compare(

@@ -119,7 +119,7 @@ def test_two_runs_do_not_write_the_same_folder(tmp_path: Path) -> None:
     from pipeline.output import output_folder
 
     with (
-        output_folder(tmp_path / "out", overwrite=False),
+        output_folder(tmp_path / "out", [], overwrite=False),
         pytest.raises(ValueError, match="another process is writing"),
     ):
         data_set(tmp_path / "out", [tmp_path / "all.csv"])

@@ -56,6 +56,10 @@ def refuse(dare: Dare, folder: Path, *arguments: object) -> str:
         ("more.csv", GOOD + "1,2,3,4,5\n", "more.csv, line 25: 5 columns, 4 are expected"),
         ("text.csv", GOOD + "1,abc,3,4\n", "text.csv, line 25: column item_id: 'abc' is not an integer"),
         ("fraction.csv", GOOD + "1,2,3,4\n1,2,3,2024-05-01\n", "line 26: column timestamp: '2024-05-01' is not"),
+        ("part.csv", GOOD + "1,1.5,3,4\n", "part.csv, line 25: column item_id: '1.5' is not an integer"),
+        ("second.csv", GOOD + "1,2,3,1e-1\n", "second.csv, line 25: column timestamp: '1e-1' is not an integer"),
+        ("ms.csv", GOOD + "1,2,3,1700000000000000\n", "set events.timestamp_unit=ms or us if they are not seconds"),
+        ("before.csv", GOOD + "1,2,3,-5\n", "timestamps in {path} run from -5 to"),
         ("null.csv", GOOD + "1,,3,4\n", "1 of 24 lines in {path} have no item_id"),
         ("user.csv", GOOD + ",2,3,4\n,2,3,4\n", "2 of 25 lines in {path} have no user_id"),
         ("time.csv", GOOD + "1,2,3,\n", "1 of 24 lines in {path} have no timestamp"),
@@ -185,8 +189,15 @@ def test_output_is_not_overwritten_unasked(dare: Dare, tmp_path: Path) -> None:
     (tmp_path / "broken.csv").write_text(GOOD + "1,2\n")
     refuse(dare, tmp_path, "--events", tmp_path / "broken.csv", "--overwrite")
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious", "a failed run leaves the former content"
-    code, _ = dare("prepare", "--out", tmp_path / "out", "--events", tmp_path / "events.csv", "--overwrite", *LENIENT)
-    assert code == 0
+    assert "holds 'mine.txt', which this command did not write" in refuse(
+        dare, tmp_path, "--events", tmp_path / "events.csv", "--overwrite"
+    )
+    (tmp_path / "out" / "mine.txt").unlink()
+    for _ in range(2):
+        code, _ = dare(
+            "prepare", "--out", tmp_path / "out", "--events", tmp_path / "events.csv", "--overwrite", *LENIENT
+        )
+        assert code == 0
     Manifest.read(tmp_path / "out").verify(tmp_path / "out")
 
 

@@ -98,7 +98,7 @@ def test_any_number_of_ranks_finds_what_one_process_finds(ranks: int) -> None:
 
 
 def test_auxiliary_loss_needs_search_at_home() -> None:
-    with pytest.raises(ValueError, match=r"auxiliary_loss needs the rows of all behaviours: set search=home"):
+    with pytest.raises(ValueError, match=r"auxiliary_loss needs the rows of all behaviours: set model.search=home"):
         load_settings(ModelSettings, overrides=["auxiliary_loss=true"])
     assert load_settings(ModelSettings, overrides=["auxiliary_loss=true", "search=home"]).search == "home"
     with pytest.raises(ValueError, match="search: input should be 'shard' or 'home'"):

@@ -119,8 +119,20 @@ def test_a_finished_run_says_so_and_can_be_made_longer(data: Path, tmp_path: Pat
     steps = read_step_log(short.folder / "losses.jsonl")[-1]["step"]
     again = Run(1, small_settings("epochs=1"), data, tmp_path / "run").finish()
     assert f"finished already, at step {steps:.0f}" in again.said()
+    tested = (short.folder / "test.json").read_text()
+    longer = Run(1, small_settings("epochs=2"), data, tmp_path / "run", slow_steps, (steps + 2,)).finish()
+    assert "asked to stop" in longer.said()
+    assert not (short.folder / "test.json").exists()
+    fewer = Run(1, small_settings("epochs=1"), data, tmp_path / "run")
+    assert fewer.wait(60) == [1]
+    assert f"epochs is 1, but epoch 2 of the run is begun or done already, at step {steps + 2}" in fewer.complaint()
     Run(1, small_settings("epochs=2"), data, tmp_path / "run").finish()
     assert read_step_log(short.folder / "losses.jsonl")[-1]["step"] == 2 * steps
+    assert (short.folder / "test.json").read_text() != tested
+    former = (short.folder / "settings.yaml").read_text(), (short.folder / "test.json").read_text()
+    assert Run(1, small_settings("epochs=1"), data, tmp_path / "run").wait(60) == [1]
+    Run(1, small_settings("epochs=2", "checkpoint.every=5"), data, tmp_path / "run").finish()
+    assert ((short.folder / "settings.yaml").read_text(), (short.folder / "test.json").read_text()) == former
 
 
 def test_tensorboard_has_each_point_once(data: Path, tmp_path: Path) -> None:
@@ -214,6 +226,7 @@ def test_refusals(data: Path, tmp_path: Path) -> None:
     assert "scene is not in this data set" in complaint(
         small_settings("model.features=[item,scene]"), folder=tmp_path / "new"
     )
+    assert not (tmp_path / "new").exists()
     busy = Run(1, small_settings("epochs=50"), data, tmp_path / "busy")
     busy.wait_for_step(5)
     assert "another process is training in" in complaint(small_settings("epochs=50"), folder=tmp_path / "busy")

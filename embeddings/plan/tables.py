@@ -20,9 +20,6 @@ STATE_BYTES: dict[TableOptimizer, tuple[int, int]] = {
 
 VALUE_BYTES = {"fp32": 4, "fp16": 2}
 
-CACHED = 0.2
-"""Share of a table in the host's memory that FBGEMM caches on the device, unless told otherwise."""
-
 
 @dataclass(frozen=True)
 class PlannedTable:

@@ -12,7 +12,7 @@ import ibis.expr.types as ir
 import pyarrow as pa
 
 from pipeline.ingest.engine import Progress
-from pipeline.ingest.faults import csv_options, explain
+from pipeline.ingest.faults import csv_options, explain, refuse_fractions
 from pipeline.ingest.shards import ShardBuilder, Written
 from pipeline.ingest.sources import Files
 
@@ -54,6 +54,7 @@ class DuckDBEngine:
         paths = [str(path) for path in files.paths]
         if files.format == "parquet":
             return self._ibis.read_parquet(paths).select(*files.columns)
+        refuse_fractions(files)
         # DuckDB opens CSV files at once, so a fault in the first lines shows here.
         return self._told(lambda: self._ibis.read_csv(paths, **csv_options(files)))
 
@@ -102,6 +103,11 @@ class DuckDBEngine:
             raise ValueError(f"memory_limit is too small ({reason}); raise memory_limit or lower threads") from None
         except duckdb.Error as error:
             raise ValueError(explain(error, self._files)) from None
+        except RuntimeError as error:
+            # How DuckDB passes on Ctrl-C.
+            if "interrupted" in str(error).lower():
+                raise KeyboardInterrupt from None
+            raise
 
 
 class _Watched:

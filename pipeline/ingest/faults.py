@@ -1,9 +1,13 @@
 """What is wrong with an input, in one line that names the file and, for text, the line."""
 
+import io
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
 from pipeline.ingest.sources import Files, corrupt
 
@@ -44,10 +48,64 @@ def first_fault(files: Files) -> str | None:
     columns = ", ".join(f'max("{name}")' for name in files.columns)
     with duckdb.connect() as connection:
         try:
-            connection.read_csv([str(path) for path in files.paths], **csv_options(files)).aggregate(columns).fetchall()
+            _lines(connection, files, files.paths, csv_options(files)["columns"]).aggregate(columns).fetchall()
         except duckdb.Error as error:
             return explain(error, [files])
     return None
+
+
+def refuse_fractions(files: Files) -> None:
+    """Look through a CSV log for numbers that are no integers; DuckDB would round them, and ids could merge.
+
+    Raises:
+        ValueError: names the file, the line, the column and the value.
+    """
+    types = dict.fromkeys(files.columns, "VARCHAR")
+    # Most logs have no number with a point or an exponent: only where one does, each number is looked at.
+    suspect = "coalesce(bool_or(contains(\"{0}\", '.') OR contains(\"{0}\", 'e') OR contains(\"{0}\", 'E')), false)"
+    fraction = 'min("{0}") FILTER (try_cast("{0}" AS DOUBLE) % 1 <> 0)'
+    with duckdb.connect() as connection:
+
+        def found(path: Path, columns: list[str], expression: str) -> dict[str, Any]:
+            if not columns:
+                return {}
+            lines = _lines(connection, files, [path], types)
+            try:
+                row = lines.aggregate(", ".join(expression.format(name) for name in columns)).fetchone()
+            except duckdb.Error as error:
+                raise ValueError(explain(error, [files])) from None
+            return {name: value for name, value in zip(columns, row or (), strict=True) if value}
+
+        integers = [name for name, kind in files.columns.items() if kind == "int64"]
+        for path in files.paths:
+            for name, value in found(path, list(found(path, integers, suspect)), fraction).items():
+                line = _line_of(path, value)
+                raise ValueError(f"{path}, line {line}: column {name}: {value!r} is not an integer; correct the file")
+
+
+def _lines(
+    connection: duckdb.DuckDBPyConnection, files: Files, paths: Sequence[Path], types: dict[str, str]
+) -> duckdb.DuckDBPyRelation:
+    """The lines of CSV files. DuckDB's Python API has other names for the options than its SQL."""
+    options = csv_options(files)
+    return connection.read_csv(
+        [str(path) for path in paths],
+        header=options["header"],
+        columns=types,
+        delimiter=options["delim"],
+        quotechar=options["quote"],
+        escapechar=options["escape"],
+        auto_detect=options["auto_detect"],
+    )
+
+
+def _line_of(path: Path, value: str) -> int:
+    """Number of the first line that has the value."""
+    with pa.input_stream(str(path), compression="detect") as stream:
+        for number, line in enumerate(io.TextIOWrapper(stream), start=1):
+            if value in line:
+                return number
+    return 0
 
 
 def _csv_fault(text: str, line: int) -> str:
@@ -57,7 +115,8 @@ def _csv_fault(text: str, line: int) -> str:
     converted = re.search(r'converting column "(.*?)"\. Could not convert string "(.*?)" to \'(\w+)\'', text)
     if converted:
         kind = _KINDS.get(converted[3], converted[3])
-        return f"{where}: column {converted[1]}: {converted[2]!r} is not {kind}; correct the file"
+        hint = "correct the file, or set timestamp_unit or text_category if the column is of another kind"
+        return f"{where}: column {converted[1]}: {converted[2]!r} is not {kind}; {hint}"
     columns = re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", text)
     if columns:
         return f"{where}: {columns[2]} columns, {columns[1]} are expected; correct the file or the settings' columns"

@@ -15,9 +15,27 @@ from pipeline.ingest.progress import stage
 from pipeline.ingest.shards import ShardBuilder, Written
 from pipeline.ingest.sources import Files, feature_files, log_files
 from pipeline.output import output_folder
-from schemas.manifest import ROW_GROUP_INDEX, Counts, File, Manifest, Shard, Source, Targets, fingerprint, sha256
+from schemas.events import event_schema, impression_schema
+from schemas.manifest import (
+    MANIFEST,
+    ROW_GROUP_INDEX,
+    Counts,
+    File,
+    Manifest,
+    Shard,
+    Source,
+    Targets,
+    fingerprint,
+    sha256,
+)
 from schemas.prepare import ImpressionSplit, PrepareSettings
 from schemas.shards import ROW_GROUPS, SCHEMA_VERSION, SPLITS, history_schema
+
+CONTENTS = ("shard-*.parquet", "items.parquet", "categories.parquet", ROW_GROUP_INDEX, MANIFEST)
+"""Names of a data set's files."""
+
+LATEST = 253_402_300_799
+"""The last second of the year 9999."""
 
 
 def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) -> Manifest:
@@ -38,7 +56,7 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) ->
     if settings.events.item_features is not None:
         text = settings.events.text_category
         features = feature_files(settings.events.item_features, text_category=text, skip_corrupt=skip)
-    with output_folder(out, overwrite=overwrite) as folder:
+    with output_folder(out, CONTENTS, overwrite=overwrite) as folder:
         work = folder / ".work"
         work.mkdir()
         engine = _engine(settings, work)
@@ -58,6 +76,13 @@ class _Preparation:
         with stage("read events") as running:
             raw = engine.read(event_files)
             events = engine.keep("events", definition.events(raw, settings.events, features), running.share)
+        assert set(events.columns) == set(
+            event_schema(
+                text_category=settings.events.text_category,
+                behavior=settings.events.behavior is not None,
+                scene=settings.events.scene is not None,
+            ).names
+        )
         counted = _check("events", event_files, engine.fetch(definition.faults(events)))
         impressions, cuts, lines_in_all = None, None, counted["lines"]
         if impression_files is not None and settings.impressions is not None:
@@ -65,6 +90,13 @@ class _Preparation:
                 raw = engine.read(impression_files)
                 impressions = definition.impressions(raw, settings.impressions)
                 impressions = engine.keep("impressions", impressions, running.share)
+            assert set(impressions.columns) == set(
+                impression_schema(
+                    text_category=settings.impressions.text_category,
+                    scene=settings.impressions.scene is not None,
+                    split=settings.impressions.split is not None,
+                ).names
+            )
             shown = _check("impressions", impression_files, engine.fetch(definition.faults(impressions)))
             lines_in_all += shown["lines"]
             if settings.impressions.split is None:
@@ -214,6 +246,11 @@ def _check(role: str, files: Files, faults: pa.Table) -> dict[str, int]:
         kind, _, column = name.partition("_")
         if kind in _FAULTS and number:
             raise ValueError(f"{role}: {number} of {found['lines']} lines in {names} {_FAULTS[kind].format(column)}")
+    if found["first"] < 0 or found["last"] > LATEST:
+        raise ValueError(
+            f"{role}: timestamps in {names} run from {found['first']} to {found['last']} seconds after 1970; "
+            f"set {role}.timestamp_unit=ms or us if they are not seconds"
+        )
     return {name: int(found[name]) for name in ("lines", "first", "last")}
 
 

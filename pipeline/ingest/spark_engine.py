@@ -24,7 +24,7 @@ try:
     from pyspark.errors import PySparkException
     from pyspark.sql import DataFrame, SparkSession
 except ImportError:
-    raise ValueError("engine=spark needs pyspark and Java: pip install -r requirements/spark.txt") from None
+    raise ValueError("engine=spark needs pyspark and Java: pip install --no-deps -r requirements/spark.txt") from None
 
 _TYPES = {"int64": "BIGINT", "string": "STRING", "timestamp": "TIMESTAMP"}
 _BATCH = 500_000

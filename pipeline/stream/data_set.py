@@ -6,7 +6,7 @@ G = row groups, in file order.
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -79,6 +79,17 @@ class DataSet:
         """Where row group ``group`` (in file order over all shards) is."""
         path = self.folder / self.manifest.shards[self.file_G[group]].path
         return RowGroupAddress(path, int(self.row_group_G[group]))
+
+    def dictionaries(self) -> dict[str, Any]:
+        """What gives ids their meaning, as JSON knows it: checksums of the dictionary files, and the vocabularies."""
+        checksums = {file.path: file.sha256 for file in self.manifest.files}
+        behaviors, scenes = self.manifest.behaviors, self.manifest.scenes
+        return {
+            "items": checksums.get("items.parquet"),
+            "categories": checksums.get("categories.parquet"),
+            "behaviors": None if behaviors is None else list(behaviors),
+            "scenes": None if scenes is None else list(scenes),
+        }
 
     def largest_ids(self) -> dict[str, int]:
         """The largest id that each kind of id can have: item, category[, behavior][, scene]."""

@@ -52,5 +52,5 @@ def _raise(step: int, output: StepOutput, sound: bool) -> None:
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     raise ValueError(
         f"step {step}: loss or gradients are not finite, in {found[0]}{more}; this step is not saved; "
-        "lower the learning rates, or set dense.clip_norm, and go on from the last checkpoint in a new run"
+        "begin a new run, in another folder, with lower learning rates or with dense.clip_norm"
     )

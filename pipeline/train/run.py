@@ -64,8 +64,13 @@ def train(
             initialize(model, settings.seed)
         else:
             trainer.resume(resumed.path)
+            _refuse_fewer_epochs(folder, trainer)
+        if trainer.done and run.test_file.is_file() and read_json(run.test_file).get("steps") == trainer.step:
+            _say(f"{folder}: finished already, at step {trainer.step}; see {run.test_file}")
+            return read_json(run.test_file)
+        dist.barrier()  # all have looked for the test before it goes
         if dist.get_rank() == 0:
-            run.begin(settings, data, data_set.fingerprint)
+            run.begin(settings, data, data_set.fingerprint, data_set.dictionaries())
         documents = {"settings.yaml": settings_text(settings), "plan.json": plan_text(model.plan)}
         if not trainer.done:
             _say(f"{folder}: {_beginning(resumed)}, {trainer.steps} steps on {dist.get_world_size()} processes")
@@ -76,9 +81,6 @@ def train(
             if not trainer.done:
                 _say(f"{folder}: asked to stop, saved at step {trainer.step}; the same command goes on from there")
                 return None
-        elif run.test_file.is_file() and read_json(run.test_file).get("steps") == trainer.step:
-            _say(f"{folder}: finished already, at step {trainer.step}; see {run.test_file}")
-            return read_json(run.test_file)
         return _test(run, model, trainer.step, streams["test"], device)
 
 
@@ -98,6 +100,15 @@ def _checkpoint_to_resume(run: RunFolder, settings: TrainSettings, data_set: Dat
                 f"not {data_set.folder}; use the same to go on, or another folder to begin anew"
             )
     return last
+
+
+def _refuse_fewer_epochs(folder: Path, trainer: Trainer) -> None:
+    begun = trainer.epoch + (trainer.step_of_epoch > 0)
+    if trainer.settings.epochs < begun:
+        raise ValueError(
+            f"{folder}: epochs is {trainer.settings.epochs}, but epoch {begun} of the run is begun or done already, "
+            f"at step {trainer.step}; give at least {begun}, or another folder to begin anew"
+        )
 
 
 def _stream(data: Path, split: str, settings: TrainSettings, device: torch.device) -> HistoryStream:
