@@ -38,7 +38,7 @@ class TableSharder(EmbeddingBagCollectionSharder):
     """Row-wise or table-wise on every device, gradients and optimizer fused; an id outside of its table is an error.
 
     TorchRec's own sharder offers no row-wise sharding on a CPU. Data-parallel tables are left out: FBGEMM's dense
-    kernels pool what they should not on a CPU (see the tests of unpooled lookups in pytorch/FBGEMM), and their gradients are dense.
+    kernels pool what they should not on a CPU, and their gradients are dense.
     """
 
     def __init__(self) -> None:
