@@ -79,6 +79,13 @@ def test_refused(dare: Dare, tmp_path: Path, name: str, content: str | bytes, me
     assert message.format(path=path) in refuse(dare, tmp_path, "--events", path)
 
 
+def test_a_fraction_is_named_in_its_own_column(dare: Dare, tmp_path: Path) -> None:
+    lines = ["user_id,item_id,category_id,timestamp,price", "1,2,3,4,1.5", "1,21,3,5,1.50", "1,1.5,3,6,9.9"]
+    (tmp_path / "events.csv").write_text("\n".join(lines) + "\n")
+    message = refuse(dare, tmp_path, "--events", tmp_path / "events.csv")
+    assert "events.csv, line 4: column item_id: '1.5' is not an integer" in message
+
+
 def test_missing_file(dare: Dare, tmp_path: Path) -> None:
     assert "absent.csv: no such file" in refuse(dare, tmp_path, "--events", tmp_path / "absent.csv")
 

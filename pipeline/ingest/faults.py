@@ -1,5 +1,6 @@
 """What is wrong with an input, in one line that names the file and, for text, the line."""
 
+import csv
 import io
 import re
 from collections.abc import Sequence
@@ -79,7 +80,7 @@ def refuse_fractions(files: Files) -> None:
         integers = [name for name, kind in files.columns.items() if kind == "int64"]
         for path in files.paths:
             for name, value in found(path, list(found(path, integers, suspect)), fraction).items():
-                line = _line_of(path, value)
+                line = _line_of(files, path, name, value)
                 raise ValueError(f"{path}, line {line}: column {name}: {value!r} is not an integer; correct the file")
 
 
@@ -99,13 +100,12 @@ def _lines(
     )
 
 
-def _line_of(path: Path, value: str) -> int:
-    """Number of the first line that has the value."""
+def _line_of(files: Files, path: Path, column: str, value: str) -> int:
+    """Number of the first line that has the value in the column."""
+    place = list(files.columns).index(column)
     with pa.input_stream(str(path), compression="detect") as stream:
-        for number, line in enumerate(io.TextIOWrapper(stream), start=1):
-            if value in line:
-                return number
-    return 0
+        rows = csv.reader(io.TextIOWrapper(stream, newline=""), delimiter=files.delimiter)
+        return next(rows.line_num for row in rows if row and row[place] == value)
 
 
 def _csv_fault(text: str, line: int) -> str:
