@@ -19,14 +19,21 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from omegaconf import OmegaConf
+from torch.nn.functional import embedding
 
 from benchmarks.gloo_ranks import on_gloo_ranks
-from benchmarks.training_step import TARGETS_PER_USER, StepTask, measured_step
+from benchmarks.traffic import Traffic
+from benchmarks.training_step import TARGETS_PER_USER, StepTask, made_up_batch, measured_step
+from embeddings.initialization import initialize
+from embeddings.models import build_model
 from embeddings.perceptron import Perceptron
 from embeddings.plan.dry_run import dry_run
+from embeddings.plan.traffic import FLOAT
 from embeddings.scoring import ScaledDotProduct
+from embeddings.search.on_shard import ShardedTopK
 from embeddings.search.pairs import Pairs, cross_score
 from embeddings.search.top_k import top_k
+from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
 from schemas.cluster import ClusterSettings, CollectiveShares, Costs, Link
 from schemas.model import Feature
@@ -41,6 +48,7 @@ SENT = (1 << 18, 1 << 20, 4 << 20, 16 << 20)
 ROUNDS, ROUND_NS = 5, 50_000_000
 """How often a measurement is repeated, and how long it takes at least."""
 
+LONG = ("stream.batch_size=128", "stream.history_length=1000", "model.retrieved.history=4")
 TINY = ("stream.batch_size=8", "stream.history_length=20", "model.retrieved.history=4")
 
 
@@ -68,13 +76,17 @@ def calibrated() -> ClusterSettings:
         ),
         dense_rate=measured["dense_rate"],
         costs=Costs(
-            **{name: measured[name] for name in ("row", "update", "bag", "pair", "cross", "input")},
+            **{name: measured[name] for name in ("row", "update", "bag", "id", "pair", "cross", "input")},
+            behavior=0,
             scan=measured["pair"],
             step=0,
         ),
         reserved=0.3,
         measured=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {RANKS} processes, load average {load:.1f}",
     )
+    settings, sizes = plan_settings(cluster, LONG)
+    behavior = median(on_gloo_ranks(RANKS, _behavior, StepTask(settings, sizes), cluster.within_node))
+    cluster = cluster.model_copy(update={"costs": cluster.costs.model_copy(update={"behavior": behavior})})
     # What a step of next to nothing takes longer than its parts.
     settings, sizes = plan_settings(cluster, TINY)
     seconds = max(on_gloo_ranks(RANKS, measured_step, StepTask(settings, sizes, steps=15)))
@@ -146,15 +158,33 @@ def _lookups(bandwidth: float) -> dict[str, float]:
     with torch.no_grad():
         forward_full, forward_empty = _ns(lambda: table(row_B, full)), _ns(lambda: table(none, empty))
     backward_full, backward_empty = _ns(both(row_B, full)) - forward_full, _ns(both(none, empty)) - forward_empty
-    # A bag's way to its shard: its length is counted, sent, and sorted by feature there.
-    lengths, block = torch.ones(BAGS, dtype=torch.int32), torch.tensor([ROWS // RANKS], dtype=torch.int32)
-    narrow_B = row_B.to(torch.int32)
-    way = _ns(lambda: torch.ops.fbgemm.block_bucketize_sparse_features(lengths, narrow_B, False, False, block, RANKS))
+    # An id's way to its shard, and its row's to its place.
+    narrow_B, rows_BD = row_B.to(torch.int32), torch.randn(BAGS, DIM, requires_grad=True)
+    _, slot_B = torch.unique(narrow_B, return_inverse=True)
+    there = _ns(lambda: torch.unique(narrow_B, return_inverse=True))
+    back = _ns(lambda: embedding(slot_B, rows_BD).sum().backward())
     return {
         "row": max(1.0, (forward_full - forward_empty) / BAGS - row_bytes),
         "update": max(1.0, (backward_full - backward_empty) / BAGS - 2 * row_bytes),
-        "bag": max(0.1, (forward_empty - answer + way) / BAGS),
+        "bag": max(0.1, (forward_empty - answer) / BAGS),
+        "id": max(0.1, (there + back) / BAGS - 2 * 2 * DIM * FLOAT / bandwidth),
     }
+
+
+def _behavior(task: StepTask, link: Link) -> float:
+    """Nanoseconds of a behaviour's way to its shard in search there, the bytes aside."""
+    model = build_model(task.settings.model, task.sizes, torch.device("meta"))
+    initialize(shard(model, torch.device("cpu"), make_plan(model, torch.device("cpu"), bags=1)), seed=1)
+    batch = made_up_batch(task, seed=dist.get_rank())
+    tables, cross = model.tables.inherent["attention"], model.tables.cross_rows(torch.device("cpu"))["attention"]
+    search = ShardedTopK(
+        tables, tables, ScaledDotProduct(), task.settings.model.retrieved, task.sizes.lengths, cross, cross
+    )
+    ns = _ns(lambda: search.input_dist(search.create_context(), batch).wait().wait(), together=True)
+    with Traffic() as traffic:
+        search.input_dist(search.create_context(), batch).wait().wait()
+    sent = traffic.bytes / link.bandwidth + 2 * link.latency * 1e3
+    return max(0.1, (ns - sent) / len(batch.histories["history"].item_M))
 
 
 def _pairs(bandwidth: float, rate: float) -> dict[str, float]:
@@ -174,7 +204,7 @@ def _pairs(bandwidth: float, rate: float) -> dict[str, float]:
         def row_W(feature: Feature) -> torch.Tensor:
             return pairs.of_targets(end_T) - pairs.of_behaviors(ids_M)
 
-        return cross_score(pairs, ScaledDotProduct(), row_W, lambda feature: None, rows, rows)
+        return cross_score(pairs, {"position": rows_RD[:1]}, row_W, rows)
 
     products = 2 * DIM / (rate * 1e3)
     return {"pair": max(0.1, search - products), "cross": _ns(position) / len(additive_W)}

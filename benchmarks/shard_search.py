@@ -231,7 +231,7 @@ class _OnShard:
     @torch.no_grad()
     def search(self, batch: Batch) -> Selection:
         """The K best of each sample."""
-        return self.model.search(batch, self.cross, bags=1)["history"]
+        return self.model.search(batch, self.cross)["history"]
 
 
 class _RowWise(EmbeddingCollectionSharder):
@@ -263,7 +263,7 @@ class _Stock:
         rows = row_wise_tables(attention)["item"].local_Rd
         self.collection._lookups[0]._emb_modules[0].split_embedding_weights()[0].copy_(rows)
         position_Rd = ours.cross["attention"]["history"]["position"]
-        score_R = ours.model.scoring.cross_scores(position_Rd[:1], position_Rd)[0]
+        score_R = position_Rd @ position_Rd[0] * position_Rd.shape[1] ** -0.5
         self.additive_N = score_R[1:].flip(0)
 
     @torch.no_grad()

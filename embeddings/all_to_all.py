@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torchrec.distributed.types import Awaitable
+from torchrec.distributed.types import Awaitable, QuantizedCommCodecs
+
+from embeddings.communication import codecs as codecs_of
 
 
 def narrowest(largest: int) -> torch.dtype:
@@ -67,34 +69,53 @@ class ColumnsAllToAll(Awaitable[list[Tensor]]):
 class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(
-        context: Any, values: Tensor, sent: list[int], received: list[int], scale: float, group: dist.ProcessGroup
-    ) -> Tensor:
-        context.sent, context.received, context.scale, context.group = sent, received, scale, group
-        found = values.new_empty(sum(received), *values.shape[1:])
-        dist.all_to_all_single(found, values.contiguous(), received, sent, group=group)
-        return found
+        context: Any,
+        group: dist.ProcessGroup,
+        sent: Sequence[Sequence[int]],
+        received: Sequence[Sequence[int]],
+        scale: float,
+        codecs: QuantizedCommCodecs,
+        *values: Tensor,
+    ) -> tuple[Tensor, ...]:
+        context.group, context.sent, context.received = group, sent, received
+        context.scale, context.codec = scale, codecs.backward
+        encoded = map(codecs.forward.encode, values)
+        found = ColumnsAllToAll(group, list(map(Column, encoded, sent, received))).wait()
+        return tuple(map(codecs.forward.decode, found))
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        found = gradient.new_empty(sum(context.sent), *gradient.shape[1:])
-        dist.all_to_all_single(found, gradient.contiguous(), context.sent, context.received, group=context.group)
-        return found * context.scale, None, None, None, None
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        encoded = map(context.codec.encode, gradients)
+        back = ColumnsAllToAll(context.group, list(map(Column, encoded, context.received, context.sent))).wait()
+        return None, None, None, None, None, *(context.codec.decode(gradient) * context.scale for gradient in back)
 
 
 def all_to_all_with_gradient(
-    values: Tensor, sent: list[int], received: list[int], gradient_scale: float, group: dist.ProcessGroup
-) -> Tensor:
-    """Send values to their ranks; in the backward pass their gradients return.
+    columns: Sequence[Column],
+    gradient_scale: float,
+    group: dist.ProcessGroup,
+    codecs: QuantizedCommCodecs | None = None,
+) -> tuple[Tensor, ...]:
+    """Send floats to their ranks, all columns at once; in the backward pass their gradients return.
 
     TorchRec's all-to-all of a `KeyedJaggedTensor` runs without gradient, so its weights cannot learn.
 
     Args:
-        values: floating (n, ...), one rank's after the other's.
-        sent: how many go to each rank.
-        received: how many come from each.
+        columns: of floating values.
         gradient_scale: multiplies the gradients that return.
         group: the ranks; each must call this, and must go through its backward pass.
+        codecs: of the values and of their gradients on their way; None: as they are.
+
+    Returns:
+        Each column's values as they were received, one rank's after the other's.
     """
-    found: Tensor = _WithGradient.apply(values, sent, received, gradient_scale, group)
+    found: tuple[Tensor, ...] = _WithGradient.apply(
+        group,
+        [column.sent for column in columns],
+        [column.received for column in columns],
+        gradient_scale,
+        codecs or codecs_of("fp32"),
+        *(column.values for column in columns),
+    )
     return found

@@ -38,6 +38,9 @@ class GradientNorms:
     def norms(self) -> dict[Concern, float]:
         """Norm of the gradients of the looked-up rows, by concern, over the global batch; every rank must call it."""
         # A rank's loss is that of the global batch times the number of ranks.
-        totals = sum_over_ranks(torch.stack([self._squares["attention"], self._squares["representation"]]))
+        nothing = torch.zeros_like(next(iter(self._squares.values())))  # a model need not learn its attention
+        totals = sum_over_ranks(
+            torch.stack([self._squares.get("attention", nothing), self._squares.get("representation", nothing)])
+        )
         attention, representation = (totals.sqrt() / ranks()).tolist()
         return {"attention": attention, "representation": representation}

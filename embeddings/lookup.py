@@ -1,10 +1,12 @@
 """One differentiable lookup of targets and chosen behaviours in each set of tables.
 
 T = targets, K = behaviours chosen of each, M = behaviours of all users, D = dim of the inherent features together,
-L = bags.
+L = ids of the lookup.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,7 +30,6 @@ class BatchRows:
         history_sets: the sets that behaviours are looked up in.
         selected: by sequence, the behaviours.
         whole: look up all behaviours, once each, so that any selection can be taken from them.
-        bags: at least the number of rows, and the same on all ranks.
     """
 
     def __init__(
@@ -40,9 +41,9 @@ class BatchRows:
         history_sets: set[str],
         selected: Mapping[str, Selection],
         whole: bool,
-        bags: int,
     ) -> None:
         self._batch, self._cross, self._whole = batch, cross, whole
+        self._dims = {name: tables.inherent_dims(name) for name in target_sets | history_sets}
         self._targets: dict[str, Tensor] = {}
         self._behaviors: dict[str, dict[str, Tensor]] = {}
         histories = {name: batch.histories[name] for name in selected}
@@ -61,7 +62,7 @@ class BatchRows:
                 "category": torch.cat([*category * of_history, *[batch.category_T] * of_target]),
             }
             valid_L = torch.cat([*valid * of_history, *[all_targets] * of_target])
-            parts = tables.inherent_rows(name, ids, valid_L, bags).split(counts * of_history + [len(batch)] * of_target)
+            parts = tables.inherent_rows(name, ids, valid_L).split(counts * of_history + [len(batch)] * of_target)
             if of_target:
                 self._targets[name] = parts[-1]
             if of_history:
@@ -81,3 +82,40 @@ class BatchRows:
             inherent = rows.view(*selected.behavior_TK.shape, rows.shape[1])
         history = self._batch.histories[sequence]
         return Rows(inherent, selected_rows(self._batch, history, selected, self._cross[name][sequence]))
+
+    def parts(self) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+        """All that was looked up, as it was looked up, each with the name of its table.
+
+        Returns:
+            Rows of ids (L, d), then all rows of small tables (R, d).
+        """
+        found, whole = [], []
+        for name, looked_up in self._looked_up():
+            columns = looked_up.split(list(self._dims[name].values()), dim=1)
+            found += [(f"{feature}_{name}", part) for feature, part in zip(self._dims[name], columns, strict=True)]
+        for name in self._dims:
+            for sequence, by_feature in self._cross[name].items():
+                whole += [(f"{sequence}_{feature}_{name}", part) for feature, part in by_feature.items()]
+        return found, whole
+
+    def replaced(self, parts: Sequence[Tensor]) -> Self:
+        """The same with other tensors in the place of those that `parts` returns, in their order."""
+        other, rest = copy(self), iter(parts)
+        whole = iter([torch.cat([next(rest) for _ in self._dims[name]], dim=1) for name, _ in self._looked_up()])
+        other._targets = {name: next(whole) for name in self._targets}
+        other._behaviors = {
+            name: {sequence: next(whole) for sequence in by_sequence} for name, by_sequence in self._behaviors.items()
+        }
+        other._cross = {
+            name: {
+                sequence: {feature: next(rest) for feature in by_feature}
+                for sequence, by_feature in self._cross[name].items()
+            }
+            for name in self._dims
+        }
+        return other
+
+    def _looked_up(self) -> list[tuple[str, Tensor]]:
+        return [*self._targets.items()] + [
+            (name, rows) for name, by_sequence in self._behaviors.items() for rows in by_sequence.values()
+        ]

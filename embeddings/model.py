@@ -1,30 +1,33 @@
 """What the models of the family have in common: search, attend, represent, predict.
 
-T = targets, K = behaviours retrieved of a sequence.
+T = targets, K = behaviours retrieved of a sequence, H = heads, E = dim of all features together.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from embeddings.batch import Batch
 from embeddings.bounds import check_bounds
-from embeddings.collective import max_over_ranks
 from embeddings.lookup import BatchRows
 from embeddings.perceptron import Perceptron
 from embeddings.pooled_lookup import pooled_on_shards
 from embeddings.representation import Representation, history_inputs, pooled
 from embeddings.rows import Concern, Rows
-from embeddings.scoring import ScaledDotProduct, attention_weights
+from embeddings.scoring import DotProduct, ScaledDotProduct, attention_weights
+from embeddings.search.all_rows import AllRows
+from embeddings.search.by_score import search_by_score
 from embeddings.search.home import search_at_home
 from embeddings.search.on_shard import ShardedTopK
 from embeddings.search.selection import Selection
 from embeddings.sizes import DataSizes
 from embeddings.tables import AllCrossRows, Tables
-from schemas.model import ModelSettings, TableSet
+from schemas.model import INHERENT, Feature, ModelSettings, TableSet
+
+SearchPlace = Literal["on the shards", "at home", "by ids alone", "nowhere"]
 
 AUXILIARY_HIDDEN = (200,)
 """Hidden layers of the auxiliary loss's prediction (the authors' code)."""
@@ -78,31 +81,131 @@ class CtrModel(nn.Module):
     3. representation: their rows, pooled with the weights;
     4. prediction: a perceptron on the target and the pooled histories.
 
-    A model of the family says what is its own in the class attributes.
+    A model of the family says what is its own: in the class attributes, and by overriding the methods below them.
     """
 
     roles: ClassVar[TableRoles]
+    searched: ClassVar[SearchPlace] = "on the shards"
+    """Where `search` compares behaviours with targets; on the shards only where the settings say so too."""
     target_aware: ClassVar[bool] = True
     """The prediction sees the product of pooled history and target ("TR")."""
+    without: ClassVar[frozenset[Feature]] = frozenset()
+    """Features that the model does not use, whatever the settings name."""
+    auxiliary_always: ClassVar[bool] = False
+    """It has a second prediction from the whole history, whatever the settings say."""
+    attends_all: ClassVar[bool] = False
+    """It keeps all behaviours, not the K of a search."""
+    heads: ClassVar[int] = 1
+    """Poolings of each history, side by side."""
+    whole_heads: ClassVar[int | None] = None
+    """The same of the auxiliary prediction; None: as many."""
+    needs_categories: ClassVar[bool] = False
+    """It searches by category."""
 
     def __init__(self, settings: ModelSettings, sizes: DataSizes, table_device: torch.device) -> None:
         super().__init__()
-        self.settings = settings
-        self.tables = Tables(settings, sizes, self.roles.sets(settings), table_device)
+        kept = tuple(feature for feature in settings.features if feature not in self.without)
+        # Not validated again: settings of a feature that is left out are without effect.
+        self.settings = settings.model_copy(update={"features": kept})
+        if self.needs_categories and (sizes.categories < 2 or "category" not in kept):
+            raise ValueError(
+                f"model.name: {settings.name} searches by category; it needs the feature category, and data with "
+                f"categories (these have {sizes.categories})"
+            )
+        self.tables = Tables(self.settings, sizes, self.roles.sets(settings), table_device)
         self.sizes = sizes
         self.tap: Callable[[Concern, Rows], Rows] | None = None
         """Called in training with the rows of each concern, where it uses them; what it returns is used instead."""
-        self.scoring = ScaledDotProduct()
-        inputs = self._inputs()
-        self.prediction = Perceptron(inputs, settings.hidden)
-        self.auxiliary = Perceptron(inputs, AUXILIARY_HIDDEN) if settings.auxiliary_loss else None
+        self.scoring = self.make_scoring()
+        self.make_modules()
+        self.prediction = Perceptron(self._inputs(self.heads), settings.hidden)
+        self.auxiliary = None
+        if settings.auxiliary_loss or self.auxiliary_always:
+            self.auxiliary = Perceptron(self._inputs(self.whole_heads or self.heads), AUXILIARY_HIDDEN)
 
-    def _inputs(self) -> int:
+    def make_scoring(self) -> nn.Module:
+        """What scores K behaviours (T, K, ...) for their targets (T, ...): (T, K), or (T, H, K)."""
+        return ScaledDotProduct()
+
+    def make_modules(self) -> None:
+        """Make what else the model has of its own."""
+
+    def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+        """The K behaviours of each target in each sequence that the score ranks highest, without gradient.
+
+        Args:
+            batch: the targets and their histories.
+            cross: all rows of the cross tables.
+
+        Returns:
+            By sequence, in the order of ``model.retrieved``.
+        """
+        scoring, retrieved = self.scoring, self.settings.retrieved
+        if not isinstance(scoring, DotProduct):
+            return search_by_score(self._all_rows(batch, cross), scoring, retrieved)
+        if not self.searches_on_shards:
+            return search_at_home(self._all_rows(batch, cross), scoring, retrieved)
+        target_set, history_set = self.roles.target_attention, self.roles.history_attention
+        top_k = ShardedTopK(
+            self.tables.inherent[target_set],
+            self.tables.inherent[history_set],
+            scoring,
+            retrieved,
+            self.sizes.lengths,
+            cross[target_set],
+            cross[history_set],
+            self.tables.codecs,
+        )
+        selected: dict[str, Selection] = top_k(batch).wait()
+        return selected
+
+    def attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:
+        """Weights of the chosen behaviours, (T, K) or (T, H, K), from the attention rows of target and behaviours."""
+        score_TK = self.scoring(target, behaviors)
+        if chosen.log_count_TK is not None:
+            score_TK = score_TK + chosen.log_count_TK
+        return attention_weights(score_TK, chosen.valid_TK)
+
+    def whole_attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:
+        """The same over the whole history, for the auxiliary prediction."""
+        return self.attention(target, behaviors, chosen)
+
+    def represent(self, target: Rows, behaviors: Rows) -> tuple[Rows, Rows]:
+        """What is pooled and predicted from, made of the representation rows of target and behaviours."""
+        return target, behaviors
+
+    def pool(self, weight_TK: Tensor, behaviors: Rows) -> Rows:
+        """``sum_i w_i e_i``, (T, ...); of several heads side by side."""
+        return pooled(weight_TK, behaviors)
+
+    def represented_dims(self) -> dict[Feature, int]:
+        """Dims of what `represent` returns."""
         name = self.roles.target_representation
-        inherent = sum(self.tables.inherent_dims(name).values())
-        cross = sum(self.tables.cross_dims(name).values())
-        parts = 2 if self.target_aware else 1
-        return inherent + len(self.settings.retrieved) * (cross + parts * (inherent + cross))
+        return self.tables.inherent_dims(name) | self.tables.cross_dims(name)
+
+    def apart(self, rows: BatchRows) -> tuple[BatchRows, BatchRows]:
+        """The rows for attention and those for representation; the same ones, unless gradients are told apart."""
+        return rows, rows
+
+    @property
+    def searches_on_shards(self) -> bool:
+        """Whether the model can, the settings want it, and the tables are sharded."""
+        wanted = self.searched == "on the shards" and self.settings.search == "shard"
+        return wanted and self.tables.row_wise(self.roles.history_attention)
+
+    @property
+    def pools_on_shards(self) -> bool:
+        """Rows that attention brings home, that are tapped or that are mapped are pooled there."""
+        tapped = self.tap is not None and self.training
+        return self.searches_on_shards and self.could_pool_on_shards and not tapped
+
+    @property
+    def could_pool_on_shards(self) -> bool:
+        """Whether representation has tables of its own, whose rows are pooled as they are."""
+        representation = {self.roles.target_representation, self.roles.history_representation}
+        attention = {self.roles.target_attention, self.roles.history_attention}
+        plain = type(self).represent is CtrModel.represent and type(self).pool is CtrModel.pool
+        return plain and len(representation) == 1 and not attention & representation
 
     def forward(self, batch: Batch) -> Prediction:
         """Predict the targets of ``batch``; every rank must call it, with as few targets as none.
@@ -114,85 +217,60 @@ class CtrModel(nn.Module):
         """
         check_bounds(batch, self.sizes)
         cross = self.tables.cross_rows(batch.item_T.device)
-        behaviors = sum(len(batch.histories[name].item_M) for name in self.settings.retrieved)
-        targets, behaviors = max_over_ranks([len(batch), behaviors], batch.item_T.device)
-        everything = targets + behaviors + 1
-        selected = self.search(batch, cross, everything)
-        whole = self.auxiliary is not None and self.training
-        pools = self._pools_on_shards
+        auxiliary = self.auxiliary is not None and self.training
+        whole = auxiliary or self.attends_all
+        all_of_it = {name: Selection.everything(batch.histories[name]) for name in self.settings.retrieved}
+        selected = all_of_it if self.attends_all else self.search(batch, cross)
+        pools = self.pools_on_shards
+        attention = {self.roles.target_attention}, {self.roles.history_attention}
+        representation = {self.roles.target_representation}, {self.roles.history_representation}
         rows = BatchRows(
             batch,
             self.tables,
             cross,
-            {self.roles.target_attention} | ({self.roles.target_representation} if not pools else set()),
-            {self.roles.history_attention} | ({self.roles.history_representation} if not pools else set()),
+            attention[0] | (set() if pools else representation[0]),
+            attention[1] | (set() if pools else representation[1]),
             selected,
             whole,
-            bags=everything if whole else targets * (1 + sum(self.settings.retrieved.values())) + 1,
         )
-        weights = self._weights(rows, selected)
+        attended, represented = self.apart(rows)
+        weights = self._weights(attended, selected, self.attention)
         if pools:
             name = self.roles.history_representation
-            bags = targets * (1 + len(selected)) + 1
-            represented = pooled_on_shards(batch, self.tables, name, cross[name], selected, weights, bags)
+            histories = pooled_on_shards(batch, self.tables, name, cross[name], selected, weights)
         else:
-            represented = self._pooled_at_home(rows, selected, weights)
-        logit_T = self.prediction(self._prediction_input(represented))
-        if not whole:
+            histories = self._pooled_at_home(represented, selected, weights)
+        logit_T = self.prediction(self._prediction_input(histories))
+        if not auxiliary:
             return Prediction(logit_T)
         assert self.auxiliary is not None
-        all_of_it = {name: Selection.everything(batch.histories[name]) for name in selected}
-        represented = self._pooled_at_home(rows, all_of_it, self._weights(rows, all_of_it))
-        return Prediction(logit_T, self.auxiliary(self._prediction_input(represented)))
+        weights = self._weights(attended, all_of_it, self.whole_attention)
+        histories = self._pooled_at_home(represented, all_of_it, weights)
+        return Prediction(logit_T, self.auxiliary(self._prediction_input(histories)))
 
-    def search(self, batch: Batch, cross: AllCrossRows, bags: int) -> dict[str, Selection]:
-        """The K behaviours of each target in each sequence that the score ranks highest, without gradient.
+    def _inputs(self, heads: int) -> int:
+        inherent, cross = 0, 0
+        for feature, dim in self.represented_dims().items():
+            inherent, cross = (inherent + dim, cross) if feature in INHERENT else (inherent, cross + dim)
+        parts = (2 if self.target_aware else 1) * heads
+        return inherent + len(self.settings.retrieved) * (cross + parts * (inherent + cross))
 
-        Args:
-            batch: the targets and their histories.
-            cross: all rows of the cross tables.
-            bags: the most targets and behaviours together that a rank has; the same on all ranks.
-
-        Returns:
-            By sequence, in the order of ``model.retrieved``.
-        """
+    def _all_rows(self, batch: Batch, cross: AllCrossRows) -> AllRows:
+        """Attention rows of all behaviours, brought home."""
         target_set, history_set = self.roles.target_attention, self.roles.history_attention
-        if self._searches_on_shards:
-            top_k = ShardedTopK(
-                self.tables.inherent[target_set],
-                self.tables.inherent[history_set],
-                self.scoring,
-                self.settings.retrieved,
-                self.sizes.lengths,
-                cross[target_set],
-                cross[history_set],
-            )
-            selected: dict[str, Selection] = top_k(batch).wait()
-            return selected
-        return search_at_home(
-            batch, self.tables, self.scoring, target_set, history_set, cross, self.settings.retrieved, bags
-        )
+        return AllRows.look_up(batch, self.tables, target_set, history_set, cross, list(self.settings.retrieved))
 
-    @property
-    def _searches_on_shards(self) -> bool:
-        """Tables that are not sharded are at home."""
-        return self.settings.search == "shard" and self.tables.row_wise(self.roles.history_attention)
-
-    @property
-    def _pools_on_shards(self) -> bool:
-        """Rows that attention brings home, or that are tapped, are pooled there."""
-        representation = {self.roles.target_representation, self.roles.history_representation}
-        attention = {self.roles.target_attention, self.roles.history_attention}
-        tapped = self.tap is not None and self.training
-        return self._searches_on_shards and len(representation) == 1 and not attention & representation and not tapped
-
-    def _weights(self, rows: BatchRows, selected: Mapping[str, Selection]) -> dict[str, Tensor]:
-        """Attention over the selected behaviours, by sequence, (T, K)."""
+    def _weights(
+        self,
+        rows: BatchRows,
+        selected: Mapping[str, Selection],
+        attention: Callable[[Rows, Rows, Selection], Tensor],
+    ) -> dict[str, Tensor]:
         weights = {}
         for sequence, chosen in selected.items():
-            attended = self._tapped("attention", rows.targets(self.roles.target_attention, sequence))
-            attending = self._tapped("attention", rows.behaviors(self.roles.history_attention, sequence, chosen))
-            weights[sequence] = attention_weights(self.scoring(attended, attending), chosen.valid_TK)
+            target = self._tapped("attention", rows.targets(self.roles.target_attention, sequence))
+            behaviors = self._tapped("attention", rows.behaviors(self.roles.history_attention, sequence, chosen))
+            weights[sequence] = attention(target, behaviors, chosen)
         return weights
 
     def _pooled_at_home(
@@ -202,8 +280,8 @@ class CtrModel(nn.Module):
         for sequence, chosen in selected.items():
             target = self._tapped("representation", rows.targets(self.roles.target_representation, sequence))
             shown = rows.behaviors(self.roles.history_representation, sequence, chosen)
-            behaviors = self._tapped("representation", shown)
-            found[sequence] = Representation(target, pooled(weights[sequence], behaviors))
+            target, behaviors = self.represent(target, self._tapped("representation", shown))
+            found[sequence] = Representation(target, self.pool(weights[sequence], behaviors))
         return found
 
     def _prediction_input(self, represented: Mapping[str, Representation]) -> Tensor:

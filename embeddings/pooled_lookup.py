@@ -24,7 +24,6 @@ def pooled_on_shards(
     cross: CrossRows,
     selected: Mapping[str, Selection],
     weights: Mapping[str, Tensor],
-    bags: int,
 ) -> dict[str, Representation]:
     """What the representation rows say of targets and histories; one bag for each target and for each history.
 
@@ -37,7 +36,6 @@ def pooled_on_shards(
         cross: all rows of its cross tables.
         selected: by sequence, the behaviours.
         weights: by sequence, float32 (T, K), with gradient; 0 where there is no behaviour.
-        bags: at least T for the targets and T for each sequence, and the same on all ranks.
 
     Returns:
         By sequence.
@@ -51,7 +49,7 @@ def pooled_on_shards(
         weight.append(weights[sequence][chosen.valid_TK])
         length.append(chosen.valid_TK.sum(1))
     ids: dict[Feature, Tensor] = {"item": torch.cat(item), "category": torch.cat(category)}
-    target_TD, *pooled = tables.pooled_rows(name, ids, torch.cat(weight), torch.cat(length), bags).split(
+    target_TD, *pooled = tables.pooled_rows(name, ids, torch.cat(weight), torch.cat(length)).split(
         [len(batch)] * len(length)
     )
     found = {}

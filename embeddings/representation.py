@@ -1,6 +1,6 @@
 """What a target's history says about it.
 
-T = targets, K = behaviours of each, d = dim of some features, E = dim of all features together.
+T = targets, K = behaviours of each, H = heads, d = dim of some features, E = dim of all features together.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,9 @@ def pooled(weight_TK: Tensor, behaviors: Rows) -> Rows:
 
 
 def weighted_sum(weight_TK: Tensor, rows_TKd: Tensor) -> Tensor:
-    """(T, d)."""
-    return torch.bmm(weight_TK.unsqueeze(1), rows_TKd).squeeze(1)
+    """(T, d); with weights (T, H, K) of several heads side by side, (T, H * d)."""
+    weight_THK = weight_TK if weight_TK.dim() == 3 else weight_TK.unsqueeze(1)
+    return torch.bmm(weight_THK, rows_TKd).flatten(1)
 
 
 def history_inputs(representation: Representation, target_aware: bool) -> list[Tensor]:

@@ -1,15 +1,18 @@
-"""Where the rows of a row-wise sharded table are, and how to get at them without gradient.
+"""Where the rows of row-wise sharded tables are, and how to get at them.
 
-B = ids of this rank, G = ids known to all ranks, S = shards (one a rank), R = local rows, d = dim.
+B = ids of this rank, G = ids known to all ranks, S = shards (one a rank), R = local rows, d = dim of a table,
+F = tables of a collection, I = ids in a lookup, L = bags in it, the most of a table.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
+from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ShardingType
@@ -71,34 +74,105 @@ class RowWiseTable:
         return in_order_Bd
 
     def gather(self, id_G: Tensor) -> Tensor:
-        """Rows of ids that all ranks know, (G, d) on all of them: each shard sends the rows that it has to all."""
-        owner_G = id_G.long() // self.block
-        count_S = torch.bincount(owner_G, minlength=self.group.size())
+        """Rows of ids that all ranks know, (G, d) on all of them: each shard sends those that it has to all, once."""
+        id_U, slot_G = torch.unique(id_G.long(), return_inverse=True)  # sorted, so by shard
+        owner_U = id_U // self.block
+        count_S = torch.bincount(owner_U, minlength=self.group.size())
         longest = max(1, int(count_S.max()))
         rank = self.group.rank()
         local_Rd = self.local_Rd
         own = local_Rd.new_zeros(longest, local_Rd.shape[1])
-        mine = id_G[owner_G == rank].long() - rank * self.block
+        mine = id_U[owner_U == rank] - rank * self.block
         own[: len(mine)] = local_Rd.index_select(0, mine)
         everyone = own.new_empty(self.group.size() * longest, local_Rd.shape[1])
         dist.all_gather_into_tensor(everyone, own, group=self.group)
-        order_G = torch.argsort(owner_G, stable=True)
         first_S = count_S.cumsum(0) - count_S
-        place_G = torch.arange(len(id_G), device=id_G.device) - first_S[owner_G[order_G]]
-        rows_Gd = everyone.new_empty(len(id_G), local_Rd.shape[1])
-        rows_Gd[order_G] = everyone[owner_G[order_G] * longest + place_G]
-        return rows_Gd
+        place_U = torch.arange(len(id_U), device=id_U.device) - first_S[owner_U] + owner_U * longest
+        return everyone.index_select(0, place_U[slot_G])
+
+
+class Bags(NamedTuple):
+    """Of one table, for its shard on this rank."""
+
+    row_I: Tensor
+    """int32 or int64, local rows: the first bag's, the second's, ..."""
+    length_L: Tensor | None = None
+    """Integer; None: bags of one."""
+    weight_I: Tensor | None = None
+    """float32, may require a gradient; of all tables, or of none."""
+
+
+class RowWiseLookup:
+    """The lookup that a sharded collection makes in this rank's shards, made with ids of our own.
+
+    So gradients reach the rows in the backward pass, where the collection's optimizers take their step.
+
+    Args:
+        collection: sharded; all its tables are row-wise.
+    """
+
+    def __init__(self, collection: ShardedEmbeddingBagCollection) -> None:
+        assert is_row_wise(collection), collection._sharding_types
+        tables = _tables(collection)
+        (sharding,), (self._lookup,) = collection._embedding_shardings, collection._lookups
+        self.tables = {feature: tables[feature] for feature in sharding.feature_names()}
+        """By the feature that is looked up in them, in the order of the lookup."""
+        self.dims = dict(zip(self.tables, sharding.embedding_dims(), strict=True))
+        self.group: dist.ProcessGroup = collection._env.process_group
+        # TorchRec means the loss of each rank to be its own, and the step to be for the mean of them.
+        self.gradient_scale = 1.0 / self.group.size() if get_gradient_division() else 1.0
+        """What the gradients that come to a shard are multiplied by."""
+
+    def __call__(self, bags: Sequence[Bags]) -> list[Tensor]:
+        """Weighted sums of local rows.
+
+        Args:
+            bags: of each table.
+
+        Returns:
+            Of each table, (L, d) for its bags.
+        """
+        device = bags[0].row_I.device
+        lengths = [
+            torch.ones(len(row_I), dtype=torch.int32, device=device) if length_L is None else length_L.to(torch.int32)
+            for row_I, length_L, _ in bags
+        ]
+        # A lookup has as many bags in each table, and at least one: else no gradient would pass through it.
+        most = max(1, *map(len, lengths))
+        weights = [weight_I for _, _, weight_I in bags if weight_I is not None]
+        features = KeyedJaggedTensor(
+            keys=list(self.tables),
+            values=torch.cat([row_I for row_I, _, _ in bags]),
+            lengths=torch.cat([torch.nn.functional.pad(length_L, (0, most - len(length_L))) for length_L in lengths]),
+            weights=torch.cat(weights) if weights else None,
+            stride=most,
+        )
+        rows_LD: Tensor = self._lookup(features)
+        parts = rows_LD.split(list(self.dims.values()), dim=1)
+        return [part_Ld[: len(length_L)] for part_Ld, length_L in zip(parts, lengths, strict=True)]
+
+
+def is_row_wise(collection: torch.nn.Module | None) -> bool:
+    """Whether it is sharded, and all its tables are row-wise."""
+    if not isinstance(collection, ShardedEmbeddingBagCollection):
+        return False
+    return bool(collection._sharding_types == [ShardingType.ROW_WISE.value])
 
 
 def row_wise_tables(collection: ShardedEmbeddingBagCollection) -> dict[Feature, RowWiseTable]:
-    """The tables of a sharded collection by the feature that is looked up in them, item first; all must be row-wise."""
-    assert collection._sharding_types == [ShardingType.ROW_WISE.value], collection._sharding_types
+    """The tables of inherent features by the feature that is looked up in them, item first; all must be row-wise."""
+    assert is_row_wise(collection), collection._sharding_types
+    found = _tables(collection)
+    return {feature: found[feature] for feature in INHERENT if feature in found}
+
+
+def _tables(collection: ShardedEmbeddingBagCollection) -> dict[str, RowWiseTable]:
     found = {}
     for bags in collection._lookups[0]._emb_modules:
         for place, table in enumerate(bags.config.embedding_tables):
             (feature,) = table.feature_names
             found[feature] = RowWiseTable(_local_rows(bags, place), table.num_embeddings, collection._env.process_group)
-    return {feature: found[feature] for feature in INHERENT if feature in found}
+    return found
 
 
 def _local_rows(bags: BatchedFusedEmbeddingBag, place: int) -> Callable[[], Tensor]:

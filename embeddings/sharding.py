@@ -63,21 +63,32 @@ def topology(device: torch.device) -> Topology:
     )
 
 
-def constraints(model: CtrModel) -> dict[str, ParameterConstraints]:
-    """What the plan must keep to: item tables row-wise, an equal part a rank; the others as the planner likes.
+def constraints(model: CtrModel, device_type: str, ranks: int) -> dict[str, ParameterConstraints]:
+    """What the plan must keep to: tables row-wise, an equal part a rank.
 
-    Shards search and pool what is looked up by item and category, so ``search: shard`` needs both row-wise.
+    Shards search and pool what is looked up by item and category; rows that travel home travel once, and all rows of
+    cross tables, which each rank needs, come in equal parts from all (`embeddings.tables`). With table-wise tables a
+    rank answers the others for every bag.
+
+    Args:
+        model: not sharded yet.
+        device_type: of the ranks' tables.
+        ranks: in all.
     """
-    on_shard = _searched_on_shards(model)
-    found = {}
-    for name, table, _ in model.tables.weights():
-        types = [ShardingType.ROW_WISE.value]
-        if not (name.startswith("item_") or name in on_shard):
-            types.append(ShardingType.TABLE_WISE.value)
+    found, on_shard = {}, _searched_on_shards(model)
+    for name, table, weight in model.tables.weights():
+        # Where a rank would have no rows, FBGEMM's backward pass on a CPU takes the next table for this one.
+        small = device_type == "cpu" and name not in on_shard and _leaves_out_a_rank(len(weight), ranks)
+        kind = ShardingType.TABLE_WISE.value if small else ShardingType.ROW_WISE.value
         found[name] = ParameterConstraints(
-            sharding_types=types, compute_kernels=[KERNELS[table.memory]], pooling_factors=[1.0]
+            sharding_types=[kind], compute_kernels=[KERNELS[table.memory]], pooling_factors=[1.0]
         )
     return found
+
+
+def _leaves_out_a_rank(rows: int, ranks: int) -> bool:
+    """Whether equal parts of a small table do not suffice for all."""
+    return ranks > 1 and -(-rows // ranks) * (ranks - 1) >= rows
 
 
 def _searched_on_shards(model: CtrModel) -> set[str]:
@@ -95,7 +106,8 @@ def make_plan(model: CtrModel, device: torch.device, bags: int) -> ShardingPlan:
         device: of the ranks' tables.
         bags: rows that a rank looks up in a step, for the planner's estimates.
     """
-    planner = EmbeddingShardingPlanner(topology=topology(device), batch_size=bags, constraints=constraints(model))
+    bounds = constraints(model, device.type, dist.get_world_size())
+    planner = EmbeddingShardingPlanner(topology=topology(device), batch_size=bags, constraints=bounds)
     group = dist.group.WORLD
     assert group is not None, "no process group; see embeddings.process_group"
     return planner.collective_plan(model, [TableSharder()], group)
@@ -173,6 +185,11 @@ def _check_plan(model: CtrModel, device: torch.device, plan: ShardingPlan) -> No
         if any(part.placement.device().type != device.type for part in shards):
             raise ValueError(f"the sharding plan is not for {device.type}: table {name} is elsewhere in it")
         held = sum(part.shard_sizes[0] * part.shard_sizes[1] for part in shards)
+        if device.type == "cpu" and any(part.shard_sizes[0] == 0 for part in shards):
+            raise ValueError(
+                f"table {name}: {count} rows are too few to be row-wise on {ranks} ranks of a CPU, "
+                "one would have none: use fewer ranks, or set model.search=home"
+            )
         if name in on_shard and sharding.sharding_type != ShardingType.ROW_WISE.value:
             raise ValueError(
                 f"the sharding plan has table {name} {sharding.sharding_type}; model.search=shard needs row_wise: "

@@ -1,6 +1,6 @@
 """The embedding tables of a model: attention and representation, and how rows are looked up in them.
 
-B = bags of one, L = bags of any length, I = ids in them, D = dim of a set's inherent features together,
+B = ids, V = valid ones of them, L = bags of any length, I = ids in them, D = dim of a set's inherent features together,
 R = rows of a small table, d = its dim.
 """
 
@@ -13,8 +13,13 @@ from torchrec import DataType, EmbeddingBagCollection, EmbeddingBagConfig, Keyed
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import Awaitable
 
+from embeddings.collective import max_over_ranks
+from embeddings.communication import codecs
+from embeddings.row_wise import is_row_wise
+from embeddings.sharded_rows import ShardedRows
 from embeddings.sizes import DataSizes
-from embeddings.weighted_pooling import ShardedWeightedPooling
+from embeddings.weighted_pooling import ShardedWeightedPooling, WeightedBags
+from embeddings.whole_tables import whole_tables
 from schemas.model import CROSS, INHERENT, Feature, ModelSettings, Precision, Table, TableSet
 
 DATA_TYPES: dict[Precision, DataType] = {"fp32": DataType.FP32, "fp16": DataType.FP16}
@@ -31,7 +36,7 @@ AllCrossRows = Mapping[str, CrossRows]
 
 
 class Tables(nn.Module):
-    """All tables of a model, in `EmbeddingBagCollection`s that TorchRec can shard; every lookup is bags of one.
+    """All tables of a model, in `EmbeddingBagCollection`s that TorchRec can shard.
 
     ``sets`` maps the name of each set of tables to its settings; DARE has the two sets ``attention`` and
     ``representation``, TWIN one. A set has a table for each feature:
@@ -49,6 +54,8 @@ class Tables(nn.Module):
         self.inherent_features = tuple(feature for feature in INHERENT if feature in settings.features)
         self.cross_features = tuple(feature for feature in CROSS if feature in settings.features)
         self.sequences = tuple(settings.retrieved)
+        self.codecs = codecs(settings.communication)
+        """Of floats on their way between ranks."""
         self._sets = dict(sets)
         self._settings_of: dict[str, Table] = {}
         self.inherent = nn.ModuleDict()
@@ -98,60 +105,62 @@ class Tables(nn.Module):
         """Dims of the cross features in set ``name``."""
         return {feature: self._sets[name].table(feature).dim for feature in self.cross_features}
 
-    def inherent_rows(self, name: str, ids: Mapping[Feature, Tensor], valid_B: Tensor, bags: int) -> Tensor:
-        """Rows of the inherent features, concatenated.
+    def inherent_rows(self, name: str, ids: Mapping[Feature, Tensor], valid_B: Tensor) -> Tensor:
+        """Rows of the inherent features, concatenated; with gradient. Every rank must call it.
 
         Args:
             name: the set of tables.
             ids: for each inherent feature, int32 (B,).
             valid_B: bool; where False nothing is looked up, and the row is 0.
-            bags: at least B and the same on all ranks: gloo's collectives need equal sizes.
 
         Returns:
             float32 (B, D).
         """
-        count = len(valid_B)
-        assert bags >= count, (bags, count)
-        lengths = torch.zeros(bags, dtype=torch.int32, device=valid_B.device)
-        lengths[:count] = valid_B
+        place_V = valid_B.nonzero().flatten()
+        valid_ids = {feature: ids[feature].index_select(0, place_V) for feature in self.inherent_features}
+        if self.row_wise(name):
+            rows_VD = ShardedRows(self.inherent[name], self.codecs)(valid_ids).wait().float()
+        else:
+            rows_VD = self._bags_of_one(name, valid_ids)
+        if len(rows_VD) == len(valid_B):
+            return rows_VD
+        return rows_VD.new_zeros(len(valid_B), rows_VD.shape[1]).index_copy(0, place_V, rows_VD)
+
+    def _bags_of_one(self, name: str, ids: Mapping[Feature, Tensor]) -> Tensor:
+        """A lookup in the collection itself, which need not be sharded."""
+        count, device = len(ids["item"]), ids["item"].device
+        sharded = isinstance(self.inherent[name], ShardedEmbeddingBagCollection)
+        # Gloo's collectives need as many bags on all ranks.
+        bags = max(1, max_over_ranks([count], device)[0] if sharded else count)
+        lengths = torch.zeros(bags, dtype=torch.int32, device=device)
+        lengths[:count] = 1
         features = KeyedJaggedTensor(
             keys=list(self.inherent_features),
-            values=torch.cat([ids[feature][valid_B] for feature in self.inherent_features]),
+            values=torch.cat(list(ids.values())),
             lengths=lengths.repeat(len(self.inherent_features)),
         )
         return _side_by_side(self.inherent[name], features, self.inherent_features)[:count]
 
     def row_wise(self, name: str) -> bool:
         """Whether the rows of set ``name`` are spread over ranks, so that shards can search and pool them."""
-        return isinstance(self.inherent[name], ShardedEmbeddingBagCollection)
+        return is_row_wise(self.inherent[name])
 
-    def pooled_rows(
-        self, name: str, ids: Mapping[Feature, Tensor], weight_I: Tensor, length_L: Tensor, bags: int
-    ) -> Tensor:
-        """Weighted sums of rows of the inherent features, concatenated; made on the shards.
+    def pooled_rows(self, name: str, ids: Mapping[Feature, Tensor], weight_I: Tensor, length_L: Tensor) -> Tensor:
+        """Weighted sums of rows of the inherent features, concatenated; made on the shards. Every rank must call it.
 
         Args:
             name: the set of tables, sharded row-wise.
             ids: for each inherent feature, int32 (I,): the first bag's, the second's, ...
             weight_I: float32, may require a gradient.
             length_L: int32 or int64, ids of each of L bags.
-            bags: at least L and the same on all ranks.
 
         Returns:
             float32 (L, D).
         """
-        count = len(length_L)
-        assert bags >= count, (bags, count)
-        lengths = torch.zeros(bags, dtype=torch.int32, device=length_L.device)
-        lengths[:count] = length_L
-        features = KeyedJaggedTensor(
-            keys=list(self.inherent_features),
-            values=torch.cat([ids[feature] for feature in self.inherent_features]),
-            weights=weight_I.repeat(len(self.inherent_features)),
-            lengths=lengths.repeat(len(self.inherent_features)),
-        )
-        pooling = ShardedWeightedPooling(self.inherent[name])
-        return _side_by_side(pooling, features, self.inherent_features)[:count]
+        pooling = ShardedWeightedPooling(self.inherent[name], self.codecs)
+        in_order: dict[str, Tensor] = {feature: ids[feature] for feature in self.inherent_features}
+        sums_LD: Tensor = pooling(WeightedBags(in_order, weight_I, length_L)).wait()
+        return sums_LD.float()
 
     def cross_rows(self, device: torch.device) -> AllCrossRows:
         """All rows of all cross tables, looked up with the ids on ``device``."""
@@ -160,6 +169,13 @@ class Tables(nn.Module):
         }
         if self.cross is None:
             return found
+        whole = whole_tables(self.cross) if is_row_wise(self.cross) else self._all_rows(self.cross, device)
+        for table, (rows, sequence, feature, name) in self._rows.items():
+            found[name][sequence][feature] = whole[table][:rows].float()
+        return found
+
+    def _all_rows(self, collection: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """A lookup of all rows in the collection itself, padded to the longest table."""
         counts = torch.tensor([rows for rows, _, _, _ in self._rows.values()], device=device)
         row_R = torch.arange(int(counts.max()), dtype=torch.int32, device=device)
         present = row_R < counts[:, None]
@@ -168,10 +184,7 @@ class Tables(nn.Module):
             values=row_R.expand_as(present)[present],
             lengths=present.flatten().to(torch.int32),
         )
-        rows_by_table = _looked_up(self.cross, features).to_dict()
-        for table, (rows, sequence, feature, name) in self._rows.items():
-            found[name][sequence][feature] = rows_by_table[table][:rows].float()
-        return found
+        return _looked_up(collection, features).to_dict()
 
 
 def _looked_up(collection: nn.Module, features: KeyedJaggedTensor) -> KeyedTensor:

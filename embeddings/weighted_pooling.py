@@ -1,83 +1,114 @@
 """Weighted sums of rows, made on the shards that have the rows: D floats travel home a bag, not a row for each id.
 
-B = bags of this rank, the same number on all ranks, I = ids in them, S = shards (one a rank), F = features,
-D = dim of all features together.
+B = bags of this rank, I = ids in them, P = parts: bags that have an id on a shard, of this rank's, one shard's after
+the other's, S = shards (one a rank), F = tables, d = dim of a table, D = dim of all tables together.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor
-from torchrec.distributed.comm_ops import get_gradient_division
-from torchrec.distributed.embedding_sharding import EmbeddingShardingContext
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionAwaitable, ShardedEmbeddingBagCollection
-from torchrec.distributed.types import Awaitable, LazyAwaitable, ShardedModule
+from torch.nn.functional import embedding_bag
+from torchrec import EmbeddingBagCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.types import Awaitable, LazyAwaitable, QuantizedCommCodecs, ShardedModule
 from torchrec.streamable import Multistreamable
 
-from embeddings.all_to_all import Column, ColumnsAllToAll, all_to_all_with_gradient
-from embeddings.row_wise import row_wise_tables
+from embeddings.all_to_all import Column, ColumnsAllToAll, all_to_all_with_gradient, narrowest
+from embeddings.row_wise import Bags, RowWiseLookup
+
+
+class WeightedBags(NamedTuple):
+    """Of one rank."""
+
+    ids: Mapping[str, Tensor]
+    """For each table, int32 or int64 (I,): the first bag's, the second's, ..."""
+    weight_I: Tensor
+    """float32, may require a gradient."""
+    length_B: Tensor
+    """Integer; bags may be empty."""
 
 
 @dataclass
 class PoolingContext(Multistreamable):
-    """What home remembers of a pooling."""
+    """What home remembers of a pooling; of each table, in the order of the lookup."""
 
     bags: int = 0
+    parts: list[Tensor] = field(default_factory=list)
+    """int64 (P,): the bag that each part belongs to."""
+    sent: list[list[int]] = field(default_factory=list)
+    """Parts for each shard."""
+    received: list[list[int]] = field(default_factory=list)
+    """Parts from each rank."""
+    features: tuple[str, ...] = ()
+    """The order that was asked for."""
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Nothing to tell the allocator: no tensors."""
+        """Tell the allocator that ``stream`` uses the tensors."""
+        for part in self.parts:
+            part.record_stream(stream)
 
 
-class LengthsAllToAll(Awaitable["BagsAllToAll"]):
-    """First step of the input: how long each bag is on each shard; `wait` starts the second."""
+class BagsAllToAll(Awaitable[list[Bags]]):
+    """Second step of the input: ids and lengths, and weights whose gradients will return."""
 
-    def __init__(self, group: dist.ProcessGroup, length_SFB: Tensor, send: Callable[[Tensor], "BagsAllToAll"]) -> None:
+    def __init__(self, columns: ColumnsAllToAll, weights: tuple[Tensor, ...]) -> None:
         super().__init__()
-        self._send = send
-        self._sent, self._received = length_SFB, torch.empty_like(length_SFB)
+        self._columns, self._weights = columns, weights
+
+    def _wait_impl(self) -> list[Bags]:
+        found = self._columns.wait()
+        rows, lengths = found[: len(self._weights)], found[len(self._weights) :]
+        return [
+            Bags(row_I.to(torch.int32), length_L, weight_I)
+            for row_I, length_L, weight_I in zip(rows, lengths, self._weights, strict=True)
+        ]
+
+
+class CountsAllToAll(Awaitable[BagsAllToAll]):
+    """First step of the input: how many ids and parts each rank sends to each; `wait` starts the second."""
+
+    def __init__(self, group: dist.ProcessGroup, counts: Tensor, send: Callable[[Tensor], BagsAllToAll]) -> None:
+        super().__init__()
+        self._sent, self._received, self._send = counts, torch.empty_like(counts), send
         self._work = dist.all_to_all_single(self._received, self._sent, group=group, async_op=True)
 
-    def _wait_impl(self) -> "BagsAllToAll":
+    def _wait_impl(self) -> BagsAllToAll:
         self._work.wait()
         return self._send(self._received)
 
 
-class BagsAllToAll(Awaitable[KeyedJaggedTensor]):
-    """Second step of the input: ids, and weights whose gradients will return."""
+class SumsAllToAll(LazyAwaitable[Tensor]):
+    """The output: the shards' parts of the sums on their way home, where they are added up."""
 
-    def __init__(self, ids: ColumnsAllToAll, weights: Tensor, bags: Callable[[Tensor, Tensor], KeyedJaggedTensor]):
+    def __init__(self, parts: tuple[Tensor, ...], add: Callable[[tuple[Tensor, ...]], Tensor]) -> None:
         super().__init__()
-        self._ids, self._weights, self._bags = ids, weights, bags
+        self._parts, self._add = parts, add
 
-    def _wait_impl(self) -> KeyedJaggedTensor:
-        (ids,) = self._ids.wait()
-        return self._bags(ids, self._weights)
+    def _wait_impl(self) -> Tensor:
+        return self._add(self._parts)
 
 
-class ShardedWeightedPooling(ShardedModule[KeyedJaggedTensor, Tensor, KeyedTensor, PoolingContext]):
-    """``sum_i w_i e_i`` of bags of ids, with gradients of rows and weights.
+class ShardedWeightedPooling(ShardedModule[list[Bags], list[Tensor], Tensor, PoolingContext]):
+    """``sum_i w_i e_i`` of bags of ids, with gradients of rows and weights, of all tables side by side.
 
-    A lookup in a sharded collection of its own does not give the weights a gradient: they travel without.
-    It has no parameters; the rows are those of the collection, and so are their optimizer and the way home.
+    A lookup in a sharded collection of its own does not give the weights a gradient: they travel without. And it ends
+    in a reduce-scatter, where each shard answers for every bag, though few ids of a bag are on it.
+    It has no parameters; the rows are those of the collection, and so are their optimizers.
 
     Args:
         collection: sharded row-wise.
+        codecs: of the sums and of their gradients on their way; None: as they are.
     """
 
-    def __init__(self, collection: ShardedEmbeddingBagCollection) -> None:
+    def __init__(self, collection: ShardedEmbeddingBagCollection, codecs: QuantizedCommCodecs | None = None) -> None:
         super().__init__()
-        tables = row_wise_tables(collection)
-        (self._sharding,), (self._lookup,), (self._output_dist,) = (
-            collection._embedding_shardings,
-            collection._lookups,
-            collection._output_dists,
-        )
-        self._features: list[str] = self._sharding.feature_names()
-        self._blocks = [tables[feature].block for feature in self._features]
-        self._group = tables[self._features[0]].group
+        self._codecs = codecs
+        self._lookup = RowWiseLookup(collection)
+        self._group = self._lookup.group
 
     @property
     def unsharded_module_type(self) -> type[EmbeddingBagCollection]:
@@ -88,62 +119,70 @@ class ShardedWeightedPooling(ShardedModule[KeyedJaggedTensor, Tensor, KeyedTenso
         """Of one pooling."""
         return PoolingContext()
 
-    def input_dist(self, ctx: PoolingContext, features: KeyedJaggedTensor) -> LengthsAllToAll:
-        """Send ids and weights to the shards of the ids.
-
-        Args:
-            ctx: of this pooling.
-            features: B bags of each feature; the same B on all ranks. Its weights may require a gradient.
-        """
-        features = features.permute([features.keys().index(feature) for feature in self._features])
-        ctx.bags = features.stride()
-        shards = self._group.size()
-        blocks = torch.tensor(self._blocks, dtype=features.values().dtype, device=features.values().device)
+    def input_dist(self, ctx: PoolingContext, features: WeightedBags) -> CountsAllToAll:
+        """Send ids and weights to the shards of the ids."""
+        shards, tables = self._group.size(), self._lookup.tables
+        ctx.features, ctx.bags = tuple(features.ids), len(features.length_B)
+        id_I = torch.cat([features.ids[feature] for feature in tables])
+        blocks = torch.tensor([table.block for table in tables.values()], dtype=id_I.dtype, device=id_I.device)
+        length_B = features.length_B.to(id_I.dtype)
         length_SFB, row_I, _, _, place_I = torch.ops.fbgemm.block_bucketize_sparse_features(
-            features.lengths(), features.values(), False, True, blocks, shards
+            length_B.repeat(len(tables)), id_I, False, True, blocks, shards
         )
-        sent = length_SFB.view(shards, -1).sum(1).tolist()
         order_I = torch.empty_like(place_I)
         order_I[place_I.long()] = torch.arange(len(place_I), dtype=place_I.dtype, device=place_I.device)
-        weight_I = features.weights().index_select(0, order_I)
-        # TorchRec divides what comes back through a lookup by the number of ranks; home wants its own loss's gradient.
-        scale = float(shards if get_gradient_division() else 1)
+        weight_I = features.weight_I.repeat(len(tables)).index_select(0, order_I)
+        length_SFB = length_SFB.view(shards, len(tables), ctx.bags)
+        ids_SF = length_SFB.sum(2)
+        # By shard and table, as the bucketing has left them.
+        by_shard = ids_SF.flatten().tolist()
+        row_parts, weight_parts = row_I.split(by_shard), weight_I.split(by_shard)
+        id_counts = ids_SF.T.tolist()
+        rows, lengths, weights = [], [], []
+        for place, table in enumerate(tables.values()):
+            length_SB = length_SFB[:, place]
+            shard_P, bag_P = length_SB.nonzero(as_tuple=True)
+            ctx.parts.append(bag_P)
+            ctx.sent.append(torch.bincount(shard_P, minlength=shards).tolist())
+            rows.append(torch.cat(row_parts[place :: len(tables)]).to(narrowest(table.block - 1)))
+            weights.append(torch.cat(weight_parts[place :: len(tables)]))
+            lengths.append(length_SB[shard_P, bag_P].to(torch.int32))
 
-        def send(length_SFB: Tensor) -> BagsAllToAll:
-            received = length_SFB.view(shards, -1).sum(1).tolist()
-            ids = ColumnsAllToAll(self._group, [Column(row_I, sent, received)])
-            weights = all_to_all_with_gradient(weight_I, sent, received, scale, self._group)
-            return BagsAllToAll(ids, weights, lambda ids, weights: self._bags(length_SFB, ids, weights))
+        def send(count_SX: Tensor) -> BagsAllToAll:
+            counts = count_SX.T.tolist()
+            ids_received, ctx.received = counts[: len(tables)], counts[len(tables) :]
+            columns = [*map(Column, rows, id_counts, ids_received), *map(Column, lengths, ctx.sent, ctx.received)]
+            # TorchRec divides what comes to a shard by the number of ranks; home wants its own loss's gradient.
+            scale = 1 / self._lookup.gradient_scale
+            travelling = all_to_all_with_gradient(
+                list(map(Column, weights, id_counts, ids_received)), scale, self._group
+            )
+            return BagsAllToAll(ColumnsAllToAll(self._group, columns), travelling)
 
-        return LengthsAllToAll(self._group, length_SFB, send)
+        parts_SF = torch.tensor(ctx.sent, device=ids_SF.device).T
+        return CountsAllToAll(self._group, torch.cat([ids_SF, parts_SF], dim=1).contiguous(), send)
 
-    def _bags(self, length_SFB: Tensor, row_I: Tensor, weight_I: Tensor) -> KeyedJaggedTensor:
-        """What came from one rank after the other, by feature."""
-        shards, count = self._group.size(), len(self._features)
-        by_rank = torch.arange(shards * count, dtype=torch.int32, device=row_I.device)
-        by_feature = by_rank.view(shards, count).T.flatten()
-        place_I = torch.arange(len(row_I), device=row_I.device)
-        length_FSB, order_I, _ = torch.ops.fbgemm.permute_2D_sparse_data(
-            by_feature, length_SFB.view(shards * count, -1), place_I
-        )
-        return KeyedJaggedTensor(
-            keys=self._features,
-            values=row_I[order_I],
-            weights=weight_I[order_I],
-            lengths=length_FSB.flatten(),
-            stride=shards * (length_SFB.numel() // (shards * count)),
-        )
+    def compute(self, ctx: PoolingContext, dist_input: list[Bags]) -> list[Tensor]:
+        """This shard's parts of the sums of all ranks: of each table (parts, d)."""
+        return self._lookup(dist_input)
 
-    def compute(self, ctx: PoolingContext, dist_input: KeyedJaggedTensor) -> Tensor:
-        """This shard's part of the sums, for the bags of all ranks."""
-        pooled: Tensor = self._lookup(dist_input)
-        return pooled
+    def output_dist(self, ctx: PoolingContext, output: list[Tensor]) -> SumsAllToAll:
+        """Send the parts home."""
+        columns = list(map(Column, output, ctx.received, ctx.sent))
+        parts = all_to_all_with_gradient(columns, self._lookup.gradient_scale, self._group, self._codecs)
 
-    def output_dist(self, ctx: PoolingContext, output: Tensor) -> LazyAwaitable[KeyedTensor]:
-        """Add the parts of all shards, each bag's at its home."""
-        context = EmbeddingShardingContext(batch_size_per_rank=[ctx.bags] * self._group.size())
-        return EmbeddingBagCollectionAwaitable(
-            awaitables=[self._output_dist(output, context)],
-            embedding_dims=self._sharding.embedding_dims(),
-            embedding_names=self._sharding.embedding_names(),
-        )
+        def add(parts: tuple[Tensor, ...]) -> Tensor:
+            by_feature = {
+                feature: _added(part_Pd, bag_P, ctx.bags)
+                for feature, part_Pd, bag_P in zip(self._lookup.tables, parts, ctx.parts, strict=True)
+            }
+            return torch.cat([by_feature[feature] for feature in ctx.features], dim=1)
+
+        return SumsAllToAll(parts, add)
+
+
+def _added(part_Pd: Tensor, bag_P: Tensor, bags: int) -> Tensor:
+    """The sums of each bag's parts, (B, d); 0 where a bag has none."""
+    first_B = torch.bincount(bag_P, minlength=bags).cumsum(0)
+    first_B = torch.cat([first_B.new_zeros(1), first_B])
+    return embedding_bag(bag_P.argsort(stable=True), part_Pd, first_B, mode="sum", include_last_offset=True)

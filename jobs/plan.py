@@ -47,7 +47,11 @@ def plan(
         _calibrate(calibrate)
         return
     from embeddings.plan.sweep import NAMES
+    from pipeline.output import check_output_file
 
+    for file in (save, html):
+        if file is not None:
+            check_output_file(file)
     # `--sweep a=1,2 b=3,4` is how people write it: short names among the settings belong to the sweep.
     swept = [*(sweep or []), *(text for text in overrides or [] if sweep and text.partition("=")[0] in NAMES)]
     settings, sizes = _settings(topology, config or [], [text for text in overrides or [] if text not in swept], data)
@@ -56,6 +60,7 @@ def plan(
     from embeddings.plan.plan_file import differences, plan_text, read_plan
     from embeddings.plan.report import as_dict, lack_text, report
 
+    before = None if diff is None else read_plan(diff)
     points, table = _swept(settings, sizes, swept)
     run = dry_run(settings, sizes)
     print("\n".join(report(run)))
@@ -66,12 +71,11 @@ def plan(
             point | {k: v for k, v in as_dict(found).items() if k != "tables"} for point, found in points
         ]
     if run.plan is not None:
-        if diff is not None:
-            changes = differences(read_plan(diff), run.plan)
+        if before is not None:
+            changes = differences(before, run.plan)
             print("\n".join([f"\nagainst {diff}:", *changes]) if changes else f"\nthe same as {diff}")
             result["differences"] = changes
         if save is not None:
-            save.parent.mkdir(parents=True, exist_ok=True)
             save.write_text(plan_text(run.plan))
         if html is not None:
             from embeddings.plan.page import write_page
@@ -106,13 +110,15 @@ def _settings(
     cluster: Any = OmegaConf.to_container(OmegaConf.load(file))
     settings = load_settings(PlanSettings, config, overrides, {"cluster": cluster})
 
+    from embeddings.plan.workload import with_load_of
     from embeddings.sizes import DataSizes
     from schemas.manifest import Manifest
 
     if data is not None:
         if settings.sizes is not None:
             raise ValueError("--data and the settings sizes.* both say the sizes; give one of them")
-        return settings, DataSizes.of(Manifest.read(data), settings.stream)
+        manifest = Manifest.read(data)
+        return with_load_of(settings, manifest), DataSizes.of(manifest, settings.stream)
     if settings.sizes is None:
         raise ValueError("no sizes to plan for: give --data DIR, or sizes.items=N and the like")
     sequences = settings.stream.sequences

@@ -19,6 +19,8 @@ TableOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "rowwise_a
 
 Precision = Literal["fp32", "fp16"]
 
+Communication = Literal["fp32", "fp16", "bf16"]
+
 Memory = Literal["device", "host"]
 
 Dim = Annotated[int, Field(ge=4, multiple_of=4)]
@@ -83,7 +85,17 @@ class ModelSettings(Settings):
     """
     search: Literal["shard", "home"] = "shard"
     """Where behaviours are scored and pooled. ``shard``: where the rows are; ids travel there, the K best come back.
-    ``home``: where the sample is; the rows of all behaviours travel there, as ``auxiliary_loss`` needs them."""
+    ``home``: where the sample is; the rows of all behaviours travel there, as ``auxiliary_loss`` needs them. A model
+    whose score is no dot product of rows searches at home either way."""
+    communication: Communication = "fp32"
+    """How rows, pooled vectors and scores travel between ranks; ids and the weights of a pooling travel as they are.
+    In 16 bits they are half as many bytes, rounded on the way; gradients of rows then travel as bf16."""
+    hash_bits: Annotated[int, Field(ge=1, le=1024)] = 48
+    """Random projections whose signs eta and sdim compare."""
+    hash_width: PositiveInt = 3
+    """So many of them make up a round of sdim; its behaviours' and target's must all agree."""
+    cluster_size: PositiveInt = 10
+    """The most behaviours that twin-v2 puts into a cluster."""
     hidden: tuple[PositiveInt, ...] = Field((200, 80), min_length=1)
     """Widths of the prediction's hidden layers."""
     auxiliary_loss: bool = False

@@ -28,7 +28,7 @@ def load_settings(
     Args:
         kind: the settings class.
         files: YAML files.
-        overrides: ``key=value`` or ``section.key=value``; the value is read as YAML.
+        overrides: ``key=value`` or ``section.key=value``; the value is read as YAML. ``model=NAME`` names the model.
         values: settings that come from elsewhere (command-line options), as nested dictionaries.
 
     Raises:
@@ -48,7 +48,7 @@ def load_settings(
         for override in overrides:
             if "=" not in override.lstrip("="):
                 raise ValueError(f"{override!r}: an override is written key=value")
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([_in_full(override) for override in overrides]))
         content = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"settings cannot be read: {' '.join(str(error).split())}") from None
@@ -58,15 +58,23 @@ def load_settings(
         raise ValueError("; ".join(_explain(kind, dict(problem)) for problem in error.errors()[:3])) from None
 
 
+def _in_full(override: str) -> str:
+    """``model=twin`` is short for ``model.name=twin``."""
+    key, _, value = override.partition("=")
+    return f"model.name={value}" if key == "model" and not value.lstrip().startswith("{") else override
+
+
 def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
     location = [part for part in problem["loc"] if not str(part).startswith("function-")]
-    key = ".".join(map(str, location))
+    key, _ = _follow(kind, location)
     if problem["type"] == "extra_forbidden":
-        owner = _owner(kind, location[:-1])
-        allowed = f"; allowed here: {', '.join(sorted(owner.model_fields))}" if owner else ""
+        _, owners = _follow(kind, location[:-1])
+        allowed = f"; allowed here: {', '.join(sorted(owners[0].model_fields))}" if owners else ""
         return f"{key}: unknown key{allowed}"
     if problem["type"] == "missing":
         return f"{key}: required, but not set"
+    if problem["type"] == "byte_size_unit":
+        problem["msg"] = "not a number of bytes with or without a unit, such as 3GiB or 500MB"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if not key:
@@ -76,24 +84,29 @@ def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
     return f"{key}: {message}{shown}"
 
 
-def _owner(kind: type[BaseModel], location: Sequence[Any]) -> type[BaseModel] | None:
-    """The settings class that the keys in ``location`` lead to."""
-    found: type[BaseModel] | None = kind
+def _follow(kind: type[BaseModel], location: Sequence[Any]) -> tuple[str, list[type[BaseModel]]]:
+    """The dotted key of a location of pydantic, and the settings classes that can be there.
+
+    After the name of a field that is a tagged union, pydantic has the member's tag, which is no part of the key.
+    """
+    key, found = [], [kind]
     for part in location:
-        if found is None or part not in found.model_fields:
-            # The tag of a union's member follows the field's name in pydantic's locations: stay where the field led.
+        tagged = [member for member in found if part in _tags(member)]
+        if tagged:
+            found = tagged
             continue
-        found = next(iter(_classes(found.model_fields[part].annotation, location)), None)
-    return found
+        key.append(str(part))
+        owner = next((member for member in found if part in member.model_fields), None)
+        if owner is not None:
+            found = _classes(owner.model_fields[part].annotation)
+    return ".".join(key), found
 
 
-def _classes(annotation: Any, location: Sequence[Any]) -> list[type[BaseModel]]:
-    """The settings classes in a type annotation; of a tagged union, only the member whose tag is in ``location``."""
+def _classes(annotation: Any) -> list[type[BaseModel]]:
+    """The settings classes in a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    members = [found for argument in get_args(annotation) for found in _classes(argument, location)]
-    tagged = [member for member in members if set(_tags(member)) & set(location)]
-    return tagged or members
+    return [found for argument in get_args(annotation) for found in _classes(argument)]
 
 
 def _tags(kind: type[BaseModel]) -> tuple[Any, ...]:

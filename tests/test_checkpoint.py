@@ -5,13 +5,11 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from embeddings.initialization import initialize
 from embeddings.process_group import process_group
 from embeddings.sizes import DataSizes
 from pipeline.checkpoint.folder import (
@@ -25,63 +23,13 @@ from pipeline.checkpoint.folder import (
 from pipeline.checkpoint.loading import load
 from pipeline.checkpoint.writer import CheckpointWriter
 from pipeline.evaluate import load_model
-from pipeline.sharded_model import sharded_model
 from pipeline.stream.data_set import DataSet
-from pipeline.train.trainer import Trainer
 from schemas.train import TrainSettings
 from tests.datasets import random_users, write_dataset
 from tests.distributed import run_ranks
 from tests.runs import Run, small_settings
-from tests.toy_batch import part, toy_batch
-
-CPU = torch.device("cpu")
-
-
-class SplitBatches:
-    """Stands for a stream: the same global batches for any number of ranks."""
-
-    steps_per_epoch, waited_s = 6, 0.0
-
-    def __init__(self) -> None:
-        self.epoch = self.step = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for step in range(self.step, self.steps_per_epoch):
-            yield part(toy_batch(step, targets=24), dist.get_rank(), dist.get_world_size())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": 0, "step": 0}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.step = state["epoch"], state["step"]
-
-
-class Losses:
-    """Stands for a report."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def step(self, step: int, agreed: Any) -> None:
-        self.losses.append(agreed.loss)
-
-    def point(self, *arguments: Any) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-
-class Never:
-    received = False
-
-
-def trainer_of(settings: TrainSettings, data: Path) -> Trainer:
-    model = sharded_model(settings, DataSet.open(data).manifest, CPU)
-    initialize(model, settings.seed)
-    trainer = Trainer(settings, model, SplitBatches(), None, CPU)  # type: ignore[arg-type]
-    trainer._validate = lambda report: False  # type: ignore[method-assign]
-    return trainer
+from tests.toy_batch import toy_batch
+from tests.trainers import CPU, Losses, Never, trainer_of
 
 
 def train_and_save(settings: TrainSettings, data: Path, folder: Path) -> list[float]:

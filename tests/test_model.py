@@ -12,7 +12,6 @@ from embeddings.loss import click_loss
 from embeddings.model import CtrModel
 from embeddings.models import build_model
 from embeddings.process_group import process_group
-from embeddings.search.home import search_at_home
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
 from schemas.model import ModelSettings, TableChange, TableSet
@@ -182,9 +181,7 @@ def test_search_needs_no_gradient() -> None:
     model, reference = model_and_reference(settings, seed=4)
     batch = batch_for(settings, seed=5)
     cross = model.tables.cross_rows(CPU)
-    found = search_at_home(
-        batch, model.tables, model.scoring, "attention", "attention", cross, settings.retrieved, bags=1000
-    )["history"]
+    found = model.search(batch, cross)["history"]
     assert not found.behavior_TK.requires_grad
     history = batch.histories["history"]
     for target in range(len(batch)):

@@ -1,6 +1,7 @@
 """Dry runs: what is planned, what does not fit, what is written and read again; and the command."""
 
 import json
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +17,13 @@ from embeddings.plan.remedies import changed, remedies
 from embeddings.plan.report import as_dict, report
 from embeddings.plan.sweep import axis, sweep
 from embeddings.plan.tables import planned_tables
+from embeddings.plan.workload import with_load_of
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
 from jobs.cli import app
 from jobs.plan import CLUSTERS
 from schemas.cluster import ClusterSettings, known_clusters
+from schemas.manifest import Counts, Manifest, Targets
 from schemas.settings import load_settings
 from tests.distributed import run_ranks
 from tests.plans import plan_settings
@@ -279,6 +282,11 @@ def test_command_ends_with_one_object(tmp_path: Path) -> None:
         "https://matplotlib.org", ""
     ).replace("http://creativecommons.org", "")
     assert page.read_text().count("<svg") == 3
+    ids = re.findall(r'\bid="([^"]+)"', page.read_text())
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page.read_text())) <= {(name, "") for name in ids} | {
+        ("", name) for name in ids
+    }
     output, error = called(*RUN, "--diff", str(saved))
     assert error is None
     assert output.splitlines()[-1] == f"the same as {saved}"
@@ -325,3 +333,27 @@ def test_report_has_a_line_for_each_table() -> None:
     for table in run.tables:
         assert sum(line.startswith(f"{table.name} ") for line in lines) == 1
     assert all(len(one) < 200 for one, _ in pairwise(lines))
+
+
+def test_a_data_set_says_how_many_targets_share_a_history() -> None:
+    counts = Counts(
+        users=10,
+        users_left_out=0,
+        events=800,
+        behaviors=500,
+        items=50,
+        categories=5,
+        items_with_changed_category=0,
+        first_timestamp=0,
+        last_timestamp=1,
+        **{split: Targets(targets=60, positives=20) for split in ("train", "validation", "test")},
+    )
+    manifest = Manifest.model_construct(counts=counts)
+    load = with_load_of(plan_settings("stream.history_length=100"), manifest).workload
+    assert (load.targets_per_user, load.filled) == (6, 0.5)
+    load = with_load_of(
+        plan_settings("stream.history_length=40", "stream.targets_per_user_per_batch=3", "workload.samples=7"), manifest
+    ).workload
+    assert (load.targets_per_user, load.filled, load.samples) == (3, 1, 7)
+    load = with_load_of(plan_settings("workload.targets_per_user=2"), manifest).workload
+    assert (load.targets_per_user, load.filled) == (2, 0.5)

@@ -9,8 +9,8 @@ from embeddings.models import build_model
 from embeddings.plan.dry_run import dry_run
 from embeddings.plan.step import StepModel
 from embeddings.plan.tables import PlannedTable
-from embeddings.plan.traffic import lookup, narrowest, pooling_on_shard, search_on_shard
-from embeddings.plan.workload import Sequence, Workload
+from embeddings.plan.traffic import all_rows, narrowest, pooling_on_shard, rows_lookup, search_on_shard
+from embeddings.plan.workload import Sequence, Workload, distinct
 from embeddings.sizes import DataSizes
 from schemas.plan import PlanSettings
 from tests.plans import CLUSTER, plan_settings
@@ -18,8 +18,7 @@ from tests.plans import CLUSTER, plan_settings
 RANKS = 3
 
 
-def table(feature: str, rows: int, dim: int, sharding_type: str = "row_wise", owner: int = 0) -> PlannedTable:
-    shards = RANKS if sharding_type == "row_wise" else 1
+def table(feature: str, rows: int, dim: int) -> PlannedTable:
     return PlannedTable(
         name=f"{feature}_attention",
         set="attention",
@@ -28,10 +27,10 @@ def table(feature: str, rows: int, dim: int, sharding_type: str = "row_wise", ow
         dim=dim,
         value_bytes=4,
         state_bytes=0,
-        sharding_type=sharding_type,
+        sharding_type="row_wise",
         compute_kernel="fused",
-        ranks=tuple(range(RANKS)) if shards > 1 else (owner,),
-        shard_rows=(rows // shards,) * shards,
+        ranks=tuple(range(RANKS)),
+        shard_rows=(rows // RANKS,) * RANKS,
     )
 
 
@@ -41,39 +40,34 @@ def sent(traffic: list, words: str) -> float:
     return sum(found)
 
 
-def test_row_wise_lookup_sends_a_row_for_every_bag_to_every_rank() -> None:
-    tables, bags = [table("item", 30, 8), table("category", 9, 4)], 11
-    # Ids that are even over rows: rank r asks for each item in r's order, so a third goes to each rank.
-    ids_of_rank = [[(rank + place) % 9 for place in range(9)] for rank in range(RANKS)]
+def test_a_row_travels_once_to_each_rank_that_asks_for_it() -> None:
+    tables = [table("item", 30, 8), table("category", 9, 4)]
+    # Each rank asks for all rows, many times.
     asked, answered = Counter(), Counter()
     for home in range(RANKS):
-        for shard in range(RANKS):
-            if shard == home:
-                continue
-            for of in tables:
-                for _ in range(bags):
-                    asked[home] += 4  # the length of a bag
-                    answered[shard] += of.dim * 4  # its part of the sum, an empty bag's too
-                for row in ids_of_rank[home]:
-                    asked[home] += 4 * (row // 3 == shard)
-    traffic = list(lookup("it", tables, bags, ids=9, ranks=RANKS, gradient=True))
-    for rank in range(RANKS):
-        assert sent(traffic, "ids of it") * (RANKS - 1) == asked[rank]
-        assert sent(traffic, "rows of it") * (RANKS - 1) == answered[rank]
-        assert sent(traffic, "gradients of it") * (RANKS - 1) == answered[rank]
-
-
-def test_table_wise_lookup_is_the_owners_burden() -> None:
-    tables = [table("item", 30, 8, "table_wise", 1), table("category", 9, 4, "table_wise", 1)]
-    bags, ids = 11, 9
-    by_rank = Counter()
-    for home in range(RANKS):
         for of in tables:
-            if home != of.ranks[0]:
-                by_rank[of.ranks[0]] += bags * of.dim * 4
-    (rows,) = [part for part in lookup("it", tables, bags, ids, RANKS, gradient=False) if "rows" in part.what]
-    assert rows.busiest * (RANKS - 1) == by_rank[1]
-    assert rows.to_each * (RANKS - 1) * RANKS == by_rank.total()
+            for row in range(of.rows):
+                shard = row // (of.rows // RANKS)
+                asked[home] += (shard != home) * 1  # a shard has less than 256 rows
+                answered[shard] += (shard != home) * of.dim * 4
+            asked[home] += 8 * (RANKS - 1)  # how many
+    traffic = list(rows_lookup("it", tables, ids=1000, ranks=RANKS, gradient=True))
+    for rank in range(RANKS):
+        assert (sent(traffic, "ids of it") + sent(traffic, "counts of it")) * (RANKS - 1) == pytest.approx(asked[rank])
+        assert sent(traffic, "rows of it") * (RANKS - 1) == pytest.approx(answered[rank])
+        assert sent(traffic, "gradients of it") * (RANKS - 1) == pytest.approx(answered[rank])
+
+
+def test_of_few_ids_in_a_large_table_all_are_different() -> None:
+    (rows,) = [
+        part for part in rows_lookup("it", [table("item", 3_000_000, 8)], 90, RANKS, False) if "rows" in part.what
+    ]
+    assert rows.to_each == pytest.approx(90 / RANKS * 8 * 4, rel=1e-4)
+
+
+def test_whole_tables_go_from_each_shard_to_all_and_back() -> None:
+    traffic = list(all_rows("it", [table("position", 30, 8), table("scene", 9, 4)]))
+    assert sent(traffic, "rows of it") == sent(traffic, "gradients of it") == (10 * 8 + 3 * 4) * 4
 
 
 def test_search_on_shard_against_messages() -> None:
@@ -102,18 +96,32 @@ def test_search_on_shard_against_messages() -> None:
             sum(part.to_each for part in traffic if part.what in ("targets", "windows")) * (RANKS - 1) == targets[rank]
         )
         assert sent(traffic, "best of each shard") * (RANKS - 1) == answers[rank]
-    assert sent(traffic, "targets' item rows") == users * per_user * 8 * 4
+    # The 18 targets of all ranks have so many different items and categories, were they drawn at random.
+    for of in (item, category):
+        draw = torch.randint(0, of.rows, (1000, RANKS * users * per_user), generator=torch.Generator().manual_seed(1))
+        different = sum(len(set(ids)) for ids in draw.tolist()) / 1000
+        gathered = sent(traffic, f"targets' {of.feature} rows")
+        assert gathered == pytest.approx(different / RANKS * of.dim * 4, rel=0.05)
     # 24 behaviours of 9 categories: nearly all are met, none twice.
-    met = sent(traffic, "category rows") / (4 * 4) * RANKS
+    (fetched,) = [part for part in traffic if part.what == "category rows"]
+    met = fetched.to_each / (4 * 4) * RANKS
     assert 9 * 0.9 < met < 9
 
 
-def test_pooling_answers_once_a_bag() -> None:
-    tables, bags, ids = [table("item", 30, 8), table("category", 9, 4)], 6, 9
-    traffic = list(pooling_on_shard("it", tables, bags, ids, RANKS))
-    assert sent(traffic, "rows of it") == bags * (8 + 4) * 4
+def test_pooling_answers_once_a_part() -> None:
+    tables, ids, parts = [table("item", 30, 8), table("category", 9, 4)], 9, 6
+    traffic = list(pooling_on_shard("it", tables, ids, parts, RANKS))
+    assert sent(traffic, "rows of it") == parts / RANKS * (8 + 4) * 4
+    assert sent(traffic, "ids of it") == 2 * (ids / RANKS * 1 + parts / RANKS * 4)
     assert sent(traffic, "weights of it") == 2 * 3 * 4
     assert sent(traffic, "weights' gradients") == 2 * 3 * 4
+
+
+def test_parts_of_bags_are_counted_by_the_shards_that_have_an_id_of_them() -> None:
+    work = Workload(RANKS, 10_000, (Sequence(12, 120_000, 120_000, 2),))
+    draw = torch.randint(0, RANKS, (10_000, 2), generator=torch.Generator().manual_seed(1))
+    touched = sum(len(set(bag)) for bag in draw.tolist())
+    assert work.parts == pytest.approx(10_000 + touched, rel=0.01)
 
 
 def test_narrowest() -> None:
@@ -146,12 +154,12 @@ def test_time_of_a_collective_by_hand() -> None:
     sizes = DataSizes(items=1000, categories=50, lengths={"history": 100})
     run = dry_run(settings, sizes)
     (gathered,) = [cost for cost in run.steps["shard"].costs if cost.what == "targets' item rows"]
-    size = settings.stream.batch_size * settings.model.attention.dim * 4
+    size = distinct(settings.stream.batch_size * 4, 1001) / 4 * settings.model.attention.dim * 4
     cluster = settings.cluster
     slower = max(1 / cluster.within_node.bandwidth, 2 / cluster.between_nodes.bandwidth)
     expected_us = cluster.between_nodes.latency + size / 1e3 * slower / cluster.collectives.all_gather
     assert gathered.ms == pytest.approx(expected_us / 1e3)
-    assert (gathered.within_node, gathered.between_nodes) == (size, 2 * size)
+    assert (gathered.within_node, gathered.between_nodes) == pytest.approx((size, 2 * size))
 
 
 def longer(settings: PlanSettings, search: str, **sizes: int) -> float:

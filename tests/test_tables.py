@@ -95,7 +95,7 @@ def test_impossible_settings_are_refused(overrides: list[str], message: str) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "din"}, r"model.name: must be one of dare, twin \(not 'din'\)"),
+        ({"name": "tvin"}, r"model.name: must be one of dare, .*, twin-v2 \(not 'tvin'\)"),
         (
             {"name": "twin", "attention": TableSet(dim=8)},
             "model.attention: twin shares one set of tables; it must equal model.representation",

@@ -61,7 +61,7 @@ def pooled_as_alone(learning_rates: tuple[float, float]) -> None:
                 piece.tensor.copy_(rows[first : first + size])
 
         ids, weight, length, factor = bags_of(rank, seed)
-        pooled = model.tables.pooled_rows("representation", ids, weight, length, bags=10)
+        pooled = model.tables.pooled_rows("representation", ids, weight, length)
         loss = (pooled * factor).square().sum()
         loss.backward()
 

@@ -3,12 +3,55 @@
 import torch
 
 from embeddings.model import CtrModel
-from embeddings.models.dare import Dare
-from embeddings.models.twin import Twin
+from embeddings.models.dare import Dare, DareThreeTables, DareWithoutProduct
+from embeddings.models.din import Din, DinShort
+from embeddings.models.eta import Eta
+from embeddings.models.sdim import Sdim
+from embeddings.models.sim import SimHard, SimSoft
+from embeddings.models.twin import Twin, TwinFourTables, TwinHard, TwinWithoutProduct
+from embeddings.models.twin_gradients import TwinDuplicated, TwinGradientNormalization
+from embeddings.models.twin_maps import (
+    TwinPerceptron1,
+    TwinPerceptron2,
+    TwinProjection,
+    TwinProjectionCategory,
+    TwinProjectionItem,
+    TwinProjectionNoItem,
+    TwinProjectionPosition,
+    TwinProjectionShared,
+    TwinProjectionSmall,
+)
+from embeddings.models.twin_v2 import TwinV2
 from embeddings.sizes import DataSizes
 from schemas.model import ModelSettings
 
-MODELS: dict[str, type[CtrModel]] = {"dare": Dare, "twin": Twin}
+MODELS: dict[str, type[CtrModel]] = {
+    "dare": Dare,
+    "dare-no-tr": DareWithoutProduct,
+    "dare-three-tables": DareThreeTables,
+    "twin": Twin,
+    "twin-4e": TwinFourTables,
+    "twin-no-tr": TwinWithoutProduct,
+    "twin-hard": TwinHard,
+    "twin-v2": TwinV2,
+    "twin-projection": TwinProjection,
+    "twin-projection-shared": TwinProjectionShared,
+    "twin-projection-no-item": TwinProjectionNoItem,
+    "twin-projection-position": TwinProjectionPosition,
+    "twin-projection-category": TwinProjectionCategory,
+    "twin-projection-item": TwinProjectionItem,
+    "twin-projection-small": TwinProjectionSmall,
+    "twin-mlp-1": TwinPerceptron1,
+    "twin-mlp-2": TwinPerceptron2,
+    "twin-gradient-normalization": TwinGradientNormalization,
+    "twin-duplicated": TwinDuplicated,
+    "din": Din,
+    "din-short": DinShort,
+    "eta": Eta,
+    "sdim": Sdim,
+    "sim-hard": SimHard,
+    "sim-soft": SimSoft,
+}
 """``model.name`` -> class."""
 
 

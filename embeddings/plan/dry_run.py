@@ -12,11 +12,11 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError, ShardingOption
-from torchrec.distributed.types import ShardingPlan, ShardingType
+from torchrec.distributed.types import ShardingPlan
 
 from embeddings.model import CtrModel
 from embeddings.models import build_model
-from embeddings.plan.step import StepEstimate, StepModel, pools_on_shards
+from embeddings.plan.step import StepEstimate, StepModel
 from embeddings.plan.tables import PlannedTable, planned_tables
 from embeddings.plan.topology import cluster_topology, usable_memory
 from embeddings.plan.workload import Search, Workload
@@ -111,7 +111,7 @@ def dry_run(settings: PlanSettings, sizes: DataSizes) -> DryRun:
         * sum(sum(model.tables.inherent_dims(name).values()) for name in model.tables.inherent)
     )
     other = round(dense + kept * 4 * 4 + stand_in.search_bytes(search))
-    bounds = _bounds(model, work, search)
+    bounds = _bounds(model, work, search, cluster.device)
     topology = cluster_topology(cluster, other)
     began = time.perf_counter()
     planner = EmbeddingShardingPlanner(
@@ -150,29 +150,21 @@ def dry_run(settings: PlanSettings, sizes: DataSizes) -> DryRun:
     )
 
 
-def _bounds(model: CtrModel, work: Workload, search: Search) -> dict[str, ParameterConstraints]:
-    """What the plan must keep to, with the bags that a rank looks up in each table."""
-    found = constraints(model)
-    roles = model.roles
-    searched = {roles.target_attention, roles.history_attention}
-    cross = max((rows for rows, _, _, _ in model.tables._rows.values()), default=0)
-    bags = {}
-    for of_set in model.tables.inherent:
-        bags[of_set] = work.winner_bags
-        if model.auxiliary is not None or (search == "home" and of_set in searched):
-            bags[of_set] = work.history_bags
-        elif search == "shard" and of_set == roles.history_representation and pools_on_shards(model):
-            bags[of_set] = work.pooled_bags
-    inherent = {
-        f"{feature}_{of_set}": bags[of_set]
-        for of_set in model.tables.inherent
-        for feature in model.tables.inherent_features
-    }
+def _bounds(model: CtrModel, work: Workload, search: Search, device_type: str) -> dict[str, ParameterConstraints]:
+    """What the plan must keep to, with what is looked up in each table.
+
+    The planner thinks of a lookup of bags, where a shard answers for the bags of all ranks; here it answers for as
+    many as are looked up in it, those of one rank on the mean.
+    """
+    found = constraints(model, device_type, work.ranks)
+    searched = {model.roles.target_attention, model.roles.history_attention}
     for name, constraint in found.items():
-        constraint.batch_sizes = [inherent.get(name, cross)]
-        if name not in inherent:
-            # A few thousand rows: any rank has room for them, and row-wise they would burden all ranks, not one.
-            constraint.sharding_types = [ShardingType.TABLE_WISE.value]
+        ids = float(model.tables._rows[name][0]) / work.ranks if name in model.tables._rows else 0.0
+        for of_set in model.tables.inherent:
+            if name in {f"{feature}_{of_set}" for feature in model.tables.inherent_features}:
+                everything = model.auxiliary is not None or (search == "home" and of_set in searched)
+                ids = work.targets + (work.behaviors if everything else work.winners)
+        constraint.batch_sizes = [max(1, round(ids / work.ranks))]
     return found
 
 

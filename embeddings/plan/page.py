@@ -1,6 +1,7 @@
 """A dry run as one HTML file: charts and tables, nothing from the network."""
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -46,7 +47,7 @@ def write_page(file: Path, run: DryRun, points: Sequence[tuple[dict[str, int], D
         figures.append(
             _figure(lambda axes: _sweep(axes, points), 2, 3.4, "The sweep: time of a step, memory of the fullest rank.")
         )
-    body = "\n".join(figures)
+    body = "\n".join(_with_own_ids(figure, place) for place, figure in enumerate(figures))
     swept = f"<h2>Sweep</h2>\n<pre>{escape(table)}</pre>" if points else ""
     page = (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -71,6 +72,11 @@ def _figure(draw: Callable[[list[Axes]], None], panels: int, height: float, capt
     plt.close(drawing)
     svg = image.getvalue()
     return f"<figure>{svg[svg.index('<svg') :]}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _with_own_ids(figure: str, place: int) -> str:
+    """The ids of a drawing, and what refers to them, made the only ones of their name on the page."""
+    return re.sub(r'((?<!\w)id="|href="#|url\(#)', rf"\g<1>chart{place}-", figure)
 
 
 def _memory(axes: list[Axes], run: DryRun) -> None:

@@ -73,14 +73,17 @@ def lack_text(lack: Lack) -> str:
 def report(run: DryRun) -> Iterator[str]:
     """Lines of text: tables, memory, a step, and what training takes."""
     cluster, settings = run.settings.cluster, run.settings
+    nodes = f"{cluster.nodes:,} nodes" if cluster.nodes > 1 else "1 node"
     yield (
-        f"{settings.model.name} on {cluster.name}: {cluster.ranks:,} ranks, {cluster.nodes:,} nodes x "
-        f"{cluster.devices_per_node} {cluster.device_name}"
+        f"{settings.model.name} on {cluster.name}: {cluster.ranks:,} ranks, {nodes} x {cluster.devices_per_node} "
+        f"{cluster.device_name}"
     )
     yield f"figures of the cluster: {cluster.measured or 'from data sheets, not measured'}"
     if run.lack is not None:
         yield f"does not fit: {lack_text(run.lack)}"
         return
+    load = settings.workload
+    yield f"{load.targets_per_user:.3g} targets of a batch share a history, which fills {load.filled:.0%} of its length"
     yield f"fits; planned in {run.seconds:.1f} s"
     yield ""
     yield from _tables(run)

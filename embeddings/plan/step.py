@@ -6,6 +6,7 @@ Times are sums: nothing is taken to overlap. Counts are means, so a step of real
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from embeddings.communication import WIRE_BYTES
 from embeddings.model import CtrModel
 from embeddings.plan.tables import PlannedTable
 from embeddings.plan.traffic import (
@@ -13,13 +14,15 @@ from embeddings.plan.traffic import (
     PHASES,
     Phase,
     Traffic,
+    all_rows,
     dense_gradients,
     found_on_shard,
-    lookup,
     pooling_on_shard,
+    rows_lookup,
     search_on_shard,
 )
-from embeddings.plan.workload import Search, Workload
+from embeddings.plan.workload import Search, Workload, distinct
+from embeddings.search.pairs import PRODUCTS_A_PAIR
 from schemas.cluster import ClusterSettings
 
 PASSES = 10
@@ -28,8 +31,11 @@ PASSES = 10
 PAIR_PASSES = 3
 """Times that category rows of (target, behaviour) pairs are read or written on a shard."""
 
-COPIES = 3
-"""Times that rows are copied at home after a lookup."""
+WAY_PASSES = 6
+"""Times that a row that travels is read or written: taken out of the answer, packed, unpacked."""
+
+HOME_PASSES = 4
+"""The same at home, where each id takes its row, and features are put side by side."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +88,6 @@ class StepEstimate:
         }
 
 
-def pools_on_shards(model: CtrModel) -> bool:
-    """Whether search on the shard lets the model pool there too: not the rows that attention brings home anyway."""
-    roles = model.roles
-    representation = {roles.target_representation, roles.history_representation}
-    return len(representation) == 1 and not representation & {roles.target_attention, roles.history_attention}
-
-
 class StepModel:
     """Estimates the steps of one model on one cluster.
 
@@ -108,9 +107,10 @@ class StepModel:
         }
         self._cross = [table for table in tables if not table.inherent]
         self._whole = model.auxiliary is not None
+        self._wire = WIRE_BYTES[model.settings.communication]
         dense = [(name, weight) for name, weight in model.named_parameters() if ".embedding_bags." not in name]
         self.dense_parameters = sum(weight.numel() for _, weight in dense)
-        self.inputs = model._inputs() * (2 if self._whole else 1)
+        self.inputs = model._inputs(model.heads) * (2 if self._whole else 1)
 
     def estimate(self, search: Search) -> StepEstimate:
         """A step with search on the shard or at home."""
@@ -129,25 +129,28 @@ class StepModel:
         if search == "shard":
             return behaviors * 32 + pairs * 24
         dim = self._dim(self._model.roles.history_attention)
-        return behaviors * dim * FLOAT * COPIES + pairs * 24
+        return behaviors * dim * FLOAT * HOME_PASSES + pairs * 24
 
     def _cross_rows(self) -> Iterator[Cost]:
         """All rows of all cross tables."""
         if self._cross:
-            bags = max(table.rows for table in self._cross)
-            ids = sum(table.rows for table in self._cross) / len(self._cross)
-            yield from self._lookup("cross tables", self._cross, bags, ids, gradient=True)
+            for traffic in all_rows("cross tables", self._cross):
+                yield self._sent(traffic)
+            held = [max(table.shard_rows) for table in self._cross]
+            ns = self._on_shard(self._cross, held, held, gradient=True)
+            # Every rank copies what all have sent, and adds up its gradients.
+            whole = sum(table.rows * table.dim for table in self._cross) * FLOAT * HOME_PASSES * 2
+            yield self._compute("lookups", "cross tables", ns + whole / self._bandwidth)
 
     def _search_at_home(self) -> Iterator[Cost]:
         """All behaviours' rows come home (`embeddings.search.home`)."""
         roles, work, costs = self._model.roles, self._work, self._cluster.costs
         together = roles.target_attention == roles.history_attention
         ids = work.behaviors + work.targets * together
-        history = self._inherent[roles.history_attention]
-        yield from self._lookup("behaviours", history, work.history_bags, ids, gradient=False)
+        yield from self._lookup("behaviours", self._inherent[roles.history_attention], ids, ids, gradient=False)
         if not together:
             targets = self._inherent[roles.target_attention]
-            yield from self._lookup("targets", targets, work.history_bags, work.targets, gradient=False)
+            yield from self._lookup("targets", targets, work.targets, work.targets, gradient=False)
         dim = self._dim(roles.history_attention)
         yield self._compute("search", "scores of all behaviours", self._scores(dim, costs.pair))
 
@@ -156,20 +159,28 @@ class StepModel:
         roles, work, costs = self._model.roles, self._work, self._cluster.costs
         tables = self._inherent[roles.history_attention]
         categories = next((table.rows for table in tables if table.feature == "category"), 1)
-        for traffic in search_on_shard(tables, self._model.settings.features, work, categories):
+        for traffic in search_on_shard(tables, self._model.settings.features, work, categories, self._wire):
             yield self._sent(traffic)
         by_feature = {table.feature: table for table in tables}
         item = by_feature["item"]
+        yield self._compute("search", "bucketing, columns, windows", work.behaviors * costs.behavior)
         scan = work.behaviors * (costs.row + item.row_bytes / self._bandwidth) + self._scores(item.dim, costs.scan)
         yield self._compute("search", "scores of the behaviours here", scan)
         if "category" in by_feature:
-            categories_rows = work.pairs * by_feature["category"].dim * FLOAT * PAIR_PASSES / self._bandwidth
-            yield self._compute("search", "scores of categories", categories_rows)
+            yield self._compute("search", "scores of categories", self._category_scores(by_feature["category"]))
         merged = sum(
             work.targets * work.ranks * found_on_shard(sequence.pairs / work.targets, sequence.retrieved, work.ranks)
             for sequence in work.sequences
         )
         yield self._compute("search", "merging", merged * costs.pair)
+
+    def _category_scores(self, table: PlannedTable) -> float:
+        """Nanoseconds, on a shard (`small_table_score` in `embeddings.search.pairs`)."""
+        work, costs = self._work, self._cluster.costs
+        products = work.targets * work.ranks * distinct(work.behaviors, table.rows)
+        if products <= PRODUCTS_A_PAIR * work.pairs:
+            return work.pairs * costs.cross + products * 2 * table.dim / self._rate
+        return work.pairs * (2 * costs.row + table.dim * FLOAT * PAIR_PASSES / self._bandwidth)
 
     def _scores(self, dim: int, pair: float) -> float:
         """Nanoseconds of scoring all pairs."""
@@ -181,21 +192,30 @@ class StepModel:
         roles, work = self._model.roles, self._work
         targets = {roles.target_attention, roles.target_representation}
         history = {roles.history_attention, roles.history_representation}
-        bags = work.history_bags if self._whole else work.winner_bags
-        behaviors = work.behaviors if self._whole else work.kept
+        ids = work.behaviors if self._whole else work.kept
+        different = work.behaviors if self._whole else work.winners
         for name in sorted(targets | history):
-            if search == "shard" and pools_on_shards(self._model) and name == roles.history_representation:
+            if search == "shard" and self._model.could_pool_on_shards and name == roles.history_representation:
                 yield from self._pooling(f"histories, {name}", self._inherent[name])
                 continue
-            ids = behaviors * (name in history) + work.targets * (name in targets)
-            yield from self._lookup(f"winners, {name}", self._inherent[name], bags, ids, gradient=True)
+            of_targets = work.targets * (name in targets)
+            yield from self._lookup(
+                f"winners, {name}",
+                self._inherent[name],
+                ids * (name in history) + of_targets,
+                different * (name in history) + of_targets,
+                gradient=True,
+            )
 
     def _pooling(self, what: str, tables: Sequence[PlannedTable]) -> Iterator[Cost]:
-        work = self._work
-        bags, ids = work.pooled_bags, work.kept + work.targets
-        for traffic in pooling_on_shard(what, tables, bags, ids, work.ranks):
+        work, costs = self._work, self._cluster.costs
+        ids = work.kept + work.targets
+        for traffic in pooling_on_shard(what, tables, ids, work.parts, work.ranks, self._wire):
             yield self._sent(traffic)
-        yield self._rows_here(what, tables, bags, ids, gradient=True)
+        ns = self._on_shard(tables, [ids] * len(tables), [work.parts] * len(tables), gradient=True)
+        passes = work.parts * WAY_PASSES + work.targets * (1 + len(work.sequences)) * HOME_PASSES
+        copied = passes * sum(table.dim for table in tables) * FLOAT * 2 / self._bandwidth
+        yield self._compute("lookups", what, ns + copied + len(tables) * ids * costs.id)
 
     def _dense(self) -> Iterator[Cost]:
         """Attention, pooling, prediction, and the gradients of the dense parameters."""
@@ -212,35 +232,39 @@ class StepModel:
             yield self._sent(traffic)
 
     def _lookup(
-        self, what: str, tables: Sequence[PlannedTable], bags: float, ids: float, gradient: bool
+        self, what: str, tables: Sequence[PlannedTable], ids: float, different: float, gradient: bool
     ) -> Iterator[Cost]:
-        for traffic in lookup(what, tables, bags, ids, self._work.ranks, gradient):
+        """Rows of ids.
+
+        Args:
+            what: is looked up.
+            tables: row-wise.
+            ids: of a rank.
+            different: of them, as far as the workload says it.
+            gradient: a backward pass follows.
+        """
+        for traffic in rows_lookup(what, tables, different, self._work.ranks, gradient, self._wire):
             yield self._sent(traffic)
-        yield self._rows_here(what, tables, bags, ids, gradient)
+        asked = [distinct(different, table.rows) for table in tables]
+        ns = self._on_shard(tables, asked, asked, gradient)
+        travelling = sum(count * table.dim for count, table in zip(asked, tables, strict=True))
+        passes = ids * sum(table.dim for table in tables) * HOME_PASSES + travelling * WAY_PASSES
+        copied = passes * FLOAT * (1 + gradient) / self._bandwidth
+        yield self._compute("lookups", what, ns + copied + len(tables) * ids * self._cluster.costs.id)
 
-    def _rows_here(self, what: str, tables: Sequence[PlannedTable], bags: float, ids: float, gradient: bool) -> Cost:
-        """Reading rows on the shards, writing them back, and copying the answer at home."""
-        ranks = self._work.ranks
-        owned: dict[int, float] = {}
-        everywhere = 0.0
-        for table in tables:
-            if table.sharding_type == "row_wise":
-                everywhere += self._shard_ns(table, bags * ranks, ids, gradient)
-            else:
-                there = self._shard_ns(table, bags * ranks, ids * ranks, gradient)
-                owned[table.ranks[0]] = owned.get(table.ranks[0], 0) + there
-        home = bags * sum(table.dim for table in tables) * FLOAT * COPIES * (1 + gradient) / self._bandwidth
-        return self._compute("lookups", what, everywhere + max(owned.values(), default=0) + home)
-
-    def _shard_ns(self, table: PlannedTable, bags: float, ids: float, gradient: bool) -> float:
-        """Nanoseconds of a lookup on the rank that has the rows."""
-        costs = self._cluster.costs
-        bandwidth = min(self._cluster.host_link, self._bandwidth) if table.on_host else self._bandwidth
-        answer = 2 * bags * table.dim * FLOAT / self._bandwidth
-        forwards = ids * (costs.row + table.row_bytes / bandwidth) + bags * costs.bag + answer
-        if not gradient:
-            return forwards
-        return forwards + ids * (costs.update + 2 * table.row_bytes / bandwidth) + bags * costs.bag + answer
+    def _on_shard(
+        self, tables: Sequence[PlannedTable], ids: Sequence[float], bags: Sequence[float], gradient: bool
+    ) -> float:
+        """Nanoseconds of reading rows on a shard and writing them back."""
+        costs, ns = self._cluster.costs, 0.0
+        for table, of_ids in zip(tables, ids, strict=True):
+            bandwidth = min(self._cluster.host_link, self._bandwidth) if table.on_host else self._bandwidth
+            # A lookup has as many bags in each of its tables.
+            answer = max(bags) * (costs.bag + 2 * table.dim * FLOAT / self._bandwidth)
+            ns += of_ids * (costs.row + table.row_bytes / bandwidth) + answer
+            if gradient:
+                ns += of_ids * (costs.update + 2 * table.row_bytes / bandwidth) + answer
+        return ns
 
     def _sent(self, traffic: Traffic) -> Cost:
         cluster = self._cluster
@@ -251,7 +275,7 @@ class StepModel:
         us = traffic.collectives * link.latency
         # Both links are busy at the same time.
         us += (
-            traffic.busiest
+            traffic.to_each
             / share
             / 1e3
             * max(neighbours / cluster.within_node.bandwidth, strangers / cluster.between_nodes.bandwidth)

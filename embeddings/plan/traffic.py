@@ -1,18 +1,15 @@
 """What ranks send each other in a step, collective by collective.
 
-All is counted in bytes that one rank sends to each other rank. A row-wise lookup of bags is a reduce-scatter: each
-shard answers for every bag of every rank, most of them empty, so what a rank sends grows with the number of ranks.
-That is what `EmbeddingBagCollection` does, whose every bag here holds one id.
+All is counted in bytes that one rank sends to each other rank; ids are taken to be even over the rows of a table, so
+each rank sends the same.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from math import exp
 from typing import Literal
 
 from embeddings.plan.tables import PlannedTable
-from embeddings.plan.workload import Workload
+from embeddings.plan.workload import Workload, distinct
 from schemas.model import Feature
 
 Phase = Literal["input dist", "search", "lookups", "output dist", "dense", "step"]
@@ -20,8 +17,8 @@ PHASES: tuple[Phase, ...] = ("input dist", "search", "lookups", "output dist", "
 
 Collective = Literal["all_to_all", "reduce_scatter", "all_gather", "all_reduce"]
 
-ID, LENGTH, FLOAT = 4, 4, 4
-"""Bytes of an id (int32), of a bag's length, and of a float as it travels."""
+COUNT, ID, LENGTH, FLOAT = 8, 4, 4, 4
+"""Bytes of a count (int64), of an id (int32), of a bag's length, and of a float as it travels."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +29,9 @@ class Traffic:
     what: str
     collective: Collective
     to_each: float
-    """Bytes that a rank sends to each other rank, on the mean over ranks."""
-    busiest: float
-    """The same of the rank that sends or receives most: table-wise tables have one owner."""
+    """Bytes that a rank sends to each other rank."""
     collectives: int = 1
     """Whose latency it costs."""
-
-
-def even(phase: Phase, what: str, collective: Collective, to_each: float, collectives: int = 1) -> Traffic:
-    """Traffic that is the same on all ranks."""
-    return Traffic(phase, what, collective, to_each, to_each, collectives)
 
 
 def narrowest(largest: float) -> int:
@@ -49,48 +39,37 @@ def narrowest(largest: float) -> int:
     return next((size for size, limit in ((1, 2**8), (2, 2**16), (4, 2**31)) if largest < limit), 8)
 
 
-def lookup(
-    what: str, tables: Sequence[PlannedTable], bags: float, ids: float, ranks: int, gradient: bool
+def rows_lookup(
+    what: str, tables: Sequence[PlannedTable], ids: float, ranks: int, gradient: bool, wire: int = FLOAT
 ) -> Iterator[Traffic]:
-    """A lookup of bags of one in a sharded `EmbeddingBagCollection`.
+    """Rows of ids (`embeddings.sharded_rows`): of equal ids one travels.
 
     Args:
         what: is looked up.
-        tables: of the collection, one a feature.
-        bags: of a rank, empty ones too; the same on all ranks.
-        ids: of a rank; evenly over the rows.
+        tables: of a collection, row-wise, one a feature.
+        ids: of a rank.
         ranks: in all.
         gradient: a backward pass follows.
+        wire: bytes of a float of a row on its way.
     """
-    by_type = sorted(tables, key=lambda table: table.sharding_type)
-    for sharding_type, members in groupby(by_type, key=lambda table: table.sharding_type):
-        group = list(members)
-        answer = bags * FLOAT
-        if sharding_type == "row_wise":
-            dim = sum(table.dim for table in group)
-            asked = len(group) * (bags * LENGTH + ids / ranks * ID)
-            yield even("input dist", f"ids of {what}", "all_to_all", asked, collectives=3)
-            yield even("output dist", f"rows of {what}", "reduce_scatter", answer * dim)
-            if gradient:
-                yield even("output dist", f"gradients of {what}", "all_gather", answer * dim)
-        else:
-            # Each owner is asked for all bags of its tables, and answers with their rows.
-            owned: dict[int, list[PlannedTable]] = {}
-            for table in group:
-                owned.setdefault(table.ranks[0], []).append(table)
-            asked = bags * LENGTH + ids * ID
-            busiest_asked = max(len(mine) for mine in owned.values()) * asked
-            busiest_dim = max(sum(table.dim for table in mine) for mine in owned.values())
-            mean_dim = sum(table.dim for table in group) / ranks
-            mean_asked = len(group) / ranks * asked
-            yield Traffic("input dist", f"ids of {what}", "all_to_all", mean_asked, busiest_asked, 3)
-            for way in ("rows", "gradients")[: 1 + gradient]:
-                name = f"{way} of {what}"
-                yield Traffic("output dist", name, "all_to_all", answer * mean_dim, answer * busiest_dim)
+    different = [(distinct(ids, table.rows) / ranks, table) for table in tables]
+    asked = sum(count * narrowest(max(table.shard_rows) - 1) for count, table in different)
+    answered = sum(count * table.dim for count, table in different) * wire
+    yield Traffic("input dist", f"counts of {what}", "all_to_all", len(tables) * COUNT)
+    yield Traffic("input dist", f"ids of {what}", "all_to_all", asked)
+    for way in ("rows", "gradients")[: 1 + gradient]:
+        yield Traffic("output dist", f"{way} of {what}", "all_to_all", answered)
+
+
+def all_rows(what: str, tables: Sequence[PlannedTable]) -> Iterator[Traffic]:
+    """All rows of tables, to all ranks (`embeddings.whole_tables`), and their gradients."""
+    held = sum(max(table.shard_rows) * table.dim for table in tables) * FLOAT
+    yield Traffic("output dist", f"rows of {what}", "all_gather", held)
+    yield Traffic("output dist", f"gradients of {what}", "reduce_scatter", held)
 
 
 def search_on_shard(
-    inherent: Sequence[PlannedTable], features: Sequence[Feature], work: Workload, categories: int
+    inherent: Sequence[PlannedTable], features: Sequence[Feature], work: Workload, categories: int, wire: int = FLOAT
 ) -> Iterator[Traffic]:
     """Search where the rows live: behaviours go out once a user, at most K scores a target and shard come back.
 
@@ -99,6 +78,7 @@ def search_on_shard(
         features: of a behaviour.
         work: of a rank.
         categories: rows of the category table.
+        wire: bytes of a score on its way.
     """
     ranks, targets = work.ranks, work.targets
     dims = {table.feature: table.dim for table in inherent}
@@ -107,39 +87,44 @@ def search_on_shard(
         wide = narrowest(sequence.length)
         widths = {"item": ID, "category": known, "position": wide, "interval": 4, "behavior": 1, "scene": 1}
         behavior = sum(widths[feature] for feature in features)
-        yield even("input dist", "behaviours", "all_to_all", sequence.behaviors / ranks * behavior, 0)
-        yield even("input dist", "windows", "all_to_all", targets * (ID + wide), 0)
+        yield Traffic("input dist", "behaviours", "all_to_all", sequence.behaviors / ranks * behavior, 0)
+        yield Traffic("input dist", "windows", "all_to_all", targets * (ID + wide), 0)
         found = found_on_shard(sequence.pairs / targets, sequence.retrieved, ranks)
-        yield even("output dist", "best of each shard", "all_to_all", targets * found * (FLOAT + wide), 1)
+        yield Traffic("output dist", "best of each shard", "all_to_all", targets * found * (wire + wide))
     target = ID + known + sum({"position": 4, "interval": 4, "scene": 1}.get(feature, 0) for feature in features)
-    yield even("input dist", "targets", "all_to_all", targets * target, 2)
-    yield even("input dist", "targets' item rows", "all_gather", targets * dims["item"] * FLOAT)
+    yield Traffic("input dist", "targets", "all_to_all", targets * target, 2)
+    for table in inherent:
+        # Of equal ids of all ranks one is gathered.
+        held = distinct(targets * ranks, table.rows) / ranks
+        yield Traffic("input dist", f"targets' {table.feature} rows", "all_gather", held * table.dim * FLOAT)
     if "category" in dims:
         # A shard fetches each category that it has met once.
-        met = categories * (1 - exp(-work.behaviors / categories))
-        yield even("input dist", "ids of categories", "all_to_all", met / ranks * ID, 2)
-        yield even("input dist", "category rows", "all_to_all", met / ranks * dims["category"] * FLOAT)
+        met = distinct(work.behaviors, categories)
+        yield Traffic("input dist", "ids of categories", "all_to_all", met / ranks * ID, 2)
+        yield Traffic("input dist", "category rows", "all_to_all", met / ranks * dims["category"] * FLOAT)
 
 
 def pooling_on_shard(
-    what: str, tables: Sequence[PlannedTable], bags: float, ids: float, ranks: int
+    what: str, tables: Sequence[PlannedTable], ids: float, parts: float, ranks: int, wire: int = FLOAT
 ) -> Iterator[Traffic]:
-    """Weighted bags, pooled where the rows are; the weights' gradients come back.
+    """Weighted bags, pooled where the rows are (`embeddings.weighted_pooling`); the weights' gradients come back.
 
     Args:
         what: is pooled.
         tables: row-wise.
-        bags: of a rank, in each feature.
         ids: of a rank, in each feature.
+        parts: of a rank's bags, on all shards together.
         ranks: in all.
+        wire: bytes of a float of a sum on its way.
     """
     dim, features = sum(table.dim for table in tables), len(tables)
-    yield even("input dist", f"lengths of {what}", "all_to_all", features * bags * LENGTH)
-    yield even("input dist", f"ids of {what}", "all_to_all", features * ids / ranks * ID)
-    yield even("input dist", f"weights of {what}", "all_to_all", features * ids / ranks * FLOAT)
-    yield even("output dist", f"rows of {what}", "reduce_scatter", bags * FLOAT * dim)
-    yield even("output dist", f"gradients of {what}", "all_gather", bags * FLOAT * dim)
-    yield even("output dist", f"weights' gradients of {what}", "all_to_all", features * ids / ranks * FLOAT)
+    wide = sum(narrowest(max(table.shard_rows) - 1) for table in tables)
+    yield Traffic("input dist", f"counts of {what}", "all_to_all", 2 * features * COUNT)
+    yield Traffic("input dist", f"ids of {what}", "all_to_all", (ids * wide + features * parts * LENGTH) / ranks)
+    yield Traffic("input dist", f"weights of {what}", "all_to_all", features * ids / ranks * FLOAT)
+    yield Traffic("output dist", f"rows of {what}", "all_to_all", parts / ranks * wire * dim)
+    yield Traffic("output dist", f"gradients of {what}", "all_to_all", parts / ranks * wire * dim)
+    yield Traffic("output dist", f"weights' gradients of {what}", "all_to_all", features * ids / ranks * FLOAT)
 
 
 def found_on_shard(behaviors: float, k: int, ranks: int) -> float:
@@ -150,5 +135,5 @@ def found_on_shard(behaviors: float, k: int, ranks: int) -> float:
 def dense_gradients(parameters: int, statistics: int, ranks: int) -> Iterator[Traffic]:
     """All-reduce of the dense gradients, and of batch normalisation's sums forwards and backwards."""
     # An all-reduce is a reduce-scatter and an all-gather of equal parts.
-    yield even("dense", "dense gradients", "all_reduce", 2 * parameters * FLOAT / ranks)
-    yield even("dense", "batch statistics", "all_reduce", 2 * 2 * statistics * 8 / ranks, 2)
+    yield Traffic("dense", "dense gradients", "all_reduce", 2 * parameters * FLOAT / ranks)
+    yield Traffic("dense", "batch statistics", "all_reduce", 2 * 2 * statistics * 8 / ranks, 2)

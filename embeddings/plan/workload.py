@@ -1,12 +1,30 @@
 """What a rank does in a step, in numbers: so many targets, behaviours, pairs, rows to look up."""
 
 from dataclasses import dataclass
+from math import exp
 from typing import Literal, Self
 
 from embeddings.sizes import DataSizes
+from schemas.manifest import Manifest
 from schemas.plan import PlanSettings
 
 Search = Literal["shard", "home"]
+
+
+def with_load_of(settings: PlanSettings, manifest: Manifest) -> PlanSettings:
+    """Settings whose workload is that of a data set's training split, but for what they set themselves.
+
+    Means over users, all behaviours counted in every sequence: the manifest knows no more.
+    """
+    counts, stream, load = manifest.counts, settings.stream, settings.workload
+    longest = max((part.length for part in (stream.sequences or {}).values()), default=stream.history_length)
+    together = min(stream.targets_per_user_per_batch or stream.batch_size, stream.batch_size)
+    found = {
+        "targets_per_user": max(1.0, min(counts.train.targets / max(1, counts.users), together)),
+        "filled": max(0.001, min(1.0, counts.behaviors / max(1, counts.users) / longest)),
+    }
+    own = {name: value for name, value in found.items() if name not in load.model_fields_set}
+    return settings.model_copy(update={"workload": load.model_copy(update=own)})
 
 
 @dataclass(frozen=True)
@@ -65,21 +83,25 @@ class Workload:
         return sum(sequence.retrieved for sequence in self.sequences)
 
     @property
-    def winner_bags(self) -> int:
-        """Bags of the lookup with gradient: targets and what was retrieved."""
-        return self.targets * (1 + self.retrieved) + 1
-
-    @property
-    def pooled_bags(self) -> int:
-        """Bags of the pooling on shards: targets, and a history of each sequence."""
-        return self.targets * (1 + len(self.sequences)) + 1
-
-    @property
     def kept(self) -> float:
         """Behaviours that were retrieved, of all targets."""
         return sum(min(self.targets * sequence.retrieved, sequence.pairs) for sequence in self.sequences)
 
     @property
-    def history_bags(self) -> int:
-        """Bags of the lookup of search at home: targets and all behaviours."""
-        return self.targets + round(self.behaviors) + 1
+    def winners(self) -> float:
+        """The same, but those that targets of a user share are counted once."""
+        return sum(
+            distinct(min(self.targets * sequence.retrieved, sequence.pairs), sequence.behaviors)
+            for sequence in self.sequences
+        )
+
+    @property
+    def parts(self) -> float:
+        """Shards that have an id of a bag, of all bags of the pooling on shards: targets, and each one's histories."""
+        held = (min(sequence.retrieved, sequence.pairs / self.targets) for sequence in self.sequences)
+        return self.targets * (1 + sum(self.ranks * (1 - (1 - 1 / self.ranks) ** ids) for ids in held))
+
+
+def distinct(ids: float, rows: float) -> float:
+    """How many different rows so many ids are, on the mean, where each row is as likely."""
+    return rows * (1 - exp(-ids / rows)) if rows else 0.0

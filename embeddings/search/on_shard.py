@@ -14,15 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.types import Awaitable, LazyAwaitable, ShardedModule
+from torchrec.distributed.types import Awaitable, LazyAwaitable, QuantizedCommCodecs, ShardedModule
 from torchrec.streamable import Multistreamable
 
 from embeddings.all_to_all import Column, ColumnsAllToAll, narrowest
 from embeddings.batch import Batch
+from embeddings.communication import codecs as codecs_of
 from embeddings.row_wise import row_wise_tables
-from embeddings.scoring import ScaledDotProduct
+from embeddings.scoring import DotProduct
 from embeddings.search.merge import merged
-from embeddings.search.pairs import Pairs, cross_score, small_table_score
+from embeddings.search.pairs import Pairs, cross_score, search_rows, small_table_score
 from embeddings.search.request import HomeWindows, Request, ShardHistory, ShardTargets
 from embeddings.search.selection import Selection
 from embeddings.search.top_k import top_k
@@ -119,19 +120,22 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         lengths: N by sequence.
         target_cross: by sequence, all rows of the targets' cross tables.
         history_cross: the same of the behaviours'.
+        codecs: of the scores on their way home; None: as they are.
     """
 
     def __init__(
         self,
         targets: ShardedEmbeddingBagCollection,
         history: ShardedEmbeddingBagCollection,
-        scoring: ScaledDotProduct,
+        scoring: DotProduct,
         retrieved: Mapping[str, int],
         lengths: Mapping[str, int],
         target_cross: CrossRows,
         history_cross: CrossRows,
+        codecs: QuantizedCommCodecs | None = None,
     ) -> None:
         super().__init__()
+        self._codec = (codecs or codecs_of("fp32")).forward
         self._target_tables, history_tables = row_wise_tables(targets), row_wise_tables(history)
         self._scoring, self._retrieved, self._lengths = scoring, dict(retrieved), dict(lengths)
         self._target_cross, self._history_cross = target_cross, history_cross
@@ -192,30 +196,26 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         """The K best of this shard, by sequence."""
         targets = dist_input.targets
         rows = [table.gather(targets.columns[feature]).float() for feature, table in self._target_tables.items()]
-        query_GD = self._scoring.inherent_query(torch.cat(rows, dim=1))
-        queries = dict(zip(self._target_tables, query_GD.split([part.shape[1] for part in rows], dim=1), strict=True))
+        target_GD = torch.cat(rows, dim=1)
         categories = self._categories(dist_input.histories)
         found = {}
         for name, history in dist_input.histories.items():
+            query = self._scoring.queries(search_rows(target_GD, targets.row, self._target_cross[name]))
+            dims = [part.shape[1] for part in rows]
+            inherent = dict(zip(self._target_tables, query.inherent.split(dims, dim=1), strict=True))
             pairs = Pairs(history.start_G, history.end_G, len(history.columns["item"]))
-            additive_W = cross_score(
-                pairs,
-                self._scoring,
-                partial(history.row, targets=targets, pairs=pairs),
-                targets.row,
-                self._target_cross[name],
-                self._history_cross[name],
-            )
+            row = partial(history.row, targets=targets, pairs=pairs)
+            additive_W = cross_score(pairs, query.cross, row, self._history_cross[name])
             if categories:
                 rows_Cd, slot_R = categories
                 slot_W = pairs.of_behaviors(slot_R.index_select(0, history.columns["category"].to(torch.int32)))
-                additive_W += small_table_score(pairs, queries["category"], rows_Cd, slot_W)
+                additive_W += small_table_score(pairs, inherent["category"], rows_Cd, slot_W)
             score_GK, behavior_GK = top_k(
                 self._item.local_Rd,
                 history.columns["item"].to(torch.int32),
                 history.start_G,
                 history.end_G,
-                queries["item"].contiguous(),
+                inherent["item"].contiguous(),
                 additive_W,
                 self._retrieved[name],
             )
@@ -246,7 +246,8 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
             received = founds[name].sum(1).tolist()
             is_there_GK = torch.arange(k, device=best.count_G.device) < best.count_G[:, None]
             places = best.place_GK[is_there_GK].to(narrowest(self._lengths[name] - 1))
-            columns += [Column(best.score_GK[is_there_GK], sent, received), Column(places, sent, received)]
+            scores = self._codec.encode(best.score_GK[is_there_GK])
+            columns += [Column(scores, sent, received), Column(places, sent, received)]
 
         def merge(columns: list[Tensor]) -> dict[str, Selection]:
             selected = {}
@@ -255,7 +256,7 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
                 windows = ctx.windows[name]
                 first_F = windows.start_ST.flatten().repeat_interleave(found_ST.flatten())
                 behavior_F = windows.place_M.index_select(0, first_F + place_F.long()).long()
-                selected[name] = merged(found_ST, score_F, behavior_F, self._retrieved[name])
+                selected[name] = merged(found_ST, self._codec.decode(score_F), behavior_F, self._retrieved[name])
             return selected
 
         return ScoresAllToAll(ColumnsAllToAll(self._group, columns), merge)

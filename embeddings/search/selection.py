@@ -20,6 +20,8 @@ class Selection:
     """int64, counted in M; 0 where there is none."""
     valid_TK: Tensor
     """bool; False: the history has fewer than K."""
+    log_count_TK: Tensor | None = None
+    """float32: logarithm of how many behaviours each one stands for; None: for itself alone."""
 
     @classmethod
     def everything(cls, history: History) -> Self:

@@ -1,0 +1,25 @@
+"""ETA: search by SimHash signatures (arXiv 2108.04468)."""
+
+from typing import ClassVar
+
+from embeddings.batch import Batch
+from embeddings.model import SearchPlace
+from embeddings.models.twin import Twin
+from embeddings.search.selection import Selection
+from embeddings.search.signature import Signature, search_by_signature
+from embeddings.tables import AllCrossRows
+
+
+class Eta(Twin):
+    """Search by the Hamming distance of ``hash_bits`` random projections' signs, attention as TWIN."""
+
+    searched: ClassVar[SearchPlace] = "at home"
+
+    def make_modules(self) -> None:
+        """The random projections of item and category rows."""
+        dims = self.tables.inherent_dims(self.roles.history_attention)
+        self.signature = Signature(sum(dims.values()), self.settings.hash_bits)
+
+    def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+        """The nearest signatures."""
+        return search_by_signature(self._all_rows(batch, cross), self.signature, self.settings.retrieved)

@@ -1,0 +1,52 @@
+"""SDIM: no search; behaviours that hash as the target does are pooled (arXiv 2205.10249).
+
+T = targets, K = behaviours of each, H = rounds, B = bits of all rounds, b = bits of one, E = dim of all features.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from embeddings.models.eta import Eta
+from embeddings.representation import weighted_sum
+from embeddings.rows import Rows
+from embeddings.search.selection import Selection
+
+
+class Sdim(Eta):
+    """``hash_bits / hash_width`` rounds, each pooling the behaviours whose signature is the target's."""
+
+    searched = "nowhere"
+    attends_all = True
+
+    def make_modules(self) -> None:
+        """The random projections, so many a round."""
+        super().make_modules()
+        if self.settings.hash_bits % self.settings.hash_width:
+            raise ValueError(
+                f"model.hash_bits: must be a multiple of hash_width, {self.settings.hash_width} "
+                f"(not {self.settings.hash_bits})"
+            )
+
+    def attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:
+        """Where the signatures of a round agree, (T, H, K) of 0 and 1."""
+        target_TH1b = self._rounds(target.inherent).unsqueeze(2)
+        behavior_THKb = self._rounds(behaviors.inherent).transpose(1, 2)
+        same_THK = (target_TH1b == behavior_THKb).all(dim=3)
+        return (same_THK & chosen.valid_TK.unsqueeze(1)).float()
+
+    def pool(self, weight_TK: Tensor, behaviors: Rows) -> Rows:
+        """The mean over rounds of ``sum / |sum|``, the sums over all features together."""
+        dims = [behaviors.inherent.shape[-1], *(rows.shape[-1] for rows in behaviors.cross.values())]
+        sum_THE = weighted_sum(weight_TK, behaviors.concatenated()).unflatten(1, (weight_TK.shape[1], sum(dims)))
+        inherent, *cross = normalize(sum_THE, dim=2, eps=EPSILON).mean(1).split(dims, dim=1)
+        return Rows(inherent, dict(zip(behaviors.cross, cross, strict=True)))
+
+    def _rounds(self, rows: Tensor) -> Tensor:
+        """Signatures (..., H, b)."""
+        bits: Tensor = self.signature(rows).unflatten(-1, (-1, self.settings.hash_width))
+        return bits
+
+
+EPSILON = torch.finfo(torch.float32).tiny
+"""Under a norm; an empty bucket's sum stays 0."""

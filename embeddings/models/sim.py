@@ -1,0 +1,60 @@
+"""SIM: general search, then exact attention with several heads (arXiv 2006.05639).
+
+The paper's attention sees the time between behaviour and target; here it sees the features of the settings.
+T = targets, N = longest window, H = heads.
+"""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from embeddings.batch import Batch
+from embeddings.model import SearchPlace
+from embeddings.models.twin import Twin
+from embeddings.rows import Rows
+from embeddings.rows_map import RowsMap
+from embeddings.scoring import MappedDotProduct, MultiHeadScore
+from embeddings.search.by_category import search_by_category
+from embeddings.search.home import search_at_home
+from embeddings.search.selection import Selection
+from embeddings.tables import AllCrossRows
+
+
+class SimHard(Twin):
+    """Hard search: the latest behaviours of the target's category, and only those; attention with two heads, no TR."""
+
+    searched: ClassVar[SearchPlace] = "by ids alone"
+    needs_categories = True
+    target_aware = False
+    heads = 2
+
+    def make_scoring(self) -> nn.Module:
+        """Attention's score, of each head."""
+        return MultiHeadScore(sum(super().represented_dims().values()), self.heads)
+
+    def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+        """By category; no rows are looked up."""
+        return search_by_category(batch, self.settings.retrieved, filled=False)
+
+
+class SimSoft(SimHard):
+    """Soft search by the product of mapped rows, which learns from an auxiliary prediction on the whole history."""
+
+    searched = "at home"
+    needs_categories = False
+    auxiliary_always = True
+    whole_heads = 1
+
+    def make_modules(self) -> None:
+        """The search's score ``(W_b e_i) . (W_a e_a)`` (equation 1)."""
+        dims = self.represented_dims()
+        self.searching = MappedDotProduct(RowsMap(dims, tuple(dims), dims), RowsMap(dims, tuple(dims), dims))
+
+    def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+        """The K best by that score, at home: the auxiliary prediction brings all rows there in training."""
+        return search_at_home(self._all_rows(batch, cross), self.searching, self.settings.retrieved)
+
+    def whole_attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:
+        """That score itself, not its softmax, (T, N) (section 3.1)."""
+        score_TN: Tensor = self.searching(target, behaviors)
+        return score_TN * chosen.valid_TK

@@ -1,0 +1,65 @@
+"""Maps of embedding rows to other rows: the projections that try to make one set of tables serve two ends.
+
+F = features mapped together, I, O = their dims before and after.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from embeddings.rows import Rows
+from schemas.model import INHERENT, Feature
+
+
+class RowsMap(nn.Module):
+    """A linear map, or a perceptron, of some features' rows side by side; the other features stay as they are.
+
+    Args:
+        dims: of all features, the inherent ones first.
+        mapped: those that are mapped together.
+        outputs: their dims afterwards.
+        hidden: hidden layers, each as wide as the input; 0: a linear map.
+    """
+
+    def __init__(
+        self, dims: Mapping[Feature, int], mapped: Sequence[Feature], outputs: Mapping[Feature, int], hidden: int = 0
+    ) -> None:
+        super().__init__()
+        self.dims, self.mapped = dict(dims), tuple(feature for feature in dims if feature in mapped)
+        self.outputs = {feature: outputs[feature] if feature in mapped else dim for feature, dim in dims.items()}
+        wide = sum(dims[feature] for feature in self.mapped)
+        layers: list[nn.Module] = []
+        for before, after in pairwise([wide] * (hidden + 1)):
+            layers += [nn.Linear(before, after), nn.PReLU(init=0.1)]
+        layers.append(nn.Linear(wide, sum(self.outputs[feature] for feature in self.mapped)))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, rows: Rows) -> Rows:
+        """Rows (..., d) of the same targets or behaviours, with the dims of ``outputs``."""
+        return self._through(rows, self.dims, self.outputs, self.layers)
+
+    def transposed(self, rows: Rows) -> Rows:
+        """What a linear map's transpose makes of rows with the dims of ``outputs``; without the bias."""
+        (linear,) = self.layers
+        assert isinstance(linear, nn.Linear), "a perceptron has no transpose"
+        weight_OI = linear.weight
+        return self._through(rows, self.outputs, self.dims, lambda mapped_XO: mapped_XO @ weight_OI)
+
+    def _through(self, rows: Rows, before: Mapping[Feature, int], after: Mapping[Feature, int], layers: object) -> Rows:
+        parts = _by_feature(rows, before)
+        # One row for all targets becomes as many as the others are.
+        leading = torch.broadcast_shapes(*[parts[feature].shape[:-1] for feature in self.mapped])
+        side_by_side = torch.cat([parts[feature].expand(*leading, -1) for feature in self.mapped], dim=-1)
+        assert callable(layers)
+        found = layers(side_by_side).split([after[feature] for feature in self.mapped], dim=-1)
+        parts |= dict(zip(self.mapped, found, strict=True))
+        inherent = [part for feature, part in parts.items() if feature in INHERENT]
+        return Rows(torch.cat(inherent, dim=-1), {name: part for name, part in parts.items() if name not in INHERENT})
+
+
+def _by_feature(rows: Rows, dims: Mapping[Feature, int]) -> dict[Feature, Tensor]:
+    inherent = [feature for feature in dims if feature in INHERENT]
+    parts = rows.inherent.split([dims[feature] for feature in inherent], dim=-1)
+    return {**dict(zip(inherent, parts, strict=True)), **rows.cross}

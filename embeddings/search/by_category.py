@@ -1,0 +1,53 @@
+"""Search by ids alone: the latest behaviours of the target's category, or the latest of all. No rows are looked up.
+
+T = targets, W = (target, behaviour) pairs.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from embeddings.batch import Batch
+from embeddings.search.by_score import best_of_scores
+from embeddings.search.pairs import Pairs
+from embeddings.search.selection import Selection, taken
+
+EXACT = 1 << 24
+"""A float32 holds all integers below it."""
+
+
+def search_by_category(batch: Batch, retrieved: Mapping[str, int], *, filled: bool) -> dict[str, Selection]:
+    """The K latest behaviours of the target's category ("hard search", SIM, arXiv 2006.05639, section 3.1).
+
+    Args:
+        batch: the targets and their histories.
+        retrieved: K by sequence.
+        filled: where there are fewer than K, take the latest of the others after them.
+
+    Returns:
+        By sequence, the latest of the category first.
+    """
+    found = {}
+    for sequence, k in retrieved.items():
+        history = batch.histories[sequence]
+        pairs = Pairs(history.start_T, history.end_T, len(history.item_M))
+        place_W = pairs.of_behaviors(torch.arange(len(history.item_M), device=history.item_M.device))
+        same_W = taken(history.category_M, place_W) == pairs.of_targets(batch.category_T)
+        # Places within the window: they stay exact as floats, however many users a batch has.
+        place_W = place_W - pairs.of_targets(history.start_T)
+        longest = int((history.end_T - history.start_T).max()) if len(batch) else 0
+        assert 2 * longest < EXACT, longest
+        others_W = place_W.float() if filled else torch.full_like(place_W, -torch.inf, dtype=torch.float32)
+        found[sequence] = best_of_scores(torch.where(same_W, (place_W + longest).float(), others_W), history, k)
+    return found
+
+
+def latest(batch: Batch, retrieved: Mapping[str, int]) -> dict[str, Selection]:
+    """The K latest behaviours of each target, by sequence, the latest first."""
+    found = {}
+    for sequence, k in retrieved.items():
+        history = batch.histories[sequence]
+        behavior_TK = history.end_T[:, None] - torch.arange(1, k + 1, device=history.end_T.device)
+        valid_TK = behavior_TK >= history.start_T[:, None]
+        found[sequence] = Selection(torch.where(valid_TK, behavior_TK, 0), valid_TK)
+    return found

@@ -1,0 +1,396 @@
+"""Every model of the family said again, slowly and in plain torch: one target, one behaviour after the other.
+
+Written from the papers' definitions, on the values of a state dictionary; nothing is shared with `embeddings` but the
+batch and the names of the values.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from embeddings.batch import Batch, History
+
+INHERENT = ("item", "category")
+Vectors = dict[str, Tensor]
+"""By feature."""
+
+
+class Definition:
+    """TWIN; the others say how they differ. ``state``: float64 leaves by name of a `CtrModel`'s state dictionary."""
+
+    sets = ("shared", "shared", "shared", "shared")
+    """Attention of targets and of behaviours, representation of targets and of behaviours."""
+    product = True
+    left_out: tuple[str, ...] = ()
+    whole = False
+
+    def __init__(self, state: dict[str, Tensor], features: tuple[str, ...], retrieved: dict[str, int]) -> None:
+        self.state, self.retrieved = state, retrieved
+        self.features = [feature for feature in features if feature not in self.left_out]
+
+    # Embeddings
+
+    def embed(self, table_set: str, sequence: str, rows: dict[str, int]) -> Vectors:
+        found = {}
+        for feature in self.features:
+            place, name = f"inherent.{table_set}", f"{feature}_{table_set}"
+            if feature not in INHERENT:
+                place, name = "cross", f"{sequence}_{name}"
+            found[feature] = self.state[f"tables.{place}.embedding_bags.{name}.weight"][rows[feature]]
+        return found
+
+    def target_rows(self, batch: Batch, t: int) -> dict[str, int]:
+        rows = dict.fromkeys(("position", "interval", "behavior"), 0)
+        inherent = {"item": int(batch.item_T[t]), "category": int(batch.category_T[t])}
+        return rows | inherent | {"scene": int(batch.scene_T[t])}
+
+    def behavior_rows(self, batch: Batch, history: History, t: int, m: int) -> dict[str, int]:
+        gone = int(batch.timestamp_T[t]) - int(history.timestamp_M[m])
+        return {
+            "item": int(history.item_M[m]),
+            "category": int(history.category_M[m]),
+            "position": int(history.end_T[t]) - m,
+            "interval": min(33, 1 + math.floor(math.log2(1 + max(0, gone)))),
+            "behavior": int(history.behavior_M[m]),
+            "scene": int(history.scene_M[m]),
+        }
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        bias = self.state.get(f"{name}.bias")
+        return self.state[f"{name}.weight"] @ x + (0 if bias is None else bias)
+
+    def joined(self, vectors: Vectors) -> Tensor:
+        return torch.cat([vectors[feature] for feature in self.features])
+
+    # What models differ in
+
+    def scaled_product(self, q: Vectors, k: Vectors) -> Tensor:
+        inherent = [feature for feature in self.features if feature in INHERENT]
+        score = torch.zeros((), dtype=torch.float64)
+        for part in [inherent, *[[feature] for feature in self.features if feature not in INHERENT]]:
+            dim = sum(len(q[feature]) for feature in part)
+            score = score + sum(q[feature] @ k[feature] for feature in part) / math.sqrt(dim)
+        return score
+
+    def score(self, q: Vectors, k: Vectors) -> Tensor:
+        return self.scaled_product(q, k)
+
+    def search_score(self, q: Vectors, k: Vectors) -> Tensor:
+        return self.score(q, k)
+
+    def target_map(self, v: Vectors) -> Vectors:
+        return v
+
+    def behavior_map(self, e: Vectors) -> Vectors:
+        return e
+
+    def retrieve(self, batch: Batch, sequence: str, t: int) -> dict[int, float]:
+        """Behaviours in the order found, with the logarithm of how many each stands for."""
+        history = batch.histories[sequence]
+        q = self.embed(self.sets[0], sequence, self.target_rows(batch, t))
+        scored = []
+        for m, extra in self.candidates(batch, sequence, t).items():
+            k = self.embed(self.sets[1], sequence, self.behavior_rows(batch, history, t, m))
+            scored.append((-(float(self.search_score(q, k).detach()) + extra), m, extra))
+        return {m: extra for _, m, extra in sorted(scored)[: self.retrieved[sequence]]}
+
+    def candidates(self, batch: Batch, sequence: str, t: int) -> dict[int, float]:
+        history = batch.histories[sequence]
+        return dict.fromkeys(range(int(history.start_T[t]), int(history.end_T[t])), 0.0)
+
+    def pooled(self, scores: list[Tensor], kept: dict[int, float], vectors: list[Vectors], v: Vectors) -> Tensor:
+        weight = torch.stack([score + extra for score, extra in zip(scores, kept.values(), strict=True)]).softmax(0)
+        return sum(w * self.joined(e) for w, e in zip(weight, vectors, strict=True))
+
+    def whole_pooled(self, scores: list[Tensor], kept: dict[int, float], vectors: list[Vectors], v: Vectors) -> Tensor:
+        return self.pooled(scores, kept, vectors, v)
+
+    # The prediction
+
+    def inputs(self, batch: Batch, t: int, whole: bool) -> Tensor:
+        parts = []
+        for sequence in self.retrieved:
+            history = batch.histories[sequence]
+            shown = self.target_rows(batch, t)
+            q = self.embed(self.sets[0], sequence, shown)
+            v = self.target_map(self.embed(self.sets[2], sequence, shown))
+            everything = self.candidates_all(batch, sequence, t)
+            kept = everything if whole or self.whole else self.retrieve(batch, sequence, t)
+            scores, vectors = [], []
+            for m in kept:
+                rows = self.behavior_rows(batch, history, t, m)
+                k = self.embed(self.sets[1], sequence, rows)
+                scores.append(self.whole_score(q, k) if whole else self.score(q, k))
+                vectors.append(self.behavior_map(self.embed(self.sets[3], sequence, rows)))
+            pool = self.whole_pooled if whole else self.pooled
+            h = pool(scores, kept, vectors, v) if kept else self.nothing(v, whole)
+            if not parts:
+                parts += [v[feature] for feature in self.features if feature in INHERENT]
+            parts += [v[feature] for feature in self.features if feature not in INHERENT]
+            parts += [h, h * self.joined(v)] if self.product else [h]
+        return torch.cat(parts)
+
+    def candidates_all(self, batch: Batch, sequence: str, t: int) -> dict[int, float]:
+        return Definition.candidates(self, batch, sequence, t)
+
+    def whole_score(self, q: Vectors, k: Vectors) -> Tensor:
+        return self.score(q, k)
+
+    def nothing(self, v: Vectors, whole: bool) -> Tensor:
+        return torch.zeros_like(self.joined(v))
+
+    def perceptron(self, name: str, x_TI: Tensor) -> Tensor:
+        """In training: the batch's own statistics."""
+        mean, variance = x_TI.mean(0), x_TI.var(0, unbiased=False)
+        x = (x_TI - mean) / torch.sqrt(variance + 1e-5)
+        x = x * self.state[f"{name}.layers.0.weight"] + self.state[f"{name}.layers.0.bias"]
+        layer = 1
+        while f"{name}.layers.{layer + 1}.weight" in self.state:
+            x = x @ self.state[f"{name}.layers.{layer}.weight"].T + self.state[f"{name}.layers.{layer}.bias"]
+            slope = self.state[f"{name}.layers.{layer + 1}.weight"]
+            x = torch.where(x > 0, x, slope * x)
+            layer += 2
+        last = self.state[f"{name}.layers.{layer}.weight"], self.state[f"{name}.layers.{layer}.bias"]
+        return x @ last[0].squeeze(0) + last[1]
+
+    def logits(self, batch: Batch) -> list[Tensor]:
+        """The prediction's, and the auxiliary prediction's if there is one."""
+        found = []
+        for name, whole in (("prediction", False), ("auxiliary", True)):
+            if f"{name}.layers.0.weight" in self.state:
+                x_TI = torch.stack([self.inputs(batch, t, whole) for t in range(len(batch))])
+                found.append(self.perceptron(name, x_TI))
+        return found
+
+    def loss(self, batch: Batch) -> Tensor:
+        label = batch.label_T.double()
+        terms = [torch.nn.functional.binary_cross_entropy_with_logits(logit, label) for logit in self.logits(batch)]
+        return torch.stack(terms).sum()
+
+
+class Dare(Definition):
+    sets = ("attention", "attention", "representation", "representation")
+
+
+class DareNoTr(Dare):
+    product = False
+
+
+class DareThreeTables(Dare):
+    sets = ("target_attention", "history_attention", "representation", "representation")
+
+
+class Twin4E(Definition):
+    sets = ("target_attention", "history_attention", "target_representation", "history_representation")
+
+
+class TwinNoTr(Definition):
+    product = False
+
+
+class TwinHard(Definition):
+    """The K latest of the target's category; if they are fewer, the latest of the others fill the rest."""
+
+    filled = True
+
+    def retrieve(self, batch: Batch, sequence: str, t: int) -> dict[int, float]:
+        history = batch.histories[sequence]
+        window = range(int(history.start_T[t]), int(history.end_T[t]))
+        same = [m for m in reversed(window) if history.category_M[m] == batch.category_T[t]]
+        others = [m for m in reversed(window) if history.category_M[m] != batch.category_T[t]] if self.filled else []
+        return dict.fromkeys([*same, *others][: self.retrieved[sequence]], 0.0)
+
+
+class Maps(Definition):
+    mapped: tuple[str, ...] = ("item", "category", "position", "interval", "behavior", "scene")
+    output: int | None = None
+
+    def through(self, name: str, vectors: Vectors) -> Vectors:
+        features = [feature for feature in self.features if feature in self.mapped]
+        x, layer = torch.cat([vectors[feature] for feature in features]), 0
+        while True:
+            x = self.linear(f"{name}.layers.{layer}", x)
+            if f"{name}.layers.{layer + 1}.weight" not in self.state:
+                break
+            x = torch.where(x > 0, x, self.state[f"{name}.layers.{layer + 1}.weight"] * x)
+            layer += 2
+        parts = x.split([self.output or len(vectors[feature]) for feature in features])
+        return vectors | dict(zip(features, parts, strict=True))
+
+    def score(self, q: Vectors, k: Vectors) -> Tensor:
+        return self.scaled_product(self.through("scoring.of_target", q), self.through("scoring.of_behavior", k))
+
+    def target_map(self, v: Vectors) -> Vectors:
+        return self.through("target_map", v)
+
+    def behavior_map(self, e: Vectors) -> Vectors:
+        return self.through("behavior_map", e)
+
+
+class MapsNoItem(Maps):
+    mapped = ("category", "position")
+
+
+class MapsPosition(Maps):
+    mapped = ("position",)
+
+
+class MapsCategory(Maps):
+    mapped = ("category",)
+
+
+class MapsItem(Maps):
+    mapped = ("item",)
+
+
+class MapsSmall(Maps):
+    output = 16
+
+
+class Din(Definition):
+    left_out = ("position",)
+
+    def score(self, q: Vectors, k: Vectors) -> Tensor:
+        q, k = self.joined(q), self.joined(k)
+        hidden = self.linear("scoring.layers.0", torch.cat([q, k, q - k, q * k]) / len(q))
+        hidden = torch.where(hidden > 0, hidden, self.state["scoring.layers.1.weight"] * hidden)
+        return self.linear("scoring.layers.2", hidden).squeeze(0)
+
+
+class DinShort(Din):
+    def retrieve(self, batch: Batch, sequence: str, t: int) -> dict[int, float]:
+        window = self.candidates(batch, sequence, t)
+        return dict.fromkeys(list(reversed(window))[: self.retrieved[sequence]], 0.0)
+
+
+class Eta(Definition):
+    def bits(self, vectors: Vectors) -> list[bool]:
+        x = torch.cat([vectors[feature] for feature in self.features if feature in INHERENT])
+        return (self.state["signature.directions.weight"] @ x > 0).tolist()
+
+    def search_score(self, q: Vectors, k: Vectors) -> Tensor:
+        distance = sum(one != other for one, other in zip(self.bits(q), self.bits(k), strict=True))
+        return torch.tensor(-float(distance))
+
+
+class Sdim(Eta):
+    whole, width = True, 3
+
+    def inputs(self, batch: Batch, t: int, whole: bool) -> Tensor:
+        self.q_bits = self.bits(self.embed("shared", next(iter(self.retrieved)), self.target_rows(batch, t)))
+        return super().inputs(batch, t, whole)
+
+    def pooled(self, scores: list[Tensor], kept: dict[int, float], vectors: list[Vectors], v: Vectors) -> Tensor:
+        total, rounds = torch.zeros_like(self.joined(v)), len(self.q_bits) // self.width
+        for r in range(rounds):
+            part = slice(r * self.width, (r + 1) * self.width)
+            bucket = [self.joined(e) for e in vectors if self.bits(e)[part] == self.q_bits[part]]
+            if bucket:
+                total = total + sum(bucket) / sum(bucket).norm() / rounds
+        return total
+
+
+class SimHard(TwinHard):
+    filled, product, heads = False, False, 2
+
+    def score(self, q: Vectors, k: Vectors) -> Tensor:
+        q = self.linear("scoring.of_target", self.joined(q)).chunk(self.heads)
+        k = self.linear("scoring.of_behavior", self.joined(k)).chunk(self.heads)
+        return torch.stack([a @ b / math.sqrt(len(a)) for a, b in zip(q, k, strict=True)])
+
+    def nothing(self, v: Vectors, whole: bool) -> Tensor:
+        return torch.zeros_like(self.joined(v)).repeat(self.heads)
+
+    def pooled(self, scores: list[Tensor], kept: dict[int, float], vectors: list[Vectors], v: Vectors) -> Tensor:
+        weight = torch.stack(scores).softmax(0)
+        parts = [list(INHERENT), *[[feature] for feature in self.features if feature not in INHERENT]]
+        found = []
+        for part in parts:
+            for h in range(self.heads):
+                rows = [torch.cat([e[feature] for feature in part]) for e in vectors]
+                found.append(sum(w[h] * row for w, row in zip(weight, rows, strict=True)))
+        return torch.cat(found)
+
+
+class SimSoft(SimHard):
+    def whole_score(self, q: Vectors, k: Vectors) -> Tensor:
+        q = {**q, **Maps.through(self, "searching.of_target", q)}  # type: ignore[arg-type]
+        return self.scaled_product(q, Maps.through(self, "searching.of_behavior", k))  # type: ignore[arg-type]
+
+    mapped, output = Maps.mapped, None
+
+    def search_score(self, q: Vectors, k: Vectors) -> Tensor:
+        return self.whole_score(q, k)
+
+    def retrieve(self, batch: Batch, sequence: str, t: int) -> dict[int, float]:
+        return Definition.retrieve(self, batch, sequence, t)
+
+    def whole_pooled(self, scores: list[Tensor], kept: dict[int, float], vectors: list[Vectors], v: Vectors) -> Tensor:
+        return sum(score * self.joined(e) for score, e in zip(scores, vectors, strict=True))
+
+    def nothing(self, v: Vectors, whole: bool) -> Tensor:
+        return torch.zeros_like(self.joined(v)).repeat(1 if whole else self.heads)
+
+
+class TwinV2(Definition):
+    size = 3
+
+    def candidates(self, batch: Batch, sequence: str, t: int) -> dict[int, float]:
+        history = batch.histories[sequence]
+        table = self.state["tables.inherent.shared.embedding_bags.item_shared.weight"]
+        window = list(range(int(history.start_T[t]), int(history.end_T[t])))
+        point = {m: table[int(history.item_M[m])].detach() for m in window}
+        found = {}
+        for cluster in self.split(window, point):
+            middle = torch.stack([point[m] for m in cluster]).mean(0)
+            found[self.most(cluster, [-float((point[m] - middle).square().sum()) for m in cluster])] = math.log(
+                len(cluster)
+            )
+        return found
+
+    def most(self, cluster: list[int], values: list[float]) -> int:
+        """The earliest of those that are as far as the farthest, up to 1 in 10,000."""
+        limit = max(values) - 1e-4 * abs(max(values))
+        return min(m for m, value in zip(cluster, values, strict=True) if value >= limit)
+
+    def split(self, cluster: list[int], point: dict[int, Tensor]) -> list[list[int]]:
+        if len(cluster) <= self.size:
+            return [cluster] if cluster else []
+
+        def farthest(there: Tensor) -> int:
+            return self.most(cluster, [float((point[m] - there).square().sum()) for m in cluster])
+
+        one = farthest(torch.stack([point[m] for m in cluster]).mean(0))
+        other = farthest(point[one])
+        along = sorted(cluster, key=lambda m: (float(point[m] @ (point[other] - point[one])), m))
+        half = (len(cluster) + 1) // 2
+        return [*self.split(sorted(along[:half]), point), *self.split(sorted(along[half:]), point)]
+
+
+DEFINITIONS: dict[str, type[Definition]] = {
+    "dare": Dare,
+    "dare-no-tr": DareNoTr,
+    "dare-three-tables": DareThreeTables,
+    "twin": Definition,
+    "twin-duplicated": Definition,
+    "twin-4e": Twin4E,
+    "twin-no-tr": TwinNoTr,
+    "twin-hard": TwinHard,
+    "twin-v2": TwinV2,
+    "twin-projection": Maps,
+    "twin-projection-shared": Maps,
+    "twin-projection-no-item": MapsNoItem,
+    "twin-projection-position": MapsPosition,
+    "twin-projection-category": MapsCategory,
+    "twin-projection-item": MapsItem,
+    "twin-projection-small": MapsSmall,
+    "twin-mlp-1": Maps,
+    "twin-mlp-2": Maps,
+    "din": Din,
+    "din-short": DinShort,
+    "eta": Eta,
+    "sdim": Sdim,
+    "sim-hard": SimHard,
+    "sim-soft": SimSoft,
+}
