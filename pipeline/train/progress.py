@@ -34,7 +34,7 @@ class Progress:
         self._samples += targets
         now = time.monotonic()
         if self._live:
-            rate = self._samples / max(now - self._began, 1e-9)
+            rate = self.samples_per_s
             self._bar.set_postfix_str(f"{rate:,.0f} samples/s, loss {loss:.4f}{self._validation}", refresh=False)
             self._bar.update()
         elif self._plain and (now - self._told >= LINE_EVERY_S or self._step == self._steps):
@@ -42,7 +42,7 @@ class Progress:
             left = (now - self._began) / (self._step - self._first) * (self._steps - self._step)
             self._say(
                 f"step {self._step}/{self._steps}, {rate:,.0f} samples/s, loss {loss:.4f}{self._validation}, "
-                f"{_duration(left)} left"
+                f"{duration(left)} left"
             )
             self._told, self._samples_told = now, self._samples
 
@@ -52,6 +52,11 @@ class Progress:
         self._began, self._told = self._began + seconds, self._told + seconds  # the speed is that of training
         if self._plain:
             self._say(f"step {self._step}/{self._steps}{self._validation}{', the best so far' if better else ''}")
+
+    @property
+    def samples_per_s(self) -> float:
+        """Of all ranks together since the start, validations left out."""
+        return self._samples / max(time.monotonic() - self._began, 1e-9)
 
     def __enter__(self) -> Self:
         return self
@@ -63,7 +68,8 @@ class Progress:
         print(line, file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Minutes and seconds, and hours if there are any."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,155 @@
+"""`dare experiment`: models x dims x seeds x data sets, one table."""
+
+import json as json_format
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.experiment.results import Result
+    from schemas.experiment import ExperimentSettings
+
+SHIPPED = {file.stem: file for file in sorted(Path(__file__).with_name("experiments").glob("*.yaml"))}
+RECIPES = {file.stem: file for file in sorted(Path(__file__).with_name("recipes").glob("*.yaml"))}
+
+
+def experiment(
+    file: Annotated[str, typer.Argument(help=f"Settings file, or a shipped experiment: {', '.join(SHIPPED)}.")],
+    out: Annotated[Path, typer.Option(help="Folder of the experiment; what is finished in it is not run again.")],
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Where a data set is; repeatable.")
+    ] = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Runs at the same time; if not given, one a GPU, or else one a core.")
+    ] = None,
+    check: Annotated[Path | None, typer.Option(help="File of the accuracy that must be reached.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
+) -> None:
+    """Train every model of an experiment with every dim and seed, and compare them."""
+    settings, recipe = load_experiment(file)
+    given = _folders(data or [])
+
+    from pipeline.experiment.cells import cells_of, refuse_changed
+    from pipeline.experiment.data_sets import check_sources, opened
+    from pipeline.experiment.documents import Documents
+    from pipeline.experiment.floor import below, read_floor
+    from pipeline.experiment.folder import held
+    from pipeline.experiment.progress import Progress
+    from pipeline.experiment.runner import run_cells
+    from pipeline.experiment.sizes import check_names, parameters_of
+
+    out, dare = out.absolute(), [sys.executable, "-m", "jobs.cli"]
+    floor = read_floor(check, settings.name) if check else None
+    cells = cells_of(settings, recipe, out)
+    check_names(cells)
+    check_sources(settings.data, given)
+    with held(out, settings):
+        sets = opened(settings.data, given, out, dare)
+        parameters = parameters_of(cells, {name: found.manifest for name, found in sets.items()})
+        refuse_changed(cells, {name: found.fingerprint for name, found in sets.items()})
+        documents = Documents(out, settings, cells, parameters, shlex.join(["dare", *sys.argv[1:]]))
+        folders = {name: found.folder.absolute() for name, found in sets.items()}
+        slots = _slots(parallel)
+        with Progress(cells, len(slots)) as progress:
+            whole = run_cells(cells, folders, dare, slots, documents.cell_ended, progress)
+        results, pairs = documents.write()
+    _print(settings, results)
+    print(f"{out / 'report.html'}: the report; report.md and results.parquet are beside it")
+    if json:
+        document = {"cells": [asdict(result) for result in results], "pairs": [asdict(pair) for pair in pairs]}
+        print(json_format.dumps(document))
+    _end(results, whole, below(floor, results) if floor else [])
+
+
+def load_experiment(file: str) -> "tuple[ExperimentSettings, Path | None]":
+    """Settings of an experiment, and the file of its recipe if it has one.
+
+    Args:
+        file: path, or name of a shipped one.
+
+    Raises:
+        ValueError: it is not there, or impossible.
+    """
+    from schemas.experiment import ExperimentSettings
+    from schemas.settings import load_settings
+
+    path = SHIPPED.get(file, Path(file))
+    if not path.is_file():
+        raise ValueError(f"{file}: no such settings file, and not a shipped experiment; those are {', '.join(SHIPPED)}")
+    try:
+        settings = load_settings(ExperimentSettings, _extended(path))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if settings.recipe is None:
+        return settings, None
+    recipe = RECIPES.get(settings.recipe, path.parent / settings.recipe)
+    if not recipe.is_file():
+        raise ValueError(f"{file}: recipe: {recipe} is not there; shipped are {', '.join(RECIPES)}")
+    return settings, recipe
+
+
+def _extended(file: Path) -> list[Path]:
+    """The files that ``file`` extends, and itself."""
+    import yaml
+
+    content = yaml.safe_load(file.read_text())
+    bases = content.get("extends", []) if isinstance(content, dict) else []
+    return [*(file.parent / str(base) for base in (bases if isinstance(bases, list) else [])), file]
+
+
+def _folders(texts: Sequence[str]) -> dict[str, Path]:
+    folders = {}
+    for text in texts:
+        name, given, folder = text.partition("=")
+        if not (name and given and folder):
+            raise ValueError(f"--data {text}: is written NAME=FOLDER")
+        folders[name] = Path(folder).absolute()
+    return folders
+
+
+def _slots(parallel: int | None) -> list[Mapping[str, str]]:
+    """The environment of each run at a time: GPUs in turn, where there are some."""
+    import torch
+
+    from jobs.versions import fbgemm_has_cuda
+
+    gpus = torch.cuda.device_count() if fbgemm_has_cuda() else 0
+    if not gpus:
+        return [{}] * (parallel or len(os.sched_getaffinity(0)))
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    return [{"CUDA_VISIBLE_DEVICES": names[place % gpus]} for place in range(parallel or gpus)]
+
+
+def _print(settings: "ExperimentSettings", results: "Sequence[Result]") -> None:
+    """The first table of the report."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from pipeline.experiment.tables import all_tables
+
+    auc = all_tables(settings, results, [])[0]
+    table = Table(*auc.header, title=f"{settings.name}: {auc.title}", title_justify="left")
+    for row in auc.rows:
+        table.add_row(*(Text(entry.text, "bold" if entry.bold else "") for entry in row))
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+def _end(results: "Sequence[Result]", whole: bool, faults: Sequence[str]) -> None:
+    """Raises where not all is well."""
+    finished = sum(result.state == "finished" for result in results)
+    if not whole:
+        raise ValueError(f"stopped, {finished} of {len(results)} cells are finished; the same command goes on")
+    failed = [result for result in results if result.state == "failed"]
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(results)} cells failed, the first in {failed[0].run}: {failed[0].error}"
+        )
+    if faults:
+        raise ValueError(f"accuracy: {'; '.join(faults)}")

@@ -1,0 +1,1 @@
+"""The experiment: many runs of `dare train`, one table."""

@@ -1,0 +1,104 @@
+"""A command in a process of its own that ends when this one does, whatever ends it."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+class Child:
+    """Starts at once; its output is appended to a file. To be made in the main thread: the child dies with it.
+
+    Args:
+        command: program and arguments.
+        environment: beside this process's.
+        log: file for standard output and standard error.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it has died before we asked
+                os._exit(1)
+
+        with log.open("ab") as output:
+            self._offset = output.tell()
+            self._process = subprocess.Popen(
+                command,
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the parent, which passes on what is to be done.
+                preexec_fn=die_with_parent,
+            )
+        self._began = time.monotonic()
+        self.seconds = 0.0
+        """From start to end."""
+        self.peak_bytes = 0
+        """Most resident memory; known at the end. At least this process's at the start: Linux counts what is forked."""
+        self.code: int | None = None
+        """Exit code; negative: the signal that ended it."""
+
+    def poll(self) -> int | None:
+        """Exit code, or None while it runs."""
+        if self.code is None:
+            self.seconds = time.monotonic() - self._began
+            pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
+            if pid:
+                self.code = self._process.returncode = os.waitstatus_to_exitcode(status)
+                self.peak_bytes = usage.ru_maxrss * 1024
+        return self.code
+
+    def wait(self, timeout_s: float) -> int | None:
+        """As `poll`, but waits for the end."""
+        until = time.monotonic() + timeout_s
+        while self.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        return self.code
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, if it still runs."""
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
+
+    def said(self) -> str:
+        """Its output so far."""
+        with self.log.open("rb") as log:
+            log.seek(self._offset)
+            return log.read().decode(errors="replace")
+
+    def complaint(self) -> str:
+        """Why it failed: its last words."""
+        lines = [line.strip() for line in self.said().splitlines() if line.strip()]
+        told = [line.removeprefix("dare: ") for line in lines if line.startswith("dare: ")]
+        last = (told or lines or ["it said nothing"])[-1]
+        if self.code is not None and self.code < 0:
+            return f"ended by {signal.Signals(-self.code).name}; last line: {last}"
+        return last
+
+
+def stop_all(children: Sequence[Child], patience_s: float = 60) -> None:
+    """Ask all to stop, which lets them save; those that do not in time are killed."""
+    try:
+        for child in children:
+            child.send(signal.SIGTERM)
+        until = time.monotonic() + patience_s
+        for child in children:
+            child.wait(until - time.monotonic())
+    finally:
+        for child in children:
+            child.send(signal.SIGKILL)
+            child.wait(10)

@@ -1,0 +1,111 @@
+"""The data sets of an experiment: found, or made in its folder by `dare synth` and `dare prepare`."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.experiment.child import Child, stop_all
+from pipeline.run_folder import write_whole
+from pipeline.stream.data_set import DataSet
+from pipeline.train.stop_signal import StopSignal
+from schemas.experiment import DataSource
+from schemas.prepare import PRESETS, PrepareSettings
+from schemas.settings import load_settings
+from schemas.train import flat
+
+
+def check_sources(sources: Mapping[str, DataSource], given: Mapping[str, Path]) -> None:
+    """See early that all data sets are there or can be made.
+
+    Args:
+        sources: by name.
+        given: folders that take the place of a source.
+
+    Raises:
+        ValueError: one is not and cannot; says what to do.
+    """
+    for name in given:
+        if name not in sources:
+            raise ValueError(f"--data {name}=...: the experiment has no such data set; it has {', '.join(sources)}")
+    for name, source in sources.items():
+        folder = given.get(name) or (Path(source.folder) if source.folder else None)
+        if folder is not None:
+            DataSet.open(folder)
+        elif source.preset is not None:
+            _check_preset(name, source)
+
+
+def _check_preset(name: str, source: DataSource) -> None:
+    assert source.preset is not None
+    if source.preset not in PRESETS:
+        raise ValueError(f"data.{name}.preset: must be one of {', '.join(PRESETS)} (not {source.preset!r})")
+    try:
+        load_settings(PrepareSettings, [PRESETS[source.preset]], source.prepare)
+    except ValueError as error:
+        if "events.files" not in str(error):
+            raise ValueError(f"data.{name}.prepare: {error}") from None
+        raise ValueError(
+            f"data.{name}: its log does not come with this program; prepare it, "
+            f"dare prepare --preset {source.preset} --events FILE --out FOLDER, and give --data {name}=FOLDER"
+        ) from None
+
+
+def opened(
+    sources: Mapping[str, DataSource], given: Mapping[str, Path], out: Path, dare: Sequence[str]
+) -> dict[str, DataSet]:
+    """The data sets, by name; those that are to be made and are not there yet are made.
+
+    Args:
+        sources: by name.
+        given: folders that take the place of a source.
+        out: folder of the experiment.
+        dare: the command, such as ``python -m jobs.cli``.
+
+    Raises:
+        ValueError: one cannot be made, or was made otherwise before.
+    """
+    found = {}
+    for name, source in sources.items():
+        folder = given.get(name) or (Path(source.folder) if source.folder else _made(name, source, out / "data", dare))
+        found[name] = DataSet.open(folder)
+    return found
+
+
+def _made(name: str, source: DataSource, parent: Path, dare: Sequence[str]) -> Path:
+    folder, recipe = parent / name, parent / f"{name}.json"
+    definition = json.dumps({key: value for key, value in flat(source).items() if value is not None}, indent=1) + "\n"
+    if folder.is_dir():
+        if not recipe.is_file() or recipe.read_text() != definition:
+            raise ValueError(
+                f"{folder} was made with other settings than data.{name} has now; "
+                "remove it to make it anew, or choose another --out"
+            )
+        return folder
+    parent.mkdir(parents=True, exist_ok=True)
+    write_whole(recipe, definition)
+    log = parent / f"{name}.log"
+    events: list[str] = []
+    if source.synth is not None:
+        file = parent / f"{name}.parquet"
+        settings = [f"{key}={value}" for key, value in flat(source.synth).items()]
+        print(f"{name}: generating behaviours", file=sys.stderr, flush=True)
+        _do(name, [*dare, "synth", "--out", str(file), "--overwrite", *settings], log)
+        events = ["--events", str(file)]
+    print(f"{name}: preparing {folder}", file=sys.stderr, flush=True)
+    preset = source.preset or "generic"
+    _do(name, [*dare, "prepare", "--preset", preset, *events, "--out", str(folder), *source.prepare], log)
+    return folder
+
+
+def _do(name: str, command: Sequence[str], log: Path) -> None:
+    with StopSignal() as stop:
+        child = Child(command, {}, log)
+        try:
+            while child.wait(1) is None:
+                if stop.received:
+                    raise ValueError("stopped while a data set was made; the same command goes on")
+        finally:
+            stop_all([child])
+    if child.code:
+        raise ValueError(f"data.{name}: {child.complaint()}; see {log}")

@@ -1,0 +1,121 @@
+"""What is known of each cell, as a row of `results.parquet`."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.experiment.cells import Cell
+from pipeline.experiment.sizes import Parameters
+from pipeline.run_folder import read_json, write_whole
+from pipeline.train.step_log import read_step_log
+
+State = Literal["finished", "failed", "unfinished"]
+
+SCHEMA = pa.schema(
+    [
+        *(pa.field(name, pa.string(), nullable=False) for name in ("data", "label", "model")),
+        *(pa.field(name, pa.int64(), nullable=False) for name in ("dim", "seed")),
+        pa.field("state", pa.string(), nullable=False),
+        *(pa.field(name, pa.float64()) for name in ("auc", "gauc", "log_loss", "validation_auc")),
+        *(pa.field(name, pa.int64()) for name in ("steps", "best_step", "best_epoch")),
+        *(pa.field(name, pa.float64()) for name in ("samples_per_s", "wall_s")),
+        pa.field("peak_bytes", pa.int64()),
+        *(pa.field(name, pa.int64(), nullable=False) for name in ("table_parameters", "dense_parameters")),
+        pa.field("error", pa.string()),
+        pa.field("run", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A cell; None: not known, or not defined."""
+
+    data: str
+    label: str
+    model: str
+    dim: int
+    seed: int
+    state: State
+    auc: float | None
+    """Of the test, like gauc and log_loss."""
+    gauc: float | None
+    log_loss: float | None
+    validation_auc: float | None
+    """The best."""
+    steps: int | None
+    best_step: int | None
+    """Of the checkpoint that was tested."""
+    best_epoch: int | None
+    """Counted from 1."""
+    samples_per_s: float | None
+    """Of training alone, since the last start."""
+    wall_s: float | None
+    """From start to end, over all starts that ended; training, validation, test and predictions."""
+    peak_bytes: int | None
+    """Most resident memory."""
+    table_parameters: int
+    dense_parameters: int
+    error: str | None
+    run: str
+    """Folder, relative to the experiment's."""
+
+
+def result_of(cell: Cell, parameters: Parameters, out: Path) -> Result:
+    """What the files of a cell say."""
+    record = read_json(cell.record) if cell.record.is_file() else {}
+    test = read_json(cell.run.test_file) if cell.finished else {}
+    progress = read_json(cell.run.progress_file) if cell.run.progress_file.is_file() else {}
+    validated = [line["auc"] for line in read_step_log(cell.run.validations) if line["auc"] is not None]
+    steps, best = test.get("steps"), test.get("checkpoint_step")
+    return Result(
+        data=cell.data,
+        label=cell.label,
+        model=cell.settings.model.name,
+        dim=cell.dim,
+        seed=cell.seed,
+        state="finished" if test else "failed" if record.get("error") else "unfinished",
+        auc=test.get("auc"),
+        gauc=test.get("gauc"),
+        log_loss=test.get("log_loss"),
+        validation_auc=max(validated, default=None) if test else None,
+        steps=steps,
+        best_step=best,
+        best_epoch=math.ceil(best * cell.settings.epochs / steps) if best and steps else None,
+        samples_per_s=progress.get("samples_per_s") if test else None,
+        wall_s=record.get("wall_s"),
+        peak_bytes=record.get("peak_bytes"),
+        table_parameters=parameters.tables,
+        dense_parameters=parameters.dense,
+        error=None if test else record.get("error"),
+        run=str(cell.folder.relative_to(out)),
+    )
+
+
+def add_to_record(cell: Cell, seconds: float, peak_bytes: int, error: str | None) -> None:
+    """A start of a cell has ended."""
+    before = read_json(cell.record) if cell.record.is_file() else {}
+    record = {
+        "wall_s": round(before.get("wall_s", 0.0) + seconds, 2),
+        "peak_bytes": max(before.get("peak_bytes", 0), peak_bytes),
+        "error": error,
+    }
+    write_whole(cell.record, json.dumps(record) + "\n")
+
+
+def seconds_of(cell: Cell) -> float | None:
+    """What `add_to_record` has summed up."""
+    return read_json(cell.record).get("wall_s") if cell.record.is_file() else None
+
+
+def write_results(results: Sequence[Result], file: Path) -> None:
+    """Write `results.parquet`, whole."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    pq.write_table(pa.Table.from_pylist([asdict(result) for result in results], schema=SCHEMA), temporary)
+    temporary.rename(file)

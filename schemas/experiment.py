@@ -1,0 +1,99 @@
+"""Settings of an experiment: models x dims x seeds x data sets, each combination a training run."""
+
+import re
+from typing import Annotated, Any, Self
+
+from pydantic import Field, NonNegativeInt, model_validator
+
+from schemas.model import Dim
+from schemas.settings import Settings
+from schemas.synth import SynthSettings
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+"""Of an experiment or a data set: also the name of a folder."""
+
+Paper = dict[Name, dict[int, float]]
+"""Data set -> dim -> test AUC that was published."""
+
+
+class DataSource(Settings):
+    """Where a data set comes from: exactly one of ``folder``, ``preset`` and ``synth``; ``--data`` replaces it."""
+
+    folder: str | None = None
+    """Data set that ``dare prepare`` wrote."""
+    preset: str | None = None
+    """Prepared with this preset of ``dare prepare``, in the experiment's folder."""
+    synth: SynthSettings | None = None
+    """Generated, then prepared with the preset ``generic``."""
+    prepare: tuple[str, ...] = ()
+    """Settings of ``dare prepare``, as key=value, beside the preset's."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in ("folder", "preset", "synth") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of folder, preset and synth (not {', '.join(given) or 'none'})")
+        if self.folder is not None and self.prepare:
+            raise ValueError("prepare goes with preset or synth; a folder is prepared already")
+        return self
+
+
+class ModelRow(Settings):
+    """A row of the table; its label is its key."""
+
+    model: str
+    """``model.name``."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings of ``dare train`` that this row has of its own, nested as in a file; they win over ``dims``."""
+    paper: Paper = Field(default_factory=dict)
+    """Published AUC, shown beside what is measured."""
+
+
+class ExperimentSettings(Settings):
+    """Everything that decides what ``dare experiment`` runs."""
+
+    name: Name
+    extends: tuple[str, ...] = ()
+    """Settings files, sought beside this one, that this one is laid over."""
+    data: dict[Name, DataSource] = Field(min_length=1)
+    recipe: str | None = None
+    """Settings of ``dare train`` that all share: a shipped recipe, or a file, sought beside the experiment's."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """The same, written here; they win over the recipe."""
+    models: dict[str, ModelRow] = Field(min_length=1)
+    """Label -> row, in the order of the table."""
+    dims: tuple[Dim, ...] = Field(min_length=1)
+    """Each is ``model.attention.dim`` and ``model.representation.dim``, of every feature."""
+    seeds: tuple[NonNegativeInt, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _cells_differ(self) -> Self:
+        folders = [folder_name(label) for label in self.models]
+        named = ("dims", self.dims), ("seeds", self.seeds), ("the labels of models, as folders,", folders)
+        for key, values in named:
+            twice = [value for place, value in enumerate(values) if value in values[:place]]
+            if twice:
+                raise ValueError(f"{key} must not repeat {twice[0]!r}")
+        if not all(folders):
+            raise ValueError("models: a label must have a letter or a digit")
+        return self
+
+
+def folder_name(label: str) -> str:
+    """A row's label as the name of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+
+
+class Floor(Settings):
+    """What a model is expected to reach."""
+
+    auc: float = Field(gt=0, le=1)
+    tolerance: float = Field(gt=0, lt=1)
+    """The mean over seeds may be lower by so much."""
+
+
+class AccuracyFloor(Settings):
+    """Expected test AUC: data set -> dim -> label -> floor."""
+
+    experiment: Name
+    floors: dict[Name, dict[int, dict[str, Floor]]]
