@@ -2,30 +2,53 @@
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
 from jobs.bench import bench
 from jobs.compare import compare
 from jobs.evaluate import evaluate
+from jobs.experiment import experiment
 from jobs.inspect import inspect
+from jobs.models import models
 from jobs.plan import plan
 from jobs.prepare import prepare
+from jobs.runs import runs
 from jobs.score import score
 from jobs.stream import stream
 from jobs.synth import synth
 from jobs.train import train
 from jobs.versions import check_versions
+from pipeline.versions import versions
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 app = typer.Typer(
-    help="Train click-through-rate models on long user histories.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (prepare, synth, inspect, stream, plan, train, evaluate, score, compare):
+for command in (prepare, synth, inspect, stream, plan, train, evaluate, score, compare, experiment, runs, models):
     app.command()(command)
 app.add_typer(bench, name="bench")
+
+
+def show_versions(wanted: bool) -> None:
+    """Print what is installed, and end."""
+    if wanted:
+        print("\n".join(f"{package} {version}" for package, version in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Versions of this program and of what it runs on.", callback=show_versions)
+    ] = False,
+) -> None:
+    """Train click-through-rate models on long user histories."""
 
 
 def main() -> None:
@@ -36,6 +59,10 @@ def main() -> None:
     try:
         check_versions()
         app(prog_name="dare")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("dare: interrupted", file=sys.stderr)
+        raise
     except (ValueError, OSError) as error:
         # A launcher's processes all make the same mistake.
         sys.exit(f"dare: {' '.join(str(error).split())}" if os.environ.get("RANK", "0") == "0" else 1)

@@ -19,7 +19,12 @@ def inspect(
 
     from pipeline.inspect.report import print_summary
     from pipeline.inspect.summary import summarize
+    from pipeline.output import check_output_file
 
+    if figure is not None:
+        if figure.suffix.lower() != ".png":
+            raise ValueError(f"--figure {figure}: the figure is a PNG; end its name in .png")
+        check_output_file(figure)
     summary = summarize(folder, verify=verify)
     # Where nobody looks, lines are as long as they need to be.
     print_summary(folder, summary, Console(width=None if sys.stdout.isatty() else 160, highlight=False))

@@ -34,6 +34,12 @@ def prepare(
 
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset}: unknown; known are {', '.join(PRESETS)}")
+    for text in overrides or []:
+        if "=" not in text:
+            raise ValueError(
+                f"{text!r}: an override is written key=value; if it is a file: --events and --impressions take one "
+                "each, so repeat the option, or give it a glob in quotes"
+            )
     values: dict[str, Any] = {}
     if events:
         values["events"] = {"files": events}

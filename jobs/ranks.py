@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from embeddings.process_group import leave, process_group
 from jobs.versions import fbgemm_has_cuda
+from pipeline.error_line import error_line
 
 LINGER_S = 5.0
 """The failing rank that keeps the store waits so long for others that fail for the same reason."""
@@ -37,7 +38,7 @@ def on_all_ranks(work: Callable[[torch.device], object]) -> NoReturn:
         except BaseException as error:
             if _fails_first():
                 _tell(error)
-            leave(1)
+            leave(130 if isinstance(error, KeyboardInterrupt) else 1)
     leave(0)
 
 
@@ -68,24 +69,11 @@ def _fails_first() -> bool:
 
 
 def _tell(error: BaseException) -> None:
-    if isinstance(error, KeyboardInterrupt):
-        print("dare: interrupted", file=sys.stderr)
-    elif isinstance(error, ValueError | OSError):
-        print(f"dare: {' '.join(str(error).split())}", file=sys.stderr)
-    elif _lost_contact(error):
-        reason = str(error).splitlines()[0].rsplit("] ", 1)[-1]
-        print(
-            f"dare: rank {dist.get_rank()} of {dist.get_world_size()} has lost another one ({reason}); "
-            "what is complete on disk stays; the same command goes on from there",
-            file=sys.stderr,
-        )
-    else:
+    line = error_line(error)
+    if line is None:
         traceback.print_exception(error)
-
-
-def _lost_contact(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone or too late."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    else:
+        print(f"dare: {line}", file=sys.stderr)
 
 
 def _quieten() -> None:

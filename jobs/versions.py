@@ -1,6 +1,6 @@
 """Versions of torch, fbgemm-gpu and torchrec that belong together: a mismatch shows as a crash far from its cause."""
 
-from importlib.metadata import PackageNotFoundError, version
+from pipeline.versions import installed
 
 FITTING = {"2.13": ("1.8", "1.8"), "2.11": ("1.6", "1.6")}
 """torch -> fbgemm-gpu, torchrec (major.minor)."""
@@ -12,8 +12,8 @@ def check_versions() -> None:
     Raises:
         ValueError: a package is missing or does not fit torch; says which versions fit.
     """
-    torch, torchrec = _version("torch"), _version("torchrec")
-    builds = {name: found for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if (found := _version(name)) is not None}
+    torch, torchrec = installed("torch"), installed("torchrec")
+    builds = {name: found for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if (found := installed(name)) is not None}
     if len(builds) == 2:
         raise ValueError("fbgemm-gpu and fbgemm-gpu-cpu are both installed and overwrite each other; run `make setup`")
     fbgemm = next(iter(builds.values()), None)
@@ -30,14 +30,7 @@ def check_versions() -> None:
 
 def fbgemm_has_cuda() -> bool:
     """Whether the CUDA build of fbgemm-gpu is installed; with the other one, a GPU is of no use."""
-    return _version("fbgemm-gpu") is not None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return installed("fbgemm-gpu") is not None
 
 
 def _minor(version: str | None) -> str:

@@ -15,7 +15,8 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
     Raises:
         ValueError: one is not the folder of a run, or not finished.
     """
-    found, settings = [], []
+    found: list[dict[str, Any]] = []
+    settings = []
     for folder in folders:
         run = RunFolder(folder)
         settings.append(flat(run.settings()))
@@ -29,3 +30,12 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
         entry | {"settings": {key: values.get(key) for key in differing}}
         for entry, values in zip(found, settings, strict=True)
     ]
+
+
+def distinct_names(folders: list[Path]) -> list[str]:
+    """Last names of the folders, with as many of those before them as it takes to tell the folders apart."""
+    parts = [folder.absolute().parts for folder in folders]
+    length = 1
+    while len({names[-length:] for names in parts}) < len(set(parts)):
+        length += 1
+    return ["/".join(names[-length:]) for names in parts]

@@ -3,7 +3,8 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,11 @@ from omegaconf import OmegaConf
 
 from schemas.settings import load_settings
 from schemas.train import TrainSettings
+
+LOCK = ".lock"
+"""File of a run's folder that the process holds which trains in it."""
+LOOK_S = 1.0
+"""So long a lock must be another's to be that of a training: `RunFolder.is_locked` holds it for a moment."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,21 @@ class RunFolder:
     def data_file(self) -> Path:
         """Where the data set is, its fingerprint and its dictionaries; JSON."""
         return self.path / "data_set.json"
+
+    @property
+    def plan_file(self) -> Path:
+        """The sharding plan of the last start; may be given to ``dare train --plan``."""
+        return self.path / "plan.json"
+
+    @property
+    def job_file(self) -> Path:
+        """Each start: when, where, with what program, how it ended; JSON, see `pipeline.train.job_record`."""
+        return self.path / "job.json"
+
+    @property
+    def progress_file(self) -> Path:
+        """How far the run is and how fast it goes, as of some seconds ago; JSON."""
+        return self.path / "progress.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -80,17 +101,18 @@ class RunFolder:
         record = read_json(self.data_file)
         return Path(record["folder"])
 
-    def begin(self, settings: TrainSettings, data: Path, fingerprint: str, dictionaries: dict[str, Any]) -> None:
+    def begin(self, documents: Mapping[str, str], data: Path, fingerprint: str, dictionaries: dict[str, Any]) -> None:
         """Write what the run is about; a former test is not its test any more, and goes.
 
         Args:
-            settings: of the run.
+            documents: texts by name: settings.yaml, plan.json.
             data: folder of the data set.
             fingerprint: of the data set.
             dictionaries: of the data set, what `DataSet.dictionaries` returns.
         """
         self.test_file.unlink(missing_ok=True)
-        write_whole(self.settings_file, settings_text(settings))
+        for name, text in documents.items():
+            write_whole(self.path / name, text)
         record = {"folder": str(data.absolute()), "fingerprint": fingerprint, "dictionaries": dictionaries}
         write_whole(self.data_file, json.dumps(record, indent=1) + "\n")
 
@@ -129,26 +151,56 @@ class RunFolder:
         Raises:
             ValueError: another process holds it, or the folder is something else.
         """
-        if self.path.is_dir() and any(self.path.iterdir()) and not self.settings_file.is_file():
-            raise ValueError(f"{self.path} is not empty and not the folder of a run; choose another one")
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; --run names a folder")
+        if self.path.is_dir() and self._content() and not self.settings_file.is_file():
+            raise ValueError(f"{self.path} is not empty and not the folder of a run; choose another one")
         made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDONLY)
+        handle = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another process is training in {self.path}; wait for it or stop it") from None
+            self._lock(handle)
             try:
                 yield
             finally:
-                if made:
-                    with suppress(OSError):  # it is not empty
+                if made and not self._content():
+                    with suppress(OSError):
+                        self._lock_file.unlink()
                         self.path.rmdir()
         finally:
             os.close(handle)
+
+    def is_locked(self) -> bool:
+        """Whether a process holds the folder. Looking does not hinder one that is about to."""
+        try:
+            handle = os.open(self._lock_file, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
+    @property
+    def _lock_file(self) -> Path:
+        # A file, not the folder itself: network file systems pass only locks of files on to other hosts.
+        return self.path / LOCK
+
+    def _content(self) -> bool:
+        return any(entry.name != LOCK for entry in self.path.iterdir())
+
+    def _lock(self, handle: int) -> None:
+        until = time.monotonic() + LOOK_S
+        while True:
+            try:
+                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise ValueError(f"another process is training in {self.path}; wait for it or stop it") from None
+            time.sleep(LOOK_S / 20)
 
 
 def settings_text(settings: TrainSettings) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import ByteSize, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import ByteSize, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from schemas.settings import Settings
 
@@ -133,12 +133,19 @@ class PrepareSettings(Settings):
     shards: ShardLayout = ShardLayout()
     seed: NonNegativeInt = 0
     engine: Literal["duckdb", "spark"] = "duckdb"
-    memory_limit: ByteSize = Field(ByteSize(3 << 30), ge=1 << 30)
+    memory_limit: ByteSize = ByteSize(3 << 30)
     """Memory that the whole process keeps to with the embedded engine, e.g. 3GiB; more spills to the output's disk."""
     threads: PositiveInt | None = None
     """Threads of the engine; None: one for each core."""
     on_corrupt: Literal["fail", "skip"] = "fail"
     """A Parquet file that cannot be read: stop, or leave it out and report it."""
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _memory_is_enough(cls, limit: ByteSize) -> ByteSize:
+        if limit < 1 << 30:
+            raise ValueError("at least 1GiB is needed, written with its unit")
+        return limit
 
     @model_validator(mode="after")
     def _split_fits_the_logs(self) -> Self:

@@ -6,23 +6,28 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import botocore.session
+import kubernetes_validate
 import pytest
+from botocore.validate import ParamValidator
 from torchx import specs
 from torchx.cli.argparse_util import ArgOnceAction, torchxconfig
 from torchx.cli.main import main
 from torchx.runner import Runner, get_runner
+from torchx.schedulers import DEFAULT_SCHEDULER_MODULES, get_scheduler_factories
+from torchx.specs import AppState
 from torchx.specs.file_linter import validate
 from torchx.specs.finder import get_component, get_components
 
 from jobs import components
 from jobs.processes import Processes
 from jobs.resources import node
+from pipeline.runs import run_state
 from schemas.cluster import known_clusters
-from tests.torchx_jobs import CHECKPOINT_EVERY, last_step, rank_process, small_data, training, wait_until, written
+from tests.torchx_jobs import last_step, past_a_checkpoint, rank_process, small_data, training, wait_until, written
 
 REPOSITORY = Path(__file__).parents[1]
 COMPONENTS = ("train", "evaluate", "prepare", "plan")
@@ -214,6 +219,7 @@ def test_slurm(runner: Runner) -> None:
         assert "--rdzv-endpoint=${SLURM_JOB_NODELIST_HET_GROUP_0:=localhost}:29533" in replica.args[1]
 
 
+@pytest.mark.filterwarnings("ignore:Cannot determine resource instance type")
 def test_aws_batch(runner: Runner) -> None:
     arguments = ["-j", "2", "-h", "a100-8", "--image", "dare:cuda", "--max_retries", "3", "--mounts", MOUNTS]
     request = runner.dryrun_component(
@@ -231,10 +237,69 @@ def test_aws_batch(runner: Runner) -> None:
         ("/runs", False),
     ]
     assert "${AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS:=localhost}:29500" in container["command"][-1]
+    variables = {variable["name"]: variable["value"] for variable in container["environment"]}
+    assert variables["TORCHX_JOB_ID"] == f"aws_batch://torchx/{request.job_def['jobDefinitionName']}"
+    assert mistakes_in_job_definition(request.job_def) == ""
+    container["imag"] = "x"
+    del container["resourceRequirements"][0]["type"]
+    assert 'Unknown parameter in nodeProperties.nodeRangeProperties[0].container: "imag"' in (
+        mistakes := mistakes_in_job_definition(request.job_def)
+    )
+    assert "Missing required parameter in nodeProperties.nodeRangeProperties[0].container.resource" in mistakes
 
 
-@pytest.mark.filterwarnings("ignore:\nRole train configured")
-@pytest.mark.skipif(find_spec("kubernetes") is None, reason="needs `pip install kubernetes`")
+def mistakes_in_job_definition(request: dict[str, Any]) -> str:
+    """By AWS' own description of its service."""
+    service = botocore.session.get_session().get_service_model("batch")
+    shape = service.operation_model("RegisterJobDefinition").input_shape
+    return ParamValidator().validate(request, shape).generate_report()
+
+
+def test_docker(runner: Runner) -> None:
+    arguments = ["-j", "2", "-h", "a100-8", "--image", "dare:cuda", "--max_retries", "3", "--mounts", MOUNTS]
+    request = runner.dryrun_component(
+        "dare.train", [*arguments, "--env", "A=b", "--", "--data", "/data"], "local_docker"
+    ).request
+    node = specs.named_resources["a100-8"]
+    assert len(request.containers) == 2
+    first = f"{request.app_id[-30:]}-train-0"
+    for number, container in enumerate(request.containers):
+        assert container.image == "dare:cuda"
+        assert container.command[:2] == ["bash", "-c"]
+        assert container.command[2].startswith("exec python -m torch.distributed.run")
+        assert "${TORCHX_RANK0_HOST:=localhost}:29500" in container.command[2]
+        assert container.command[2].endswith("-m -- jobs.cli train --data /data")
+        asked = container.kwargs
+        assert asked["hostname"] == f"{first[:-1]}{number}"
+        assert (
+            asked["environment"]
+            | {
+                "A": "b",
+                "TORCHX_RANK0_HOST": first,
+                "TORCHX_JOB_ID": f"local_docker://torchx/{request.app_id}",
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                "OMP_NUM_THREADS": str(node.cpu // 8),
+            }
+            == asked["environment"]
+        )
+        assert asked["nano_cpus"] == node.cpu * 1e9
+        assert asked["mem_limit"] == asked["shm_size"] == f"{node.memMB}m"
+        assert [gpus["Count"] for gpus in asked["device_requests"]] == [8]
+        assert asked["restart_policy"] == {"Name": "on-failure", "MaximumRetryCount": 3}
+        assert [(m["Type"], m["Source"], m["Target"], m["ReadOnly"]) for m in asked["mounts"]] == [
+            ("bind", "/data", "/data", True),
+            ("volume", "runs", "/runs", False),
+        ]
+    single = runner.dryrun_component(
+        "dare.prepare", ["--image", "dare:cpu", "--", "--out", "o"], "local_docker"
+    ).request
+    (container,) = single.containers
+    assert container.command[2] == "exec python -m jobs.cli prepare --out o"
+    assert "device_requests" not in container.kwargs
+    assert "restart_policy" not in container.kwargs
+
+
+@pytest.mark.filterwarnings("ignore:[\\s\\S]*Role train configured")
 def test_kubernetes(runner: Runner) -> None:
     from torchx.schedulers.kubernetes_scheduler import sanitize_for_serialization
 
@@ -243,29 +308,54 @@ def test_kubernetes(runner: Runner) -> None:
         "dare.train", [*arguments, "--env", "A=b", "--", "--data", "/data"], "kubernetes", {"queue": "q"}
     ).request
     job: Any = sanitize_for_serialization(request.resource)
+    assert job["apiVersion"] == "batch.volcano.sh/v1alpha1"
+    assert job["spec"]["queue"] == "q"
     assert job["spec"]["maxRetry"] == 3
     assert [task["name"] for task in job["spec"]["tasks"]] == ["train-0", "train-1"]
+    node = specs.named_resources["h200-16x8"]
     for number, task in enumerate(job["spec"]["tasks"]):
         assert task["replicas"] == 1
+        assert task["maxRetry"] == 3
         assert task["policies"] == [
             {"event": "PodEvicted", "action": "RestartJob"},
             {"event": "PodFailed", "action": "RestartJob"},
         ]
         (container,) = task["template"]["spec"]["containers"]
         assert container["image"] == "dare:cuda"
-        assert {"name": "A", "value": "b"} in container["env"]
-        assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+        environment = {variable["name"]: variable.get("value") for variable in container["env"]}
+        assert environment["A"] == "b"
+        assert environment["TORCHX_JOB_ID"].startswith("kubernetes://torchx/")
+        assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+        assert container["resources"]["limits"] == {
+            "cpu": f"{node.cpu * 1000}m",
+            "memory": f"{node.memMB}M",
+            "nvidia.com/gpu": "8",
+        }
         mounted = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
         assert mounted == {"/dev/shm": False, "/data": True, "/runs": False}
+        volumes = {volume["name"]: volume for volume in task["template"]["spec"]["volumes"]}
+        data, runs = (volumes[mount["name"]] for mount in container["volumeMounts"][1:])
+        assert data["hostPath"]["path"] == "/data"
+        assert runs["persistentVolumeClaim"]["claimName"] == "runs"
         first = "TORCHX_RANK0_HOST" if number == 0 else "VC_TRAIN_0_HOSTS"
         assert f"${{{first}:=localhost}}:29500" in container["command"][-1]
         validate_pod(task["template"])
 
 
+def test_a_pod_that_is_wrong_does_not_pass() -> None:
+    container = {"name": "train", "image": "dare:cuda"}
+    validate_pod({"metadata": {}, "spec": {"containers": [container]}})
+    for wrong in ({**container, "imag": "x"}, {**container, "command": "x"}, {"image": "x"}):
+        with pytest.raises(kubernetes_validate.ValidationError):
+            validate_pod({"metadata": {}, "spec": {"containers": [wrong]}})
+
+
 def validate_pod(template: dict[str, Any]) -> None:
-    validator = pytest.importorskip("kubernetes_validate", reason="needs `pip install kubernetes-validate`")
+    """Against Kubernetes' own schema, in which unknown keys are errors."""
     metadata = template["metadata"] | {"name": "pod"}
-    validator.validate(template | {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}, "1.30", strict=True)
+    pod = template | {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}
+    for version in ("1.30", "1.37"):
+        kubernetes_validate.validate(pod, version, strict=True)
 
 
 # On this machine.
@@ -292,7 +382,7 @@ def fresh_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fresh_command_line")
 def test_a_client_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "kubernetes", None)
-    assert told_by_torchx("kubernetes", capsys) == (
+    assert told_by_torchx("kubernetes", capsys, "dare.plan", "--image", "x") == (
         "torchx: kubernetes: needs a package that is not installed: pip install kubernetes\n"
     )
 
@@ -312,10 +402,78 @@ def test_a_machine_without_slurm_is_one_line(
     assert told_by_torchx("slurm", capsys) == "torchx: slurm: sbatch is not on this machine\n"
 
 
-def told_by_torchx(scheduler: str, capsys: pytest.CaptureFixture[str]) -> str:
+@pytest.mark.usefixtures("fresh_command_line")
+@pytest.mark.parametrize("scheduler", ["local_docker", "kubernetes", "aws_batch"])
+@pytest.mark.parametrize("component", ["dare.plan", "jobs/components.py:plan"])
+def test_a_container_without_an_image_is_one_line(
+    scheduler: str, component: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = f"torchx: {scheduler}: starts containers; say with --image which one, after {component} "
+    assert told_by_torchx(scheduler, capsys, component, "--", "--image", "of the command itself").startswith(said)
+
+
+@pytest.mark.usefixtures("fresh_command_line")
+def test_an_image_may_stand_in_the_settings_of_torchx(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "settings").write_text("[component:dare.plan]\nimage = dare:cpu\n")
+    monkeypatch.setenv("TORCHXCONFIG", str(tmp_path / "settings"))
+    main(["run", "--dryrun", "-s", "local_docker", "--workspace", "", "dare.plan"])
+    assert "'image': 'dare:cpu'" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("fresh_command_line")
+def test_a_server_that_is_not_reachable_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/no.sock")
+    said = told_by_torchx("local_docker", capsys, "dare.plan", "--image", "x")
+    assert said.startswith("torchx: local_docker: Docker is not reachable, or refuses: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("fresh_command_line")
+@pytest.mark.parametrize("command", ["status", "log", "cancel"])
+def test_other_commands_tell_it_too(command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "bin/sacct").write_text("#!/bin/bash\nexit 1\n")
+    (tmp_path / "bin/sacct").chmod(0o755)
+    with pytest.raises(SystemExit) as end:
+        main([command, "slurm://torchx/7"])
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("torchx: slurm: sacct ended with 1; is the cluster up")
+
+
+@pytest.mark.parametrize(
+    ("told", "state", "replicas"),
+    [
+        ("7+0|train-0|CANCELLED by 0\n7+1|train-1|COMPLETED\n", AppState.CANCELLED, 2),
+        ("7+0|train-0|COMPLETED\n7+1|train-1|FAILED\n", AppState.FAILED, 2),
+        ("7+0|train-0|COMPLETED\n7+1|train-1|RUNNING\n", AppState.RUNNING, 2),
+        ("7+0|train-0|REQUEUED\n7+1|train-1|PENDING\n", AppState.PENDING, 2),
+        ("7|plan-0|COMPLETED\n", AppState.SUCCEEDED, 1),
+        ("7|allocation|SOMETHING_NEW\n", AppState.UNKNOWN, 0),
+    ],
+)
+def test_states_of_slurm(runner: Runner, tmp_path: Path, told: str, state: AppState, replicas: int) -> None:
+    (tmp_path / "bin/sacct").write_text(f"#!/bin/bash\necho -n '{told}'\n")
+    (tmp_path / "bin/sacct").chmod(0o755)
+    status = runner.describe("slurm://torchx/7"), runner.status("slurm://torchx/7")
+    assert status[1] is not None
+    assert status[1].state == state
+    assert sum(len(role.replicas) for role in status[1].roles) == replicas
+    (tmp_path / "bin/sacct").write_text("#!/bin/bash\n")
+    assert runner.status("slurm://torchx/7") is None
+
+
+def test_all_schedulers_that_can_be_loaded_are_there() -> None:
+    assert set(get_scheduler_factories()) == set(DEFAULT_SCHEDULER_MODULES) - {"ray"}
+
+
+def told_by_torchx(scheduler: str, capsys: pytest.CaptureFixture[str], *component: str) -> str:
     options = ["-s", scheduler, "--workspace", "", *(["-cfg", "queue=q"] if scheduler == "kubernetes" else [])]
     with pytest.raises(SystemExit) as end:
-        main(["run", *options, "dare.plan"])
+        main(["run", *options, *(component or ["dare.plan"])])
     assert end.value.code == 1
     return capsys.readouterr().err
 
@@ -354,7 +512,7 @@ def test_after_kill_9_of_a_rank_training_goes_on_to_the_same_end(data: Path, und
     run = data.with_name(f"killed-{attempt}")
     job = subprocess.Popen(train_locally(data, run), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: last_step(run) > CHECKPOINT_EVERY + attempt, 90, "some steps")
+        wait_until(lambda: past_a_checkpoint(run, attempt), 90, "some steps")
         os.kill(rank_process(run, attempt % 2).pid, signal.SIGKILL)
         _, said = job.communicate(timeout=120)
     finally:
@@ -365,6 +523,23 @@ def test_after_kill_9_of_a_rank_training_goes_on_to_the_same_end(data: Path, und
     assert "goes on after step" in said
     assert written(run) == written(undisturbed)
     assert json.loads((run / "test.json").read_text())["steps"] == STEPS
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_torchx_lets_training_save(data: Path) -> None:
+    run = data.with_name("interrupted")
+    job = subprocess.Popen([*train_locally(data, run), "epochs=500"], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: last_step(run), 90, "some steps")
+        job.send_signal(signal.SIGINT)
+        _, said = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode == 130
+    assert said.endswith("torchx: local_cwd: interrupted, and so is the job\n")
+    assert "Traceback" not in said
+    wait_until(lambda: run_state(run).state == "stopped", 30, "its checkpoint")
+    assert run_state(run).checkpoint_step
 
 
 def torchx(*arguments: str) -> list[str]:

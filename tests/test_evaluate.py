@@ -19,7 +19,7 @@ from embeddings.process_group import process_group
 from jobs.cli import main
 from pipeline.evaluate import evaluate_run
 from pipeline.ingest.prepare import prepare
-from pipeline.run_folder import RunFolder
+from pipeline.run_folder import RunFolder, settings_text
 from pipeline.score import score_run
 from pipeline.stream.data_set import DataSet
 from schemas.prepare import PrepareSettings
@@ -151,7 +151,8 @@ def test_vocabularies_matter_where_the_model_has_the_feature(tmp_path: Path) -> 
     one, other = (DataSet.open(folder) for folder in names)
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
-    run.begin(small_settings("model.features=[item,behavior]"), one.folder, one.fingerprint, one.dictionaries())
+    settings = small_settings("model.features=[item,behavior]")
+    run.begin({"settings.yaml": settings_text(settings)}, one.folder, one.fingerprint, one.dictionaries())
     run.check_dictionaries(one.folder, "another", one.dictionaries())
     with pytest.raises(ValueError, match=": behaviors differ"):
         run.check_dictionaries(other.folder, other.fingerprint, other.dictionaries())

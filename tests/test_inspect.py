@@ -89,6 +89,11 @@ def test_figure(folder, tmp_path, capsys):
     assert (tmp_path / "plots" / "data.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"end its name in \.png"):
         app(["inspect", str(folder), "--figure", str(tmp_path / "data.svg")], standalone_mode=False)
+    capsys.readouterr()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"data\.png cannot be written"):
+        app(["inspect", str(folder), "--figure", str(tmp_path / "file/data.png")], standalone_mode=False)
+    assert capsys.readouterr().out == "", "refused before the report"
 
 
 def test_data_set_without_targets(tmp_path, capsys):

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -99,11 +101,14 @@ def test_nobody_has_a_target(dare: Dare, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("split.negativs=1", "split.paper.negativs: unknown key; allowed here: kind, min_behaviors"),
+        ("split.negativs=1", "split.negativs: unknown key; allowed here: kind, min_behaviors"),
         ("sede=1", "sede: unknown key; allowed here: engine, events"),
         ("seed=-1", "seed: input should be greater than or equal to 0 (not -1)"),
         ("split.kind=last", "expected tags: 'paper', 'by_timestamp', 'impressions'"),
-        ("memory_limit=1MiB", "memory_limit"),
+        ("split.negatives=x", "split.negatives: input should be a valid integer"),
+        ("memory_limit=1MiB", "memory_limit: at least 1GiB is needed, written with its unit (not '1MiB')"),
+        ("memory_limit=3XB", "memory_limit: not a number of bytes with or without a unit, such as 3GiB"),
+        ("second.csv", "if it is a file: --events and --impressions take one each, so repeat the option"),
         ("seed", "an override is written key=value"),
         ("events.header=false", "file_columns must name the columns"),
     ],
@@ -270,3 +275,26 @@ def test_a_real_process_prints_one_line(tmp_path: Path) -> None:
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("dare: events: ")
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    users, each = 20_000, 30
+    times = list(range(each)) * users
+    table = pa.table({"user_id": [user for user in range(users) for _ in range(each)], "item_id": times})
+    pq.write_table(
+        table.append_column("category_id", table["item_id"]).append_column("timestamp", [times]), tmp_path / "e.parquet"
+    )
+    command = [sys.executable, "-m", "jobs.cli", "prepare", "--events", "e.parquet", "--out", "out", *LENIENT]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()}, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not (tmp_path / ".out.partial").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr
+        said = process.stderr.read()
+    assert process.returncode == 130, said
+    assert said.endswith("dare: interrupted\n")
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["e.parquet"]

@@ -9,7 +9,7 @@ from jobs import versions
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **found: str) -> None:
-    monkeypatch.setattr(versions, "_version", lambda package: found.get(package.replace("-", "_")))
+    monkeypatch.setattr(versions, "installed", lambda package: found.get(package.replace("-", "_")))
 
 
 def test_what_is_installed_fits() -> None:

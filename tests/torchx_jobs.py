@@ -41,6 +41,11 @@ def last_step(run: Path) -> int:
     return log[-1]["step"] if log else 0
 
 
+def past_a_checkpoint(run: Path, step: int = 0) -> bool:
+    """Whether the run has a whole checkpoint, and steps after ``CHECKPOINT_EVERY + step`` in its log."""
+    return last_step(run) > CHECKPOINT_EVERY + step and any((run / "checkpoints").glob("step-*"))
+
+
 def rank_process(run: Path, rank: int) -> psutil.Process:
     """The process of a rank that trains in ``run``."""
     for process in psutil.process_iter(["cmdline", "environ"]):

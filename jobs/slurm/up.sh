@@ -101,7 +101,8 @@ SlurmctldHost=$host($address)
 SlurmctldPort=$control_port
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$folder/run/munge.sock
+# A job that is requeued waits so long, and two seconds more: until no node takes its former credential any more.
+AuthInfo=socket=$folder/run/munge.sock,cred_expire=${REQUEUE_AFTER:-10}
 CredType=cred/munge
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 StateSaveLocation=$folder/state

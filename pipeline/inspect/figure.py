@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from pipeline.inspect.histogram import Histogram
 from pipeline.inspect.popularity import Popularity, read_popularity
@@ -29,13 +29,11 @@ def draw_figure(folder: Path, summary: Summary, figure: Path) -> None:
     Args:
         folder: the data set; its dictionaries are read.
         summary: of the same data set.
-        figure: file to write, ending in ``.png``.
+        figure: file to write.
 
     Raises:
-        ValueError: another ending; a dictionary that cannot be read.
+        ValueError: a dictionary that cannot be read.
     """
-    if figure.suffix.lower() != ".png":
-        raise ValueError(f"{figure}: the figure is a PNG; end its name in .png")
     items = read_popularity(folder / "items.parquet", summary.counts.items, RANGES)
     categories = read_popularity(folder / "categories.parquet", summary.counts.categories, RANGES)
     drawing, axes = plt.subplots(2, 2, figsize=(12, 8), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
@@ -73,12 +71,23 @@ def _lengths(axis: Axes, lengths: Histogram) -> None:
         edges = np.unique(np.geomspace(low, high, 41).round()).tolist()
         axis.hist(np.maximum(length_V, 1), edges, weights=users_V, color=_BLUE)
         median, tail = lengths.quantiles([0.5, 0.99])
-        for value, name in ((median, "median"), (tail, "99 %")):
+        # One below the other: they may be close, or the same.
+        for value, name, height in ((median, "median", 0.97), (tail, "99 %", 0.9)):
             axis.axvline(value, color=_ORANGE, linestyle="--")
             axis.annotate(
-                f" {name} {value:,}", (value, 0.97), xycoords=("data", "axes fraction"), color=_ORANGE, va="top"
+                f"{name} {value:,}",
+                (value, height),
+                xytext=(4, 0),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                color=_ORANGE,
+                va="top",
+                bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
             )
         axis.set_xscale("log")
+        axis.set_xlim(low / 1.3, high * 1.3)
+        axis.xaxis.set_major_formatter(_COUNTS)
+        axis.xaxis.set_minor_formatter(_COUNTS if high < 3 * low else NullFormatter())
     axis.yaxis.set_major_formatter(_COUNTS)
 
 

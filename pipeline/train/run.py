@@ -19,6 +19,7 @@ from pipeline.run_folder import RunFolder, read_json, settings_text, write_whole
 from pipeline.sharded_model import sharded_model
 from pipeline.stream.data_set import DataSet
 from pipeline.stream.history_stream import HistoryStream
+from pipeline.train.job_record import recorded
 from pipeline.train.random_state import seed_all
 from pipeline.train.report import Report
 from pipeline.train.stop_signal import StopSignal
@@ -69,9 +70,10 @@ def train(
             _say(f"{folder}: finished already, at step {trainer.step}; see {run.test_file}")
             return read_json(run.test_file)
         dist.barrier()  # all have looked for the test before it goes
+        documents = {run.settings_file.name: settings_text(settings), run.plan_file.name: plan_text(model.plan)}
         if dist.get_rank() == 0:
-            run.begin(settings, data, data_set.fingerprint, data_set.dictionaries())
-        documents = {"settings.yaml": settings_text(settings), "plan.json": plan_text(model.plan)}
+            run.begin(documents, data, data_set.fingerprint, data_set.dictionaries())
+        stack.enter_context(recorded(run, trainer.step, device))
         if not trainer.done:
             _say(f"{folder}: {_beginning(resumed)}, {trainer.steps} steps on {dist.get_world_size()} processes")
             checkpoints = stack.enter_context(CheckpointWriter(run.checkpoints, settings.checkpoint.keep, documents))

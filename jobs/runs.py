@@ -1,0 +1,46 @@
+"""`dare runs`: how the runs below a folder are doing."""
+
+import json as json_format
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with runs in it, at any depth.")],
+    json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
+) -> None:
+    """List runs: state, step, best validation AUC, test AUC, samples/s, torchx job."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.runs import find_runs, run_state
+
+    found = [run_state(path) for path in find_runs(folder)]
+    if not found:
+        print(f"{folder}: no runs")
+    else:
+        table = Table("run", "model", "state", "step", "best validation AUC", "test AUC", "samples/s", "torchx job")
+        for run in found:
+            path = Path(run.run)
+            step = "" if run.step is None else f"{run.step}/{run.steps}"
+            numbers = ["" if value is None else f"{value:.4f}" for value in (run.best_validation_auc, run.test_auc)]
+            speed = "" if run.samples_per_s is None else f"{run.samples_per_s:,.0f}"
+            name = str(path) if path == folder else str(path.relative_to(folder))
+            table.add_row(name, run.model or "", run.state, step, *numbers, speed, run.app or "")
+        # Where nobody looks, lines are as long as they need to be.
+        Console(width=None if sys.stdout.isatty() else 240, highlight=False, markup=False).print(table)
+    for run in found:
+        if run.error:
+            print(f"{run.run}: {run.state}: {run.error}")
+        elif run.state in ("stopped", "died"):
+            print(f"{run.run}: {run.state}; the same command {_going_on(run.checkpoint_step)}")
+    if json:
+        print(json_format.dumps({"runs": [asdict(run) for run in found]}))
+
+
+def _going_on(checkpoint_step: int | None) -> str:
+    return "begins anew" if checkpoint_step is None else f"goes on after step {checkpoint_step}"
