@@ -176,10 +176,9 @@ def _behavior(task: StepTask, link: Link) -> float:
     model = build_model(task.settings.model, task.sizes, torch.device("meta"))
     initialize(shard(model, torch.device("cpu"), make_plan(model, torch.device("cpu"), bags=1)), seed=1)
     batch = made_up_batch(task, seed=dist.get_rank())
-    tables, cross = model.tables.inherent["attention"], model.tables.cross_rows(torch.device("cpu"))["attention"]
-    search = ShardedTopK(
-        tables, tables, ScaledDotProduct(), task.settings.model.retrieved, task.sizes.lengths, cross, cross
-    )
+    tables = model.tables.inherent["attention"]
+    cross = {feature: task.sizes.rows(feature, "history") for feature in model.tables.cross_features}
+    search = ShardedTopK(tables, tables, ScaledDotProduct(), task.settings.model.retrieved, task.sizes.lengths, cross)
     ns = _ns(lambda: search.input_dist(search.create_context(), batch).wait().wait(), together=True)
     with Traffic() as traffic:
         search.input_dist(search.create_context(), batch).wait().wait()

@@ -19,6 +19,7 @@ from embeddings.representation import Representation, history_inputs, pooled
 from embeddings.rows import Concern, Rows
 from embeddings.scoring import DotProduct, ScaledDotProduct, attention_weights
 from embeddings.search.all_rows import AllRows
+from embeddings.search.begun import BegunSearch
 from embeddings.search.by_score import search_by_score
 from embeddings.search.home import search_at_home
 from embeddings.search.on_shard import ShardedTopK
@@ -116,6 +117,8 @@ class CtrModel(nn.Module):
         self.sizes = sizes
         self.tap: Callable[[Concern, Rows], Rows] | None = None
         """Called in training with the rows of each concern, where it uses them; what it returns is used instead."""
+        self.begun: BegunSearch | None = None
+        """The search of a batch that is to come."""
         self.scoring = self.make_scoring()
         self.make_modules()
         self.prediction = Perceptron(self._inputs(self.heads), settings.hidden)
@@ -145,19 +148,40 @@ class CtrModel(nn.Module):
             return search_by_score(self._all_rows(batch, cross), scoring, retrieved)
         if not self.searches_on_shards:
             return search_at_home(self._all_rows(batch, cross), scoring, retrieved)
-        target_set, history_set = self.roles.target_attention, self.roles.history_attention
-        top_k = ShardedTopK(
-            self.tables.inherent[target_set],
-            self.tables.inherent[history_set],
+        begun, self.begun = self.begun, None
+        if begun is None or begun.batch is not batch:
+            begun, self.begun = BegunSearch(self._top_k(scoring), batch), begun
+        return begun.selected(cross[self.roles.target_attention], cross[self.roles.history_attention])
+
+    def begin(self, batch: Batch, stream: torch.cuda.Stream | None = None) -> None:
+        """Send the ids of a batch that `forward` will be given to the shards; every rank must call it.
+
+        Does nothing where no shards are searched. Another batch may be predicted in between.
+
+        Args:
+            batch: the very object that `forward` will be given.
+            stream: of a GPU, see `BegunSearch`.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        if self.searches_on_shards:
+            assert isinstance(self.scoring, DotProduct)
+            check_bounds(batch, self.sizes)
+            self.begun = BegunSearch(self._top_k(self.scoring), batch, stream)
+
+    def _top_k(self, scoring: DotProduct) -> ShardedTopK:
+        """It belongs to the tables as they are sharded now, so it is no part of the model."""
+        sequence = next(iter(self.settings.retrieved))
+        return ShardedTopK(
+            self.tables.inherent[self.roles.target_attention],
+            self.tables.inherent[self.roles.history_attention],
             scoring,
-            retrieved,
+            self.settings.retrieved,
             self.sizes.lengths,
-            cross[target_set],
-            cross[history_set],
+            {feature: self.sizes.rows(feature, sequence) for feature in self.tables.cross_features},
             self.tables.codecs,
         )
-        selected: dict[str, Selection] = top_k(batch).wait()
-        return selected
 
     def attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:
         """Weights of the chosen behaviours, (T, K) or (T, H, K), from the attention rows of target and behaviours."""

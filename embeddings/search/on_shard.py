@@ -28,6 +28,7 @@ from embeddings.search.request import HomeWindows, Request, ShardHistory, ShardT
 from embeddings.search.selection import Selection
 from embeddings.search.top_k import top_k
 from embeddings.tables import CrossRows
+from schemas.model import Feature
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class ShardInput:
 
     targets: ShardTargets
     histories: Mapping[str, ShardHistory]
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that ``stream`` uses the tensors."""
+        for history in self.histories.values():
+            for tensor in (*history.columns.values(), history.start_G, history.end_G, history.place_G):
+                tensor.record_stream(stream)
+        for tensor in self.targets.columns.values():
+            tensor.record_stream(stream)
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,10 @@ class TopKContext(Multistreamable):
     windows: dict[str, HomeWindows] = field(default_factory=dict)
     targets: list[int] = field(default_factory=list)
     """Of each rank."""
+    target_cross: CrossRows = field(default_factory=dict)
+    """By sequence, all rows of the targets' cross tables, as they are when the search is made."""
+    history_cross: CrossRows = field(default_factory=dict)
+    """The same of the behaviours'."""
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that ``stream`` uses the tensors."""
@@ -118,8 +131,7 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         scoring: the score.
         retrieved: K by sequence.
         lengths: N by sequence.
-        target_cross: by sequence, all rows of the targets' cross tables.
-        history_cross: the same of the behaviours'.
+        cross: the cross features, and how many rows their tables have.
         codecs: of the scores on their way home; None: as they are.
     """
 
@@ -130,19 +142,16 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         scoring: DotProduct,
         retrieved: Mapping[str, int],
         lengths: Mapping[str, int],
-        target_cross: CrossRows,
-        history_cross: CrossRows,
+        cross: Mapping[Feature, int],
         codecs: QuantizedCommCodecs | None = None,
     ) -> None:
         super().__init__()
         self._codec = (codecs or codecs_of("fp32")).forward
         self._target_tables, history_tables = row_wise_tables(targets), row_wise_tables(history)
         self._scoring, self._retrieved, self._lengths = scoring, dict(retrieved), dict(lengths)
-        self._target_cross, self._history_cross = target_cross, history_cross
         self._item, self._category = history_tables["item"], history_tables.get("category")
         self._group = self._item.group
-        cross = next(iter(history_cross.values()))
-        rows = {feature: len(rows_Rd) for feature, rows_Rd in cross.items()} | {"item": self._item.block}
+        rows = {**cross, "item": self._item.block}
         if self._category:
             rows["category"] = self._category.rows
         self._request = Request((*history_tables, *cross), rows, self._item.rows, lengths)
@@ -193,19 +202,19 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
 
     @torch.no_grad()
     def compute(self, ctx: TopKContext, dist_input: ShardInput) -> dict[str, ShardBest]:
-        """The K best of this shard, by sequence."""
+        """The K best of this shard, by sequence; the context must have the rows of the cross tables."""
         targets = dist_input.targets
         rows = [table.gather(targets.columns[feature]).float() for feature, table in self._target_tables.items()]
         target_GD = torch.cat(rows, dim=1)
         categories = self._categories(dist_input.histories)
         found = {}
         for name, history in dist_input.histories.items():
-            query = self._scoring.queries(search_rows(target_GD, targets.row, self._target_cross[name]))
+            query = self._scoring.queries(search_rows(target_GD, targets.row, ctx.target_cross[name]))
             dims = [part.shape[1] for part in rows]
             inherent = dict(zip(self._target_tables, query.inherent.split(dims, dim=1), strict=True))
             pairs = Pairs(history.start_G, history.end_G, len(history.columns["item"]))
             row = partial(history.row, targets=targets, pairs=pairs)
-            additive_W = cross_score(pairs, query.cross, row, self._history_cross[name])
+            additive_W = cross_score(pairs, query.cross, row, ctx.history_cross[name])
             if categories:
                 rows_Cd, slot_R = categories
                 slot_W = pairs.of_behaviors(slot_R.index_select(0, history.columns["category"].to(torch.int32)))

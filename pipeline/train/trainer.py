@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.stateful import Stateful
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import get_unwrapped_module
-from torchrec.distributed.train_pipeline import TrainPipelineBase
 
 from embeddings.gradient_norms import GradientNorms
 from embeddings.model import CtrModel
@@ -19,7 +18,7 @@ from pipeline.checkpoint.writer import CheckpointWriter
 from pipeline.evaluate import evaluate
 from pipeline.stream.history_stream import HistoryStream
 from pipeline.train.agreement import Agreement, agree
-from pipeline.train.click_task import ClickTask
+from pipeline.train.ahead import SearchAheadPipeline
 from pipeline.train.dense_optimizer import DenseOptimizer
 from pipeline.train.random_state import random_state, set_random_state
 from pipeline.train.report import Report
@@ -54,7 +53,7 @@ class Trainer(Stateful):
         self._validation = validation
         self._optimizer = DenseOptimizer(model, settings.dense)
         # It takes the next batch while a step runs, so the place in the data is counted here, not by the stream.
-        self._pipeline = TrainPipelineBase(ClickTask(model), self._optimizer, device)
+        self._pipeline = SearchAheadPipeline(model, self._optimizer, device)
 
     @property
     def steps(self) -> int:
