@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from embeddings.models import build_model
+from embeddings.models import MODELS, build_model
 from embeddings.plan.dry_run import dry_run
 from embeddings.plan.plan_file import differences, plan_text, read_plan
 from embeddings.plan.remedies import changed, remedies
@@ -357,3 +357,15 @@ def test_a_data_set_says_how_many_targets_share_a_history() -> None:
     assert (load.targets_per_user, load.filled, load.samples) == (3, 1, 7)
     load = with_load_of(plan_settings("workload.targets_per_user=2"), manifest).workload
     assert (load.targets_per_user, load.filled) == (2, 0.5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_can_be_planned(name: str) -> None:
+    run = dry_run(plan_settings(f"model={name}", "model.attention.dim=32"), SIZES)
+    assert run.feasible
+    assert (f"{name} searches" in "\n".join(report(run))) == (MODELS[name].searched != "on the shards")
+    shard, home = (run.steps[where] for where in ("shard", "home"))
+    assert 0 < shard.ms < 1e5
+    chooses = MODELS[name].searched == "on the shards"
+    assert (shard.ms == home.ms) == (not chooses)
+    assert run.search == ("shard" if chooses else "home")

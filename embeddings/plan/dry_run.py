@@ -14,8 +14,8 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import PlannerError, ShardingOption
 from torchrec.distributed.types import ShardingPlan
 
-from embeddings.model import CtrModel
-from embeddings.models import build_model
+from embeddings.model import CtrModel, SearchPlace
+from embeddings.models import MODELS, build_model
 from embeddings.plan.step import StepEstimate, StepModel
 from embeddings.plan.tables import PlannedTable, planned_tables
 from embeddings.plan.topology import cluster_topology, usable_memory
@@ -74,6 +74,11 @@ class DryRun:
     lack: Lack | None
 
     @property
+    def searched(self) -> SearchPlace:
+        """Where the model searches if it has the choice."""
+        return MODELS[self.settings.model.name].searched
+
+    @property
     def feasible(self) -> bool:
         """It fits."""
         return self.plan is not None
@@ -99,16 +104,15 @@ def dry_run(settings: PlanSettings, sizes: DataSizes) -> DryRun:
     Raises:
         ValueError: settings that do not fit each other.
     """
-    cluster, search = settings.cluster, settings.model.search
+    cluster = settings.cluster
     model = build_model(settings.model, sizes, torch.device("meta"))
+    search: Search = settings.model.search if model.searched == "on the shards" else "home"
     fuse_optimizers(model, torch.device(cluster.device))
     work = Workload.of(settings, sizes)
     stand_in = StepModel(model, (), work, cluster)
     dense = stand_in.dense_parameters * 4 * DENSE_COPIES + stand_in.inputs * work.targets * 4 * 12
-    kept = (
-        work.targets
-        * work.retrieved
-        * sum(sum(model.tables.inherent_dims(name).values()) for name in model.tables.inherent)
+    kept = (work.pairs if model.attends_all else work.targets * work.retrieved) * sum(
+        sum(model.tables.inherent_dims(name).values()) for name in model.tables.inherent
     )
     other = round(dense + kept * 4 * 4 + stand_in.search_bytes(search))
     bounds = _bounds(model, work, search, cluster.device)
@@ -162,7 +166,8 @@ def _bounds(model: CtrModel, work: Workload, search: Search, device_type: str) -
         ids = float(model.tables._rows[name][0]) / work.ranks if name in model.tables._rows else 0.0
         for of_set in model.tables.inherent:
             if name in {f"{feature}_{of_set}" for feature in model.tables.inherent_features}:
-                everything = model.auxiliary is not None or (search == "home" and of_set in searched)
+                at_home = search == "home" and model.searched in ("on the shards", "at home") and of_set in searched
+                everything = model.auxiliary is not None or model.attends_all or at_home
                 ids = work.targets + (work.behaviors if everything else work.winners)
         constraint.batch_sizes = [max(1, round(ids / work.ranks))]
     return found

@@ -164,6 +164,8 @@ def _step(run: DryRun) -> Iterator[str]:
         f"sent for a sample: {_size(shard.bytes_per_sample)} with search=shard, {_size(home.bytes_per_sample)} with "
         f"search=home; a step of search=home takes {home.ms / shard.ms:.1f} x as long"
     )
+    if run.searched != "on the shards":
+        yield f"{run.settings.model.name} searches {run.searched}: search=shard changes nothing"
     slowest = sorted(run.step.costs, key=lambda cost: cost.ms, reverse=True)[:3]
     parts = ", ".join(f"{cost.what} ({cost.phase}) {cost.ms:,.1f} ms" for cost in slowest)
     yield f"slowest with search={run.search}: {parts}"

@@ -22,6 +22,7 @@ from embeddings.plan.traffic import (
     search_on_shard,
 )
 from embeddings.plan.workload import Search, Workload, distinct
+from embeddings.scoring import DotProduct
 from embeddings.search.pairs import PRODUCTS_A_PAIR
 from schemas.cluster import ClusterSettings
 
@@ -106,18 +107,19 @@ class StepModel:
             name: [table for table in tables if table.set == name and table.inherent] for name in model.tables.inherent
         }
         self._cross = [table for table in tables if not table.inherent]
-        self._whole = model.auxiliary is not None
+        self._whole = model.auxiliary is not None or model.attends_all
         self._wire = WIRE_BYTES[model.settings.communication]
         dense = [(name, weight) for name, weight in model.named_parameters() if ".embedding_bags." not in name]
         self.dense_parameters = sum(weight.numel() for _, weight in dense)
         self.inputs = model._inputs(model.heads) * (2 if self._whole else 1)
 
     def estimate(self, search: Search) -> StepEstimate:
-        """A step with search on the shard or at home."""
+        """A step with search on the shard or at home; the same where the model leaves no choice."""
+        place = search if self._model.searched == "on the shards" else "home"
         costs = [
             *self._cross_rows(),
-            *(self._search_at_home() if search == "home" else self._search_on_shard()),
-            *self._winners(search),
+            *self._search(place),
+            *self._winners(place),
             *self._dense(),
             Cost("step", "whatever its size", 0, 0, self._cluster.costs.step / 1e6),
         ]
@@ -126,7 +128,9 @@ class StepModel:
     def search_bytes(self, search: Search) -> float:
         """Device memory of the search's rows and scores, beside the tables' own buffers."""
         behaviors, pairs = self._work.behaviors, self._work.pairs
-        if search == "shard":
+        if self._model.searched in ("by ids alone", "nowhere"):
+            return pairs * 24
+        if search == "shard" and self._model.searched == "on the shards":
             return behaviors * 32 + pairs * 24
         dim = self._dim(self._model.roles.history_attention)
         return behaviors * dim * FLOAT * HOME_PASSES + pairs * 24
@@ -141,6 +145,12 @@ class StepModel:
             # Every rank copies what all have sent, and adds up its gradients.
             whole = sum(table.rows * table.dim for table in self._cross) * FLOAT * HOME_PASSES * 2
             yield self._compute("lookups", "cross tables", ns + whole / self._bandwidth)
+
+    def _search(self, place: Search) -> Iterator[Cost]:
+        if self._model.searched == "by ids alone":
+            yield self._compute("search", "ids of all behaviours", self._work.pairs * self._cluster.costs.pair)
+        elif self._model.searched != "nowhere":
+            yield from self._search_at_home() if place == "home" else self._search_on_shard()
 
     def _search_at_home(self) -> Iterator[Cost]:
         """All behaviours' rows come home (`embeddings.search.home`)."""
@@ -184,8 +194,11 @@ class StepModel:
 
     def _scores(self, dim: int, pair: float) -> float:
         """Nanoseconds of scoring all pairs."""
-        crosses = len(self._model.tables.cross_features)
-        return self._work.pairs * (2 * dim / self._rate + pair + crosses * self._cluster.costs.cross)
+        crosses, scoring = len(self._model.tables.cross_features), self._model.scoring
+        products = dim
+        if not isinstance(scoring, DotProduct):
+            products = sum(weight.numel() for weight in scoring.parameters())
+        return self._work.pairs * (2 * products / self._rate + pair + crosses * self._cluster.costs.cross)
 
     def _winners(self, search: Search) -> Iterator[Cost]:
         """Targets and what was retrieved, with gradient (`embeddings.lookup`, `embeddings.pooled_lookup`)."""
