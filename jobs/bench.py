@@ -2,6 +2,7 @@
 
 import typer
 
+from jobs.bench_ahead import bench_ahead
 from jobs.bench_attention_dim import bench_attention_dim
 from jobs.bench_plan import bench_plan
 from jobs.bench_reader import bench_reader
@@ -13,4 +14,5 @@ bench.command("reader")(bench_reader)
 bench.command("search")(bench_search)
 bench.command("shard-search")(bench_shard_search)
 bench.command("plan")(bench_plan)
+bench.command("ahead")(bench_ahead)
 bench.command("attention-dim")(bench_attention_dim)

@@ -1,0 +1,93 @@
+"""Training steps with and without the next batch's ids on their way, side by side on two gloo ranks."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torchrec.distributed.train_pipeline import TrainPipelineBase
+
+from benchmarks.calibration import RANKS
+from benchmarks.gloo_ranks import on_gloo_ranks
+from benchmarks.plan import SIZES
+from benchmarks.training_step import StepTask, made_up_batch
+from embeddings.sizes import DataSizes
+from schemas.settings import load_settings
+from schemas.train import TrainSettings
+
+ROUNDS, STEPS = 5, 6
+"""Each side makes so many steps in turn, so many times."""
+
+
+@dataclass(frozen=True)
+class AheadFigures:
+    """Of a size of step."""
+
+    targets: int
+    length: int
+    dim: int
+    plain_ms: float
+    ahead_ms: float
+    ratio: float
+    """Plain over ahead: above 1, ahead is faster."""
+
+
+def measure() -> Iterator[AheadFigures]:
+    """Time a step of each size.
+
+    Raises:
+        RuntimeError: a process failed, or the losses of both sides differ.
+    """
+    for size in SIZES:
+        settings = load_settings(
+            TrainSettings,
+            overrides=[
+                f"stream.batch_size={size.targets}",
+                f"stream.history_length={size.length}",
+                f"model.attention.dim={size.dim}",
+                f"model.representation.dim={size.dim}",
+                f"model.retrieved.history={size.retrieved}",
+            ],
+        )
+        sizes = DataSizes(items=1_000_000, categories=10_000, lengths={"history": size.length})
+        plain, ahead = (max(times) * 1e3 for times in zip(*on_gloo_ranks(RANKS, _step, settings, sizes), strict=True))
+        yield AheadFigures(
+            size.targets, size.length, size.dim, round(plain, 1), round(ahead, 1), round(plain / ahead, 3)
+        )
+
+
+def _step(settings: TrainSettings, sizes: DataSizes) -> tuple[float, float]:
+    """Median seconds of a plain step and of one with ids ahead; all ranks must call it."""
+    from embeddings.initialization import initialize
+    from embeddings.models import build_model
+    from embeddings.sharding import make_plan, shard
+    from pipeline.train.ahead import SearchAheadPipeline
+    from pipeline.train.click_task import ClickTask
+    from pipeline.train.dense_optimizer import DenseOptimizer
+
+    device, task = torch.device("cpu"), StepTask(settings, sizes)
+    batches = [made_up_batch(task, seed=10 * dist.get_rank() + place) for place in range(STEPS)]
+    sides = []
+    for ahead in (False, True):
+        model = build_model(settings.model, sizes, torch.device("meta"))
+        sharded = shard(model, device, make_plan(model, device, bags=1))
+        initialize(sharded, seed=1)
+        optimizer = DenseOptimizer(sharded, settings.dense)
+        kind = SearchAheadPipeline if ahead else TrainPipelineBase
+        sides.append(kind(sharded if ahead else ClickTask(sharded), optimizer, device))
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(1 + ROUNDS):
+        losses: tuple[list[float], list[float]] = ([], [])
+        for side, pipeline in enumerate(sides):
+            todo = iter(batches)
+            for _ in batches:
+                dist.barrier()
+                began = time.perf_counter()
+                losses[side].append(float(pipeline.progress(todo).loss))
+                times[side].append(time.perf_counter() - began)
+            pipeline.reset()
+        if losses[0] != losses[1]:
+            raise RuntimeError(f"the losses differ: {losses}")
+    return median(times[0][STEPS:]), median(times[1][STEPS:])
