@@ -1,5 +1,6 @@
 """Sending the next batch's ids ahead changes no bit of the training, whatever is predicted in between."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch.distributed as dist
 from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.distributed.train_pipeline import TrainPipelineBase
 
+from benchmarks import ahead
+from benchmarks.plan import Size
+from jobs.bench_ahead import bench_ahead
 from pipeline.train.ahead import SearchAheadPipeline
 from pipeline.train.click_task import ClickTask
 from tests.datasets import random_users, write_dataset
@@ -20,15 +24,15 @@ from tests.trainers import CPU, trainer_of
 STEPS = 8
 
 
-def losses(data: Path, *, ahead: bool) -> tuple[list[float], dict[str, Any], int]:
+def losses(data: Path, *, begins: bool) -> tuple[list[float], dict[str, Any], int]:
     """Of each step, the weights at the end, and how many searches were begun before they were asked for."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     trainer = trainer_of(small_settings(), data)
     model, found, early = get_unwrapped_module(trainer.model), [], 0
     pipeline = trainer._pipeline
-    if not ahead:
+    if not begins:
         pipeline = TrainPipelineBase(ClickTask(trainer.model), trainer._optimizer, CPU)
-    assert isinstance(pipeline, SearchAheadPipeline) == ahead
+    assert isinstance(pipeline, SearchAheadPipeline) == begins
     for targets in (24, 1):  # with one target, one of two ranks has none
         batches = iter([part(toy_batch(step, targets=targets), rank, ranks) for step in range(STEPS)])
         for step in range(STEPS):
@@ -51,9 +55,9 @@ def _local(value: Any) -> list[torch.Tensor]:
 
 
 def compared(data: Path) -> None:
-    plain, weights, early = losses(data, ahead=False)
+    plain, weights, early = losses(data, begins=False)
     assert early == 0
-    found, ours, early = losses(data, ahead=True)
+    found, ours, early = losses(data, begins=True)
     assert early == 2 * (STEPS - 1)
     assert found == plain
     for name, parts in weights.items():
@@ -65,3 +69,10 @@ def compared(data: Path) -> None:
 def test_ids_that_travel_ahead_change_nothing(ranks: int, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", random_users(60))
     run_ranks(ranks, compared, tmp_path / "data")
+
+
+def test_the_benchmarks_last_line_is_json(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "SIZES", [Size(targets=8, length=20, dim=4, retrieved=4)])
+    bench_ahead(json=True)
+    (step,) = json.loads(capfd.readouterr().out.splitlines()[-1])["steps"]
+    assert min(step["plain_ms"], step["ahead_ms"]) > 0

@@ -1,5 +1,6 @@
 """Every model against its slow definition: what it keeps, what it predicts, every gradient; and what defines it."""
 
+import json
 from collections.abc import Callable, Set
 
 import pytest
@@ -18,7 +19,10 @@ from embeddings.process_group import process_group
 from embeddings.search.clusters import in_torch, log_counts
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
+from jobs.models import models
 from schemas.model import ModelSettings, TableSet
+from schemas.settings import load_settings
+from schemas.train import TrainSettings
 from tests.definitions import DEFINITIONS, Definition
 from tests.toy_batch import toy_batch
 
@@ -257,3 +261,17 @@ def test_rounds_of_sdim_have_equal_widths() -> None:
     settings = settings_of("sdim", hash_bits=10)
     with pytest.raises(ValueError, match="multiple of hash_width, 3"):
         build_model(settings, sizes_of(settings))
+
+
+def test_the_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    models(json=True)
+    *lines, last = capsys.readouterr().out.splitlines()
+    listed = {entry["name"]: entry for entry in json.loads(last)["models"]}
+    assert list(listed) == list(MODELS)
+    assert len(lines) == len(MODELS)
+    assert {listed[name]["tables"] for name in ("twin", "dare", "dare-three-tables", "twin-4e")} == {1, 2, 3, 4}
+    assert all(entry["summary"] for entry in listed.values())
+
+
+def test_a_model_is_named_in_short() -> None:
+    assert load_settings(TrainSettings, overrides=["model=eta", "model.hash_bits=8"]).model.name == "eta"
