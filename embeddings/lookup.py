@@ -43,7 +43,7 @@ class BatchRows:
         whole: bool,
     ) -> None:
         self._batch, self._cross, self._whole = batch, cross, whole
-        self._dims = {name: tables.inherent_dims(name) for name in target_sets | history_sets}
+        self._dims = {name: tables.inherent_dims(name) for name in sorted(target_sets | history_sets)}
         self._targets: dict[str, Tensor] = {}
         self._behaviors: dict[str, dict[str, Tensor]] = {}
         histories = {name: batch.histories[name] for name in selected}

@@ -4,6 +4,7 @@ T = targets, K = behaviours retrieved of a sequence, H = heads, E = dim of all f
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -108,10 +109,16 @@ class CtrModel(nn.Module):
         kept = tuple(feature for feature in settings.features if feature not in self.without)
         # Not validated again: settings of a feature that is left out are without effect.
         self.settings = settings.model_copy(update={"features": kept})
-        if self.needs_categories and (sizes.categories < 2 or "category" not in kept):
+        if self.needs_categories and "category" not in kept:
+            raise ValueError(f"model.features: {settings.name} searches by category; add category to the features")
+        if self.needs_categories and sizes.categories < 2:
             raise ValueError(
-                f"model.name: {settings.name} searches by category; it needs the feature category, and data with "
-                f"categories (these have {sizes.categories})"
+                f"model.name: {settings.name} searches by category, and these data have {sizes.categories} of them; "
+                "choose another model"
+            )
+        if self.attends_all and settings.auxiliary_loss:
+            raise ValueError(
+                f"model.auxiliary_loss: {settings.name} predicts from the whole history already; set it to false"
             )
         self.tables = Tables(self.settings, sizes, self.roles.sets(settings), table_device)
         self.sizes = sizes
@@ -167,7 +174,8 @@ class CtrModel(nn.Module):
         """
         if self.searches_on_shards:
             assert isinstance(self.scoring, DotProduct)
-            check_bounds(batch, self.sizes)
+            with torch.cuda.stream(stream) if stream is not None else nullcontext():
+                check_bounds(batch, self.sizes)
             self.begun = BegunSearch(self._top_k(self.scoring), batch, stream)
 
     def _top_k(self, scoring: DotProduct) -> ShardedTopK:
@@ -207,6 +215,12 @@ class CtrModel(nn.Module):
         name = self.roles.target_representation
         return self.tables.inherent_dims(name) | self.tables.cross_dims(name)
 
+    def search_products(self, dim: int) -> int:
+        """Multiplications that a search makes of a target and a behaviour whose rows have ``dim`` floats, for plans."""
+        if isinstance(self.scoring, DotProduct):
+            return dim
+        return sum(weight.numel() for weight in self.scoring.parameters())
+
     def apart(self, rows: BatchRows) -> tuple[BatchRows, BatchRows]:
         """The rows for attention and those for representation; the same ones, unless gradients are told apart."""
         return rows, rows
@@ -239,11 +253,13 @@ class CtrModel(nn.Module):
         Raises:
             ValueError: the batch lacks a sequence or a feature of the settings, or has windows longer than N.
         """
-        check_bounds(batch, self.sizes)
+        if self.begun is None or self.begun.batch is not batch:
+            check_bounds(batch, self.sizes)
         cross = self.tables.cross_rows(batch.item_T.device)
         auxiliary = self.auxiliary is not None and self.training
         whole = auxiliary or self.attends_all
-        all_of_it = {name: Selection.everything(batch.histories[name]) for name in self.settings.retrieved}
+        sequences = self.settings.retrieved if whole else ()
+        all_of_it = {name: Selection.everything(batch.histories[name]) for name in sequences}
         selected = all_of_it if self.attends_all else self.search(batch, cross)
         pools = self.pools_on_shards
         attention = {self.roles.target_attention}, {self.roles.history_attention}

@@ -155,10 +155,10 @@ def test_hard_search_returns_the_category_alone_while_there_are_enough() -> None
 
 def test_hard_search_needs_categories() -> None:
     settings = settings_of("sim-hard", features=("item", "position"))
-    with pytest.raises(ValueError, match="sim-hard searches by category"):
+    with pytest.raises(ValueError, match="sim-hard searches by category; add category"):
         build_model(settings, sizes_of(settings))
     sizes = DataSizes(items=50, categories=1, lengths={"ads": 12})
-    with pytest.raises(ValueError, match="these have 1"):
+    with pytest.raises(ValueError, match="these data have 1 of them"):
         build_model(settings_of("twin-hard"), sizes)
 
 
@@ -255,6 +255,19 @@ def test_maps_need_the_features_that_they_map() -> None:
     settings = settings_of("twin-projection-position", features=("item", "category"))
     with pytest.raises(ValueError, match="twin-projection-position maps position"):
         build_model(settings, sizes_of(settings))
+
+
+def test_sdim_takes_no_auxiliary_loss() -> None:
+    settings = settings_of("sdim", auxiliary_loss=True, search="home")
+    with pytest.raises(ValueError, match="sdim predicts from the whole history already"):
+        build_model(settings, sizes_of(settings))
+
+
+def test_empty_buckets_have_no_gradient() -> None:
+    model = model_of(settings_of("sdim"))
+    batch = batch_of(model.settings, seed=8, longest=3)
+    (100 * model(batch).logit_T.sum()).backward()
+    assert all(torch.isfinite(weight.grad).all() for weight in model.parameters() if weight.grad is not None)
 
 
 def test_rounds_of_sdim_have_equal_widths() -> None:

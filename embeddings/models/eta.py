@@ -20,6 +20,10 @@ class Eta(Twin):
         dims = self.tables.inherent_dims(self.roles.history_attention)
         self.signature = Signature(sum(dims.values()), self.settings.hash_bits)
 
+    def search_products(self, dim: int) -> int:
+        """One for each bit."""
+        return self.settings.hash_bits
+
     def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
         """The nearest signatures."""
         return search_by_signature(self._all_rows(batch, cross), self.signature, self.settings.retrieved)

@@ -3,7 +3,6 @@
 T = targets, K = behaviours of each, H = rounds, B = bits of all rounds, b = bits of one, E = dim of all features.
 """
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -48,5 +47,5 @@ class Sdim(Eta):
         return bits
 
 
-EPSILON = torch.finfo(torch.float32).tiny
-"""Under a norm; an empty bucket's sum stays 0."""
+EPSILON = 1e-12
+"""Under a norm; an empty bucket's sum stays 0, and so does its gradient."""

@@ -46,13 +46,17 @@ class SimSoft(SimHard):
     whole_heads = 1
 
     def make_modules(self) -> None:
-        """The search's score ``(W_b e_i) . (W_a e_a)`` (equation 1)."""
+        """The search's score: the scaled product of mapped rows, as ``(W_b e_i) . (W_a e_a)`` in equation 1."""
         dims = self.represented_dims()
         self.searching = MappedDotProduct(RowsMap(dims, tuple(dims), dims), RowsMap(dims, tuple(dims), dims))
 
     def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
         """The K best by that score, at home: the auxiliary prediction brings all rows there in training."""
         return search_at_home(self._all_rows(batch, cross), self.searching, self.settings.retrieved)
+
+    def search_products(self, dim: int) -> int:
+        """Of the mapped rows."""
+        return dim
 
     def whole_attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:
         """That score itself, not its softmax, (T, N) (section 3.1)."""

@@ -1,5 +1,7 @@
 """TWIN-V2: a history is clustered, and a target attends to clusters (arXiv 2407.16357)."""
 
+import math
+
 from torch import Tensor
 
 from embeddings.batch import Batch, History
@@ -20,6 +22,12 @@ class TwinV2(Twin):
 
     scoring: ScaledDotProduct
     searched = "at home"
+
+    def search_products(self, dim: int) -> int:
+        """Of the score, and of four passes over the item rows for each split of the longest window."""
+        item = self.tables.inherent_dims(self.roles.history_attention)["item"]
+        splits = math.ceil(math.log2(max(1, max(self.sizes.lengths.values()) / self.settings.cluster_size)))
+        return dim + 4 * item * splits
 
     def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
         """The K clusters of the highest score, each by the behaviour that stands for it."""

@@ -65,8 +65,6 @@ class DryRun:
     search: Search
     """That the memory is planned for."""
     steps: dict[Search, StepEstimate]
-    other_bytes: int
-    """Of a rank's memory that is not for tables and their buffers."""
     plan: ShardingPlan | None
     """None: it does not fit."""
     tables: tuple[PlannedTable, ...]
@@ -111,8 +109,9 @@ def dry_run(settings: PlanSettings, sizes: DataSizes) -> DryRun:
     work = Workload.of(settings, sizes)
     stand_in = StepModel(model, (), work, cluster)
     dense = stand_in.dense_parameters * 4 * DENSE_COPIES + stand_in.inputs * work.targets * 4 * 12
-    kept = (work.pairs if model.attends_all else work.targets * work.retrieved) * sum(
-        sum(model.tables.inherent_dims(name).values()) for name in model.tables.inherent
+    kept = (work.pairs if stand_in.whole else work.targets * work.retrieved) * sum(
+        sum((model.tables.inherent_dims(name) | model.tables.cross_dims(name)).values())
+        for name in model.tables.inherent
     )
     other = round(dense + kept * 4 * 4 + stand_in.search_bytes(search))
     bounds = _bounds(model, work, search, cluster.device)
@@ -137,7 +136,7 @@ def dry_run(settings: PlanSettings, sizes: DataSizes) -> DryRun:
         options = chosen or _evenly(planner._enumerator.enumerate(model, [TableSharder()]))
     if plan is None:
         lack = _lack(options, settings, other)
-        return DryRun(settings, sizes, seconds, search, {}, other, None, (), (), lack)
+        return DryRun(settings, sizes, seconds, search, {}, None, (), (), lack)
     tables = planned_tables(model, plan)
     step = StepModel(model, tables, work, cluster)
     return DryRun(
@@ -146,7 +145,6 @@ def dry_run(settings: PlanSettings, sizes: DataSizes) -> DryRun:
         seconds,
         search,
         {where: step.estimate(where) for where in ("shard", "home")},
-        other,
         plan,
         tables,
         _loads(options, tables, settings, other),

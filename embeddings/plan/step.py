@@ -22,7 +22,6 @@ from embeddings.plan.traffic import (
     search_on_shard,
 )
 from embeddings.plan.workload import Search, Workload, distinct
-from embeddings.scoring import DotProduct
 from embeddings.search.pairs import PRODUCTS_A_PAIR
 from schemas.cluster import ClusterSettings
 
@@ -107,11 +106,11 @@ class StepModel:
             name: [table for table in tables if table.set == name and table.inherent] for name in model.tables.inherent
         }
         self._cross = [table for table in tables if not table.inherent]
-        self._whole = model.auxiliary is not None or model.attends_all
+        self.whole = model.auxiliary is not None or model.attends_all
         self._wire = WIRE_BYTES[model.settings.communication]
         dense = [(name, weight) for name, weight in model.named_parameters() if ".embedding_bags." not in name]
         self.dense_parameters = sum(weight.numel() for _, weight in dense)
-        self.inputs = model._inputs(model.heads) * (2 if self._whole else 1)
+        self.inputs = model._inputs(model.heads) * (2 if self.whole else 1)
 
     def estimate(self, search: Search) -> StepEstimate:
         """A step with search on the shard or at home; the same where the model leaves no choice."""
@@ -194,10 +193,8 @@ class StepModel:
 
     def _scores(self, dim: int, pair: float) -> float:
         """Nanoseconds of scoring all pairs."""
-        crosses, scoring = len(self._model.tables.cross_features), self._model.scoring
-        products = dim
-        if not isinstance(scoring, DotProduct):
-            products = sum(weight.numel() for weight in scoring.parameters())
+        crosses = len(self._model.tables.cross_features)
+        products = self._model.search_products(dim)
         return self._work.pairs * (2 * products / self._rate + pair + crosses * self._cluster.costs.cross)
 
     def _winners(self, search: Search) -> Iterator[Cost]:
@@ -205,8 +202,8 @@ class StepModel:
         roles, work = self._model.roles, self._work
         targets = {roles.target_attention, roles.target_representation}
         history = {roles.history_attention, roles.history_representation}
-        ids = work.behaviors if self._whole else work.kept
-        different = work.behaviors if self._whole else work.winners
+        ids = work.behaviors if self.whole else work.kept
+        different = work.behaviors if self.whole else work.winners
         for name in sorted(targets | history):
             if search == "shard" and self._model.could_pool_on_shards and name == roles.history_representation:
                 yield from self._pooling(f"histories, {name}", self._inherent[name])
@@ -233,7 +230,7 @@ class StepModel:
     def _dense(self) -> Iterator[Cost]:
         """Attention, pooling, prediction, and the gradients of the dense parameters."""
         work, costs = self._work, self._cluster.costs
-        kept = work.pairs if self._whole else work.kept
+        kept = work.pairs if self.whole else work.kept
         crosses = sum(table.dim for table in self._cross)
         dim = sum(self._dim(name) for name in self._inherent) + crosses / max(1, len(work.sequences))
         attended = kept * dim * FLOAT * PASSES / self._bandwidth
