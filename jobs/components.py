@@ -44,6 +44,8 @@ def train(
         rdzv_port: port on the first node where several nodes meet; jobs that share nodes need different ones
         log_dir: folder for each process's standard output and error, beside the scheduler's own
     """
+    if args and not image:  # an image may hold another version of the program
+        launch.check_training(args)
     job = launch.Job(name, image, launch.node(h, cpu, gpu, memMB), env or {}, mounts or [], max_retries)
     return job.ranks("train", args, j, max_restarts=max_restarts, rdzv_port=rdzv_port, log_dir=log_dir)
 

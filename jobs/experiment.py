@@ -39,7 +39,7 @@ def experiment(
     from pipeline.experiment.data_sets import check_sources, opened
     from pipeline.experiment.documents import Documents
     from pipeline.experiment.floor import below, read_floor
-    from pipeline.experiment.folder import held
+    from pipeline.experiment.folder import held, write_settings
     from pipeline.experiment.progress import Progress
     from pipeline.experiment.runner import run_cells
     from pipeline.experiment.sizes import check_names, parameters_of
@@ -53,6 +53,7 @@ def experiment(
         sets = opened(settings.data, given, out, dare)
         parameters = parameters_of(cells, {name: found.manifest for name, found in sets.items()})
         refuse_changed(cells, {name: found.fingerprint for name, found in sets.items()})
+        write_settings(out, settings)
         documents = Documents(out, settings, cells, parameters, shlex.join(["dare", *sys.argv[1:]]))
         folders = {name: found.folder.absolute() for name, found in sets.items()}
         slots = _slots(parallel)
@@ -94,13 +95,24 @@ def load_experiment(file: str) -> "tuple[ExperimentSettings, Path | None]":
     return settings, recipe
 
 
-def _extended(file: Path) -> list[Path]:
-    """The files that ``file`` extends, and itself."""
+def _extended(file: Path, below: tuple[Path, ...] = ()) -> list[Path]:
+    """The files that ``file`` extends, those that they extend first, and itself; ``below`` are being laid over it."""
     import yaml
 
-    content = yaml.safe_load(file.read_text())
+    if file.resolve() in below:
+        raise ValueError(f"extends: {file} extends itself, at once or by way of others")
+    if not file.is_file():
+        return [file]  # what reads it says so
+    with file.open() as stream:  # a stream, so that a mistake names the file
+        try:
+            content = yaml.safe_load(stream)
+        except yaml.YAMLError as error:
+            raise ValueError(f"cannot be read: {' '.join(str(error).split())}") from None
     bases = content.get("extends", []) if isinstance(content, dict) else []
-    return [*(file.parent / str(base) for base in (bases if isinstance(bases, list) else [])), file]
+    if not isinstance(bases, list):
+        raise ValueError(f"extends: a list of files is wanted, not {bases!r}, in {file}")
+    found = [_extended(file.parent / str(base), (*below, file.resolve())) for base in bases]
+    return [*(each for files in found for each in files), file]
 
 
 def _folders(texts: Sequence[str]) -> dict[str, Path]:

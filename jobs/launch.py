@@ -14,6 +14,34 @@ NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 """What all schedulers take, with what they add to it."""
 
 
+def check_training(arguments: Sequence[str]) -> None:
+    """Find a mistake in the settings of `dare train` before processes are started, and started again, to find it.
+
+    Where a file of settings is not here, nothing is checked: it may be where the job will run.
+
+    Raises:
+        ValueError: settings that no run can have.
+    """
+    import typer.main
+
+    from jobs.cli import app
+    from schemas.settings import load_settings
+    from schemas.train import TrainSettings
+
+    command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    given = command.make_context("train", list(arguments), resilient_parsing=True).params
+    if not all(file.is_file() for file in given["config"] or ()):
+        return
+    try:
+        name = load_settings(TrainSettings, given["config"] or (), given["overrides"] or ()).model.name
+    except ValueError as error:
+        raise JobError(f"dare train: {error}") from None
+    from embeddings.models import MODELS  # Takes a while to import.
+
+    if name not in MODELS:
+        raise JobError(f"dare train: model.name: must be one of {', '.join(sorted(MODELS))} (not {name!r})")
+
+
 def node(name: str | None, cores: int, gpus: int, mebibytes: int) -> specs.Resource:
     """What a job asks for on each node.
 

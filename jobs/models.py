@@ -15,7 +15,7 @@ def models(
     rows = [
         {
             "name": name,
-            "summary": (model.__doc__ or "").strip().splitlines()[0].rstrip("."),
+            "summary": (model.__doc__ or "").strip().splitlines()[0].rstrip(".").replace("``", ""),
             "searched": model.searched,
             "tables": len({*vars(model.roles).values()}),
         }

@@ -42,7 +42,10 @@ def plan(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
 ) -> None:
-    """Plan a model's tables on a cluster, and estimate its memory, traffic, time and cost."""
+    """Plan a model's tables on a cluster, and estimate its memory, traffic, time and cost.
+
+    It needs to know how large the tables are: give --data DIR, or the setting sizes.items=N and the like.
+    """
     if calibrate is not None:
         _calibrate(calibrate)
         return
@@ -98,6 +101,8 @@ def _settings(
     topology: str, config: list[Path], overrides: list[str], data: Path | None
 ) -> tuple["PlanSettings", "DataSizes"]:
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from schemas.cluster import known_clusters
     from schemas.plan import PlanSettings
@@ -107,7 +112,10 @@ def _settings(
     file = known.get(topology, Path(topology))
     if not file.is_file():
         raise ValueError(f"--topology {topology}: unknown; known are {', '.join(known)}, or name a file")
-    cluster: Any = OmegaConf.to_container(OmegaConf.load(file))
+    try:
+        cluster: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--topology {topology}: cannot be read: {' '.join(str(error).split())}") from None
     settings = load_settings(PlanSettings, config, overrides, {"cluster": cluster})
 
     from embeddings.plan.workload import with_load_of

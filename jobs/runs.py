@@ -26,7 +26,7 @@ def runs(
         table = Table("run", "model", "state", "step", "best validation AUC", "test AUC", "samples/s", "torchx job")
         for run in found:
             path = Path(run.run)
-            step = "" if run.step is None else f"{run.step}/{run.steps}"
+            step = "/".join(str(value) for value in (run.step, run.steps) if value is not None)
             numbers = ["" if value is None else f"{value:.4f}" for value in (run.best_validation_auc, run.test_auc)]
             speed = "" if run.samples_per_s is None else f"{run.samples_per_s:,.0f}"
             name = str(path) if path == folder else str(path.relative_to(folder))

@@ -101,6 +101,19 @@ class RunFolder:
         record = read_json(self.data_file)
         return Path(record["folder"])
 
+    def starts(self) -> list[dict[str, Any]]:
+        """All starts of the run so far, the first one first; none: it has not begun. See `pipeline.train.job_record`.
+
+        Raises:
+            ValueError: the record is damaged.
+        """
+        if not self.job_file.exists():
+            return []
+        starts = read_json(self.job_file).get("starts")
+        if not (isinstance(starts, list) and starts and all(isinstance(start, dict) for start in starts)):
+            raise ValueError(f"{self.job_file} is damaged (no list of starts); without the file, the run goes on")
+        return starts
+
     def begin(self, documents: Mapping[str, str], data: Path, fingerprint: str, dictionaries: dict[str, Any]) -> None:
         """Write what the run is about; a former test is not its test any more, and goes.
 

@@ -66,30 +66,36 @@ def run_state(folder: Path) -> RunState:
         # Before all else is read: a run that ends meanwhile has then written everything.
         running = run.is_locked()
         return _read(run, running)
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        return RunState(str(folder), "damaged", error=_line(error))
+    except (ValueError, OSError) as error:
+        return RunState(str(folder), "damaged", error=" ".join(str(error).split()))
+    except (LookupError, TypeError, AttributeError):
+        return RunState(str(folder), "damaged", error="its files hold other values than a run writes")
 
 
 def _read(run: RunFolder, running: bool) -> RunState:
-    if running and not run.settings_file.is_file():
-        return RunState(str(run.path), "running")
+    if not run.settings_file.is_file() and (running or os.listdir(run.path) == [LOCK]):
+        # Killed before it had written anything: there is nothing to go on from, and nothing is lost.
+        return RunState(str(run.path), "running" if running else "died")
     progress = _read_if_there(run.progress_file)
     test = _read_if_there(run.test_file)
-    starts = _read_if_there(run.job_file).get("starts") or [{}]
-    last = starts[-1]
-    validations = _validations(run)
+    starts = run.starts()
+    last = starts[-1] if starts else {}
+    validations = _validation_aucs(run)
     state: State = "running" if running else "finished" if test else last.get("how", "died")
+    # The progress file is some seconds old, and a checkpoint may be newer.
+    checkpoint_step = max((int(path.name[5:]) for path in run.checkpoints.glob("step-*")), default=None)
+    steps_done = [step for step in (progress.get("step"), checkpoint_step) if step is not None]
     return RunState(
         run=str(run.path),
         state=state,
         model=run.settings().model.name,
-        step=progress.get("step"),
+        step=max(steps_done, default=None),
         steps=progress.get("steps"),
-        checkpoint_step=max((int(path.name[5:]) for path in run.checkpoints.glob("step-*")), default=None),
-        best_validation_auc=max((line["auc"] for line in validations if line["auc"] is not None), default=None),
+        checkpoint_step=checkpoint_step,
+        best_validation_auc=max(validations, default=None),
         test_auc=test.get("auc"),
         samples_per_s=progress.get("samples_per_s") or None,
-        starts=len(starts) if last else None,
+        starts=len(starts) or None,
         started=last.get("time"),
         app=last.get("app"),
         error=last.get("error") if state == "failed" else None,
@@ -105,13 +111,12 @@ def _read_if_there(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _validations(run: RunFolder) -> list[dict[str, Any]]:
+def _validation_aucs(run: RunFolder) -> list[float]:
+    """Where it is defined."""
     try:
-        return read_step_log(run.validations)
+        lines = read_step_log(run.validations)
     except ValueError as error:
         raise ValueError(f"{run.validations} is damaged ({error})") from None
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__} {text}"
+    if not all(isinstance(line, dict) and "auc" in line for line in lines):
+        raise ValueError(f"{run.validations} is damaged (a line without auc)")
+    return [line["auc"] for line in lines if line["auc"] is not None]

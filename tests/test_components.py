@@ -159,6 +159,32 @@ def test_a_mistake_is_one_clear_line(arguments: dict[str, Any], said: str) -> No
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["epochs=0"], "dare train: epochs: input should be greater than 0"),
+        (["epoch=1"], "dare train: epoch: unknown key"),
+        (["model=tree"], "dare train: model.name: must be one of dare,"),
+        (["--config", "FILE"], "dare train: seed: "),
+    ],
+)
+def test_a_mistake_in_settings_is_found_before_anything_starts(arguments: list[str], said: str, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("seed: -1")
+    arguments = [str(file) if argument == "FILE" else argument for argument in arguments]
+    with pytest.raises(ValueError) as error:
+        components.train("--data", "d", "--run", "r", *arguments)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_are_elsewhere_are_left_to_the_job() -> None:
+    elsewhere = ("--data", "d", "--run", "r", "--config", "nowhere.yaml", "epochs=0")
+    assert line_of(components.train(*elsewhere)).endswith("--config nowhere.yaml epochs=0")
+    with_image = components.train("--data", "d", "--run", "r", "epochs=0", image="dare:cpu")
+    assert line_of(with_image).endswith("--run r epochs=0")
+
+
 def test_processes_without_gpus_are_two_unless_said() -> None:
     assert Processes.parse("3", 0) == Processes(3, 2)
     assert Processes.parse("3x5", 0) == Processes(3, 5)
@@ -363,7 +389,11 @@ def validate_pod(template: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--name", "My_Job"], "--name My_Job: not a name for a job"), (["-j", "x"], "-j x: nodes, or nodes x processes")],
+    [
+        (["--name", "My_Job"], "--name My_Job: not a name for a job"),
+        (["-j", "x"], "-j x: nodes, or nodes x processes"),
+        (["--", "--data", "d", "--run", "r", "model=tree"], "dare train: model.name: must be one of dare,"),
+    ],
 )
 def test_the_command_line_tells_a_mistake_without_a_traceback(arguments: list[str], said: str) -> None:
     told = subprocess.run(torchx("run", "dare.train", *arguments), cwd=REPOSITORY, capture_output=True, text=True)

@@ -157,7 +157,15 @@ def test_a_killed_runner_leaves_no_trainers_and_the_next_one_goes_on(data: Path,
     assert page.count("<svg") == 3
     assert not re.search(r"(src|href)=.https?:", page)
 
+    written = (out / "experiment.yaml").read_text()
     refused(tmp_path, write_experiment(tmp_path, data, settings=SETTINGS | {"epochs": 4}), out, "epochs is 4, was 3")
+    assert (out / "experiment.yaml").read_text() == written, "the settings of what was not run"
+    cell = out / "runs/toy/dare/d4/s1"
+    tested, losses = (cell / "test.json").read_text(), (cell / "losses.jsonl").read_text()
+    code, _, errors = run_dare(tmp_path, "train", "--data", data, "--run", cell, "--config", cell.with_suffix(".yaml"))
+    assert code == 0
+    assert "finished already" in errors
+    assert ((cell / "test.json").read_text(), (cell / "losses.jsonl").read_text()) == (tested, losses)
 
 
 @pytest.mark.slow
@@ -209,6 +217,57 @@ def test_what_cannot_run_is_refused_before_anything_does(data: Path, tmp_path: P
     case("tiny.json", "--check", tmp_path / "tiny.json")
     refused(tmp_path, tmp_path / "nothing.yaml", out, "not a shipped experiment; those are")
     refused(tmp_path, write_experiment(tmp_path, data), data, "not the folder of an experiment")
+
+
+@pytest.mark.parametrize("value", [3, None, "eta", ["dare"]])
+def test_a_section_that_is_no_mapping_is_refused(value: Any, data: Path, tmp_path: Path) -> None:
+    def refusal(**changes: Any) -> str:
+        settings, recipe = load_experiment(str(write_experiment(tmp_path, data, **changes)))
+        with pytest.raises(ValueError) as error:
+            cells_of(settings, recipe, tmp_path)
+        return str(error.value)
+
+    said = f"model: a mapping of settings is wanted, not {value!r}; a row's own key model names the model"
+    assert refusal(settings={"model": value}) == f"settings.{said}"
+    row = {"model": "dare", "settings": {"model": value}}
+    assert refusal(models={"A": row}) == f"models.A: settings.{said}"
+    attention = {"model": {"attention": value}}
+    assert refusal(settings=attention) == f"settings.model.attention: a mapping of settings is wanted, not {value!r}"
+    if value is not None:
+        assert "settings.stream: a mapping" in refusal(settings={"stream": value})
+
+
+def test_files_that_extend_files(data: Path, tmp_path: Path) -> None:
+    rows = {"A": {"model": "dare"}, "B": {"model": "twin"}}
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/rows.yaml").write_text(yaml.safe_dump({"models": rows, "dims": [8]}))
+    (tmp_path / "deep/sized.yaml").write_text(yaml.safe_dump({"extends": ["rows.yaml"], "seeds": [7], "dims": [16]}))
+    file = tmp_path / "mine.yaml"
+    source = {"toy": {"folder": str(data)}}
+    own: dict[str, Any] = {"name": "mine", "extends": ["deep/sized.yaml", "deep/rows.yaml"], "data": source}
+    file.write_text(yaml.safe_dump(own))
+    settings, _ = load_experiment(str(file))
+    assert (list(settings.models), settings.seeds, settings.dims) == (["A", "B"], (7,), (8,))
+    file.write_text(yaml.safe_dump(own | {"extends": ["deep/sized.yaml"]}))
+    assert load_experiment(str(file))[0].dims == (16,)
+
+    def refusal() -> str:
+        with pytest.raises(ValueError) as error:
+            load_experiment(str(file))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    (tmp_path / "deep/rows.yaml").write_text("extends: [../mine.yaml]")
+    assert "mine.yaml extends itself, at once or by way of others" in refusal()
+    (tmp_path / "deep/rows.yaml").write_text("extends: sized.yaml")
+    assert "extends: a list of files is wanted, not 'sized.yaml', in " in refusal()
+    (tmp_path / "deep/rows.yaml").write_text("models: [")
+    assert "cannot be read: " in refusal()
+    assert "rows.yaml" in refusal()
+    (tmp_path / "deep/rows.yaml").unlink()
+    assert "rows.yaml: no such settings file" in refusal()
+    file.write_text("models: {A: [")
+    assert refusal().startswith(f"{file}: cannot be read: ")
 
 
 SCENE = {"model": "dare", "settings": {"model": {"features": ["item", "scene"]}}}

@@ -314,6 +314,15 @@ def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
     assert message.lower() in str(error).lower()
 
 
+@pytest.mark.parametrize("content", ["name: [", "a: ${nowhere}", "3", "\x00"])
+def test_a_topology_that_cannot_be_read_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    _, error = called("plan", "--topology", str(tmp_path / "mine.yaml"), "sizes.items=10")
+    assert isinstance(error, ValueError)
+    assert "mine.yaml: cannot be read: " in str(error)
+    assert "\n" not in str(error)
+
+
 WIDE = ("model.attention.dim=64", "model.representation.dim=64")
 
 

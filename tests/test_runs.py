@@ -91,7 +91,7 @@ def test_each_start_is_appended(data: Path, tmp_path: Path) -> None:
     first_again, second = starts_of(run)
     assert first_again == first
     assert second["how"] == "stopped"
-    assert 8 <= second["step"] <= 12
+    assert 4 <= second["step"] <= 12  # the last checkpoint that was whole
     Run(2, small_settings("epochs=50"), data, run, slow_steps, (16,)).finish()
     assert [start["step"] for start in starts_of(run)] == [0, second["step"], 14]
 
@@ -146,6 +146,8 @@ def test_states(runs: Path) -> None:
     assert finished.samples_per_s > 0
     assert (stopped.state, stopped.step, stopped.checkpoint_step, stopped.test_auc) == ("stopped", 5, 5, None)
     assert (died.state, died.checkpoint_step) == ("died", 4)
+    assert died.step is not None
+    assert died.step >= 4
 
 
 def test_a_running_run_is_shown_and_not_disturbed(data: Path, tmp_path: Path) -> None:
@@ -215,11 +217,13 @@ def test_a_folder_that_was_made_for_nothing_goes(tmp_path: Path) -> None:
         ("settings.yaml", "{", "settings cannot be read"),
         ("settings.yaml", None, "no settings.yaml"),
         ("test.json", "{", "test.json is damaged"),
-        ("job.json", '{"starts": 7}', "TypeError"),
+        ("job.json", '{"starts": 7}', "job.json is damaged (no list of starts)"),
+        ("job.json", "{}", "job.json is damaged (no list of starts)"),
         ("job.json", "\x00\x00", "job.json is damaged"),
         ("progress.json", "[]", "progress.json is damaged"),
         ("validations.jsonl", "\x00\n", "validations.jsonl is damaged"),
-        ("validations.jsonl", '{"step": 3}\n', "KeyError"),
+        ("validations.jsonl", '{"step": 3}\n', "validations.jsonl is damaged (a line without auc)"),
+        ("progress.json", '{"step": "x"}', "its files hold other values than a run writes"),
         ("checkpoints/step-x", "", "invalid literal"),
     ],
 )
@@ -235,6 +239,57 @@ def test_a_damaged_run_is_a_line(
     bad, good = listed(tmp_path, capsys)
     assert (bad["state"], good["state"]) == ("damaged", "finished")
     assert said in bad["error"]
+
+
+def test_a_damaged_record_of_starts_is_refused_and_nothing_is_lost(runs: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", runs / "deep/er/finished", run], check=True)
+    (run / "job.json").write_text("{}")
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    longer = Run(2, small_settings("epochs=2"), data, run)
+    assert set(longer.wait(60)) == {1}
+    assert "job.json is damaged" in longer.complaint()
+    assert before == {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+def test_a_run_that_was_killed_before_it_wrote_anything_has_died(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunFolder(tmp_path / "run").locked():
+        assert run_state(tmp_path / "run").state == "running"
+        (tmp_path / "kept").mkdir()
+        (tmp_path / "kept/.lock").touch()
+    assert listed(tmp_path, capsys)[0]["state"] == "died"
+    assert "died; the same command begins anew" in dare(capsys, "runs", str(tmp_path))
+
+
+def test_a_step_is_shown_that_is_as_new_as_the_last_checkpoint(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["cp", "-r", runs / "stopped", tmp_path / "run"], check=True)
+    (tmp_path / "run/progress.json").write_text('{"step": 2, "steps": 30, "samples_per_s": 1.0}')
+    assert run_state(tmp_path / "run").step == 5
+    (tmp_path / "run/progress.json").unlink()
+    assert run_state(tmp_path / "run").step == 5
+    assert "None" not in dare(capsys, "runs", str(tmp_path))
+
+
+def test_progress_is_told_between_points_of_the_curves(data: Path, tmp_path: Path) -> None:
+    settings = small_settings("epochs=50", "log_every=100000", "checkpoint.every=100000", "validation.every=100000")
+    run = Run(1, settings, data, tmp_path / "run", told_at_each_step)
+    try:
+        until = time.monotonic() + 60
+        while (run_state(run.folder).step or 0) < 5:
+            assert time.monotonic() < until, run.said()
+            time.sleep(0.05)
+    finally:
+        run.kill()
+
+
+def told_at_each_step(rank: int) -> None:
+    from pipeline.train import report
+
+    report.TELL_EVERY_S = 0.0
 
 
 def listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:

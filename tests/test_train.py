@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -133,6 +134,24 @@ def test_a_finished_run_says_so_and_can_be_made_longer(data: Path, tmp_path: Pat
     assert Run(1, small_settings("epochs=1"), data, tmp_path / "run").wait(60) == [1]
     Run(1, small_settings("epochs=2", "checkpoint.every=5"), data, tmp_path / "run").finish()
     assert ((short.folder / "settings.yaml").read_text(), (short.folder / "test.json").read_text()) == former
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_finished_run_needs_no_last_checkpoint(
+    ranks: int, data: Path, tmp_path: Path, undisturbed: dict[int, Run]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[ranks].folder, folder)
+    *earlier, last = checkpoints_in(folder / "checkpoints")
+    assert earlier
+    shutil.rmtree(last.path)
+    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    again = Run(ranks, small_settings(), data, folder).finish()
+    assert "finished already, at step" in again.said()
+    fewer = Run(ranks, small_settings("epochs=1"), data, folder)
+    assert set(fewer.wait(60)) == {1}
+    assert "epochs is 1, but epoch 2 of the run is begun or done already" in fewer.complaint()
+    assert before == {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_tensorboard_has_each_point_once(data: Path, tmp_path: Path) -> None:

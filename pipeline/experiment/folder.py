@@ -17,7 +17,7 @@ SETTINGS = "experiment.yaml"
 
 @contextmanager
 def held(out: Path, experiment: ExperimentSettings) -> Iterator[None]:
-    """Hold the folder until the block or the process ends, and write the experiment's settings into it.
+    """Hold the folder until the block or the process ends; a new one gets the experiment's settings.
 
     Raises:
         ValueError: another runner holds it, or it is something else's, or another experiment's.
@@ -37,7 +37,14 @@ def held(out: Path, experiment: ExperimentSettings) -> Iterator[None]:
         former = load_settings(ExperimentSettings, [file]).name if file.is_file() else experiment.name
         if former != experiment.name:
             raise ValueError(f"{out} holds the experiment {former}, not {experiment.name}; choose another folder")
-        write_whole(file, OmegaConf.to_yaml(OmegaConf.create(experiment.model_dump(mode="json", exclude_none=True))))
+        if not file.is_file():
+            write_settings(out, experiment)
         yield
     finally:
         os.close(handle)
+
+
+def write_settings(out: Path, experiment: ExperimentSettings) -> None:
+    """Write the experiment's settings into its folder."""
+    content = OmegaConf.create(experiment.model_dump(mode="json", exclude_none=True))
+    write_whole(out / SETTINGS, OmegaConf.to_yaml(content))

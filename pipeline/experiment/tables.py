@@ -57,7 +57,7 @@ _FURTHER = (
     _Metric("Best validation AUC", "", lambda cell: cell.validation_auc, number, max),
     _Metric(
         "Samples a second",
-        "Of training, one process with one thread, beside the other cells that ran at the time.",
+        "Of training, a process with one OpenMP thread, and a GPU if there is one, beside the other cells of the time.",
         lambda cell: cell.samples_per_s,
         lambda value: f"{value:,.0f}",
     ),

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.error_line import error_line
-from pipeline.run_folder import RunFolder, read_json, write_whole
+from pipeline.run_folder import RunFolder, write_whole
 from pipeline.versions import versions
 
 PROGRAM = Path(__file__).parents[2]
@@ -22,24 +22,21 @@ PROGRAM = Path(__file__).parents[2]
 
 
 @contextmanager
-def recorded(run: RunFolder, step: int, device: torch.device) -> Iterator[None]:
+def recorded(run: RunFolder, former: list[dict[str, Any]], step: int, device: torch.device) -> Iterator[None]:
     """Record this start and, after the block, its end. All ranks must call it; the first one writes.
 
     A process that is killed leaves a start without an end.
 
     Args:
         run: whose folder is locked.
+        former: starts of the run before this one, what `RunFolder.starts` returns.
         step: that the run goes on after, or 0.
         device: of this rank.
-
-    Raises:
-        ValueError: the record of former starts is damaged.
     """
     topology = _topology(device)
     if dist.get_rank() > 0:
         yield
         return
-    former = read_json(run.job_file)["starts"] if run.job_file.exists() else []
     start = {
         "time": _now(),
         "step": step,

@@ -51,6 +51,8 @@ class Report:
         if self._speaks:
             self._losses.add(step, loss=agreed.loss)
             self._board.count(agreed.targets)
+            if time.monotonic() - self._told > TELL_EVERY_S:
+                self._tell()
 
     def point(
         self, step: int, agreed: Agreement, learning_rates: dict[str, float], norms: dict[str, float], waited_s: float
@@ -59,8 +61,6 @@ class Report:
         if self._speaks:
             self._losses.flush()
             self._board.step(step, agreed, learning_rates, norms, waited_s)
-            if time.monotonic() - self._told > TELL_EVERY_S:
-                self._tell()
 
     def validation(
         self, step: int, evaluation: Evaluation, scores: ScoreDistribution, seconds: float, better: bool

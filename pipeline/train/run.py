@@ -57,6 +57,10 @@ def train(
             stack.enter_context(run.locked())
         dist.barrier()
         resumed = _checkpoint_to_resume(run, settings, data_set)
+        tested = _test_of_finished(run, settings.epochs) if resumed else None
+        if tested is not None:
+            _say(f"{folder}: finished already, at step {tested['steps']}; see {run.test_file}")
+            return tested
         seed_all(settings.seed + dist.get_rank())
         model = sharded_model(settings, data_set.manifest, device, read_plan(plan) if plan else None)
         streams = {split: stack.enter_context(_stream(data, split, settings, device)) for split in SPLITS}
@@ -65,15 +69,13 @@ def train(
             initialize(model, settings.seed)
         else:
             trainer.resume(resumed.path)
-            _refuse_fewer_epochs(folder, trainer)
-        if trainer.done and run.test_file.is_file() and read_json(run.test_file).get("steps") == trainer.step:
-            _say(f"{folder}: finished already, at step {trainer.step}; see {run.test_file}")
-            return read_json(run.test_file)
-        dist.barrier()  # all have looked for the test before it goes
+            _refuse_fewer_epochs(run, settings.epochs, trainer.epoch + (trainer.step_of_epoch > 0), trainer.step)
+        starts = run.starts()
+        dist.barrier()  # all have looked for the test before it goes, and read the starts before there is one more
         documents = {run.settings_file.name: settings_text(settings), run.plan_file.name: plan_text(model.plan)}
         if dist.get_rank() == 0:
             run.begin(documents, data, data_set.fingerprint, data_set.dictionaries())
-        stack.enter_context(recorded(run, trainer.step, device))
+        stack.enter_context(recorded(run, starts, trainer.step, device))
         if not trainer.done:
             _say(f"{folder}: {_beginning(resumed)}, {trainer.steps} steps on {dist.get_world_size()} processes")
             checkpoints = stack.enter_context(CheckpointWriter(run.checkpoints, settings.checkpoint.keep, documents))
@@ -104,12 +106,28 @@ def _checkpoint_to_resume(run: RunFolder, settings: TrainSettings, data_set: Dat
     return last
 
 
-def _refuse_fewer_epochs(folder: Path, trainer: Trainer) -> None:
-    begun = trainer.epoch + (trainer.step_of_epoch > 0)
-    if trainer.settings.epochs < begun:
+def _test_of_finished(run: RunFolder, epochs: int) -> dict[str, Any] | None:
+    """The test of a run that has nothing left to do; None: it goes on.
+
+    Told from the test, which is there only while the run is finished: the last checkpoint may have gone since.
+    """
+    if not run.test_file.is_file():
+        return None
+    former = run.settings().epochs
+    if epochs > former:
+        return None
+    test = read_json(run.test_file)
+    if not isinstance(test.get("steps"), int):
+        raise ValueError(f"{run.test_file} is damaged (no steps); remove it, and the run is tested again")
+    _refuse_fewer_epochs(run, epochs, former, test["steps"])
+    return test
+
+
+def _refuse_fewer_epochs(run: RunFolder, epochs: int, begun: int, step: int) -> None:
+    if epochs < begun:
         raise ValueError(
-            f"{folder}: epochs is {trainer.settings.epochs}, but epoch {begun} of the run is begun or done already, "
-            f"at step {trainer.step}; give at least {begun}, or another folder to begin anew"
+            f"{run.path}: epochs is {epochs}, but epoch {begun} of the run is begun or done already, "
+            f"at step {step}; give at least {begun}, or another folder to begin anew"
         )
 
 
