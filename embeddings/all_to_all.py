@@ -3,17 +3,19 @@
 n = values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torchrec.distributed.types import Awaitable, QuantizedCommCodecs
+from torchrec.distributed.types import Awaitable, LazyAwaitable, QuantizedCommCodecs
 
 from embeddings.communication import codecs as codecs_of
+
+Arriving = TypeVar("Arriving")
 
 
 def narrowest(largest: int) -> torch.dtype:
@@ -119,3 +121,27 @@ def all_to_all_with_gradient(
         *(column.values for column in columns),
     )
     return found
+
+
+class CountsAllToAll(Awaitable[Arriving]):
+    """How much each rank sends to each, on its way; `wait` starts what these counts are needed for."""
+
+    def __init__(self, group: dist.ProcessGroup, counts: Tensor, send: Callable[[Tensor], Arriving]) -> None:
+        super().__init__()
+        self._sent, self._received, self._send = counts, torch.empty_like(counts), send
+        self._work = dist.all_to_all_single(self._received, self._sent, group=group, async_op=True)
+
+    def _wait_impl(self) -> Arriving:
+        self._work.wait()
+        return self._send(self._received)
+
+
+class PartsAtHome(LazyAwaitable[Tensor]):
+    """What the shards have sent home, to be put together when it is asked for."""
+
+    def __init__(self, parts: tuple[Tensor, ...], put: Callable[[tuple[Tensor, ...]], Tensor]) -> None:
+        super().__init__()
+        self._parts, self._put = parts, put
+
+    def _wait_impl(self) -> Tensor:
+        return self._put(self._parts)

@@ -4,19 +4,25 @@ B = ids of this rank, U = distinct ids of it, I = ids that a shard was sent by a
 d = dim of a table, D = dim of all tables together.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import embedding
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.types import Awaitable, LazyAwaitable, QuantizedCommCodecs, ShardedModule
+from torchrec.distributed.types import Awaitable, QuantizedCommCodecs, ShardedModule
 from torchrec.streamable import Multistreamable
 
-from embeddings.all_to_all import Column, ColumnsAllToAll, all_to_all_with_gradient, narrowest
+from embeddings.all_to_all import (
+    Column,
+    ColumnsAllToAll,
+    CountsAllToAll,
+    PartsAtHome,
+    all_to_all_with_gradient,
+    narrowest,
+)
 from embeddings.row_wise import Bags, RowWiseLookup
 
 
@@ -50,30 +56,6 @@ class IdsAllToAll(Awaitable[list[Bags]]):
         return [Bags(row_I.to(torch.int32)) for row_I in self._columns.wait()]
 
 
-class CountsAllToAll(Awaitable[IdsAllToAll]):
-    """First step of the input: how many ids each rank sends to each; `wait` starts the second."""
-
-    def __init__(self, group: dist.ProcessGroup, counts: Tensor, send: Callable[[Tensor], IdsAllToAll]) -> None:
-        super().__init__()
-        self._sent, self._received, self._send = counts, torch.empty_like(counts), send
-        self._work = dist.all_to_all_single(self._received, self._sent, group=group, async_op=True)
-
-    def _wait_impl(self) -> IdsAllToAll:
-        self._work.wait()
-        return self._send(self._received)
-
-
-class RowsAllToAll(LazyAwaitable[Tensor]):
-    """The output: rows on their way home, where each id takes its own."""
-
-    def __init__(self, rows: tuple[Tensor, ...], take: Callable[[tuple[Tensor, ...]], Tensor]) -> None:
-        super().__init__()
-        self._rows, self._take = rows, take
-
-    def _wait_impl(self) -> Tensor:
-        return self._take(self._rows)
-
-
 class ShardedRows(ShardedModule[list[Bags], list[Tensor], Tensor, RowsContext]):
     """Rows of ids in all tables of a collection, side by side.
 
@@ -101,7 +83,7 @@ class ShardedRows(ShardedModule[list[Bags], list[Tensor], Tensor, RowsContext]):
         """Of one lookup."""
         return RowsContext()
 
-    def input_dist(self, ctx: RowsContext, ids: Mapping[str, Tensor]) -> CountsAllToAll:
+    def input_dist(self, ctx: RowsContext, ids: Mapping[str, Tensor]) -> CountsAllToAll[IdsAllToAll]:
         """Send ids to the shards of their rows.
 
         Args:
@@ -132,7 +114,7 @@ class ShardedRows(ShardedModule[list[Bags], list[Tensor], Tensor, RowsContext]):
         """This shard's rows of the ids of all ranks: of each table (I, d)."""
         return self._lookup(dist_input)
 
-    def output_dist(self, ctx: RowsContext, output: list[Tensor]) -> RowsAllToAll:
+    def output_dist(self, ctx: RowsContext, output: list[Tensor]) -> PartsAtHome:
         """Send the rows home."""
         columns = list(map(Column, output, ctx.received, ctx.sent))
         rows = all_to_all_with_gradient(columns, self._lookup.gradient_scale, self._group, self._codecs)
@@ -143,4 +125,4 @@ class ShardedRows(ShardedModule[list[Bags], list[Tensor], Tensor, RowsContext]):
             by_feature = dict(zip(self._lookup.tables, taken, strict=True))
             return torch.cat([by_feature[feature] for feature in ctx.features], dim=1)
 
-        return RowsAllToAll(rows, take)
+        return PartsAtHome(rows, take)

@@ -4,20 +4,26 @@ B = bags of this rank, I = ids in them, P = parts: bags that have an id on a sha
 the other's, S = shards (one a rank), F = tables, d = dim of a table, D = dim of all tables together.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.types import Awaitable, LazyAwaitable, QuantizedCommCodecs, ShardedModule
+from torchrec.distributed.types import Awaitable, QuantizedCommCodecs, ShardedModule
 from torchrec.streamable import Multistreamable
 
-from embeddings.all_to_all import Column, ColumnsAllToAll, all_to_all_with_gradient, narrowest
+from embeddings.all_to_all import (
+    Column,
+    ColumnsAllToAll,
+    CountsAllToAll,
+    PartsAtHome,
+    all_to_all_with_gradient,
+    narrowest,
+)
 from embeddings.row_wise import Bags, RowWiseLookup
 
 
@@ -68,30 +74,6 @@ class BagsAllToAll(Awaitable[list[Bags]]):
         ]
 
 
-class CountsAllToAll(Awaitable[BagsAllToAll]):
-    """First step of the input: how many ids and parts each rank sends to each; `wait` starts the second."""
-
-    def __init__(self, group: dist.ProcessGroup, counts: Tensor, send: Callable[[Tensor], BagsAllToAll]) -> None:
-        super().__init__()
-        self._sent, self._received, self._send = counts, torch.empty_like(counts), send
-        self._work = dist.all_to_all_single(self._received, self._sent, group=group, async_op=True)
-
-    def _wait_impl(self) -> BagsAllToAll:
-        self._work.wait()
-        return self._send(self._received)
-
-
-class SumsAllToAll(LazyAwaitable[Tensor]):
-    """The output: the shards' parts of the sums on their way home, where they are added up."""
-
-    def __init__(self, parts: tuple[Tensor, ...], add: Callable[[tuple[Tensor, ...]], Tensor]) -> None:
-        super().__init__()
-        self._parts, self._add = parts, add
-
-    def _wait_impl(self) -> Tensor:
-        return self._add(self._parts)
-
-
 class ShardedWeightedPooling(ShardedModule[list[Bags], list[Tensor], Tensor, PoolingContext]):
     """``sum_i w_i e_i`` of bags of ids, with gradients of rows and weights, of all tables side by side.
 
@@ -119,7 +101,7 @@ class ShardedWeightedPooling(ShardedModule[list[Bags], list[Tensor], Tensor, Poo
         """Of one pooling."""
         return PoolingContext()
 
-    def input_dist(self, ctx: PoolingContext, features: WeightedBags) -> CountsAllToAll:
+    def input_dist(self, ctx: PoolingContext, features: WeightedBags) -> CountsAllToAll[BagsAllToAll]:
         """Send ids and weights to the shards of the ids."""
         shards, tables = self._group.size(), self._lookup.tables
         ctx.features, ctx.bags = tuple(features.ids), len(features.length_B)
@@ -166,7 +148,7 @@ class ShardedWeightedPooling(ShardedModule[list[Bags], list[Tensor], Tensor, Poo
         """This shard's parts of the sums of all ranks: of each table (parts, d)."""
         return self._lookup(dist_input)
 
-    def output_dist(self, ctx: PoolingContext, output: list[Tensor]) -> SumsAllToAll:
+    def output_dist(self, ctx: PoolingContext, output: list[Tensor]) -> PartsAtHome:
         """Send the parts home."""
         columns = list(map(Column, output, ctx.received, ctx.sent))
         parts = all_to_all_with_gradient(columns, self._lookup.gradient_scale, self._group, self._codecs)
@@ -178,7 +160,7 @@ class ShardedWeightedPooling(ShardedModule[list[Bags], list[Tensor], Tensor, Poo
             }
             return torch.cat([by_feature[feature] for feature in ctx.features], dim=1)
 
-        return SumsAllToAll(parts, add)
+        return PartsAtHome(parts, add)
 
 
 def _added(part_Pd: Tensor, bag_P: Tensor, bags: int) -> Tensor:
