@@ -93,7 +93,7 @@ def _leaves_out_a_rank(rows: int, ranks: int) -> bool:
 
 def _searched_on_shards(model: CtrModel) -> set[str]:
     """Names of the tables that shards search or pool; none if rows travel home."""
-    if model.settings.search == "home":
+    if model.settings.search == "home" or model.searched != "on the shards":
         return set()
     return {f"{feature}_{name}" for name in model.tables.inherent for feature in model.tables.inherent_features}
 

@@ -17,7 +17,7 @@ from embeddings.models import MODELS, build_model
 from embeddings.models.twin_gradients import TwinDuplicated
 from embeddings.process_group import process_group
 from embeddings.search.clusters import in_torch, log_counts
-from embeddings.sharding import make_plan, shard
+from embeddings.sharding import constraints, make_plan, shard
 from embeddings.sizes import DataSizes
 from jobs.models import models
 from schemas.model import ModelSettings, TableSet
@@ -288,3 +288,14 @@ def test_the_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_model_is_named_in_short() -> None:
     assert load_settings(TrainSettings, overrides=["model=eta", "model.hash_bits=8"]).model.name == "eta"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_tables_that_shards_search_must_be_row_wise(name: str) -> None:
+    model = build_model(settings_of(name), sizes_of(settings_of(name)), torch.device("meta"))
+    # Four rows of categories leave one of three ranks without any.
+    kinds = {table: found.sharding_types for table, found in constraints(model, "cpu", ranks=3).items()}
+    expected = ["row_wise"] if model.searched == "on the shards" else ["table_wise"]
+    assert {table: kind for table, kind in kinds.items() if table.startswith("category_")} == {
+        f"category_{of_set}": expected for of_set in model.tables.inherent
+    }
