@@ -1,48 +1,19 @@
 """Rows of ids, with gradient, from the shards that have them: an id travels once to its shard, its row once back.
 
 B = ids of this rank, U = distinct ids of it, I = ids that a shard was sent by all ranks, S = shards (one a rank),
-d = dim of a table, D = dim of all tables together.
+F = tables, d = dim of a table.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
-from torchrec import EmbeddingBagCollection
-from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.types import Awaitable, QuantizedCommCodecs, ShardedModule
-from torchrec.streamable import Multistreamable
+from torchrec.distributed.types import Awaitable
 
-from embeddings.all_to_all import (
-    Column,
-    ColumnsAllToAll,
-    CountsAllToAll,
-    PartsAtHome,
-    all_to_all_with_gradient,
-    narrowest,
-)
-from embeddings.row_wise import Bags, RowWiseLookup
-
-
-@dataclass
-class RowsContext(Multistreamable):
-    """What home remembers of a lookup; of each table, in the order of the lookup."""
-
-    slots: list[Tensor] = field(default_factory=list)
-    """int64 (B,): which of the distinct ids each id is."""
-    sent: list[list[int]] = field(default_factory=list)
-    """Distinct ids for each shard."""
-    received: list[list[int]] = field(default_factory=list)
-    """Ids from each rank."""
-    features: tuple[str, ...] = ()
-    """The order that was asked for."""
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        """Tell the allocator that ``stream`` uses the tensors."""
-        for slots in self.slots:
-            slots.record_stream(stream)
+from embeddings.all_to_all import Column, ColumnsAllToAll, CountsAllToAll, narrowest
+from embeddings.row_wise import Bags
+from embeddings.row_wise_module import RowWiseContext, RowWiseModule
 
 
 class IdsAllToAll(Awaitable[list[Bags]]):
@@ -56,34 +27,18 @@ class IdsAllToAll(Awaitable[list[Bags]]):
         return [Bags(row_I.to(torch.int32)) for row_I in self._columns.wait()]
 
 
-class ShardedRows(ShardedModule[list[Bags], list[Tensor], Tensor, RowsContext]):
+class ShardedRows(RowWiseModule[RowWiseContext]):
     """Rows of ids in all tables of a collection, side by side.
 
     A lookup of bags of one in the collection itself ends in a reduce-scatter, where each shard answers for every bag
-    of every rank with zeros for all that it does not have. It has no parameters; the rows are those of the
-    collection, and so are their optimizers.
-
-    Args:
-        collection: sharded row-wise.
-        codecs: of the rows and of their gradients on their way; None: as they are.
+    of every rank with zeros for all that it does not have.
     """
 
-    def __init__(self, collection: ShardedEmbeddingBagCollection, codecs: QuantizedCommCodecs | None = None) -> None:
-        super().__init__()
-        self._codecs = codecs
-        self._lookup = RowWiseLookup(collection)
-        self._group = self._lookup.group
+    def create_context(self) -> RowWiseContext:
+        """Of one lookup; ``places``, (B,): which of the distinct ids each id is."""
+        return RowWiseContext()
 
-    @property
-    def unsharded_module_type(self) -> type[EmbeddingBagCollection]:
-        """What it reads, before sharding."""
-        return EmbeddingBagCollection
-
-    def create_context(self) -> RowsContext:
-        """Of one lookup."""
-        return RowsContext()
-
-    def input_dist(self, ctx: RowsContext, ids: Mapping[str, Tensor]) -> CountsAllToAll[IdsAllToAll]:
+    def input_dist(self, ctx: RowWiseContext, ids: Mapping[str, Tensor]) -> CountsAllToAll[IdsAllToAll]:
         """Send ids to the shards of their rows.
 
         Args:
@@ -100,7 +55,7 @@ class ShardedRows(ShardedModule[list[Bags], list[Tensor], Tensor, RowsContext]):
             counts.append(torch.diff(end_S, prepend=end_S.new_zeros(1)))
             local_U = id_U - first_S.to(id_U.dtype).repeat_interleave(counts[-1], output_size=len(id_U))
             rows.append(local_U.to(narrowest(table.block - 1)))
-            ctx.slots.append(slot_B)
+            ctx.places.append(slot_B)
         count_SF = torch.stack(counts, dim=1)
         ctx.sent = count_SF.T.tolist()
 
@@ -110,19 +65,7 @@ class ShardedRows(ShardedModule[list[Bags], list[Tensor], Tensor, RowsContext]):
 
         return CountsAllToAll(self._group, count_SF, send)
 
-    def compute(self, ctx: RowsContext, dist_input: list[Bags]) -> list[Tensor]:
-        """This shard's rows of the ids of all ranks: of each table (I, d)."""
-        return self._lookup(dist_input)
-
-    def output_dist(self, ctx: RowsContext, output: list[Tensor]) -> PartsAtHome:
-        """Send the rows home."""
-        columns = list(map(Column, output, ctx.received, ctx.sent))
-        rows = all_to_all_with_gradient(columns, self._lookup.gradient_scale, self._group, self._codecs)
-
-        def take(rows: tuple[Tensor, ...]) -> Tensor:
-            # Its backward pass adds up the gradients of equal ids in one order, on a GPU too.
-            taken = map(embedding, ctx.slots, rows)
-            by_feature = dict(zip(self._lookup.tables, taken, strict=True))
-            return torch.cat([by_feature[feature] for feature in ctx.features], dim=1)
-
-        return PartsAtHome(rows, take)
+    def answers(self, ctx: RowWiseContext, parts: tuple[Tensor, ...]) -> Iterable[Tensor]:
+        """The row of each id, (B, d)."""
+        # Its backward pass adds up the gradients of equal ids in one order, on a GPU too.
+        return map(embedding, ctx.places, parts)

@@ -4,27 +4,18 @@ B = bags of this rank, I = ids in them, P = parts: bags that have an id on a sha
 the other's, S = shards (one a rank), F = tables, d = dim of a table, D = dim of all tables together.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
-from torchrec import EmbeddingBagCollection
-from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.types import Awaitable, QuantizedCommCodecs, ShardedModule
-from torchrec.streamable import Multistreamable
+from torchrec.distributed.types import Awaitable
 
-from embeddings.all_to_all import (
-    Column,
-    ColumnsAllToAll,
-    CountsAllToAll,
-    PartsAtHome,
-    all_to_all_with_gradient,
-    narrowest,
-)
-from embeddings.row_wise import Bags, RowWiseLookup
+from embeddings.all_to_all import Column, ColumnsAllToAll, CountsAllToAll, all_to_all_with_gradient, narrowest
+from embeddings.row_wise import Bags
+from embeddings.row_wise_module import RowWiseContext, RowWiseModule
 
 
 class WeightedBags(NamedTuple):
@@ -39,23 +30,10 @@ class WeightedBags(NamedTuple):
 
 
 @dataclass
-class PoolingContext(Multistreamable):
-    """What home remembers of a pooling; of each table, in the order of the lookup."""
+class PoolingContext(RowWiseContext):
+    """``places``, (P,): the bag that each part belongs to."""
 
     bags: int = 0
-    parts: list[Tensor] = field(default_factory=list)
-    """int64 (P,): the bag that each part belongs to."""
-    sent: list[list[int]] = field(default_factory=list)
-    """Parts for each shard."""
-    received: list[list[int]] = field(default_factory=list)
-    """Parts from each rank."""
-    features: tuple[str, ...] = ()
-    """The order that was asked for."""
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        """Tell the allocator that ``stream`` uses the tensors."""
-        for part in self.parts:
-            part.record_stream(stream)
 
 
 class BagsAllToAll(Awaitable[list[Bags]]):
@@ -74,28 +52,12 @@ class BagsAllToAll(Awaitable[list[Bags]]):
         ]
 
 
-class ShardedWeightedPooling(ShardedModule[list[Bags], list[Tensor], Tensor, PoolingContext]):
+class ShardedWeightedPooling(RowWiseModule[PoolingContext]):
     """``sum_i w_i e_i`` of bags of ids, with gradients of rows and weights, of all tables side by side.
 
     A lookup in a sharded collection of its own does not give the weights a gradient: they travel without. And it ends
     in a reduce-scatter, where each shard answers for every bag, though few ids of a bag are on it.
-    It has no parameters; the rows are those of the collection, and so are their optimizers.
-
-    Args:
-        collection: sharded row-wise.
-        codecs: of the sums and of their gradients on their way; None: as they are.
     """
-
-    def __init__(self, collection: ShardedEmbeddingBagCollection, codecs: QuantizedCommCodecs | None = None) -> None:
-        super().__init__()
-        self._codecs = codecs
-        self._lookup = RowWiseLookup(collection)
-        self._group = self._lookup.group
-
-    @property
-    def unsharded_module_type(self) -> type[EmbeddingBagCollection]:
-        """What it reads, before sharding."""
-        return EmbeddingBagCollection
 
     def create_context(self) -> PoolingContext:
         """Of one pooling."""
@@ -124,7 +86,7 @@ class ShardedWeightedPooling(ShardedModule[list[Bags], list[Tensor], Tensor, Poo
         for place, table in enumerate(tables.values()):
             length_SB = length_SFB[:, place]
             shard_P, bag_P = length_SB.nonzero(as_tuple=True)
-            ctx.parts.append(bag_P)
+            ctx.places.append(bag_P)
             ctx.sent.append(torch.bincount(shard_P, minlength=shards).tolist())
             rows.append(torch.cat(row_parts[place :: len(tables)]).to(narrowest(table.block - 1)))
             weights.append(torch.cat(weight_parts[place :: len(tables)]))
@@ -144,23 +106,9 @@ class ShardedWeightedPooling(ShardedModule[list[Bags], list[Tensor], Tensor, Poo
         parts_SF = torch.tensor(ctx.sent, device=ids_SF.device).T
         return CountsAllToAll(self._group, torch.cat([ids_SF, parts_SF], dim=1).contiguous(), send)
 
-    def compute(self, ctx: PoolingContext, dist_input: list[Bags]) -> list[Tensor]:
-        """This shard's parts of the sums of all ranks: of each table (parts, d)."""
-        return self._lookup(dist_input)
-
-    def output_dist(self, ctx: PoolingContext, output: list[Tensor]) -> PartsAtHome:
-        """Send the parts home."""
-        columns = list(map(Column, output, ctx.received, ctx.sent))
-        parts = all_to_all_with_gradient(columns, self._lookup.gradient_scale, self._group, self._codecs)
-
-        def add(parts: tuple[Tensor, ...]) -> Tensor:
-            by_feature = {
-                feature: _added(part_Pd, bag_P, ctx.bags)
-                for feature, part_Pd, bag_P in zip(self._lookup.tables, parts, ctx.parts, strict=True)
-            }
-            return torch.cat([by_feature[feature] for feature in ctx.features], dim=1)
-
-        return PartsAtHome(parts, add)
+    def answers(self, ctx: PoolingContext, parts: tuple[Tensor, ...]) -> Iterable[Tensor]:
+        """The sum of each bag, (B, d)."""
+        return (_added(part_Pd, bag_P, ctx.bags) for part_Pd, bag_P in zip(parts, ctx.places, strict=True))
 
 
 def _added(part_Pd: Tensor, bag_P: Tensor, bags: int) -> Tensor:
