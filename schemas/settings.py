@@ -1,6 +1,6 @@
 """Settings: YAML files, then ``key=value`` overrides, checked once, then frozen. OmegaConf reads, pydantic checks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -32,15 +32,18 @@ def load_settings(
         values: settings that come from elsewhere (command-line options), as nested dictionaries.
 
     Raises:
-        ValueError: a missing file or one that is no YAML, an unknown key, an impossible value; says what is allowed.
+        ValueError: a missing file or one that is no YAML, an unknown key, an impossible value, something else where a
+            section belongs; says what is allowed.
     """
     merged: DictConfig | ListConfig | TupleConfig = OmegaConf.create({})
     try:
         for file in files:
             if not file.is_file():
                 raise ValueError(f"{file}: no such settings file")
-            if not isinstance(yaml.safe_load(file.read_text()) or {}, dict):
+            content = yaml.safe_load(file.read_text()) or {}
+            if not isinstance(content, dict):
                 raise ValueError(f"{file}: settings are a mapping of keys to values, this is something else")
+            refuse_flat_sections(kind, content, f"{file}: ")
             part = OmegaConf.load(file)
             merged = OmegaConf.merge(merged, part)
         if values:
@@ -56,6 +59,26 @@ def load_settings(
         return kind.model_validate(content)
     except ValidationError as error:
         raise ValueError("; ".join(_explain(kind, dict(problem)) for problem in error.errors()[:3])) from None
+
+
+def refuse_flat_sections(kind: type[Settings], values: Mapping[str, Any], where: str) -> None:
+    """A section must be a mapping: what is laid over it later would silently take the place of anything else.
+
+    Args:
+        kind: the settings class.
+        values: some of its settings, nested.
+        where: what the message says before the key.
+
+    Raises:
+        ValueError: names the key.
+    """
+    for name, field in kind.model_fields.items():
+        section = field.annotation
+        if name not in values or not (isinstance(section, type) and issubclass(section, Settings)):
+            continue
+        if not isinstance(values[name], Mapping):
+            raise ValueError(f"{where}{name}: a mapping of settings is wanted, not {values[name]!r}")
+        refuse_flat_sections(section, values[name], f"{where}{name}.")
 
 
 def _in_full(override: str) -> str:

@@ -227,7 +227,7 @@ def test_a_section_that_is_no_mapping_is_refused(value: Any, data: Path, tmp_pat
             cells_of(settings, recipe, tmp_path)
         return str(error.value)
 
-    said = f"model: a mapping of settings is wanted, not {value!r}; a row's own key model names the model"
+    said = f"model: a mapping of settings is wanted, not {value!r}"
     assert refusal(settings={"model": value}) == f"settings.{said}"
     row = {"model": "dare", "settings": {"model": value}}
     assert refusal(models={"A": row}) == f"models.A: settings.{said}"

@@ -85,3 +85,12 @@ def test_impossible_settings(override: str, message: str) -> None:
     with pytest.raises(ValueError) as error:
         load_settings(TrainSettings, [], [override])
     assert message in str(error.value)
+
+
+def test_a_section_of_a_file_is_a_mapping(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    for text, key in (("model: 3", "model"), ("model: {attention: [16]}", "model.attention"), ("stream:", "stream")):
+        file.write_text(text)
+        with pytest.raises(ValueError) as error:
+            load_settings(TrainSettings, [file], ["model=dare", "model.attention.dim=16", "stream.batch_size=8"])
+        assert str(error.value).startswith(f"{file}: {key}: a mapping of settings is wanted, not ")

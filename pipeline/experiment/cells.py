@@ -1,16 +1,13 @@
 """The cells of an experiment: data set x model x dim x seed, each a run of `dare train` in a folder of its own."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
 from pipeline.run_folder import RunFolder, read_json
 from schemas.experiment import ExperimentSettings, ModelRow, folder_name
-from schemas.model import ModelSettings
-from schemas.settings import Settings, load_settings
+from schemas.settings import load_settings, refuse_flat_sections
 from schemas.train import TrainSettings, differing
 
 MAY_DIFFER = ("checkpoint.every", "checkpoint.keep", "stream.threads", "stream.prefetch_batches")
@@ -74,9 +71,9 @@ def cells_of(experiment: ExperimentSettings, recipe: Path | None, out: Path) -> 
     Raises:
         ValueError: settings that no run can have; names the row.
     """
-    _refuse_flat_sections(TrainSettings, experiment.settings, "settings")
+    refuse_flat_sections(TrainSettings, experiment.settings, "settings.")
     for label, row in experiment.models.items():
-        _refuse_flat_sections(TrainSettings, row.settings, f"models.{label}: settings")
+        refuse_flat_sections(TrainSettings, row.settings, f"models.{label}: settings.")
     found = []
     for seed in experiment.seeds:
         for data in experiment.data:
@@ -101,18 +98,6 @@ def _settings(experiment: ExperimentSettings, recipe: Path | None, row: ModelRow
     values = OmegaConf.to_container(merged)
     assert isinstance(values, dict)
     return load_settings(TrainSettings, [recipe] if recipe else [], values={str(k): v for k, v in values.items()})
-
-
-def _refuse_flat_sections(kind: type[Settings], values: Mapping[str, Any], key: str) -> None:
-    """A section must be a mapping: what is laid over it later would silently take the place of anything else."""
-    for name, field in kind.model_fields.items():
-        section = field.annotation
-        if name not in values or not (isinstance(section, type) and issubclass(section, Settings)):
-            continue
-        if not isinstance(values[name], Mapping):
-            hint = "; a row's own key model names the model" if section is ModelSettings else ""
-            raise ValueError(f"{key}.{name}: a mapping of settings is wanted, not {values[name]!r}{hint}")
-        _refuse_flat_sections(section, values[name], f"{key}.{name}")
 
 
 def refuse_changed(cells: list[Cell], fingerprints: dict[str, str]) -> None:
