@@ -32,7 +32,7 @@ class GradientNorms:
         return rows.map(measured)
 
     def _count(self, concern: Concern, gradient: Tensor) -> None:
-        square = gradient.detach().double().square().sum()
+        square = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64).square()
         self._squares[concern] = self._squares.get(concern, torch.zeros_like(square)) + square
 
     def norms(self) -> dict[Concern, float]:

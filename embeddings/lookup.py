@@ -10,6 +10,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from embeddings.batch import Batch
 from embeddings.cross_features import selected_rows, target_rows
@@ -46,6 +47,7 @@ class BatchRows:
         self._dims = {name: tables.inherent_dims(name) for name in sorted(target_sets | history_sets)}
         self._targets: dict[str, Tensor] = {}
         self._behaviors: dict[str, dict[str, Tensor]] = {}
+        self._given: dict[tuple[str, str], tuple[Selection, Rows]] = {}
         histories = {name: batch.histories[name] for name in selected}
         item, category, valid = [], [], []
         for name, history in histories.items():
@@ -74,14 +76,20 @@ class BatchRows:
 
     def behaviors(self, name: str, sequence: str, selected: Selection) -> Rows:
         """Rows (T, K, ...) of selected behaviours in set ``name``; without ``whole``, of the selection looked up."""
+        # Attention and representation often have the same tables: taken once, the gradients of both travel back once.
+        last = self._given.get((name, sequence))
+        if last is not None and last[0] is selected:
+            return last[1]
         rows = self._behaviors[name][sequence]
         if self._whole:
             # The sum of no rows is a row of zeros that still belongs to the graph, on a rank without behaviours.
-            inherent = taken(rows if len(rows) else rows.sum(0, keepdim=True), selected.behavior_TK)
+            inherent = embedding(selected.behavior_TK, rows if len(rows) else rows.sum(0, keepdim=True))
         else:
             inherent = rows.view(*selected.behavior_TK.shape, rows.shape[1])
         history = self._batch.histories[sequence]
-        return Rows(inherent, selected_rows(self._batch, history, selected, self._cross[name][sequence]))
+        found = Rows(inherent, selected_rows(self._batch, history, selected, self._cross[name][sequence]))
+        self._given[name, sequence] = selected, found
+        return found
 
     def parts(self) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
         """All that was looked up, as it was looked up, each with the name of its table.
@@ -101,6 +109,7 @@ class BatchRows:
     def replaced(self, parts: Sequence[Tensor]) -> Self:
         """The same with other tensors in the place of those that `parts` returns, in their order."""
         other, rest = copy(self), iter(parts)
+        other._given = {}
         whole = iter([torch.cat([next(rest) for _ in self._dims[name]], dim=1) for name, _ in self._looked_up()])
         other._targets = {name: next(whole) for name in self._targets}
         other._behaviors = {

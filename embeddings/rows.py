@@ -31,4 +31,4 @@ class Rows:
 
     def concatenated(self) -> Tensor:
         """All features side by side, (..., E)."""
-        return torch.cat([self.inherent, *self.cross.values()], dim=-1)
+        return torch.cat([self.inherent, *self.cross.values()], dim=-1) if self.cross else self.inherent

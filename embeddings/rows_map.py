@@ -21,10 +21,16 @@ class RowsMap(nn.Module):
         mapped: those that are mapped together.
         outputs: their dims afterwards.
         hidden: hidden layers, each as wide as the input; 0: a linear map.
+        bias: the last layer adds one.
     """
 
     def __init__(
-        self, dims: Mapping[Feature, int], mapped: Sequence[Feature], outputs: Mapping[Feature, int], hidden: int = 0
+        self,
+        dims: Mapping[Feature, int],
+        mapped: Sequence[Feature],
+        outputs: Mapping[Feature, int],
+        hidden: int = 0,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.dims, self.mapped = dict(dims), tuple(feature for feature in dims if feature in mapped)
@@ -33,7 +39,7 @@ class RowsMap(nn.Module):
         layers: list[nn.Module] = []
         for before, after in pairwise([wide] * (hidden + 1)):
             layers += [nn.Linear(before, after), nn.PReLU(init=0.1)]
-        layers.append(nn.Linear(wide, sum(self.outputs[feature] for feature in self.mapped)))
+        layers.append(nn.Linear(wide, sum(self.outputs[feature] for feature in self.mapped), bias=bias))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, rows: Rows) -> Rows:
@@ -47,16 +53,25 @@ class RowsMap(nn.Module):
         weight_OI = linear.weight
         return self._through(rows, self.outputs, self.dims, lambda mapped_XO: mapped_XO @ weight_OI)
 
+    def bias_product(self, rows: Rows) -> Tensor:
+        """The dot product of a linear map's bias with rows (..., d) of the dims of ``outputs``: float32 (...)."""
+        (linear,) = self.layers
+        assert isinstance(linear, nn.Linear), "a perceptron has more than one bias"
+        mapped_XO = self._side_by_side(_by_feature(rows, self.outputs))
+        return mapped_XO.new_zeros(mapped_XO.shape[:-1]) if linear.bias is None else mapped_XO @ linear.bias
+
     def _through(self, rows: Rows, before: Mapping[Feature, int], after: Mapping[Feature, int], layers: object) -> Rows:
         parts = _by_feature(rows, before)
-        # One row for all targets becomes as many as the others are.
-        leading = torch.broadcast_shapes(*[parts[feature].shape[:-1] for feature in self.mapped])
-        side_by_side = torch.cat([parts[feature].expand(*leading, -1) for feature in self.mapped], dim=-1)
         assert callable(layers)
-        found = layers(side_by_side).split([after[feature] for feature in self.mapped], dim=-1)
+        found = layers(self._side_by_side(parts)).split([after[feature] for feature in self.mapped], dim=-1)
         parts |= dict(zip(self.mapped, found, strict=True))
         inherent = [part for feature, part in parts.items() if feature in INHERENT]
         return Rows(torch.cat(inherent, dim=-1), {name: part for name, part in parts.items() if name not in INHERENT})
+
+    def _side_by_side(self, parts: Mapping[Feature, Tensor]) -> Tensor:
+        """The mapped features' rows; one row for all targets becomes as many as the others are."""
+        leading = torch.broadcast_shapes(*[parts[feature].shape[:-1] for feature in self.mapped])
+        return torch.cat([parts[feature].expand(*leading, -1) for feature in self.mapped], dim=-1)
 
 
 def _by_feature(rows: Rows, dims: Mapping[Feature, int]) -> dict[Feature, Tensor]:

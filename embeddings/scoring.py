@@ -38,11 +38,7 @@ class DotProduct(nn.Module):
         Returns:
             float32 (T, K).
         """
-        query = self.queries(target)
-        score_TK = _dot(behaviors.inherent, query.inherent)
-        for feature, rows_TKd in behaviors.cross.items():
-            score_TK = score_TK + _dot(rows_TKd, query.cross[feature])
-        return score_TK
+        return product(self.queries(target), behaviors)
 
 
 class ScaledDotProduct(DotProduct):
@@ -72,9 +68,17 @@ class MappedScore(nn.Module):
 
 
 class MappedDotProduct(MappedScore, DotProduct):
-    """The same of linear maps: ``<A e_i + a, B v_t + b>``, that is ``<e_i, A^T (B v_t + b)>`` and a part that all
-    behaviours of a target share.
+    """The same of linear maps: ``<A e_i + a, B v_t + b>``, that is ``<e_i, A^T (B v_t + b)> + <a, B v_t + b>``.
+
+    The second part is the same for all behaviours of a target. So no behaviour is mapped, which for long histories
+    would take the most room and time.
     """
+
+    def forward(self, target: Rows, behaviors: Rows) -> Tensor:
+        """Scores of K behaviours for each target, float32 (T, K); arguments as of `DotProduct`."""
+        mapped = self.scaled.queries(self.of_target(target))
+        score_TK = product(self.of_behavior.transposed(mapped), behaviors)
+        return score_TK + self.of_behavior.bias_product(mapped).unsqueeze(1)
 
     def queries(self, target: Rows) -> Rows:
         """``A^T (B v_t + b)``: what ranks behaviours by their rows as the score ranks them."""
@@ -95,11 +99,12 @@ class PerceptronScore(nn.Module):
         first, *others = self.layers
         assert isinstance(first, nn.Linear)
         query_TE, key_TKE = target.concatenated(), behaviors.concatenated()
-        # The first layer of [q, k, q - k, q * k], its columns put together so that the four never stand side by side.
+        # The first layer of [q, k, q - k, q * k] as a matrix of each target's own, so that the four never stand side by
+        # side and a behaviour is multiplied once.
         of_query, of_key, of_difference, of_product = first.weight.chunk(4, dim=1)
         per_target = linear(query_TE, of_query + of_difference).unsqueeze(1)
-        per_pair = linear(key_TKE, of_key - of_difference) + linear(query_TE.unsqueeze(1) * key_TKE, of_product)
-        hidden_TKh = (per_target + per_pair) / key_TKE.shape[2] + first.bias
+        matrix_TEh = (of_key - of_difference).T + query_TE.unsqueeze(2) * of_product.T
+        hidden_TKh = (per_target + torch.bmm(key_TKE, matrix_TEh)) / key_TKE.shape[2] + first.bias
         for layer in others:
             hidden_TKh = layer(hidden_TKh)
         return hidden_TKh.squeeze(2)
@@ -119,6 +124,14 @@ class MultiHeadScore(nn.Module):
         query_THd = self.of_target(target.concatenated()).unflatten(1, (self.heads, self.head_dim))
         key_TKHd = self.of_behavior(behaviors.concatenated()).unflatten(2, (self.heads, self.head_dim))
         return torch.einsum("thd,tkhd->thk", query_THd, key_TKHd) * self.head_dim**-0.5
+
+
+def product(query: Rows, behaviors: Rows) -> Tensor:
+    """The dot product over all features, float32 (T, K), of queries (T, ...) and K behaviours of each (T, K, ...)."""
+    score_TK = _dot(behaviors.inherent, query.inherent)
+    for feature, rows_TKd in behaviors.cross.items():
+        score_TK = score_TK + _dot(rows_TKd, query.cross[feature])
+    return score_TK
 
 
 def _dot(rows_TKD: Tensor, query_TD: Tensor) -> Tensor:

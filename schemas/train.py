@@ -23,10 +23,10 @@ class DenseSettings(Settings):
 
 
 class ValidationSettings(Settings):
-    """When the model is validated and what the best checkpoint is chosen by; the end of training is validated too."""
+    """When the model is validated and what the best checkpoint is chosen by."""
 
     every: PositiveInt = 100
-    """Steps."""
+    """Steps; the end of each epoch is validated too."""
     metric: Literal["auc", "gauc"] = "auc"
 
 

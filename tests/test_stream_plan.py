@@ -69,16 +69,27 @@ def test_shuffled_order_deals_out_users(counts: list[int], together: int | None,
     user_T = np.repeat(np.arange(len(counts)), counts)
     order_T = shuffled_order(user_T, together, seed=1, epoch=epoch, block=0)
     assert sorted(order_T.tolist()) == list(range(len(user_T)))
-    # A slow second opinion: rounds of chunks, each round with the same order of users.
-    users = list(dict.fromkeys(user_T[order_T].tolist()))
-    left = dict(enumerate(counts))
-    expected: list[int] = []
-    while any(left.values()):
-        for user in users:
-            chunk = min(left[user], together or left[user])
-            expected += [user] * chunk
-            left[user] -= chunk
-    assert user_T[order_T].tolist() == expected
+    of_user = [[place for place, user in enumerate(user_T[order_T]) if user == u] for u in range(len(counts))]
+    if together is None:
+        assert all(places == list(range(places[0], places[0] + len(places))) for places in of_user)
+        return
+    # At any moment, of every user the same share of chunks has been dealt out, to within a chunk.
+    for done in range(len(user_T) + 1):
+        shares = [
+            (sum(place < done for place in places) / count, 1 / -(-count // together) + together / count)
+            for places, count in zip(of_user, counts, strict=True)
+        ]
+        assert all(abs(a - b) <= slack_a + slack_b + 1e-9 for a, slack_a in shares for b, slack_b in shares)
+
+
+@given(st.lists(st.integers(1, 60), min_size=30, max_size=60), st.integers(1, 4), st.integers(0, 3))
+def test_batches_hold_few_targets_of_a_user(counts: list[int], together: int, epoch: int) -> None:
+    user_T = np.repeat(np.arange(len(counts)), counts)
+    order_T = shuffled_order(user_T, together, seed=1, epoch=epoch, block=0)
+    most = max(-(-count // together) for count in counts)
+    batch = len(user_T) // (3 * most)  # three times as many batches as any user has chunks
+    for start in range(0, len(user_T), max(1, batch)):
+        assert np.bincount(user_T[order_T[start : start + batch]], minlength=1).max() <= together
 
 
 def test_shuffled_order_spreads_labels() -> None:

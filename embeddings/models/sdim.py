@@ -3,6 +3,7 @@
 T = targets, K = behaviours of each, H = rounds, B = bits of all rounds, b = bits of one, E = dim of all features.
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -36,9 +37,13 @@ class Sdim(Eta):
 
     def pool(self, weight_TK: Tensor, behaviors: Rows) -> Rows:
         """The mean over rounds of ``sum / |sum|``, the sums over all features together."""
-        dims = [behaviors.inherent.shape[-1], *(rows.shape[-1] for rows in behaviors.cross.values())]
-        sum_THE = weighted_sum(weight_TK, behaviors.concatenated()).unflatten(1, (weight_TK.shape[1], sum(dims)))
-        inherent, *cross = normalize(sum_THE, dim=2, eps=EPSILON).mean(1).split(dims, dim=1)
+        rounds = weight_TK.shape[1]
+        sums = [
+            weighted_sum(weight_TK, rows_TKd).unflatten(1, (rounds, rows_TKd.shape[-1]))
+            for rows_TKd in (behaviors.inherent, *behaviors.cross.values())
+        ]
+        unit_THE = normalize(torch.cat(sums, dim=2), dim=2, eps=EPSILON)
+        inherent, *cross = unit_THE.mean(1).split([sum_THd.shape[2] for sum_THd in sums], dim=1)
         return Rows(inherent, dict(zip(behaviors.cross, cross, strict=True)))
 
     def _rounds(self, rows: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class SimSoft(SimHard):
     def make_modules(self) -> None:
         """The search's score: the scaled product of mapped rows, as ``(W_b e_i) . (W_a e_a)`` in equation 1."""
         dims = self.represented_dims()
-        self.searching = MappedDotProduct(RowsMap(dims, tuple(dims), dims), RowsMap(dims, tuple(dims), dims))
+        of_target, of_behavior = (RowsMap(dims, tuple(dims), dims, bias=False) for _ in range(2))
+        self.searching = MappedDotProduct(of_target, of_behavior)
 
     def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
         """The K best by that score, at home: the auxiliary prediction brings all rows there in training."""

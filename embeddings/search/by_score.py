@@ -1,6 +1,6 @@
 """Search at home by any score of a target and a behaviour, a dot product or not.
 
-T = targets, M = behaviours of all users, W = (target, behaviour) pairs, C = pairs of a chunk.
+T = targets, N = longest window, M = behaviours of all users, W = (target, behaviour) pairs, C = targets of a chunk.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,17 +8,18 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from embeddings.batch import History
 from embeddings.cross_features import behavior_row, target_row
 from embeddings.rows import Rows
 from embeddings.search.all_rows import AllRows
-from embeddings.search.pairs import Pairs, search_rows
+from embeddings.search.pairs import search_rows
 from embeddings.search.selection import Selection
 from embeddings.search.top_k import top_k
 
-CHUNK_PAIRS = 1 << 16
-"""So many pairs' rows are side by side at once."""
+CHUNK_PAIRS = {"cpu": 1 << 13, "cuda": 1 << 18}
+"""So many pairs' rows are side by side at once: on a CPU what its caches hold."""
 
 
 @torch.no_grad()
@@ -29,28 +30,32 @@ def search_by_score(
 
     Args:
         rows: of all targets and behaviours.
-        scoring: scores (C, 1) of targets' rows (C, ...) and one behaviour's (C, 1, ...) each.
+        scoring: scores (C, N) of targets' rows (C, ...) and N behaviours' of each (C, N, ...).
         retrieved: K by sequence.
 
     Returns:
         By sequence.
     """
-    found = {}
+    found, device = {}, rows.target_TD.device
+    target_T = torch.arange(len(rows.batch), device=device)
     for sequence, k in retrieved.items():
         history, rows_MD = rows.batch.histories[sequence], rows.behavior_MD[sequence]
         targets = search_rows(rows.target_TD, partial(target_row, batch=rows.batch), rows.target_cross[sequence])
-        pairs = Pairs(history.start_T, history.end_T, len(rows_MD))
-        behavior_W = pairs.of_behaviors(torch.arange(len(rows_MD), device=rows_MD.device))
-        target_W = pairs.of_targets(torch.arange(len(rows.batch), device=rows_MD.device))
+        every = Selection.everything(history)
+        longest = every.behavior_TK.shape[1]
+        chunk = max(1, CHUNK_PAIRS[device.type] // max(1, longest))
         scores = [rows_MD.new_empty(0)]
-        for behavior_C, target_C in zip(behavior_W.split(CHUNK_PAIRS), target_W.split(CHUNK_PAIRS), strict=True):
-            of_behavior = {
-                feature: rows_Rd[behavior_row(feature, rows.batch, history, behavior_C, target_C)]
+        for target_C in target_T.split(chunk) if longest else ():
+            behavior_CN, valid_CN = every.behavior_TK[target_C], every.valid_TK[target_C]
+            cross = {
+                feature: embedding(
+                    behavior_row(feature, rows.batch, history, behavior_CN, target_C[:, None]) * valid_CN, rows_Rd
+                )
                 for feature, rows_Rd in rows.history_cross[sequence].items()
             }
-            behaviors = Rows(rows_MD[behavior_C], of_behavior).map(lambda part_Cd: part_Cd.unsqueeze(1))
             chosen = partial(_of_targets, target_C=target_C)
-            scores.append(scoring(targets.map(chosen), behaviors).squeeze(1))
+            score_CN = scoring(targets.map(chosen), Rows(embedding(behavior_CN, rows_MD), cross))
+            scores.append(score_CN[valid_CN])
         found[sequence] = best_of_scores(torch.cat(scores), history, k)
     return found
 

@@ -11,9 +11,10 @@ I64 = NDArray[np.int64]
 def shuffled_order(user_T: I64, together: int | None, seed: int, epoch: int, block: int) -> I64:
     """Shuffle users and, where they are to be spread, their targets.
 
-    With ``together`` = k, a user's targets are shuffled and dealt out in chunks of k: first one chunk of every user,
-    then a second one of every user that has more, and so on, each time in the same order of users. So a user comes back
-    only after all others: a batch holds at most k targets of a user while the users with targets left fill one batch.
+    With ``together`` = k, a user's targets are shuffled and dealt out in chunks of k at most, evenly over the whole
+    buffer from a random beginning: of n chunks one in each n-th part of it. So each batch has users of all kinds, to
+    the last one; dealt out in turns, the last batches would be of the few users with the most targets. A batch holds at
+    most k targets of a user who has clearly fewer chunks than the buffer has batches.
 
     Args:
         user_T: (T,), users of the targets, ascending from 0.
@@ -31,5 +32,8 @@ def shuffled_order(user_T: I64, together: int | None, seed: int, epoch: int, blo
     shuffled_T = np.lexsort((shuffle_keys(len(user_T), seed, epoch, block, 2), user_T))
     # Shuffling within users leaves the users where they are: user_T holds for shuffled_T too.
     first_U = np.searchsorted(user_T, np.arange(users))
-    chunk_T = (np.arange(len(user_T)) - first_U[user_T]) // together
-    return shuffled_T[np.argsort(chunk_T * users + place_U[user_T], kind="stable")]
+    targets_U = np.bincount(user_T, minlength=users)
+    chunks_U = -(-targets_U // together)
+    chunk_T = (np.arange(len(user_T)) - first_U[user_T]) * chunks_U[user_T] // targets_U[user_T]
+    part_T = (chunk_T + place_U[user_T] / users) / chunks_U[user_T]
+    return shuffled_T[np.lexsort((place_U[user_T], part_T))]

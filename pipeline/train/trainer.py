@@ -86,7 +86,9 @@ class Trainer(Stateful):
             agreed = agree(self.step + 1, output, self._optimizer.gradient_norm, stop.received)
             self._advance()
             self._report(report, agreed, watched)
-            better = self._is_due(self.settings.validation.every) and self._validate(report)
+            # Items are seen a second time from the next epoch on: models often are at their best right before.
+            due = self._is_due(self.settings.validation.every) or self.step_of_epoch == 0
+            better = due and self._validate(report)
             if better or agreed.stop or self._is_due(self.settings.checkpoint.every):
                 report.flush()
                 checkpoints.save(self.state_dict(), self.step, self.best if better else None)
