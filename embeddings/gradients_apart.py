@@ -1,27 +1,32 @@
 """One lookup whose rows are used for attention and for representation, with a say in how their gradients meet.
 
-L = rows looked up, d = dim of a table.
+L = rows looked up, U = distinct rows of them, X = rows looked up or all rows of a table, d = its dim.
 """
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from embeddings.collective import sum_over_ranks
+from embeddings.all_to_all import Column, ColumnsAllToAll
+from embeddings.collective import ranks, sum_over_ranks
 from embeddings.lookup import BatchRows
 
 Gradients = Mapping[str, list[Tensor]]
 """By table: the gradients of the rows that were looked up in it, (L, d) each, or of all its rows."""
 
-Combine = Callable[[Gradients, Gradients, Set[str]], Gradients]
-"""The gradient that the tables get, of those of attention and of representation. The names are of those tables whose
-gradients are of all their rows; each rank has its part of their sum. Every rank calls it."""
+Ids = Mapping[str, list[Tensor]]
+"""By table: the ids of those rows, (L,) each. Gradients of tables that are not here are of all their rows; each rank
+has its part of their sum."""
+
+Combine = Callable[[Gradients, Gradients, Ids], Gradients]
+"""The gradient that the tables get, of those of attention and of representation. Every rank calls it."""
 
 
-def added(attention: Gradients, representation: Gradients, whole: Set[str]) -> Gradients:
+def added(attention: Gradients, representation: Gradients, ids: Ids) -> Gradients:
     """The sum, as if nothing had been told apart."""
     return {
         table: [one + other for one, other in zip(parts, representation[table], strict=True)]
@@ -29,33 +34,53 @@ def added(attention: Gradients, representation: Gradients, whole: Set[str]) -> G
     }
 
 
-def normalized(attention: Gradients, representation: Gradients, whole: Set[str]) -> Gradients:
+def normalized(attention: Gradients, representation: Gradients, ids: Ids) -> Gradients:
     """Attention's scaled to the norm of representation's, by table, then the sum (DARE, appendix C).
 
-    The norms are of the looked-up rows' gradients, over the global batch; where attention has none, nothing is scaled.
+    The norms are of the gradients of whole tables over the global batch: what comes to a row from several places is
+    added up first. Where attention has none, nothing is scaled.
     """
-    by_table = [(table, parts) for side in (attention, representation) for table, parts in side.items()]
-    squares = sum_over_ranks(torch.stack([_square(parts) for _, parts in by_table]))
-    for place, (table, parts) in enumerate(by_table):
-        if table in whole:
-            squares[place] = _square([sum_over_ranks(part) for part in parts])
-    of_attention, of_representation = squares.sqrt().chunk(2)
+    squares = []
+    for table in attention:
+        both_X2d = torch.stack([torch.cat(side[table]) for side in (attention, representation)], dim=1).double()
+        if table in ids:
+            squares.append(_added_by_id(torch.cat(ids[table]), both_X2d).square().sum((0, 2)))
+        else:
+            squares.append(sum_over_ranks(both_X2d).square().sum((0, 2)) / ranks())
+    of_attention, of_representation = sum_over_ranks(torch.stack(squares)).sqrt().unbind(1)
     scale = torch.where(of_attention > 0, of_representation / of_attention, 1).float()
     scaled = {table: [part * scale[place] for part in parts] for place, (table, parts) in enumerate(attention.items())}
-    return added(scaled, representation, whole)
+    return added(scaled, representation, ids)
 
 
-def _square(parts: list[Tensor]) -> Tensor:
-    return torch.stack([part.double().square().sum() for part in parts]).sum()
+def _added_by_id(id_L: Tensor, gradient_L2d: Tensor) -> Tensor:
+    """The gradients of each row, of all ranks: (U, 2, d), of those rows whose sum this rank makes."""
+    id_U, gradient_U2d = _sums(id_L, gradient_L2d)
+    if ranks() == 1:
+        return gradient_U2d
+    owner_U = id_U.long() % ranks()
+    order_U = owner_U.argsort(stable=True)
+    count_S = torch.bincount(owner_U, minlength=ranks())
+    wanted_S = torch.empty_like(count_S)
+    dist.all_to_all_single(wanted_S, count_S)
+    sent, received = count_S.tolist(), wanted_S.tolist()
+    group = dist.group.WORLD
+    assert group is not None
+    columns = [Column(values[order_U], sent, received) for values in (id_U, gradient_U2d)]
+    return _sums(*ColumnsAllToAll(group, columns).wait())[1]
+
+
+def _sums(id_L: Tensor, gradient_L2d: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct ids, (U,), and the sum of each one's gradients, (U, 2, d)."""
+    id_U, slot_L = id_L.unique(return_inverse=True)
+    return id_U, gradient_L2d.new_zeros(len(id_U), *gradient_L2d.shape[1:]).index_add(0, slot_L, gradient_L2d)
 
 
 class _Apart(torch.autograd.Function):
     @staticmethod
-    def forward(
-        context: Any, combine: Combine, tables: list[str], whole: Set[str], *parts: Tensor
-    ) -> tuple[Tensor, ...]:
-        context.combine, context.tables, context.whole = combine, tables, whole
-        return tuple(part.view_as(part) for part in (*parts, *parts))
+    def forward(context: Any, combine: Combine, tables: list[str], ids: Ids, *rows: Tensor) -> tuple[Tensor, ...]:
+        context.combine, context.tables, context.ids = combine, tables, ids
+        return tuple(part.view_as(part) for part in (*rows, *rows))
 
     @staticmethod
     @once_differentiable
@@ -67,7 +92,7 @@ class _Apart(torch.autograd.Function):
             for table, part in zip(context.tables, side, strict=True):
                 by_table.setdefault(table, []).append(part)
             sides.append(by_table)
-        combined = {table: iter(parts) for table, parts in context.combine(*sides, context.whole).items()}
+        combined = {table: iter(parts) for table, parts in context.combine(*sides, context.ids).items()}
         return (None, None, None, *(next(combined[table]) for table in context.tables))
 
 
@@ -78,7 +103,9 @@ def tables_apart(rows: BatchRows, combine: Combine) -> tuple[BatchRows, BatchRow
         rows: looked up once.
         combine: how the gradients of both meet.
     """
-    looked_up, whole = rows.parts()
-    parts = [*looked_up, *whole]
-    found = _Apart.apply(combine, [table for table, _ in parts], {table for table, _ in whole}, *(p for _, p in parts))
+    parts, ids = rows.parts(), dict[str, list[Tensor]]()
+    for part in parts:
+        if part.id_L is not None:
+            ids.setdefault(part.table, []).append(part.id_L)
+    found = _Apart.apply(combine, [part.table for part in parts], ids, *(part.rows for part in parts))
     return rows.replaced(found[: len(parts)]), rows.replaced(found[len(parts) :])

@@ -6,7 +6,7 @@ L = ids of the lookup.
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,16 @@ from embeddings.tables import AllCrossRows, Tables
 from schemas.model import Feature
 
 
+class LookedUp(NamedTuple):
+    """Some rows of a table, as they were looked up."""
+
+    table: str
+    rows: Tensor
+    """float32 (L, d)."""
+    id_L: Tensor | None
+    """Their ids, int32; None: they are all rows of the table, in order."""
+
+
 class BatchRows:
     """Rows of a batch: of the targets, and of either the selected behaviours or all of them.
 
@@ -30,7 +40,7 @@ class BatchRows:
         target_sets: the sets of tables that targets are looked up in.
         history_sets: the sets that behaviours are looked up in.
         selected: by sequence, the behaviours.
-        whole: look up all behaviours, once each, so that any selection can be taken from them.
+        whole: look up all behaviours, once each, so that any selection can be taken from them; else those selected.
     """
 
     def __init__(
@@ -43,10 +53,12 @@ class BatchRows:
         selected: Mapping[str, Selection],
         whole: bool,
     ) -> None:
-        self._batch, self._cross, self._whole = batch, cross, whole
+        self._batch, self._cross, self._selected = batch, cross, None if whole else selected
         self._dims = {name: tables.inherent_dims(name) for name in sorted(target_sets | history_sets)}
         self._targets: dict[str, Tensor] = {}
         self._behaviors: dict[str, dict[str, Tensor]] = {}
+        self._ids: dict[tuple[str, str | None], dict[Feature, Tensor]] = {}
+        """By set and sequence; None: of the targets."""
         self._given: dict[tuple[str, str], tuple[Selection, Rows]] = {}
         histories = {name: batch.histories[name] for name in selected}
         item, category, valid = [], [], []
@@ -67,8 +79,11 @@ class BatchRows:
             parts = tables.inherent_rows(name, ids, valid_L).split(counts * of_history + [len(batch)] * of_target)
             if of_target:
                 self._targets[name] = parts[-1]
+                self._ids[name, None] = {"item": batch.item_T, "category": batch.category_T}
             if of_history:
                 self._behaviors[name] = dict(zip(histories, parts, strict=False))
+                for place, sequence in enumerate(histories):
+                    self._ids[name, sequence] = {"item": item[place], "category": category[place]}
 
     def targets(self, name: str, sequence: str) -> Rows:
         """Rows (T, ...) of the targets in set ``name``, seen from a sequence."""
@@ -81,39 +96,37 @@ class BatchRows:
         if last is not None and last[0] is selected:
             return last[1]
         rows = self._behaviors[name][sequence]
-        if self._whole:
+        if self._selected is None:
             # The sum of no rows is a row of zeros that still belongs to the graph, on a rank without behaviours.
             inherent = embedding(selected.behavior_TK, rows if len(rows) else rows.sum(0, keepdim=True))
         else:
+            assert selected is self._selected[sequence], "rows of another selection"
             inherent = rows.view(*selected.behavior_TK.shape, rows.shape[1])
         history = self._batch.histories[sequence]
         found = Rows(inherent, selected_rows(self._batch, history, selected, self._cross[name][sequence]))
         self._given[name, sequence] = selected, found
         return found
 
-    def parts(self) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
-        """All that was looked up, as it was looked up, each with the name of its table.
-
-        Returns:
-            Rows of ids (L, d), then all rows of small tables (R, d).
-        """
-        found, whole = [], []
-        for name, looked_up in self._looked_up():
+    def parts(self) -> list[LookedUp]:
+        """All that was looked up, by table: rows of ids first, then all rows of small tables."""
+        found = []
+        for name, sequence, looked_up in self._inherent():
             columns = looked_up.split(list(self._dims[name].values()), dim=1)
-            found += [(f"{feature}_{name}", part) for feature, part in zip(self._dims[name], columns, strict=True)]
+            for feature, rows in zip(self._dims[name], columns, strict=True):
+                found.append(LookedUp(f"{feature}_{name}", rows, self._ids[name, sequence][feature]))
         for name in self._dims:
             for sequence, by_feature in self._cross[name].items():
-                whole += [(f"{sequence}_{feature}_{name}", part) for feature, part in by_feature.items()]
-        return found, whole
+                found += [LookedUp(f"{sequence}_{feature}_{name}", rows, None) for feature, rows in by_feature.items()]
+        return found
 
-    def replaced(self, parts: Sequence[Tensor]) -> Self:
-        """The same with other tensors in the place of those that `parts` returns, in their order."""
-        other, rest = copy(self), iter(parts)
+    def replaced(self, rows: Sequence[Tensor]) -> Self:
+        """The same with other rows in the place of those that `parts` returns, in their order."""
+        other, rest = copy(self), iter(rows)
         other._given = {}
-        whole = iter([torch.cat([next(rest) for _ in self._dims[name]], dim=1) for name, _ in self._looked_up()])
-        other._targets = {name: next(whole) for name in self._targets}
+        joined = iter([torch.cat([next(rest) for _ in self._dims[name]], dim=1) for name, _, _ in self._inherent()])
+        other._targets = {name: next(joined) for name in self._targets}
         other._behaviors = {
-            name: {sequence: next(whole) for sequence in by_sequence} for name, by_sequence in self._behaviors.items()
+            name: {sequence: next(joined) for sequence in by_sequence} for name, by_sequence in self._behaviors.items()
         }
         other._cross = {
             name: {
@@ -124,7 +137,9 @@ class BatchRows:
         }
         return other
 
-    def _looked_up(self) -> list[tuple[str, Tensor]]:
-        return [*self._targets.items()] + [
-            (name, rows) for name, by_sequence in self._behaviors.items() for rows in by_sequence.values()
-        ]
+    def _inherent(self) -> list[tuple[str, str | None, Tensor]]:
+        """By set and sequence (None: the targets'), the rows of the inherent features."""
+        found: list[tuple[str, str | None, Tensor]] = [(name, None, rows) for name, rows in self._targets.items()]
+        for name, by_sequence in self._behaviors.items():
+            found += [(name, sequence, rows) for sequence, rows in by_sequence.items()]
+        return found

@@ -18,7 +18,7 @@ from embeddings.perceptron import Perceptron
 from embeddings.pooled_lookup import pooled_on_shards
 from embeddings.representation import Representation, history_inputs, pooled
 from embeddings.rows import Concern, Rows
-from embeddings.scoring import DotProduct, ScaledDotProduct, attention_weights
+from embeddings.scoring import DotProduct, MappedScore, PerceptronScore, ScaledDotProduct, attention_weights
 from embeddings.search.all_rows import AllRows
 from embeddings.search.begun import BegunSearch
 from embeddings.search.by_score import search_by_score
@@ -215,11 +215,15 @@ class CtrModel(nn.Module):
         name = self.roles.target_representation
         return self.tables.inherent_dims(name) | self.tables.cross_dims(name)
 
+    @property
+    def predicted_from(self) -> int:
+        """Floats that the predictions see of each target, in training."""
+        return self.prediction.inputs + (self.auxiliary.inputs if self.auxiliary is not None else 0)
+
     def search_products(self, dim: int) -> int:
         """Multiplications that a search makes of a target and a behaviour whose rows have ``dim`` floats, for plans."""
-        if isinstance(self.scoring, DotProduct):
-            return dim
-        return sum(weight.numel() for weight in self.scoring.parameters())
+        assert isinstance(self.scoring, DotProduct | MappedScore | PerceptronScore), "it searches by something else"
+        return self.scoring.products(dim)
 
     def apart(self, rows: BatchRows) -> tuple[BatchRows, BatchRows]:
         """The rows for attention and those for representation; the same ones, unless gradients are told apart."""

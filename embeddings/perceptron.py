@@ -19,6 +19,8 @@ class Perceptron(nn.Module):
 
     def __init__(self, inputs: int, hidden: Sequence[int]) -> None:
         super().__init__()
+        self.inputs = inputs
+        """I."""
         layers: list[nn.Module] = [GlobalBatchNorm(inputs)]
         for before, after in pairwise([inputs, *hidden]):
             layers += [nn.Linear(before, after), nn.PReLU(init=SLOPE)]

@@ -28,6 +28,10 @@ class DotProduct(nn.Module):
         """
         raise NotImplementedError
 
+    def products(self, dim: int) -> int:
+        """Multiplications of a pair whose rows have ``dim`` floats, for plans."""
+        return dim
+
     def forward(self, target: Rows, behaviors: Rows) -> Tensor:
         """Scores of K behaviours for each target.
 
@@ -61,13 +65,17 @@ class MappedScore(nn.Module):
         self.of_target, self.of_behavior = of_target, of_behavior
         self.scaled = ScaledDotProduct()
 
+    def products(self, dim: int) -> int:
+        """Multiplications of a pair, for plans: behaviours are mapped, one by one."""
+        return sum(weight.numel() for weight in self.of_behavior.parameters()) + dim
+
     def forward(self, target: Rows, behaviors: Rows) -> Tensor:
         """Scores of K behaviours for each target, float32 (T, K); arguments as of `DotProduct`."""
         score_TK: Tensor = self.scaled(self.of_target(target), self.of_behavior(behaviors))
         return score_TK
 
 
-class MappedDotProduct(MappedScore, DotProduct):
+class MappedDotProduct(DotProduct, MappedScore):
     """The same of linear maps: ``<A e_i + a, B v_t + b>``, that is ``<e_i, A^T (B v_t + b)> + <a, B v_t + b>``.
 
     The second part is the same for all behaviours of a target. So no behaviour is mapped, which for long histories
@@ -93,6 +101,10 @@ class PerceptronScore(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4 * dim, self.HIDDEN), nn.PReLU(init=0.1), nn.Linear(self.HIDDEN, 1))
+
+    def products(self, dim: int) -> int:
+        """Multiplications of a pair whose rows have ``dim`` floats, for plans."""
+        return self.HIDDEN * (dim + 1)
 
     def forward(self, target: Rows, behaviors: Rows) -> Tensor:
         """Scores of K behaviours for each target, float32 (T, K); arguments as of `DotProduct`."""

@@ -113,22 +113,33 @@ def make_plan(model: CtrModel, device: torch.device, bags: int) -> ShardingPlan:
     return planner.collective_plan(model, [TableSharder()], group)
 
 
+def check_tables(model: CtrModel, device: str) -> None:
+    """A kind of device, ``cpu`` or ``cuda``, must be able to train the tables as their settings say.
+
+    Raises:
+        ValueError: an optimizer, a precision or a place in memory that it does not have; names the table.
+    """
+    if device != "cpu":
+        return
+    for name, table, _ in model.tables.weights():
+        if table.optimizer not in CPU_OPTIMIZERS:
+            raise ValueError(
+                f"table {name}: optimizer {table.optimizer} needs CUDA; on a CPU: {', '.join(CPU_OPTIMIZERS)}"
+            )
+        if table.precision != "fp32":
+            raise ValueError(f"table {name}: precision {table.precision} needs CUDA; on a CPU: fp32")
+        if table.memory != "device":
+            raise ValueError(f"table {name}: memory {table.memory} needs CUDA; on a CPU: device")
+
+
 def fuse_optimizers(model: CtrModel, device: torch.device) -> None:
     """Give each table the optimizer of its settings, to run in the backward pass.
 
     Raises:
-        ValueError: an optimizer or a precision that this device does not have.
+        ValueError: as `check_tables`.
     """
-    for name, table, weight in model.tables.weights():
-        if device.type == "cpu":
-            if table.optimizer not in CPU_OPTIMIZERS:
-                raise ValueError(
-                    f"table {name}: optimizer {table.optimizer} needs CUDA; on a CPU: {', '.join(CPU_OPTIMIZERS)}"
-                )
-            if table.precision != "fp32":
-                raise ValueError(f"table {name}: precision {table.precision} needs CUDA; on a CPU: fp32")
-            if table.memory != "device":
-                raise ValueError(f"table {name}: memory {table.memory} needs CUDA; on a CPU: device")
+    check_tables(model, device.type)
+    for _, table, weight in model.tables.weights():
         settings = {"lr": table.learning_rate}
         if table.optimizer != "sgd":
             settings["eps"] = table.epsilon

@@ -51,21 +51,23 @@ def experiment(
     check_sources(settings.data, given)
     with held(out, settings):
         sets = opened(settings.data, given, out, dare)
-        parameters = parameters_of(cells, {name: found.manifest for name, found in sets.items()})
+        gpus = _gpus()
+        manifests = {name: found.manifest for name, found in sets.items()}
+        parameters = parameters_of(cells, manifests, "cuda" if gpus else "cpu")
         refuse_changed(cells, {name: found.fingerprint for name, found in sets.items()})
         write_settings(out, settings)
         documents = Documents(out, settings, cells, parameters, shlex.join(["dare", *sys.argv[1:]]))
         folders = {name: found.folder.absolute() for name, found in sets.items()}
-        slots = _slots(parallel)
+        slots = _slots(parallel, gpus)
         with Progress(cells, len(slots)) as progress:
-            whole = run_cells(cells, folders, dare, slots, documents.cell_ended, progress)
+            complete = run_cells(cells, folders, dare, slots, documents.cell_ended, progress)
         results, pairs = documents.write()
     _print(settings, results)
     print(f"{out / 'report.html'}: the report; report.md and results.parquet are beside it")
     if json:
         document = {"cells": [asdict(result) for result in results], "pairs": [asdict(pair) for pair in pairs]}
         print(json_format.dumps(document))
-    _end(results, whole, below(floor, results) if floor else [])
+    _end(results, complete, below(floor, results) if floor else [])
 
 
 def load_experiment(file: str) -> "tuple[ExperimentSettings, Path | None]":
@@ -125,13 +127,16 @@ def _folders(texts: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-def _slots(parallel: int | None) -> list[Mapping[str, str]]:
-    """The environment of each run at a time: GPUs in turn, where there are some."""
+def _gpus() -> int:
     import torch
 
     from jobs.versions import fbgemm_has_cuda
 
-    gpus = torch.cuda.device_count() if fbgemm_has_cuda() else 0
+    return torch.cuda.device_count() if fbgemm_has_cuda() else 0
+
+
+def _slots(parallel: int | None, gpus: int) -> list[Mapping[str, str]]:
+    """The environment of each run at a time: GPUs in turn, where there are some."""
     if not gpus:
         return [{}] * (parallel or len(os.sched_getaffinity(0)))
     names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
@@ -153,10 +158,10 @@ def _print(settings: "ExperimentSettings", results: "Sequence[Result]") -> None:
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 
 
-def _end(results: "Sequence[Result]", whole: bool, faults: Sequence[str]) -> None:
+def _end(results: "Sequence[Result]", complete: bool, faults: Sequence[str]) -> None:
     """Raises where not all is well."""
     finished = sum(result.state == "finished" for result in results)
-    if not whole:
+    if not complete:
         raise ValueError(f"stopped, {finished} of {len(results)} cells are finished; the same command goes on")
     failed = [result for result in results if result.state == "failed"]
     if failed:

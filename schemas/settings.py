@@ -58,7 +58,11 @@ def load_settings(
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise ValueError("; ".join(_explain(kind, dict(problem)) for problem in error.errors()[:3])) from None
+        problems = error.errors()
+        # A list whose only entry is wrong is too short besides, says pydantic.
+        wrong = {problem["loc"][:-1] for problem in problems}
+        told = [each for each in problems if each["type"] != "too_short" or each["loc"] not in wrong]
+        raise ValueError("; ".join(_explain(kind, dict(problem)) for problem in told[:3])) from None
 
 
 def refuse_flat_sections(kind: type[Settings], values: Mapping[str, Any], where: str) -> None:

@@ -24,6 +24,8 @@ class Definition:
     product = True
     left_out: tuple[str, ...] = ()
     whole = False
+    alone: str | None = None
+    """The concern whose use of the tables has gradients; None: both have."""
 
     def __init__(self, state: dict[str, Tensor], features: tuple[str, ...], retrieved: dict[str, int]) -> None:
         self.state, self.retrieved = state, retrieved
@@ -62,6 +64,11 @@ class Definition:
 
     def joined(self, vectors: Vectors) -> Tensor:
         return torch.cat([vectors[feature] for feature in self.features])
+
+    def used_for(self, concern: str, vectors: Vectors) -> Vectors:
+        if self.alone in (None, concern):
+            return vectors
+        return {feature: vector.detach() for feature, vector in vectors.items()}
 
     # What models differ in
 
@@ -113,16 +120,17 @@ class Definition:
         for sequence in self.retrieved:
             history = batch.histories[sequence]
             shown = self.target_rows(batch, t)
-            q = self.embed(self.sets[0], sequence, shown)
-            v = self.target_map(self.embed(self.sets[2], sequence, shown))
+            q = self.used_for("attention", self.embed(self.sets[0], sequence, shown))
+            v = self.target_map(self.used_for("representation", self.embed(self.sets[2], sequence, shown)))
             everything = self.candidates_all(batch, sequence, t)
             kept = everything if whole or self.whole else self.retrieve(batch, sequence, t)
             scores, vectors = [], []
             for m in kept:
                 rows = self.behavior_rows(batch, history, t, m)
-                k = self.embed(self.sets[1], sequence, rows)
+                k = self.used_for("attention", self.embed(self.sets[1], sequence, rows))
                 scores.append(self.whole_score(q, k) if whole else self.score(q, k))
-                vectors.append(self.behavior_map(self.embed(self.sets[3], sequence, rows)))
+                e = self.used_for("representation", self.embed(self.sets[3], sequence, rows))
+                vectors.append(self.behavior_map(e))
             pool = self.whole_pooled if whole else self.pooled
             h = pool(scores, kept, vectors, v) if kept else self.nothing(v, whole)
             if not parts:
@@ -168,6 +176,10 @@ class Definition:
         terms = [torch.nn.functional.binary_cross_entropy_with_logits(logit, label) for logit in self.logits(batch)]
         return torch.stack(terms).sum()
 
+    def learn(self, batch: Batch) -> None:
+        """Leave all gradients in ``state``."""
+        self.loss(batch).backward()
+
 
 class Dare(Definition):
     sets = ("attention", "attention", "representation", "representation")
@@ -187,6 +199,19 @@ class Twin4E(Definition):
 
 class TwinNoTr(Definition):
     product = False
+
+
+class TwinGradientNormalization(Definition):
+    def learn(self, batch: Batch) -> None:
+        tables = [weight for name, weight in self.state.items() if name.startswith("tables.") and weight.requires_grad]
+        sides = []
+        for concern in ("attention", "representation"):
+            self.alone = concern
+            sides.append(torch.autograd.grad(self.loss(batch), tables, materialize_grads=True))
+        self.alone = None
+        super().learn(batch)
+        for weight, attention, representation in zip(tables, *sides, strict=True):
+            weight.grad = attention * (representation.norm() / attention.norm()) + representation
 
 
 class TwinHard(Definition):
@@ -382,6 +407,7 @@ DEFINITIONS: dict[str, type[Definition]] = {
     "twin-projection-shared": Maps,
     "twin-projection-no-item": MapsNoItem,
     "twin-projection-position": MapsPosition,
+    "twin-gradient-normalization": TwinGradientNormalization,
     "twin-projection-category": MapsCategory,
     "twin-projection-item": MapsItem,
     "twin-projection-small": MapsSmall,

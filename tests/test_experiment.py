@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from embeddings.models import MODELS
@@ -111,14 +113,22 @@ def test_a_killed_runner_leaves_no_trainers_and_the_next_one_goes_on(data: Path,
     assert before["TWIN (broken)", 1]["state"] == "failed"
     assert before["DARE", 2]["state"] == "unfinished"
     first = out / before["DARE", 1]["run"]
-    untouched = {path: path.stat().st_mtime_ns for path in sorted(first.rglob("*")) if path.is_file()}
 
+    def written() -> dict[Path, int]:
+        trained = [path for path in sorted(first.rglob("*")) if path.is_file() and path.name != "bootstrap.npz"]
+        return {path: path.stat().st_mtime_ns for path in trained}
+
+    untouched = written()
+
+    # As if the runner had been killed before it removed what is not the best.
+    (best,) = (first / "checkpoints").iterdir()
+    shutil.copytree(best, best.with_name("step-999999999999"))
     log = out.with_name("runner.log")
     said = log.stat().st_size
     assert start(file, out, "--json").wait(300) == 1  # of the broken cells
     output = log.read_bytes()[said:].decode()
     assert re.search(r"^dare: 2 of 6 cells failed, the first in \S+: step \d+: loss or gradients", output, re.MULTILINE)
-    assert untouched == {path: path.stat().st_mtime_ns for path in sorted(first.rglob("*")) if path.is_file()}
+    assert untouched == written()
     starts = json.loads((out / "runs/toy/dare/d4/s2/job.json").read_text())["starts"]
     assert len(starts) == 2
     assert starts[1]["step"] > 0, "the killed cell began anew"
@@ -207,6 +217,10 @@ def test_what_cannot_run_is_refused_before_anything_does(data: Path, tmp_path: P
     case("as folders, must not repeat 'a-b'", models={"A (b)": {"model": "dare"}, "a b": {"model": "twin"}})
     case("dims must not repeat 4", dims=[4, 4])
     case("toy, A, d 4, seed 1: model.features: scene is not in this data set", models={"A": SCENE})
+    case("toy, A, d 4, seed 1: model.features: scene is not in this data set", models={"A": SCENE}, name="renamed")
+    if not torch.cuda.is_available():
+        adam = {"model": "dare", "settings": {"model": {"attention": {"optimizer": "adam"}}}}
+        case("A, d 4, seed 1: table item_attention: optimizer adam needs CUDA", models={"A": adam})
     case("the experiment has no such data set; it has toy", "--data", f"other={data}")
     case("is written NAME=FOLDER", "--data", str(data))
     case("manifest.json", "--data", f"toy={tmp_path}")
@@ -305,7 +319,8 @@ def test_the_floor_is_of_the_smoke_experiment() -> None:
     assert floor.floors.keys() == smoke.data.keys()
     for by_dim in floor.floors.values():
         assert set(by_dim) == set(smoke.dims)
-        assert all(set(by_label) <= set(smoke.models) for by_label in by_dim.values())
+        assert all(set(by_label) == set(smoke.models) for by_label in by_dim.values())
+    assert {row.model for row in smoke.models.values()} == set(MODELS)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="needs /proc")

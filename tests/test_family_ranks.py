@@ -22,8 +22,8 @@ from tests.test_model_ranks import parts, together
 from tests.toy_batch import part
 from tests.trainers import CPU, Losses, Never, trainer_of
 
-TARGETS = (24, 13, 1, 24)
-"""Of each step; with one target, one of two ranks has none."""
+SHAPES = ({"targets": 24}, {"targets": 13}, {"targets": 1}, {"targets": 2, "longest": 1}, {"targets": 24})
+"""Of each step's batch; with one target, one of two ranks has none; with short histories, one has no behaviours."""
 
 
 def train(name: str) -> dict[str, Any]:
@@ -43,8 +43,8 @@ def train(name: str) -> dict[str, Any]:
                 value.copy_(start[key])
     optimizer = torch.optim.SGD([value for key, value in sharded.named_parameters() if "_bags" not in key], lr=0.1)
     losses = []
-    for step, targets in enumerate(TARGETS):
-        batch = part(batch_of(settings, step, targets=targets), rank, ranks)
+    for step, shape in enumerate(SHAPES):
+        batch = part(batch_of(settings, step, **shape), rank, ranks)
         optimizer.zero_grad()
         loss = click_loss(sharded(batch), batch.label_T)
         loss.backward()

@@ -110,7 +110,7 @@ class StepModel:
         self._wire = WIRE_BYTES[model.settings.communication]
         dense = [(name, weight) for name, weight in model.named_parameters() if ".embedding_bags." not in name]
         self.dense_parameters = sum(weight.numel() for _, weight in dense)
-        self.inputs = model._inputs(model.heads) * (2 if self.whole else 1)
+        self.inputs = model.predicted_from
 
     def estimate(self, search: Search) -> StepEstimate:
         """A step with search on the shard or at home; the same where the model leaves no choice."""

@@ -92,7 +92,7 @@ def _draws(rng: np.random.Generator, users: int, replicates: int) -> U16:
     return np.ascontiguousarray(weight_RU.T)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def _ordered_pairs(user_N: I64, positive_N: NDArray[np.bool_], weight_UR: U16, pairs_R: F64) -> F64:
     """Weighted pairs of a positive and a negative before it, (R,); ``pairs_R`` becomes all pairs.
 

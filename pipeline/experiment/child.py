@@ -44,6 +44,8 @@ class Child:
                 preexec_fn=die_with_parent,
             )
         self._began = time.monotonic()
+        self.began = time.time()
+        """When, in seconds since 1970."""
         self.seconds = 0.0
         """From start to end."""
         self.peak_bytes = 0

@@ -1,5 +1,6 @@
 """Finished cells by model, and each pair of models of a data set and dim compared by the paired bootstrap."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from statistics import fmean
 
 import numpy as np
 
-from pipeline.experiment.bootstrap import F64, Difference, paired_difference, replicated_auc
+from pipeline.experiment.bootstrap import F64, REPLICATES, SEED, Difference, paired_difference, replicated_auc
 from pipeline.experiment.predictions import Predictions
 from pipeline.experiment.results import Result
 
@@ -31,11 +32,16 @@ class Pair:
 @dataclass(frozen=True)
 class _Replicates:
     auc_R: F64
-    user_id_U: np.ndarray
+    users: str
+    """Tells one set of users from another."""
+
+
+FILE = "bootstrap.npz"
+"""In the folder of a run: its replicates."""
 
 
 class Comparison:
-    """Keeps the replicates of each cell, so that a further call computes those of new cells alone.
+    """Keeps the replicates of each cell, here and in the folder of its run, so that they are computed once.
 
     Args:
         out: folder of the experiment.
@@ -67,7 +73,7 @@ class Comparison:
     def _difference(self, one: Sequence[Result], other: Sequence[Result]) -> Difference:
         ours, theirs = ([self._of(cell) for cell in cells] for cells in (one, other))
         for each in (*ours, *theirs):
-            if not np.array_equal(each.user_id_U, ours[0].user_id_U):
+            if each.users != ours[0].users:
                 raise ValueError(
                     f"{one[0].run} and {other[0].run}: their test predictions are not of the same users; "
                     "the data set has changed in between: remove what was run before"
@@ -78,9 +84,25 @@ class Comparison:
 
     def _of(self, cell: Result) -> _Replicates:
         if cell.run not in self._replicates:
-            predictions = Predictions.read(self._out / cell.run / "scores")
-            self._replicates[cell.run] = _Replicates(replicated_auc(predictions), predictions.user_id_U)
+            self._replicates[cell.run] = _replicates(self._out / cell.run)
         return self._replicates[cell.run]
+
+
+def _replicates(run: Path) -> _Replicates:
+    """As they stand in a run's folder; computed from its predictions, and written there, if they do not."""
+    file, draws = run / FILE, [REPLICATES, SEED]
+    if file.is_file():
+        with np.load(file) as known:
+            if known["draws"].tolist() == draws:
+                return _Replicates(known["auc_R"], str(known["users"]))
+    predictions = Predictions.read(run / "scores")
+    users = hashlib.blake2b(predictions.user_id_U.tobytes(), digest_size=16).hexdigest()
+    found = _Replicates(replicated_auc(predictions), users)
+    temporary = run / f".{FILE}.tmp"
+    with temporary.open("wb") as stream:
+        np.savez(stream, auc_R=found.auc_R, users=users, draws=draws)
+    temporary.rename(file)
+    return found
 
 
 def grouped(results: Sequence[Result]) -> dict[tuple[str, Column], list[Result]]:

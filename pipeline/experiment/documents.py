@@ -1,9 +1,13 @@
 """What the folder of an experiment says of its cells: results and report, written anew as cells end."""
 
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.error_line import error_line
 from pipeline.experiment.cells import Cell
 from pipeline.experiment.comparison import Comparison, Pair
 from pipeline.experiment.report import write_report
@@ -37,19 +41,37 @@ class Documents:
         self._out, self._experiment, self._cells = out, experiment, cells
         self._parameters, self._command = parameters, command
         self._comparison = Comparison(out)
-        self._reported = 0.0
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self._reported = -REPORT_EVERY_S
 
     def cell_ended(self) -> None:
-        """Write the results, and the report if the last one is not new."""
-        results = self._results()
-        if time.monotonic() - self._reported > REPORT_EVERY_S:
-            self._report(results)
-            self._reported = time.monotonic()
+        """Write the results, and have a thread write the report if the last one is not new.
+
+        A thread, for the comparison of many users takes a while; and what cannot be written now is told and no more,
+        for other cells run.
+        """
+        with _told():
+            results = self._results()
+            busy = self._writing is not None and not self._writing.done()
+            if not busy and time.monotonic() - self._reported > REPORT_EVERY_S:
+                self._reported = time.monotonic()
+                self._writing = self._thread.submit(self._try_to_report, results)
 
     def write(self) -> tuple[list[Result], list[Pair]]:
-        """Write everything, and return what it says."""
+        """Write everything, and return what it says.
+
+        Raises:
+            OSError: a file that cannot be written.
+            ValueError: predictions of one data set that are not of the same users.
+        """
+        self._thread.shutdown()
         results = self._results()
         return results, self._report(results)
+
+    def _try_to_report(self, results: Sequence[Result]) -> None:
+        with _told():
+            self._report(results)
 
     def _results(self) -> list[Result]:
         results = [
@@ -62,3 +84,11 @@ class Documents:
         pairs = self._comparison.pairs(results)
         write_report(self._out, self._experiment, results, pairs, self._command)
         return pairs
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        print(f"results or report cannot be written now: {error_line(error)}", file=sys.stderr, flush=True)

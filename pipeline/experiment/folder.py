@@ -34,7 +34,8 @@ def held(out: Path, experiment: ExperimentSettings) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is running the experiment in {out}; wait for it or stop it") from None
-        former = load_settings(ExperimentSettings, [file]).name if file.is_file() else experiment.name
+        begun = file.is_file() and (out / "runs").is_dir()  # else it was refused before anything ran
+        former = load_settings(ExperimentSettings, [file]).name if begun else experiment.name
         if former != experiment.name:
             raise ValueError(f"{out} holds the experiment {former}, not {experiment.name}; choose another folder")
         if not file.is_file():

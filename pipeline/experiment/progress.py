@@ -58,8 +58,8 @@ class Progress:
         self._told = now
         lines, elapsed = [], {}
         for cell, child in running:
-            share, line = _step(cell)
-            elapsed[cell.folder] = child.seconds, share
+            share, line = _step(cell, child)
+            elapsed[cell.folder] = (seconds_of(cell) or 0.0) + child.seconds, share
             lines.append(f"{cell}: {line}")
         seconds = self._estimate.seconds_left(list(self._left.values()), elapsed)
         failed = f", {self._failed} failed" if self._failed else ""
@@ -89,9 +89,10 @@ class Progress:
         self._console.print(Text(line))
 
 
-def _step(cell: Cell) -> tuple[float, str]:
+def _step(cell: Cell, child: Child) -> tuple[float, str]:
     """Share of the steps that is done, and a line about it."""
-    if not cell.run.progress_file.is_file():
+    file = cell.run.progress_file
+    if not file.is_file() or file.stat().st_mtime < child.began:
         return 0.0, "begins"
     at = read_json(cell.run.progress_file)
     rate = f", {at['samples_per_s']:,.0f} samples/s" if at["samples_per_s"] else ""

@@ -53,7 +53,14 @@ def _head(results: Sequence[Result], command: str) -> list[str]:
     states = [result.state for result in results]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("finished", "failed", "unfinished"))
     machine = f"{psutil.cpu_count()} cores ({platform.machine()}), {psutil.virtual_memory().total / 2**30:.0f} GiB"
-    return [f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {machine}: `{command}`", f"{len(states)} cells: {counts}."]
+    revisions = sorted({result.revision for result in results if result.revision})
+    trained = f" Trained by revision {', '.join(revisions)}." if revisions else ""
+    if len(revisions) > 1:
+        trained += " More than one: what changed in between may be in the differences."
+    return [
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {machine}: `{command}`",
+        f"{len(states)} cells: {counts}.{trained}",
+    ]
 
 
 def _markdown(table: Table) -> str:

@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
         *(pa.field(name, pa.float64()) for name in ("samples_per_s", "wall_s")),
         pa.field("peak_bytes", pa.int64()),
         *(pa.field(name, pa.int64(), nullable=False) for name in ("table_parameters", "dense_parameters")),
+        pa.field("revision", pa.string()),
         pa.field("error", pa.string()),
         pa.field("run", pa.string(), nullable=False),
     ]
@@ -62,6 +63,8 @@ class Result:
     """Most resident memory."""
     table_parameters: int
     dense_parameters: int
+    revision: str | None
+    """Of the program that trained it last, with a + where files differed from it; None: not run from a checkout."""
     error: str | None
     run: str
     """Folder, relative to the experiment's."""
@@ -93,9 +96,16 @@ def result_of(cell: Cell, parameters: Parameters, out: Path) -> Result:
         peak_bytes=record.get("peak_bytes"),
         table_parameters=parameters.tables,
         dense_parameters=parameters.dense,
+        revision=_revision(cell),
         error=None if test else record.get("error"),
         run=str(cell.folder.relative_to(out)),
     )
+
+
+def _revision(cell: Cell) -> str | None:
+    starts = cell.run.starts()
+    git = starts[-1].get("git") if starts else None
+    return git["revision"][:12] + "+" * git["modified"] if git else None
 
 
 def add_to_record(cell: Cell, seconds: float, peak_bytes: int, error: str | None) -> None:

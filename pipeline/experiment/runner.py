@@ -47,8 +47,11 @@ def run_cells(
         progress: is told of everything.
 
     Returns:
-        Whether all have run; False: SIGTERM or Ctrl-C came, running cells have saved and stopped.
+        Whether all have run; False: SIGTERM or Ctrl-C came first, running cells have saved and stopped.
     """
+    for cell in cells:
+        if cell.finished:  # The runner may have been killed right after.
+            _keep_the_best(cell)
     waiting = deque(cell for cell in cells if not cell.finished)
     free, running = list(range(len(slots)))[::-1], list[Started]()
 
@@ -68,7 +71,7 @@ def run_cells(
                     ended()
                 progress.show([(started.cell, started.child) for started in running])
                 if stop.received:
-                    return False
+                    break
                 time.sleep(POLL_S)
         finally:
             if running:
@@ -76,7 +79,7 @@ def run_cells(
             stop_all([started.child for started in running])
             for started in running:
                 add_to_record(started.cell, started.child.seconds, started.child.peak_bytes, None)
-    return True
+    return not waiting and not running
 
 
 def _start(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from embeddings.models import MODELS, build_model
+from embeddings.sharding import check_tables
 from embeddings.sizes import DataSizes
 from pipeline.experiment.cells import Cell
 from schemas.manifest import Manifest
@@ -32,11 +33,18 @@ def check_names(cells: Sequence[Cell]) -> None:
             )
 
 
-def parameters_of(cells: Sequence[Cell], manifests: Mapping[str, Manifest]) -> dict[tuple[str, str, int], Parameters]:
+def parameters_of(
+    cells: Sequence[Cell], manifests: Mapping[str, Manifest], device: str
+) -> dict[tuple[str, str, int], Parameters]:
     """By data set, label and dim.
 
+    Args:
+        cells: of the experiment.
+        manifests: of the data sets, by name.
+        device: that the cells will be trained on, ``cpu`` or ``cuda``.
+
     Raises:
-        ValueError: a model that does not fit the data, or its settings.
+        ValueError: a model that does not fit the data, its settings or the device.
     """
     found: dict[tuple[str, str, int], Parameters] = {}
     for cell in cells:
@@ -46,6 +54,7 @@ def parameters_of(cells: Sequence[Cell], manifests: Mapping[str, Manifest]) -> d
         try:
             sizes = DataSizes.of(manifests[cell.data], cell.settings.stream)
             model = build_model(cell.settings.model, sizes, torch.device("meta"))
+            check_tables(model, device)
         except ValueError as error:
             raise ValueError(f"{cell}: {error}") from None
         tables = sum(weight.numel() for weight in model.tables.parameters())

@@ -14,7 +14,7 @@ from pipeline.stream.prefetch import Prefetch
 from pipeline.stream.row_group import RowGroup
 from pipeline.stream.samples import Samples
 from pipeline.stream.sequences import resolve_sequences, samples_of
-from pipeline.stream.shuffle import shuffled_order
+from pipeline.stream.shuffle import ORDER, shuffled_order
 from schemas.shards import SPLITS, Split
 from schemas.stream import StreamSettings
 
@@ -157,6 +157,7 @@ class HistoryStream:
             "split": self.split,
             "seed": self._seed,
             "shuffle": self._shuffle,
+            "order": ORDER,
             **self.settings.model_dump(mode="json", exclude=speed_alone),
         }
 

@@ -7,6 +7,9 @@ from pipeline.stream.plan import shuffle_keys
 
 I64 = NDArray[np.int64]
 
+ORDER = 2
+"""Grows when `shuffled_order` changes: a place within an epoch means nothing in another order."""
+
 
 def shuffled_order(user_T: I64, together: int | None, seed: int, epoch: int, block: int) -> I64:
     """Shuffle users and, where they are to be spread, their targets.
