@@ -69,7 +69,7 @@ _FURTHER = (
     ),
     _Metric(
         "Peak memory, GiB",
-        "Resident, of the process.",
+        "Resident, of the process; never less than the runner's own.",
         lambda cell: cell.peak_bytes / 2**30 if cell.peak_bytes else None,
         lambda value: f"{value:.2f}",
         spread=False,
