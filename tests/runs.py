@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -59,7 +60,8 @@ class Run:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.folder = folder
-        self._errors = [folder.with_name(f"{folder.name}.{time.monotonic_ns()}.{rank}.err") for rank in range(ranks)]
+        self._said = tempfile.TemporaryDirectory()  # not beside the run, whose disk may be full
+        self._errors = [Path(self._said.name) / f"{rank}.err" for rank in range(ranks)]
         self.processes: list[BaseProcess] = [
             context.Process(
                 target=_rank, args=(rank, ranks, port, self._errors[rank], settings, data, folder, sabotage, arguments)
