@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.experiment.comparison import Comparison
+from pipeline.experiment.documents import Documents
 from pipeline.experiment.floor import below
 from pipeline.experiment.results import Result, write_results
 from pipeline.experiment.tables import Table, all_tables
@@ -107,3 +108,27 @@ def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
     write_results(RESULTS, tmp_path / "results.parquet")
     assert [Result(**row) for row in pq.read_table(tmp_path / "results.parquet").to_pylist()] == RESULTS
     assert [path.name for path in tmp_path.iterdir()] == ["results.parquet"]
+
+
+def test_what_cannot_be_written_beside_running_cells_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = Documents(tmp_path, EXPERIMENT, [], {}, "dare experiment")
+    (tmp_path / "results.parquet").mkdir()
+    documents.cell_ended()
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("results or report cannot be written now: ")
+    assert "results.parquet" in told
+    with pytest.raises(OSError):
+        documents.write()
+
+
+def test_replicates_are_computed_once(tmp_path: Path) -> None:
+    scores = tmp_path / "run/scores"
+    scores.mkdir(parents=True)
+    columns = {"user_id": [1, 1, 2, 2, 3], "label": [1, 0, 1, 0, 1], "score": [0.9, 0.2, 0.4, 0.6, 0.7]}
+    pq.write_table(pa.table(columns), scores / "part-0.parquet")
+    results = [result(label, 1, 0.8, run="run") for label in ("A|B", "C")]
+    first = Comparison(tmp_path).pairs(results)
+    (scores / "part-0.parquet").unlink()
+    assert Comparison(tmp_path).pairs(results) == first
