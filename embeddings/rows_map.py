@@ -53,6 +53,18 @@ class RowsMap(nn.Module):
         weight_OI = linear.weight
         return self._through(rows, self.outputs, self.dims, lambda mapped_XO: mapped_XO @ weight_OI)
 
+    def of_sum(self, rows: Rows, weight_T: Tensor) -> Rows:
+        """What a linear map makes of weighted sums of rows: ``sum_i w_i (A e_i + a) = A sum_i w_i e_i + a sum_i w_i``.
+
+        Args:
+            rows: the sums, (T, ...).
+            weight_T: the sums of the weights.
+        """
+        (linear,) = self.layers
+        assert isinstance(linear, nn.Linear), "a perceptron of a sum is no sum"
+        bias_TO = 0 if linear.bias is None else weight_T.unsqueeze(1) * linear.bias
+        return self._through(rows, self.dims, self.outputs, lambda sum_TI: sum_TI @ linear.weight.T + bias_TO)
+
     def bias_product(self, rows: Rows) -> Tensor:
         """The dot product of a linear map's bias with rows (..., d) of the dims of ``outputs``: float32 (...)."""
         (linear,) = self.layers

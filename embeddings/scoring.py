@@ -111,12 +111,16 @@ class PerceptronScore(nn.Module):
         first, *others = self.layers
         assert isinstance(first, nn.Linear)
         query_TE, key_TKE = target.concatenated(), behaviors.concatenated()
-        # The first layer of [q, k, q - k, q * k] as a matrix of each target's own, so that the four never stand side by
-        # side and a behaviour is multiplied once.
+        # The first layer of [q, k, q - k, q * k], without the four side by side; of many behaviours as a matrix of each
+        # target's own, so that each is multiplied once.
         of_query, of_key, of_difference, of_product = first.weight.chunk(4, dim=1)
         per_target = linear(query_TE, of_query + of_difference).unsqueeze(1)
-        matrix_TEh = (of_key - of_difference).T + query_TE.unsqueeze(2) * of_product.T
-        hidden_TKh = (per_target + torch.bmm(key_TKE, matrix_TEh)) / key_TKE.shape[2] + first.bias
+        if key_TKE.shape[1] > self.HIDDEN:
+            matrix_TEh = (of_key - of_difference).T + query_TE.unsqueeze(2) * of_product.T
+            per_pair = torch.bmm(key_TKE, matrix_TEh)
+        else:
+            per_pair = linear(key_TKE, of_key - of_difference) + linear(query_TE.unsqueeze(1) * key_TKE, of_product)
+        hidden_TKh = (per_target + per_pair) / key_TKE.shape[2] + first.bias
         for layer in others:
             hidden_TKh = layer(hidden_TKh)
         return hidden_TKh.squeeze(2)
@@ -134,8 +138,10 @@ class MultiHeadScore(nn.Module):
     def forward(self, target: Rows, behaviors: Rows) -> Tensor:
         """Scores of K behaviours for each target, float32 (T, H, K); arguments as of `DotProduct`."""
         query_THd = self.of_target(target.concatenated()).unflatten(1, (self.heads, self.head_dim))
-        key_TKHd = self.of_behavior(behaviors.concatenated()).unflatten(2, (self.heads, self.head_dim))
-        return torch.einsum("thd,tkhd->thk", query_THd, key_TKHd) * self.head_dim**-0.5
+        # <q, B_h e> = <B_h^T q, e>: so no behaviour is mapped.
+        matrix_HdE = self.of_behavior.weight.unflatten(0, (self.heads, self.head_dim))
+        query_THE = torch.einsum("thd,hde->the", query_THd, matrix_HdE) * self.head_dim**-0.5
+        return torch.bmm(query_THE, behaviors.concatenated().transpose(1, 2))
 
 
 def product(query: Rows, behaviors: Rows) -> Tensor:

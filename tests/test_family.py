@@ -15,6 +15,8 @@ from embeddings.loss import click_loss
 from embeddings.model import CtrModel
 from embeddings.models import MODELS, build_model
 from embeddings.process_group import process_group
+from embeddings.rows import Rows
+from embeddings.scoring import PerceptronScore
 from embeddings.search.clusters import in_torch, log_counts
 from embeddings.sharding import constraints, make_plan, shard
 from embeddings.sizes import DataSizes
@@ -292,3 +294,12 @@ def test_only_tables_that_shards_search_must_be_row_wise(name: str) -> None:
     assert {table: kind for table, kind in kinds.items() if table.startswith("category_")} == {
         f"category_{of_set}": expected for of_set in model.tables.inherent
     }
+
+
+def test_a_perceptron_scores_many_behaviours_as_it_scores_few() -> None:
+    torch.manual_seed(0)
+    scoring = PerceptronScore(8)
+    target, many = Rows(torch.randn(5, 8), {}), Rows(torch.randn(5, 3 * scoring.HIDDEN, 8), {})
+    few = many.inherent.split(scoring.HIDDEN, dim=1)
+    expected = torch.cat([scoring(target, Rows(part_TKD, {})) for part_TKD in few], dim=1)
+    torch.testing.assert_close(scoring(target, many), expected)

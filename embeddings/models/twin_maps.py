@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from embeddings.models.twin import Twin
+from embeddings.representation import pooled
 from embeddings.rows import Rows
 from embeddings.rows_map import RowsMap
 from embeddings.scoring import MappedDotProduct, MappedScore
@@ -33,8 +34,14 @@ class TwinProjection(Twin):
         self.target_map, self.behavior_map = self._maps()
 
     def represent(self, target: Rows, behaviors: Rows) -> tuple[Rows, Rows]:
-        """The rows mapped."""
-        return self.target_map(target), self.behavior_map(behaviors)
+        """The target's rows mapped; the behaviours' are in `pool`."""
+        return self.target_map(target), behaviors
+
+    def pool(self, weight_TK: Tensor, behaviors: Rows) -> Rows:
+        """``sum_i w_i map(e_i)``; if the map is linear, of the sum."""
+        if self.hidden:
+            return pooled(weight_TK, self.behavior_map(behaviors))
+        return self.behavior_map.of_sum(pooled(weight_TK, behaviors), weight_TK.sum(1))
 
     def represented_dims(self) -> dict[Feature, int]:
         """Dims of mapped rows."""
