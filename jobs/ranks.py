@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from embeddings.process_group import leave, process_group
+from jobs.heap import keep_large_blocks
 from jobs.versions import fbgemm_has_cuda
 from pipeline.error_line import error_line
 
@@ -32,6 +33,8 @@ def on_all_ranks(work: Callable[[torch.device], object]) -> NoReturn:
     """
     _quieten()
     device = _device()
+    if device.type == "cpu":
+        keep_large_blocks()
     with process_group(device):
         try:
             work(device)
