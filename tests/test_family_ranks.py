@@ -44,7 +44,7 @@ def train(name: str) -> dict[str, Any]:
     optimizer = torch.optim.SGD([value for key, value in sharded.named_parameters() if "_bags" not in key], lr=0.1)
     losses = []
     for step, shape in enumerate(SHAPES):
-        batch = part(batch_of(settings, step, **shape), rank, ranks)
+        batch = part(batch_of(settings, 50 + step, **shape), rank, ranks)
         optimizer.zero_grad()
         loss = click_loss(sharded(batch), batch.label_T)
         loss.backward()
