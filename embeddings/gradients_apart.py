@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from embeddings.all_to_all import Column, ColumnsAllToAll
+from embeddings.all_to_all import Column, ColumnsAllToAll, CountsAllToAll
 from embeddings.collective import ranks, sum_over_ranks
 from embeddings.lookup import BatchRows
 
@@ -61,13 +61,14 @@ def _added_by_id(id_L: Tensor, gradient_L2d: Tensor) -> Tensor:
     owner_U = id_U.long() % ranks()
     order_U = owner_U.argsort(stable=True)
     count_S = torch.bincount(owner_U, minlength=ranks())
-    wanted_S = torch.empty_like(count_S)
-    dist.all_to_all_single(wanted_S, count_S)
-    sent, received = count_S.tolist(), wanted_S.tolist()
     group = dist.group.WORLD
     assert group is not None
-    columns = [Column(values[order_U], sent, received) for values in (id_U, gradient_U2d)]
-    return _sums(*ColumnsAllToAll(group, columns).wait())[1]
+
+    def send(wanted_S: Tensor) -> ColumnsAllToAll:
+        sent, received = count_S.tolist(), wanted_S.tolist()
+        return ColumnsAllToAll(group, [Column(values[order_U], sent, received) for values in (id_U, gradient_U2d)])
+
+    return _sums(*CountsAllToAll(group, count_S, send).wait().wait())[1]
 
 
 def _sums(id_L: Tensor, gradient_L2d: Tensor) -> tuple[Tensor, Tensor]:
