@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 from torchrec.distributed.train_pipeline import TrainPipelineBase
 
-from benchmarks.calibration import RANKS
-from benchmarks.gloo_ranks import on_gloo_ranks
-from benchmarks.plan import SIZES
-from benchmarks.training_step import StepTask, made_up_batch
+from benchmarks.plan_estimates import SIZES
 from embeddings.sizes import DataSizes
+from pipeline.planning.calibration import RANKS
+from pipeline.planning.measuring import StepTask, made_up_batch, on_gloo_ranks
 from schemas.settings import load_settings
 from schemas.train import TrainSettings
 
@@ -63,9 +62,8 @@ def _step(settings: TrainSettings, sizes: DataSizes) -> tuple[float, float]:
     from embeddings.initialization import initialize
     from embeddings.models import build_model
     from embeddings.sharding import make_plan, shard
-    from pipeline.train.ahead import SearchAheadPipeline
-    from pipeline.train.click_task import ClickTask
-    from pipeline.train.dense_optimizer import DenseOptimizer
+    from pipeline.train.optimizer import DenseOptimizer
+    from pipeline.train.pipeline import ClickTask, SearchPrefetchPipeline
 
     device, task = torch.device("cpu"), StepTask(settings, sizes)
     batches = [made_up_batch(task, seed=10 * dist.get_rank() + place) for place in range(STEPS)]
@@ -75,7 +73,7 @@ def _step(settings: TrainSettings, sizes: DataSizes) -> tuple[float, float]:
         sharded = shard(model, device, make_plan(model, device, bags=1))
         initialize(sharded, seed=1)
         optimizer = DenseOptimizer(sharded, settings.dense)
-        kind = SearchAheadPipeline if ahead else TrainPipelineBase
+        kind = SearchPrefetchPipeline if ahead else TrainPipelineBase
         sides.append(kind(sharded if ahead else ClickTask(sharded), optimizer, device))
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(1 + ROUNDS):

@@ -16,8 +16,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from embeddings.search.cpu_kernel import dot, prefetch_row
-from embeddings.search.top_k import TopKImplementation, top_k
+from embeddings.search.topk.api import TopKImplementation, top_k
+from embeddings.search.topk.cpu_kernel import dot, prefetch_row
 
 GATHERED_BYTES = 512 << 20
 """Torch's side writes the gathered rows, in float32; a batch is as large as this allows."""

@@ -25,15 +25,14 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.types import ShardingEnv, ShardingType
 
-from benchmarks.traffic import Traffic
-from embeddings.batch import Batch, History
+from embeddings.batch import Batch, History, Selection
+from embeddings.distributed.process_group import leave, process_group
+from embeddings.distributed.row_wise import row_wise_tables
 from embeddings.model import CtrModel
 from embeddings.models import build_model
-from embeddings.process_group import leave, process_group
-from embeddings.row_wise import row_wise_tables
-from embeddings.search.selection import Selection
 from embeddings.sharding import make_plan, shard, topology
 from embeddings.sizes import DataSizes
+from pipeline.planning.measuring import Traffic
 from schemas.model import ModelSettings, TableSet
 
 CPU = torch.device("cpu")
@@ -143,7 +142,7 @@ def _compared(case: Case, rows: int, rounds: int) -> ShardSearchFigures:
     batch = _batch(case, rows)
     chosen, (score_BN, best) = ours.search(batch), stock.search(batch)
     start_B1 = batch.histories["history"].start_T[:, None]
-    score_BK = score_BN.gather(1, chosen.behavior_TK - start_B1)
+    score_BK = score_BN.gather(1, chosen.index_TK - start_B1)
     exact = bool(chosen.valid_TK.all()) and torch.allclose(score_BK, best.values, atol=1e-5, rtol=1e-5)
     times: dict[str, list[float]] = {"ours": [], "stock": []}
     for _ in range(rounds):
@@ -190,7 +189,7 @@ def _batch(case: Case, rows: int) -> Batch:
         item_M=torch.randint(1, rows, (behaviors,), generator=draw, dtype=torch.int32),
         category_M=nothing_M,
         timestamp_M=nothing_M.long(),
-        behavior_M=None,
+        behavior_type_M=None,
         scene_M=None,
         offset_U=offset_U,
         start_T=offset_U[:-1],

@@ -1,6 +1,10 @@
 """What a model sees of the data: each user's history once, and targets that point into it.
 
 U = users, M = behaviours of all users, T = targets, N = longest window.
+
+Behaviours chosen of each target's history.
+
+T = targets, K = chosen, N = longest window, M = behaviours of all users.
 """
 
 from collections.abc import Callable
@@ -10,10 +14,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torchrec import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
-
-from embeddings.interval import interval_bucket
 
 
 class _Tensors:
@@ -51,22 +52,6 @@ class _Tensors:
 
 
 @dataclass(frozen=True)
-class PaddedHistory(_Tensors):
-    """A window a target, in time order, padded at the end with id 0."""
-
-    item_TN: Tensor
-    category_TN: Tensor
-    position_TN: Tensor
-    """int32: 1 = the latest behaviour before the target; 0 = padding."""
-    interval_TN: Tensor
-    """int32: bucket of the seconds between behaviour and target (see ``interval_bucket``); 0 = padding."""
-    behavior_TN: Tensor | None
-    scene_TN: Tensor | None
-    valid_TN: Tensor
-    """bool: False = padding."""
-
-
-@dataclass(frozen=True)
 class History(_Tensors):
     """Behaviours of U users, flat and in time order; target t sees the window [start_T[t], end_T[t])."""
 
@@ -76,7 +61,7 @@ class History(_Tensors):
     """int32, dense ids, 0 = unknown."""
     timestamp_M: Tensor
     """int64, seconds."""
-    behavior_M: Tensor | None
+    behavior_type_M: Tensor | None
     """int32, None where the data has no behaviour types."""
     scene_M: Tensor | None
     """int32, None where the data has no scenes."""
@@ -86,44 +71,6 @@ class History(_Tensors):
     """int64, first behaviour of each target's window, counted in M."""
     end_T: Tensor
     """int64, end of each window, counted in M; all behaviours before it are strictly earlier than the target."""
-
-    def kjt(self) -> KeyedJaggedTensor:
-        """Ids of the behaviours, each once: keys item, category[, behavior][, scene]; stride U."""
-        columns = {"item": self.item_M, "category": self.category_M}
-        if self.behavior_M is not None:
-            columns["behavior"] = self.behavior_M
-        if self.scene_M is not None:
-            columns["scene"] = self.scene_M
-        lengths = self.offset_U.diff().to(torch.int32)
-        return KeyedJaggedTensor(
-            keys=list(columns), values=torch.cat(list(columns.values())), lengths=lengths.repeat(len(columns))
-        )
-
-    def padded(self, timestamp_T: Tensor) -> PaddedHistory:
-        """The windows side by side, (T, N) with N the longest window; for models that need all behaviours at once.
-
-        Args:
-            timestamp_T: int64, when the targets were shown, seconds.
-        """
-        length_T = self.end_T - self.start_T
-        longest = int(length_T.max()) if len(length_T) else 0
-        column_N = torch.arange(longest, device=length_T.device)
-        valid_TN = column_N < length_T[:, None]
-        index_TN = torch.where(valid_TN, self.start_T[:, None] + column_N, 0)
-
-        def gather(values_M: Tensor) -> Tensor:
-            return torch.where(valid_TN, values_M[index_TN], 0) if len(values_M) else index_TN.to(values_M.dtype)
-
-        interval_TN = interval_bucket(timestamp_T[:, None] - gather(self.timestamp_M))
-        return PaddedHistory(
-            item_TN=gather(self.item_M),
-            category_TN=gather(self.category_M),
-            position_TN=torch.where(valid_TN, length_T[:, None] - column_N, 0).to(torch.int32),
-            interval_TN=torch.where(valid_TN, interval_TN, 0),
-            behavior_TN=None if self.behavior_M is None else gather(self.behavior_M),
-            scene_TN=None if self.scene_M is None else gather(self.scene_M),
-            valid_TN=valid_TN,
-        )
 
 
 @dataclass(frozen=True)
@@ -158,14 +105,6 @@ class Batch(_Tensors, Pipelineable):
         """Number of users."""
         return len(self.user_id_U)
 
-    def target_kjt(self) -> KeyedJaggedTensor:
-        """Ids of the targets, bags of one: keys item, category[, scene]; stride T."""
-        columns = {"item": self.item_T, "category": self.category_T}
-        if self.scene_T is not None:
-            columns["scene"] = self.scene_T
-        lengths = torch.ones(len(columns) * len(self), dtype=torch.int32, device=self.item_T.device)
-        return KeyedJaggedTensor(keys=list(columns), values=torch.cat(list(columns.values())), lengths=lengths)
-
     def describe(self) -> str:
         """Shapes and types for people, a line each."""
         lines = [f"batch of {len(self)} targets and {self.users} users"]
@@ -185,3 +124,31 @@ class Batch(_Tensors, Pipelineable):
             lines.append(f"  {name}:")
             describe(history, "    ")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What search returns: for each target K of the M behaviours, the best first."""
+
+    index_TK: Tensor
+    """int64, counted in M; 0 where there is none."""
+    valid_TK: Tensor
+    """bool; False: the history has fewer than K."""
+    log_count_TK: Tensor | None = None
+    """float32: logarithm of how many behaviours each one stands for; None: for itself alone."""
+
+    @classmethod
+    def everything(cls, history: History) -> Self:
+        """All N behaviours of each window, in time order."""
+        length_T = history.end_T - history.start_T
+        longest = int(length_T.max()) if len(length_T) else 0
+        column_N = torch.arange(longest, device=length_T.device)
+        valid_TN = column_N < length_T[:, None]
+        return cls(torch.where(valid_TN, history.start_T[:, None] + column_N, 0), valid_TN)
+
+
+def gather_or_zeros(values_M: Tensor, index_X: Tensor) -> Tensor:
+    """``values_M[index_X]``, and zeros if there are no values at all, for windows that are all empty."""
+    if not len(values_M):
+        return values_M.new_zeros(*index_X.shape, *values_M.shape[1:])
+    return values_M[index_X]

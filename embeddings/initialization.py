@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.model_parallel import get_unwrapped_module
 
-from embeddings.tables import INITIAL_DEVIATION
+from embeddings.tables.collections import INITIAL_DEVIATION
 
 BLOCK_ROWS = 8192
 """Tables are filled in blocks of so many rows, each from a generator of its own."""

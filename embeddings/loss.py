@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embeddings.collective import ranks, sum_over_ranks
+from embeddings.distributed.collectives import ranks, sum_over_ranks
 from embeddings.model import Prediction
 
 

@@ -11,25 +11,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from embeddings.batch import Batch
-from embeddings.bounds import check_bounds
-from embeddings.lookup import BatchRows
-from embeddings.perceptron import Perceptron
-from embeddings.pooled_lookup import pooled_on_shards
-from embeddings.representation import Representation, history_inputs, pooled
-from embeddings.rows import Concern, Rows
-from embeddings.scoring import DotProduct, MappedScore, PerceptronScore, ScaledDotProduct, attention_weights
-from embeddings.search.all_rows import AllRows
-from embeddings.search.begun import BegunSearch
-from embeddings.search.by_score import search_by_score
-from embeddings.search.home import search_at_home
-from embeddings.search.on_shard import ShardedTopK
-from embeddings.search.selection import Selection
-from embeddings.sizes import DataSizes
-from embeddings.tables import AllCrossRows, Tables
+from embeddings.batch import Batch, Selection
+from embeddings.features import Role, Rows
+from embeddings.layers.mlp import MLP
+from embeddings.layers.pooling import Representation, history_inputs, pooled
+from embeddings.layers.scoring import DinScore, DotProduct, MappedScore, ScaledDotProduct, attention_weights
+from embeddings.search.local import AllRows, search_by_score, search_locally
+from embeddings.search.sharded import BegunSearch, ShardedTopK
+from embeddings.sizes import DataSizes, check_bounds
+from embeddings.tables.batch_rows import BatchRows, pooled_on_shards
+from embeddings.tables.collections import AllCrossRows, Tables
+from schemas.errors import UserError
 from schemas.model import INHERENT, Feature, ModelSettings, TableSet
 
-SearchPlace = Literal["on the shards", "at home", "by ids alone", "nowhere"]
+SearchPlace = Literal["shard", "locally", "ids", "none"]
 
 AUXILIARY_HIDDEN = (200,)
 """Hidden layers of the auxiliary loss's prediction (the authors' code)."""
@@ -63,12 +58,12 @@ class TableRoles:
         """The settings of each set, by name.
 
         Raises:
-            ValueError: a set has roles in attention and in representation, whose settings differ.
+            UserError: a set has roles in attention and in representation, whose settings differ.
         """
         attention = {self.target_attention, self.history_attention}
         representation = {self.target_representation, self.history_representation}
         if attention & representation and settings.attention != settings.representation:
-            raise ValueError(
+            raise UserError(
                 f"model.attention: {settings.name} shares one set of tables; it must equal model.representation"
             )
         sets = dict.fromkeys(sorted(attention), settings.attention)
@@ -87,7 +82,7 @@ class CtrModel(nn.Module):
     """
 
     roles: ClassVar[TableRoles]
-    searched: ClassVar[SearchPlace] = "on the shards"
+    searched: ClassVar[SearchPlace] = "shard"
     """Where `search` compares behaviours with targets; on the shards only where the settings say so too."""
     target_aware: ClassVar[bool] = True
     """The prediction sees the product of pooled history and target ("TR")."""
@@ -99,7 +94,7 @@ class CtrModel(nn.Module):
     """It keeps all behaviours, not the K of a search."""
     heads: ClassVar[int] = 1
     """Poolings of each history, side by side."""
-    whole_heads: ClassVar[int | None] = None
+    auxiliary_heads: ClassVar[int | None] = None
     """The same of the auxiliary prediction; None: as many."""
     needs_categories: ClassVar[bool] = False
     """It searches by category."""
@@ -110,28 +105,28 @@ class CtrModel(nn.Module):
         # Not validated again: settings of a feature that is left out are without effect.
         self.settings = settings.model_copy(update={"features": kept})
         if self.needs_categories and "category" not in kept:
-            raise ValueError(f"model.features: {settings.name} searches by category; add category to the features")
+            raise UserError(f"model.features: {settings.name} searches by category; add category to the features")
         if self.needs_categories and sizes.categories < 2:
-            raise ValueError(
+            raise UserError(
                 f"model.name: {settings.name} searches by category, and these data have {sizes.categories} of them; "
                 "choose another model"
             )
         if self.attends_all and settings.auxiliary_loss:
-            raise ValueError(
+            raise UserError(
                 f"model.auxiliary_loss: {settings.name} predicts from the whole history already; set it to false"
             )
         self.tables = Tables(self.settings, sizes, self.roles.sets(settings), table_device)
         self.sizes = sizes
-        self.tap: Callable[[Concern, Rows], Rows] | None = None
+        self.row_hook: Callable[[Role, Rows], Rows] | None = None
         """Called in training with the rows of each concern, where it uses them; what it returns is used instead."""
         self.begun: BegunSearch | None = None
         """The search of a batch that is to come."""
         self.scoring = self.make_scoring()
         self.make_modules()
-        self.prediction = Perceptron(self._inputs(self.heads), settings.hidden)
+        self.prediction = MLP(self._inputs(self.heads), settings.hidden)
         self.auxiliary = None
         if settings.auxiliary_loss or self.auxiliary_always:
-            self.auxiliary = Perceptron(self._inputs(self.whole_heads or self.heads), AUXILIARY_HIDDEN)
+            self.auxiliary = MLP(self._inputs(self.auxiliary_heads or self.heads), AUXILIARY_HIDDEN)
 
     def make_scoring(self) -> nn.Module:
         """What scores K behaviours (T, K, ...) for their targets (T, ...): (T, K), or (T, H, K)."""
@@ -154,7 +149,7 @@ class CtrModel(nn.Module):
         if not isinstance(scoring, DotProduct):
             return search_by_score(self._all_rows(batch, cross), scoring, retrieved)
         if not self.searches_on_shards:
-            return search_at_home(self._all_rows(batch, cross), scoring, retrieved)
+            return search_locally(self._all_rows(batch, cross), scoring, retrieved)
         begun, self.begun = self.begun, None
         if begun is None or begun.batch is not batch:
             begun, self.begun = BegunSearch(self._top_k(scoring), batch), begun
@@ -170,7 +165,7 @@ class CtrModel(nn.Module):
             stream: of a GPU, see `BegunSearch`.
 
         Raises:
-            ValueError: as `forward`.
+            UserError: as `forward`.
         """
         if self.searches_on_shards:
             assert isinstance(self.scoring, DotProduct)
@@ -198,7 +193,7 @@ class CtrModel(nn.Module):
             score_TK = score_TK + chosen.log_count_TK
         return attention_weights(score_TK, chosen.valid_TK)
 
-    def whole_attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:
+    def auxiliary_attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:
         """The same over the whole history, for the auxiliary prediction."""
         return self.attention(target, behaviors, chosen)
 
@@ -222,23 +217,23 @@ class CtrModel(nn.Module):
 
     def search_products(self, dim: int) -> int:
         """Multiplications that a search makes of a target and a behaviour whose rows have ``dim`` floats, for plans."""
-        assert isinstance(self.scoring, DotProduct | MappedScore | PerceptronScore), "it searches by something else"
+        assert isinstance(self.scoring, DotProduct | MappedScore | DinScore), "it searches by something else"
         return self.scoring.products(dim)
 
-    def apart(self, rows: BatchRows) -> tuple[BatchRows, BatchRows]:
+    def split_gradients(self, rows: BatchRows) -> tuple[BatchRows, BatchRows]:
         """The rows for attention and those for representation; the same ones, unless gradients are told apart."""
         return rows, rows
 
     @property
     def searches_on_shards(self) -> bool:
         """Whether the model can, the settings want it, and the tables are sharded."""
-        wanted = self.searched == "on the shards" and self.settings.search == "shard"
+        wanted = self.searched == "shard" and self.settings.search == "shard"
         return wanted and self.tables.row_wise(self.roles.history_attention)
 
     @property
     def pools_on_shards(self) -> bool:
         """Rows that attention brings home, that are tapped or that are mapped are pooled there."""
-        tapped = self.tap is not None and self.training
+        tapped = self.row_hook is not None and self.training
         return self.searches_on_shards and self.could_pool_on_shards and not tapped
 
     @property
@@ -255,7 +250,7 @@ class CtrModel(nn.Module):
         No branch here depends on the batch: a rank that took another one would leave the others in a collective.
 
         Raises:
-            ValueError: the batch lacks a sequence or a feature of the settings, or has windows longer than N.
+            UserError: the batch lacks a sequence or a feature of the settings, or has windows longer than N.
         """
         if self.begun is None or self.begun.batch is not batch:
             check_bounds(batch, self.sizes)
@@ -277,19 +272,19 @@ class CtrModel(nn.Module):
             selected,
             whole,
         )
-        attended, represented = self.apart(rows)
+        attended, represented = self.split_gradients(rows)
         weights = self._weights(attended, selected, self.attention)
         if pools:
             name = self.roles.history_representation
             histories = pooled_on_shards(batch, self.tables, name, cross[name], selected, weights)
         else:
-            histories = self._pooled_at_home(represented, selected, weights)
+            histories = self._pooled_locally(represented, selected, weights)
         logit_T = self.prediction(self._prediction_input(histories))
         if not auxiliary:
             return Prediction(logit_T)
         assert self.auxiliary is not None
-        weights = self._weights(attended, all_of_it, self.whole_attention)
-        histories = self._pooled_at_home(represented, all_of_it, weights)
+        weights = self._weights(attended, all_of_it, self.auxiliary_attention)
+        histories = self._pooled_locally(represented, all_of_it, weights)
         return Prediction(logit_T, self.auxiliary(self._prediction_input(histories)))
 
     def _inputs(self, heads: int) -> int:
@@ -312,19 +307,19 @@ class CtrModel(nn.Module):
     ) -> dict[str, Tensor]:
         weights = {}
         for sequence, chosen in selected.items():
-            target = self._tapped("attention", rows.targets(self.roles.target_attention, sequence))
-            behaviors = self._tapped("attention", rows.behaviors(self.roles.history_attention, sequence, chosen))
+            target = self._hooked("attention", rows.targets(self.roles.target_attention, sequence))
+            behaviors = self._hooked("attention", rows.behaviors(self.roles.history_attention, sequence, chosen))
             weights[sequence] = attention(target, behaviors, chosen)
         return weights
 
-    def _pooled_at_home(
+    def _pooled_locally(
         self, rows: BatchRows, selected: Mapping[str, Selection], weights: Mapping[str, Tensor]
     ) -> dict[str, Representation]:
         found = {}
         for sequence, chosen in selected.items():
-            target = self._tapped("representation", rows.targets(self.roles.target_representation, sequence))
+            target = self._hooked("representation", rows.targets(self.roles.target_representation, sequence))
             shown = rows.behaviors(self.roles.history_representation, sequence, chosen)
-            target, behaviors = self.represent(target, self._tapped("representation", shown))
+            target, behaviors = self.represent(target, self._hooked("representation", shown))
             found[sequence] = Representation(target, self.pool(weights[sequence], behaviors))
         return found
 
@@ -337,5 +332,5 @@ class CtrModel(nn.Module):
             inputs += history_inputs(of_sequence, self.target_aware)
         return torch.cat(inputs, dim=1)
 
-    def _tapped(self, concern: Concern, rows: Rows) -> Rows:
-        return self.tap(concern, rows) if self.tap and self.training else rows
+    def _hooked(self, concern: Role, rows: Rows) -> Rows:
+        return self.row_hook(concern, rows) if self.row_hook and self.training else rows

@@ -1,4 +1,7 @@
-"""A model's tables over many ranks: TorchRec's planner makes the plan, `DistributedModelParallel` runs it."""
+"""A model's tables over many ranks: TorchRec's planner makes the plan, `DistributedModelParallel` runs it.
+
+The model of a run, sharded over the ranks, as training, evaluation and scoring build it.
+"""
 
 import torch
 import torch.distributed as dist
@@ -15,7 +18,12 @@ from torchrec.optim import PartialRowWiseAdam, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from embeddings.model import CtrModel
+from embeddings.models import build_model
+from embeddings.sizes import DataSizes
+from schemas.errors import UserError
+from schemas.manifest import Manifest
 from schemas.model import Memory, TableOptimizer
+from schemas.train import TrainSettings
 
 OPTIMIZERS: dict[TableOptimizer, type[Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
@@ -93,7 +101,7 @@ def _leaves_out_a_rank(rows: int, ranks: int) -> bool:
 
 def _searched_on_shards(model: CtrModel) -> set[str]:
     """Names of the tables that shards search or pool; none if rows travel home."""
-    if model.settings.search == "home" or model.searched != "on the shards":
+    if model.settings.search == "local" or model.searched != "shard":
         return set()
     return {f"{feature}_{name}" for name in model.tables.inherent for feature in model.tables.inherent_features}
 
@@ -109,7 +117,7 @@ def make_plan(model: CtrModel, device: torch.device, bags: int) -> ShardingPlan:
     bounds = constraints(model, device.type, dist.get_world_size())
     planner = EmbeddingShardingPlanner(topology=topology(device), batch_size=bags, constraints=bounds)
     group = dist.group.WORLD
-    assert group is not None, "no process group; see embeddings.process_group"
+    assert group is not None, "no process group; see embeddings.distributed.process_group"
     return planner.collective_plan(model, [TableSharder()], group)
 
 
@@ -117,26 +125,26 @@ def check_tables(model: CtrModel, device: str) -> None:
     """A kind of device, ``cpu`` or ``cuda``, must be able to train the tables as their settings say.
 
     Raises:
-        ValueError: an optimizer, a precision or a place in memory that it does not have; names the table.
+        UserError: an optimizer, a precision or a place in memory that it does not have; names the table.
     """
     if device != "cpu":
         return
     for name, table, _ in model.tables.weights():
         if table.optimizer not in CPU_OPTIMIZERS:
-            raise ValueError(
+            raise UserError(
                 f"table {name}: optimizer {table.optimizer} needs CUDA; on a CPU: {', '.join(CPU_OPTIMIZERS)}"
             )
         if table.precision != "fp32":
-            raise ValueError(f"table {name}: precision {table.precision} needs CUDA; on a CPU: fp32")
+            raise UserError(f"table {name}: precision {table.precision} needs CUDA; on a CPU: fp32")
         if table.memory != "device":
-            raise ValueError(f"table {name}: memory {table.memory} needs CUDA; on a CPU: device")
+            raise UserError(f"table {name}: memory {table.memory} needs CUDA; on a CPU: device")
 
 
 def fuse_optimizers(model: CtrModel, device: torch.device) -> None:
     """Give each table the optimizer of its settings, to run in the backward pass.
 
     Raises:
-        ValueError: as `check_tables`.
+        UserError: as `check_tables`.
     """
     check_tables(model, device.type)
     for _, table, weight in model.tables.weights():
@@ -160,12 +168,12 @@ def shard(model: CtrModel, device: torch.device, plan: ShardingPlan) -> Distribu
         The sharded model, its tables' optimizers fused. Its weights are arbitrary until `initialize` or a checkpoint.
 
     Raises:
-        ValueError: a plan for other tables or another number of ranks; settings that the device does not fit.
+        UserError: a plan for other tables or another number of ranks; settings that the device does not fit.
     """
     _check_plan(model, device, plan)
     fuse_optimizers(model, device)
     group = dist.group.WORLD
-    assert group is not None, "no process group; see embeddings.process_group"
+    assert group is not None, "no process group; see embeddings.distributed.process_group"
     return DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(group),
@@ -182,29 +190,50 @@ def _check_plan(model: CtrModel, device: torch.device, plan: ShardingPlan) -> No
     rows = {name: tuple(weight.shape) for name, _, weight in model.tables.weights()}
     if planned.keys() != rows.keys():
         differing = ", ".join(sorted(planned.keys() ^ rows.keys()))
-        raise ValueError(f"the sharding plan is not of this model: {differing} is only in one of them")
+        raise UserError(f"the sharding plan is not of this model: {differing} is only in one of them")
     ranks, on_shard = dist.get_world_size(), _searched_on_shards(model)
     for name, (count, dim) in rows.items():
         sharding = planned[name]
         if sharding.ranks and max(sharding.ranks) >= ranks:
-            raise ValueError(f"the sharding plan puts table {name} on rank {max(sharding.ranks)} of {ranks}")
+            raise UserError(f"the sharding plan puts table {name} on rank {max(sharding.ranks)} of {ranks}")
         if sharding.sharding_type == ShardingType.ROW_WISE.value and sharding.ranks != list(range(ranks)):
-            raise ValueError(
+            raise UserError(
                 f"the sharding plan spreads table {name} over {len(sharding.ranks or [])} ranks, these are {ranks}"
             )
         shards = sharding.sharding_spec.shards if sharding.sharding_spec else []
         if any(part.placement.device().type != device.type for part in shards):
-            raise ValueError(f"the sharding plan is not for {device.type}: table {name} is elsewhere in it")
+            raise UserError(f"the sharding plan is not for {device.type}: table {name} is elsewhere in it")
         held = sum(part.shard_sizes[0] * part.shard_sizes[1] for part in shards)
         if device.type == "cpu" and any(part.shard_sizes[0] == 0 for part in shards):
-            raise ValueError(
+            raise UserError(
                 f"table {name}: {count} rows are too few to be row-wise on {ranks} ranks of a CPU, "
-                "one would have none: use fewer ranks, or set model.search=home"
+                "one would have none: use fewer ranks, or set model.search=local"
             )
         if name in on_shard and sharding.sharding_type != ShardingType.ROW_WISE.value:
-            raise ValueError(
+            raise UserError(
                 f"the sharding plan has table {name} {sharding.sharding_type}; model.search=shard needs row_wise: "
-                "make the plan anew, or set model.search=home"
+                "make the plan anew, or set model.search=local"
             )
         if held != count * dim:
-            raise ValueError(f"the sharding plan holds {held} values of table {name}, the model has {count} x {dim}")
+            raise UserError(f"the sharding plan holds {held} values of table {name}, the model has {count} x {dim}")
+
+
+def sharded_model(
+    settings: TrainSettings, manifest: Manifest, device: torch.device, plan: ShardingPlan | None = None
+) -> DistributedModelParallel:
+    """Plan and shard over the default process group; its weights are arbitrary until they are drawn or loaded.
+
+    Args:
+        settings: of the run.
+        manifest: of the data set, whose sizes decide those of the tables.
+        device: of this rank.
+        plan: to follow, for the same number of ranks; None: one is made.
+
+    Raises:
+        UserError: settings that do not fit the data, the device or each other; a plan that does not fit them.
+    """
+    model = build_model(settings.model, DataSizes.of(manifest, settings.stream), torch.device("meta"))
+    if plan is None:
+        bags = settings.stream.batch_size * (1 + sum(settings.model.retrieved.values()))
+        plan = make_plan(model, device, bags)
+    return shard(model, device, plan)

@@ -1,12 +1,22 @@
-"""What of the data decides the shapes of a model."""
+"""What of the data decides the shapes of a model.
+
+Whether a batch stays within the tables of a model.
+
+T = targets, M = behaviours of all users.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from embeddings.interval import INTERVAL_BUCKETS
+import torch
+from torch import Tensor
+
+from embeddings.batch import Batch
+from embeddings.features import INTERVAL_BUCKETS
+from schemas.errors import UserError
 from schemas.manifest import Manifest
-from schemas.model import Feature
+from schemas.model import INHERENT, Feature
 from schemas.stream import StreamSettings
 
 
@@ -41,7 +51,7 @@ class DataSizes:
         """Rows of a table of ``feature``, row 0 included; position needs to know the ``sequence``.
 
         Raises:
-            ValueError: the data does not have the feature.
+            UserError: the data does not have the feature.
         """
         counts: dict[Feature, int | None] = {
             "item": self.items,
@@ -53,5 +63,44 @@ class DataSizes:
         }
         count = counts[feature]
         if count is None:
-            raise ValueError(f"model.features: {feature} is not in this data set; it was prepared without that column")
+            raise UserError(f"model.features: {feature} is not in this data set; it was prepared without that column")
         return count + 1
+
+
+def check_bounds(batch: Batch, sizes: DataSizes) -> None:
+    """Refuse what would otherwise be read from outside of a table; one transfer from the device.
+
+    Raises:
+        UserError: the batch lacks a sequence, has an item or a category that the tables do not have, or a window
+            longer than N.
+    """
+    for sequence in sizes.lengths:
+        if sequence not in batch.histories:
+            raise UserError(
+                f"model.retrieved.{sequence}: not a sequence of {batch.origin}; it has {', '.join(batch.histories)}"
+            )
+    histories = {sequence: batch.histories[sequence] for sequence in sizes.lengths}
+    checked = [
+        [batch.item_T, *(history.item_M for history in histories.values())],
+        [batch.category_T, *(history.category_M for history in histories.values())],
+        *([history.end_T - history.start_T] for history in histories.values()),
+    ]
+    extremes = torch.stack([_extremes(values) for values in checked]).tolist()
+    for feature, (low, high) in zip(INHERENT, extremes, strict=False):
+        rows = sizes.rows(feature)
+        if low < 0 or high >= rows:
+            wrong = low if low < 0 else high
+            raise UserError(f"{batch.origin}: {feature} {wrong}, but the {feature} tables have {rows} rows")
+    for (sequence, allowed), (_, longest) in zip(sizes.lengths.items(), extremes[len(INHERENT) :], strict=True):
+        if longest > allowed:
+            raise UserError(
+                f"{batch.origin}: a history of {longest} behaviours in {sequence}; the model was built for {allowed}"
+            )
+
+
+def _extremes(values: list[Tensor]) -> Tensor:
+    """The least and the greatest of all values and 0, int64 (2,)."""
+    each = [torch.stack(part.aminmax()).long() for part in values if len(part)]
+    zero = values[0].new_zeros(2, dtype=torch.int64)
+    both = torch.stack([zero, *each])
+    return torch.stack([both[:, 0].min(), both[:, 1].max()])

@@ -6,19 +6,12 @@ from typing import Annotated
 
 import typer
 
-from jobs.bench import bench
-from jobs.compare import compare
-from jobs.evaluate import evaluate
+from benchmarks.cli import bench
+from jobs.data import inspect, prepare, stream, synth
 from jobs.experiment import experiment
-from jobs.inspect import inspect
-from jobs.models import models
-from jobs.plan import plan
-from jobs.prepare import prepare
-from jobs.runs import runs
-from jobs.score import score
-from jobs.stream import stream
-from jobs.synth import synth
-from jobs.train import train
+from jobs.planning import plan
+from jobs.runs import compare, models, runs
+from jobs.training import evaluate, score, train
 from jobs.versions import check_versions
 from pipeline.versions import versions
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from schemas.errors import UserError
+
 if TYPE_CHECKING:
     from pipeline.experiment.results import Result
     from schemas.experiment import ExperimentSettings
@@ -35,14 +37,12 @@ def experiment(
     settings, recipe = load_experiment(file)
     given = _folders(data or [])
 
-    from pipeline.experiment.cells import cells_of, refuse_changed
+    from pipeline.experiment.cells import cells_of, check_names, parameters_of, refuse_changed
     from pipeline.experiment.data_sets import check_sources, opened
-    from pipeline.experiment.documents import Documents
     from pipeline.experiment.floor import below, read_floor
-    from pipeline.experiment.folder import held, write_settings
+    from pipeline.experiment.folder import Documents, held, write_settings
     from pipeline.experiment.progress import Progress
     from pipeline.experiment.runner import run_cells
-    from pipeline.experiment.sizes import check_names, parameters_of
 
     out, dare = out.absolute(), [sys.executable, "-m", "jobs.cli"]
     floor = read_floor(check, settings.name) if check else None
@@ -77,23 +77,23 @@ def load_experiment(file: str) -> "tuple[ExperimentSettings, Path | None]":
         file: path, or name of a shipped one.
 
     Raises:
-        ValueError: it is not there, or impossible.
+        UserError: it is not there, or impossible.
     """
     from schemas.experiment import ExperimentSettings
     from schemas.settings import load_settings
 
     path = SHIPPED.get(file, Path(file))
     if not path.is_file():
-        raise ValueError(f"{file}: no such settings file, and not a shipped experiment; those are {', '.join(SHIPPED)}")
+        raise UserError(f"{file}: no such settings file, and not a shipped experiment; those are {', '.join(SHIPPED)}")
     try:
         settings = load_settings(ExperimentSettings, _extended(path))
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
     if settings.recipe is None:
         return settings, None
     recipe = RECIPES.get(settings.recipe, path.parent / settings.recipe)
     if not recipe.is_file():
-        raise ValueError(f"{file}: recipe: {recipe} is not there; shipped are {', '.join(RECIPES)}")
+        raise UserError(f"{file}: recipe: {recipe} is not there; shipped are {', '.join(RECIPES)}")
     return settings, recipe
 
 
@@ -102,17 +102,17 @@ def _extended(file: Path, below: tuple[Path, ...] = ()) -> list[Path]:
     import yaml
 
     if file.resolve() in below:
-        raise ValueError(f"extends: {file} extends itself, at once or by way of others")
+        raise UserError(f"extends: {file} extends itself, at once or by way of others")
     if not file.is_file():
         return [file]  # what reads it says so
     with file.open() as stream:  # a stream, so that a mistake names the file
         try:
             content = yaml.safe_load(stream)
         except yaml.YAMLError as error:
-            raise ValueError(f"cannot be read: {' '.join(str(error).split())}") from None
+            raise UserError(f"cannot be read: {' '.join(str(error).split())}") from None
     bases = content.get("extends", []) if isinstance(content, dict) else []
     if not isinstance(bases, list):
-        raise ValueError(f"extends: a list of files is wanted, not {bases!r}, in {file}")
+        raise UserError(f"extends: a list of files is wanted, not {bases!r}, in {file}")
     found = [_extended(file.parent / str(base), (*below, file.resolve())) for base in bases]
     return [*(each for files in found for each in files), file]
 
@@ -122,7 +122,7 @@ def _folders(texts: Sequence[str]) -> dict[str, Path]:
     for text in texts:
         name, given, folder = text.partition("=")
         if not (name and given and folder):
-            raise ValueError(f"--data {text}: is written NAME=FOLDER")
+            raise UserError(f"--data {text}: is written NAME=FOLDER")
         folders[name] = Path(folder).absolute()
     return folders
 
@@ -162,11 +162,11 @@ def _end(results: "Sequence[Result]", complete: bool, faults: Sequence[str]) -> 
     """Raises where not all is well."""
     finished = sum(result.state == "finished" for result in results)
     if not complete:
-        raise ValueError(f"stopped, {finished} of {len(results)} cells are finished; the same command goes on")
+        raise UserError(f"stopped, {finished} of {len(results)} cells are finished; the same command goes on")
     failed = [result for result in results if result.state == "failed"]
     if failed:
-        raise ValueError(
+        raise UserError(
             f"{len(failed)} of {len(results)} cells failed, the first in {failed[0].run}: {failed[0].error}"
         )
     if faults:
-        raise ValueError(f"accuracy: {'; '.join(faults)}")
+        raise UserError(f"accuracy: {'; '.join(faults)}")

@@ -1,5 +1,13 @@
-"""Runs a command's work on all ranks: alone, or under `python -m torch.distributed.run`; tells a failure once."""
+"""Runs a command's work on all ranks: alone, or under `python -m torch.distributed.run`; tells a failure once.
 
+Memory of large tensors on a CPU, kept for the next ones.
+
+glibc takes blocks of 32 MiB and more from the kernel one by one and gives each back when it is freed, so that every
+large tensor of every step is made of new pages, which the kernel has to clear first. With many behaviours a batch that
+may take as long as computing: SIM (soft) with 64 floats a feature trained 1.6 times as fast without.
+"""
+
+import ctypes
 import logging
 import os
 import sys
@@ -14,10 +22,9 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from embeddings.process_group import leave, process_group
-from jobs.heap import keep_large_blocks
+from embeddings.distributed.process_group import leave, process_group
 from jobs.versions import fbgemm_has_cuda
-from pipeline.error_line import error_line
+from pipeline.errors import error_line
 
 LINGER_S = 5.0
 """The failing rank that keeps the store waits so long for others that fail for the same reason."""
@@ -84,3 +91,19 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+# <malloc.h>
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+
+def keep_large_blocks() -> None:
+    """Take large blocks from the heap and keep it; the process holds the most memory that it ever had.
+
+    Does nothing where the C library has no `mallopt`.
+    """
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,4 +1,9 @@
-"""`dare runs`: how the runs below a folder are doing."""
+"""`dare runs`: how the runs below a folder are doing.
+
+`dare compare`: finished runs side by side.
+
+`dare models`: the models that `dare train model=NAME` knows.
+"""
 
 import json as json_format
 import sys
@@ -17,7 +22,7 @@ def runs(
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.runs import find_runs, run_state
+    from pipeline.runs.listing import find_runs, run_state
 
     found = [run_state(path) for path in find_runs(folder)]
     if not found:
@@ -44,3 +49,49 @@ def runs(
 
 def _going_on(checkpoint_step: int | None) -> str:
     return "begins anew" if checkpoint_step is None else f"goes on after step {checkpoint_step}"
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
+) -> None:
+    """Print the test metrics of runs, and the settings in which they differ."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.runs.comparison import METRICS, distinct_names
+    from pipeline.runs.comparison import compare as side_by_side
+
+    rows = side_by_side(runs)
+    keys = list(rows[0]["settings"])
+    table = Table("run", "model", *(name.replace("_", " ") for name in METRICS), *keys)
+    for row, name in zip(rows, distinct_names(runs), strict=True):
+        settings = ["" if row["settings"][key] is None else str(row["settings"][key]) for key in keys]
+        metrics = ["" if row[name] is None else f"{row[name]:.4f}" for name in METRICS]
+        table.add_row(name, row["model"], *metrics, *settings)
+    # Where nobody looks, lines are as long as they need to be.
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    if json:
+        print(json_format.dumps({"runs": rows}))
+
+
+def models(
+    json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
+) -> None:
+    """List the models: what each is, and where it searches."""
+    from embeddings.models import MODELS
+
+    rows = [
+        {
+            "name": name,
+            "summary": (model.__doc__ or "").strip().splitlines()[0].rstrip(".").replace("``", ""),
+            "searched": model.searched,
+            "tables": len({*vars(model.roles).values()}),
+        }
+        for name, model in MODELS.items()
+    ]
+    wide = max(len(str(row["name"])) for row in rows)
+    for row in rows:
+        print(f"{row['name']:{wide}}  {row['summary']} (search: {row['searched']})")
+    if json:
+        print(json_format.dumps({"models": rows}))

@@ -35,11 +35,11 @@ class Costs(Settings):
     bag: NonNegativeFloat = 0.1
     """A bag of a lookup, empty ones too."""
     id: NonNegativeFloat = 0.2
-    """Finding the shard of an id, whether it is asked for already, and its row's place at home."""
+    """Finding the shard of an id, whether it is asked for already, and its row's place locally."""
     behavior: NonNegativeFloat = 0.3
     """A behaviour's way to its shard: finding it, making its columns, taking them apart there."""
     pair: NonNegativeFloat = 0.1
-    """Scoring and ranking a (target, behaviour) pair at home, the products aside."""
+    """Scoring and ranking a (target, behaviour) pair locally, the products aside."""
     scan: NonNegativeFloat = 0.05
     """The same in the fused search on a shard."""
     cross: NonNegativeFloat = 0.05

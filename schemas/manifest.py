@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from schemas.errors import UserError
 from schemas.shards import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
@@ -94,20 +95,20 @@ class Manifest(_Record):
         """Read the manifest of ``folder`` and check that its files are there with their sizes.
 
         Raises:
-            ValueError: no manifest, another schema version, a file that is missing or of another size.
+            UserError: no manifest, another schema version, a file that is missing or of another size.
         """
         path = folder / MANIFEST
         if not path.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{folder}: no {MANIFEST}: not a data set, or one that was never finished; run `dare prepare`"
             )
         try:
             content = json.loads(path.read_text())
         except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error}); prepare the data set again") from None
+            raise UserError(f"{path}: not JSON ({error}); prepare the data set again") from None
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
-            raise ValueError(
+            raise UserError(
                 f"{path}: schema version {version!r}, this program reads version {SCHEMA_VERSION}; "
                 "prepare the data set again or use the program that wrote it"
             )
@@ -116,15 +117,15 @@ class Manifest(_Record):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{path}: {where}: {first['msg']}; prepare the data set again") from None
+            raise UserError(f"{path}: {where}: {first['msg']}; prepare the data set again") from None
         for file in (*manifest.shards, *manifest.files):
             if not (folder / file.path).is_file():
-                raise ValueError(
+                raise UserError(
                     f"{folder}: {file.path} is missing, but stands in the manifest; prepare the data set again"
                 )
             size = (folder / file.path).stat().st_size
             if size != file.bytes:
-                raise ValueError(
+                raise UserError(
                     f"{folder}: {file.path} is {size} bytes, in the manifest {file.bytes}; prepare the data set again"
                 )
         return manifest
@@ -133,11 +134,11 @@ class Manifest(_Record):
         """Compare every file's checksum with the manifest's.
 
         Raises:
-            ValueError: a file differs.
+            UserError: a file differs.
         """
         for file in (*self.shards, *self.files):
             if sha256(folder / file.path) != file.sha256:
-                raise ValueError(
+                raise UserError(
                     f"{folder}: {file.path} differs from the checksum in the manifest; prepare the data set again"
                 )
 

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from schemas.settings import Settings
+from schemas.settings import Settings, renamed
 
 Feature = Literal["item", "category", "position", "interval", "behavior", "scene"]
 """What a behaviour is described by; each feature has a table of its own in every set of tables."""
@@ -83,10 +83,11 @@ class ModelSettings(Settings):
     Each sequence has its own attention and pooling, and the prediction sees all of them. Their lengths N are the
     stream's.
     """
-    search: Literal["shard", "home"] = "shard"
+    search: Literal["shard", "local"] = "shard"
     """Where behaviours are scored and pooled. ``shard``: where the rows are; ids travel there, the K best come back.
-    ``home``: where the sample is; the rows of all behaviours travel there, as ``auxiliary_loss`` needs them. A model
-    whose score is no dot product of rows searches at home either way."""
+    ``local``: on the rank that has the sample; the rows of all behaviours travel there, as ``auxiliary_loss`` needs
+    them. A model whose score is no dot product of rows searches locally either way. Before version 0.2 ``local`` was
+    called ``home``, which is still read."""
     communication: Communication = "fp32"
     """How rows, pooled vectors and scores travel between ranks; ids and the weights of a pooling travel as they are.
     In 16 bits they are half as many bytes, rounded on the way; gradients of rows then travel as bf16."""
@@ -100,6 +101,11 @@ class ModelSettings(Settings):
     """Widths of the prediction's hidden layers."""
     auxiliary_loss: bool = False
     """Add the loss of a second prediction from attention over the whole history, not the K retrieved alone."""
+
+    @field_validator("search", mode="before")
+    @classmethod
+    def _search_home_is_local(cls, value: object) -> object:
+        return renamed("model.search", value, {"home": "local"})
 
     @model_validator(mode="after")
     def _features_are_usable(self) -> Self:
@@ -117,6 +123,7 @@ class ModelSettings(Settings):
     def _auxiliary_loss_needs_all_rows_at_home(self) -> Self:
         if self.auxiliary_loss and self.search == "shard":
             raise ValueError(
-                "auxiliary_loss needs the rows of all behaviours: set model.search=home (or model.auxiliary_loss=false)"
+                "auxiliary_loss needs the rows of all behaviours: "
+                "set model.search=local (or model.auxiliary_loss=false)"
             )
         return self

@@ -1,6 +1,8 @@
 """Settings: YAML files, then ``key=value`` overrides, checked once, then frozen. OmegaConf reads, pydantic checks."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -10,6 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 from yaml import YAMLError
 
+from schemas.errors import UserError
+
 
 class Settings(BaseModel):
     """Base of every settings class: unknown keys are errors, nothing changes after validation."""
@@ -18,6 +22,27 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+
+_NOTICES = logging.getLogger("dare.settings")
+
+
+def renamed(key: str, value: object, names: Mapping[str, str]) -> object:
+    """Today's name of a setting's value that had another one in an earlier version; says so in one line, once.
+
+    Args:
+        key: dotted key of the setting, for the notice.
+        value: as it was given.
+        names: former name -> today's name.
+    """
+    if not isinstance(value, str) or value not in names:
+        return value
+    _notice(f"{key}={value} is called {key}={names[value]} now; both mean the same")
+    return names[value]
+
+
+@cache
+def _notice(line: str) -> None:
+    _NOTICES.warning(line)
 
 
 def load_settings(
@@ -32,17 +57,17 @@ def load_settings(
         values: settings that come from elsewhere (command-line options), as nested dictionaries.
 
     Raises:
-        ValueError: a missing file or one that is no YAML, an unknown key, an impossible value, something else where a
+        UserError: a missing file or one that is no YAML, an unknown key, an impossible value, something else where a
             section belongs; says what is allowed.
     """
     merged: DictConfig | ListConfig | TupleConfig = OmegaConf.create({})
     try:
         for file in files:
             if not file.is_file():
-                raise ValueError(f"{file}: no such settings file")
+                raise UserError(f"{file}: no such settings file")
             content = yaml.safe_load(file.read_text()) or {}
             if not isinstance(content, dict):
-                raise ValueError(f"{file}: settings are a mapping of keys to values, this is something else")
+                raise UserError(f"{file}: settings are a mapping of keys to values, this is something else")
             refuse_flat_sections(kind, content, f"{file}: ")
             part = OmegaConf.load(file)
             merged = OmegaConf.merge(merged, part)
@@ -50,11 +75,11 @@ def load_settings(
             merged = OmegaConf.merge(merged, values)
         for override in overrides:
             if "=" not in override.lstrip("="):
-                raise ValueError(f"{override!r}: an override is written key=value")
+                raise UserError(f"{override!r}: an override is written key=value")
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([_in_full(override) for override in overrides]))
         content = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(f"settings cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"settings cannot be read: {' '.join(str(error).split())}") from None
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -62,7 +87,7 @@ def load_settings(
         # A list whose only entry is wrong is too short besides, says pydantic.
         wrong = {problem["loc"][:-1] for problem in problems}
         told = [each for each in problems if each["type"] != "too_short" or each["loc"] not in wrong]
-        raise ValueError("; ".join(_explain(kind, dict(problem)) for problem in told[:3])) from None
+        raise UserError("; ".join(_explain(kind, dict(problem)) for problem in told[:3])) from None
 
 
 def refuse_flat_sections(kind: type[Settings], values: Mapping[str, Any], where: str) -> None:
@@ -74,14 +99,14 @@ def refuse_flat_sections(kind: type[Settings], values: Mapping[str, Any], where:
         where: what the message says before the key.
 
     Raises:
-        ValueError: names the key.
+        UserError: names the key.
     """
     for name, field in kind.model_fields.items():
         section = field.annotation
         if name not in values or not (isinstance(section, type) and issubclass(section, Settings)):
             continue
         if not isinstance(values[name], Mapping):
-            raise ValueError(f"{where}{name}: a mapping of settings is wanted, not {values[name]!r}")
+            raise UserError(f"{where}{name}: a mapping of settings is wanted, not {values[name]!r}")
         refuse_flat_sections(section, values[name], f"{where}{name}.")
 
 

@@ -54,7 +54,7 @@ class Definition:
             "category": int(history.category_M[m]),
             "position": int(history.end_T[t]) - m,
             "interval": min(33, 1 + math.floor(math.log2(1 + max(0, gone)))),
-            "behavior": int(history.behavior_M[m]),
+            "behavior": int(history.behavior_type_M[m]),
             "scene": int(history.scene_M[m]),
         }
 

@@ -67,7 +67,7 @@ class ReferenceModel(nn.Module):
             "category": [int(history.category_M[m]) for m in window],
             "position": [len(window) - n for n in range(len(window))],
             "interval": [min(33, 1 + math.floor(math.log2(1 + max(0, gone)))) for gone in seconds],
-            "behavior": [int(history.behavior_M[m]) for m in window],
+            "behavior": [int(history.behavior_type_M[m]) for m in window],
             "scene": [int(history.scene_M[m]) for m in window],
         }
         return {feature: torch.tensor(rows[feature], dtype=torch.int64) for feature in self.features}

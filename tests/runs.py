@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from pipeline.train.step_log import read_step_log
+from pipeline.runs.run_folder import read_step_log
 from schemas.settings import load_settings
 from schemas.train import TrainSettings
-from tests.distributed import PRELOADED
+from tests.launcher import PRELOADED
 
 SMALL = (
     "epochs=2",

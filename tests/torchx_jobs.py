@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.train.step_log import read_step_log
+from pipeline.runs.run_folder import read_step_log
 from tests.datasets import random_users, write_dataset
 from tests.runs import SMALL
 

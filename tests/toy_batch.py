@@ -37,7 +37,7 @@ def toy_batch(
             item_M=ids(items, count),
             category_M=ids(categories, count),
             timestamp_M=torch.randint(0, 100_000, (count,), generator=draw),
-            behavior_M=ids(behaviors, count),
+            behavior_type_M=ids(behaviors, count),
             scene_M=ids(scenes, count),
             offset_U=offset_U,
             start_T=torch.maximum(offset_U[user_T], end_T - length),

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from embeddings.initialization import initialize
-from pipeline.sharded_model import sharded_model
+from embeddings.sharding import sharded_model
 from pipeline.stream.data_set import DataSet
 from pipeline.train.trainer import Trainer
 from schemas.train import TrainSettings

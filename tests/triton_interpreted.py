@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embeddings.search import cuda
-from embeddings.search.top_k import TopKImplementation, top_k
+from embeddings.search.topk import cuda
+from embeddings.search.topk.api import TopKImplementation, top_k
 from tests.top_k_inputs import assert_same, searches
 
 

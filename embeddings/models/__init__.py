@@ -8,11 +8,18 @@ from embeddings.models.din import Din, DinShort
 from embeddings.models.eta import Eta
 from embeddings.models.sdim import Sdim
 from embeddings.models.sim import SimHard, SimSoft
-from embeddings.models.twin import Twin, TwinFourTables, TwinHard, TwinWithoutProduct
-from embeddings.models.twin_gradients import TwinDuplicated, TwinGradientNormalization
-from embeddings.models.twin_maps import (
-    TwinPerceptron1,
-    TwinPerceptron2,
+from embeddings.models.twin import (
+    Twin,
+    TwinDuplicated,
+    TwinFourTables,
+    TwinGradientNormalization,
+    TwinHard,
+    TwinV2,
+    TwinWithoutProduct,
+)
+from embeddings.models.twin_projections import (
+    TwinMLP1,
+    TwinMLP2,
     TwinProjection,
     TwinProjectionCategory,
     TwinProjectionItem,
@@ -21,8 +28,8 @@ from embeddings.models.twin_maps import (
     TwinProjectionShared,
     TwinProjectionSmall,
 )
-from embeddings.models.twin_v2 import TwinV2
 from embeddings.sizes import DataSizes
+from schemas.errors import UserError
 from schemas.model import ModelSettings
 
 MODELS: dict[str, type[CtrModel]] = {
@@ -41,8 +48,8 @@ MODELS: dict[str, type[CtrModel]] = {
     "twin-projection-category": TwinProjectionCategory,
     "twin-projection-item": TwinProjectionItem,
     "twin-projection-small": TwinProjectionSmall,
-    "twin-mlp-1": TwinPerceptron1,
-    "twin-mlp-2": TwinPerceptron2,
+    "twin-mlp-1": TwinMLP1,
+    "twin-mlp-2": TwinMLP2,
     "twin-gradient-normalization": TwinGradientNormalization,
     "twin-duplicated": TwinDuplicated,
     "din": Din,
@@ -68,12 +75,12 @@ def build_model(
         table_device: where its tables are; ``meta`` for a model that will be sharded, or only planned.
 
     Raises:
-        ValueError: an unknown model, settings that the model or the data does not fit.
+        UserError: an unknown model, settings that the model or the data does not fit.
     """
     if settings.name not in MODELS:
-        raise ValueError(f"model.name: must be one of {', '.join(sorted(MODELS))} (not {settings.name!r})")
+        raise UserError(f"model.name: must be one of {', '.join(sorted(MODELS))} (not {settings.name!r})")
     if set(settings.retrieved) != set(sizes.lengths):
-        raise ValueError(
+        raise UserError(
             f"model.retrieved: must name the stream's sequences, {', '.join(sizes.lengths)} "
             f"(not {', '.join(settings.retrieved)})"
         )

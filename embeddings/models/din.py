@@ -4,30 +4,29 @@ from typing import ClassVar
 
 from torch import nn
 
-from embeddings.batch import Batch
+from embeddings.batch import Batch, Selection
+from embeddings.layers.scoring import DinScore
 from embeddings.model import SearchPlace
 from embeddings.models.twin import Twin
-from embeddings.scoring import PerceptronScore
 from embeddings.search.by_category import latest
-from embeddings.search.selection import Selection
-from embeddings.tables import AllCrossRows
+from embeddings.tables.collections import AllCrossRows
 
 
 class Din(Twin):
     """Attention by a perceptron over target and behaviour; search by the same score."""
 
-    searched: ClassVar[SearchPlace] = "at home"
+    searched: ClassVar[SearchPlace] = "locally"
     without = frozenset({"position"})
 
     def make_scoring(self) -> nn.Module:
         """A perceptron."""
-        return PerceptronScore(sum(self.represented_dims().values()))
+        return DinScore(sum(self.represented_dims().values()))
 
 
 class DinShort(Din):
     """DIN over the K latest behaviours, without a search: the floor."""
 
-    searched = "by ids alone"
+    searched = "ids"
 
     def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
         """The latest; no rows are looked up."""

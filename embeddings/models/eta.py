@@ -2,18 +2,18 @@
 
 from typing import ClassVar
 
-from embeddings.batch import Batch
+from embeddings.batch import Batch, Selection
+from embeddings.layers.simhash import Signature
 from embeddings.model import SearchPlace
 from embeddings.models.twin import Twin
-from embeddings.search.selection import Selection
-from embeddings.search.signature import Signature, search_by_signature
-from embeddings.tables import AllCrossRows
+from embeddings.search.local import search_by_signature
+from embeddings.tables.collections import AllCrossRows
 
 
 class Eta(Twin):
     """Search by the Hamming distance of ``hash_bits`` random projections' signs, attention as TWIN."""
 
-    searched: ClassVar[SearchPlace] = "at home"
+    searched: ClassVar[SearchPlace] = "locally"
 
     def make_modules(self) -> None:
         """The random projections of item and category rows."""

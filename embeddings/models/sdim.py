@@ -7,23 +7,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from embeddings.batch import Selection
+from embeddings.features import Rows
+from embeddings.layers.pooling import weighted_sum
 from embeddings.models.eta import Eta
-from embeddings.representation import weighted_sum
-from embeddings.rows import Rows
-from embeddings.search.selection import Selection
+from schemas.errors import UserError
 
 
 class Sdim(Eta):
     """``hash_bits / hash_width`` rounds, each pooling the behaviours whose signature is the target's."""
 
-    searched = "nowhere"
+    searched = "none"
     attends_all = True
 
     def make_modules(self) -> None:
         """The random projections, so many a round."""
         super().make_modules()
         if self.settings.hash_bits % self.settings.hash_width:
-            raise ValueError(
+            raise UserError(
                 f"model.hash_bits: must be a multiple of hash_width, {self.settings.hash_width} "
                 f"(not {self.settings.hash_bits})"
             )

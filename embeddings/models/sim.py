@@ -8,22 +8,21 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from embeddings.batch import Batch
+from embeddings.batch import Batch, Selection
+from embeddings.features import Rows
+from embeddings.layers.projections import RowsMap
+from embeddings.layers.scoring import MappedDotProduct, MultiHeadScore
 from embeddings.model import SearchPlace
 from embeddings.models.twin import Twin
-from embeddings.rows import Rows
-from embeddings.rows_map import RowsMap
-from embeddings.scoring import MappedDotProduct, MultiHeadScore
 from embeddings.search.by_category import search_by_category
-from embeddings.search.home import search_at_home
-from embeddings.search.selection import Selection
-from embeddings.tables import AllCrossRows
+from embeddings.search.local import search_locally
+from embeddings.tables.collections import AllCrossRows
 
 
 class SimHard(Twin):
     """Hard search: the latest behaviours of the target's category, and only those; attention with two heads, no TR."""
 
-    searched: ClassVar[SearchPlace] = "by ids alone"
+    searched: ClassVar[SearchPlace] = "ids"
     needs_categories = True
     target_aware = False
     heads = 2
@@ -40,10 +39,10 @@ class SimHard(Twin):
 class SimSoft(SimHard):
     """Soft search by the product of mapped rows, which learns from an auxiliary prediction on the whole history."""
 
-    searched = "at home"
+    searched = "locally"
     needs_categories = False
     auxiliary_always = True
-    whole_heads = 1
+    auxiliary_heads = 1
 
     def make_modules(self) -> None:
         """The search's score: the scaled product of mapped rows, as ``(W_b e_i) . (W_a e_a)`` in equation 1."""
@@ -52,14 +51,14 @@ class SimSoft(SimHard):
         self.searching = MappedDotProduct(of_target, of_behavior)
 
     def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
-        """The K best by that score, at home: the auxiliary prediction brings all rows there in training."""
-        return search_at_home(self._all_rows(batch, cross), self.searching, self.settings.retrieved)
+        """The K best by that score, locally: the auxiliary prediction brings all rows there in training."""
+        return search_locally(self._all_rows(batch, cross), self.searching, self.settings.retrieved)
 
     def search_products(self, dim: int) -> int:
         """Of the mapped rows."""
         return dim
 
-    def whole_attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:
+    def auxiliary_attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:
         """That score itself, not its softmax, (T, N) (section 3.1)."""
         score_TN: Tensor = self.searching(target, behaviors)
         return score_TN * chosen.valid_TK

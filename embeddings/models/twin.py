@@ -1,10 +1,23 @@
-"""TWIN: one set of tables for attention and representation (arXiv 2302.02352), otherwise as DARE; and its variants."""
+"""TWIN: one set of tables for attention and representation (arXiv 2302.02352), otherwise as DARE; and its variants.
 
-from embeddings.batch import Batch
+TWIN-V2: a history is clustered, and a target attends to clusters (arXiv 2407.16357).
+
+TWIN whose tables see the gradients of attention and representation apart (DARE, figures 2 and 3, appendix C).
+"""
+
+import math
+
+from torch import Tensor
+
+from embeddings.batch import Batch, History, Selection
+from embeddings.gradient_routing import Combine, added, normalized, split_gradients
+from embeddings.layers.scoring import ScaledDotProduct
 from embeddings.model import CtrModel, TableRoles
 from embeddings.search.by_category import search_by_category
-from embeddings.search.selection import Selection
-from embeddings.tables import AllCrossRows
+from embeddings.search.clusters import log_counts
+from embeddings.search.local import search_locally
+from embeddings.tables.batch_rows import BatchRows
+from embeddings.tables.collections import AllCrossRows
 
 
 class Twin(CtrModel):
@@ -38,9 +51,55 @@ class TwinWithoutProduct(Twin):
 class TwinHard(Twin):
     """TWIN whose search keeps the latest of the target's category, then the latest others."""
 
-    searched = "by ids alone"
+    searched = "ids"
     needs_categories = True
 
     def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
         """By category; no rows are looked up."""
         return search_by_category(batch, self.settings.retrieved, filled=True)
+
+
+class TwinV2(Twin):
+    """TWIN over clusters of at most ``cluster_size`` behaviours; the score of each grows by the log of its size.
+
+    The behaviour nearest to the middle of its cluster, by item rows, stands for it (as categorical features in section
+    4.2). The paper clusters offline, from time to time; here it is done in each step, with the rows of that step.
+    """
+
+    scoring: ScaledDotProduct
+    searched = "locally"
+
+    def search_products(self, dim: int) -> int:
+        """Of the score, and of four passes over the item rows for each split of the longest window."""
+        item = self.tables.inherent_dims(self.roles.history_attention)["item"]
+        splits = math.ceil(math.log2(max(1, max(self.sizes.lengths.values()) / self.settings.cluster_size)))
+        return dim + 4 * item * splits
+
+    def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+        """The K clusters of the highest score, each by the behaviour that stands for it."""
+        rows = self._all_rows(batch, cross)
+        item = self.tables.inherent_dims(self.roles.history_attention)["item"]
+
+        def cluster_weights(rows_MD: Tensor, history: History) -> Tensor:
+            return log_counts(rows_MD[:, :item], history, self.settings.cluster_size)
+
+        return search_locally(rows, self.scoring, self.settings.retrieved, cluster_weights)
+
+
+class TwinDuplicated(Twin):
+    """TWIN with its tables read twice, once for each concern, and the sum of both gradients: it trains as TWIN does.
+
+    `combine` may be replaced by a function that looks at both gradients before it adds them.
+    """
+
+    combine: Combine = staticmethod(added)
+
+    def split_gradients(self, rows: BatchRows) -> tuple[BatchRows, BatchRows]:
+        """Two readings of the same rows."""
+        return split_gradients(rows, self.combine)
+
+
+class TwinGradientNormalization(TwinDuplicated):
+    """Attention's gradient of each shared table is scaled to the norm of representation's before they are added."""
+
+    combine: Combine = staticmethod(normalized)

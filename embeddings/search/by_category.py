@@ -7,10 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
-from embeddings.batch import Batch
-from embeddings.search.by_score import best_of_scores
+from embeddings.batch import Batch, Selection, gather_or_zeros
+from embeddings.search.local import best_of_scores
 from embeddings.search.pairs import Pairs
-from embeddings.search.selection import Selection, taken
 
 EXACT = 1 << 24
 """A float32 holds all integers below it."""
@@ -32,7 +31,7 @@ def search_by_category(batch: Batch, retrieved: Mapping[str, int], *, filled: bo
         history = batch.histories[sequence]
         pairs = Pairs(history.start_T, history.end_T, len(history.item_M))
         place_W = pairs.of_behaviors(torch.arange(len(history.item_M), device=history.item_M.device))
-        same_W = taken(history.category_M, place_W) == pairs.of_targets(batch.category_T)
+        same_W = gather_or_zeros(history.category_M, place_W) == pairs.of_targets(batch.category_T)
         # Places within the window: they stay exact as floats, however many users a batch has.
         place_W = place_W - pairs.of_targets(history.start_T)
         longest = int((history.end_T - history.start_T).max()) if len(batch) else 0
@@ -47,7 +46,7 @@ def latest(batch: Batch, retrieved: Mapping[str, int]) -> dict[str, Selection]:
     found = {}
     for sequence, k in retrieved.items():
         history = batch.histories[sequence]
-        behavior_TK = history.end_T[:, None] - torch.arange(1, k + 1, device=history.end_T.device)
-        valid_TK = behavior_TK >= history.start_T[:, None]
-        found[sequence] = Selection(torch.where(valid_TK, behavior_TK, 0), valid_TK)
+        index_TK = history.end_T[:, None] - torch.arange(1, k + 1, device=history.end_T.device)
+        valid_TK = index_TK >= history.start_T[:, None]
+        found[sequence] = Selection(torch.where(valid_TK, index_TK, 0), valid_TK)
     return found

@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from embeddings.batch import History
-from embeddings.search.selection import Selection, taken
+from embeddings.batch import History, Selection, gather_or_zeros
 
 CHUNK_FLOATS = 1 << 24
 """So many floats of windows' rows are side by side at once."""
@@ -42,7 +41,7 @@ def log_counts(rows_MD: Tensor, history: History, size: int) -> Tensor:
 
 
 def _on_cpu(rows_MD: Tensor, history: History, size: int) -> Tensor:
-    from embeddings.search import clusters_cpu  # the compiler is loaded only by those who need it
+    from embeddings.search import clusters_kernel as clusters_cpu  # the compiler is loaded only by those who need it
 
     length_T = history.end_T - history.start_T
     first_T = length_T.cumsum(0) - length_T
@@ -66,13 +65,11 @@ def _on_cpu(rows_MD: Tensor, history: History, size: int) -> Tensor:
 def in_torch(rows_MD: Tensor, history: History, size: int) -> Tensor:
     """The same by operators of torch, on any device."""
     everything = Selection.everything(history)
-    longest = everything.behavior_TK.shape[1]
+    longest = everything.index_TK.shape[1]
     targets = max(1, CHUNK_FLOATS // max(1, longest * rows_MD.shape[1]))
     found = [rows_MD.new_empty(0)]
-    for behavior_TN, valid_TN in zip(
-        everything.behavior_TK.split(targets), everything.valid_TK.split(targets), strict=True
-    ):
-        rows_TND = taken(rows_MD, behavior_TN)
+    for index_TN, valid_TN in zip(everything.index_TK.split(targets), everything.valid_TK.split(targets), strict=True):
+        rows_TND = gather_or_zeros(rows_MD, index_TN)
         cluster_TN = _bisected(rows_TND, valid_TN, size)
         found.append(_log_counts(rows_TND, valid_TN, cluster_TN)[valid_TN])
     return torch.cat(found)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from embeddings.rows import Rows
+from embeddings.features import Rows
 from schemas.model import Feature
 
 CHUNK_PAIRS = 1 << 18
@@ -26,14 +26,14 @@ class Pairs:
         self._length_T, self.device = end_T - start_T, start_T.device
         self._before_T = before_T = self._length_T.cumsum(0) - self._length_T
         self.count = int(self._length_T.sum())
-        self._behavior_W: Tensor | None = None
+        self._index_W: Tensor | None = None
         # Of users with one target each, whose windows are whole histories, the pairs are the behaviours.
         if self.count != behaviors or not torch.equal(start_T, before_T):
-            self._behavior_W = torch.arange(self.count, device=start_T.device) + self.of_targets(start_T - before_T)
+            self._index_W = torch.arange(self.count, device=start_T.device) + self.of_targets(start_T - before_T)
 
-    def place(self, behavior_TK: Tensor, start_T: Tensor) -> Tensor:
+    def place(self, index_TK: Tensor, start_T: Tensor) -> Tensor:
         """Where among the W pairs each target's behaviours are, int64 (T, K); anywhere for an empty window."""
-        place_TK = (self._before_T - start_T)[:, None] + behavior_TK
+        place_TK = (self._before_T - start_T)[:, None] + index_TK
         return place_TK.clamp(max=max(0, self.count - 1))
 
     def of_targets(self, values_T: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class Pairs:
 
     def of_behaviors(self, values_M: Tensor) -> Tensor:
         """Each pair's behaviour's value, (W,)."""
-        return values_M if self._behavior_W is None else values_M.index_select(0, self._behavior_W)
+        return values_M if self._index_W is None else values_M.index_select(0, self._index_W)
 
 
 def search_rows(

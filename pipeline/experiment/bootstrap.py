@@ -1,4 +1,8 @@
-"""Paired bootstrap over users: how sure is it that one model's AUC is above another's.
+"""The predictions of a run, as `dare score` wrote them.
+
+N = samples, U = users.
+
+Paired bootstrap over users: how sure is it that one model's AUC is above another's.
 
 A replicate draws as many users as there are, with replacement. All models see the same draws, so the difference of two
 is known better than either (Efron and Tibshirani, An Introduction to the Bootstrap, chapters 8 and 16).
@@ -8,12 +12,37 @@ N = samples, U = users, R = replicates.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numba
 import numpy as np
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.experiment.predictions import Predictions
+
+@dataclass(frozen=True)
+class Predictions:
+    """Samples of a split."""
+
+    user_id_U: NDArray[np.int64]
+    """Ascending."""
+    user_N: NDArray[np.int64]
+    """Place in ``user_id_U``."""
+    label_N: NDArray[np.bool_]
+    score_N: NDArray[np.float32]
+
+    @property
+    def users(self) -> int:
+        """U."""
+        return len(self.user_id_U)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Predictions":
+        """Read what `pipeline.evaluate.score.score_run` wrote into ``folder``."""
+        table = pq.read_table(folder, columns=["user_id", "label", "score"])
+        user_id_U, user_N = np.unique(table["user_id"].to_numpy(), return_inverse=True)
+        return cls(user_id_U, user_N, table["label"].to_numpy().astype(bool), table["score"].to_numpy())
+
 
 REPLICATES = 2000
 SEED = 20

@@ -1,12 +1,23 @@
-"""The cells of an experiment: data set x model x dim x seed, each a run of `dare train` in a folder of its own."""
+"""The cells of an experiment: data set x model x dim x seed, each a run of `dare train` in a folder of its own.
 
+The models of an experiment, built on meta tables: that they can be, and how many parameters they have.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 
-from pipeline.run_folder import RunFolder, read_json
+from embeddings.models import MODELS, build_model
+from embeddings.sharding import check_tables
+from embeddings.sizes import DataSizes
+from pipeline.files import read_json
+from pipeline.runs.run_folder import RunFolder
+from schemas.errors import UserError
 from schemas.experiment import ExperimentSettings, ModelRow, folder_name
+from schemas.manifest import Manifest
 from schemas.settings import load_settings, refuse_flat_sections
 from schemas.train import TrainSettings, differing
 
@@ -69,7 +80,7 @@ def cells_of(experiment: ExperimentSettings, recipe: Path | None, out: Path) -> 
         out: folder of the experiment.
 
     Raises:
-        ValueError: settings that no run can have; names the row.
+        UserError: settings that no run can have; names the row.
     """
     refuse_flat_sections(TrainSettings, experiment.settings, "settings.")
     for label, row in experiment.models.items():
@@ -83,7 +94,7 @@ def cells_of(experiment: ExperimentSettings, recipe: Path | None, out: Path) -> 
                     try:
                         settings = _settings(experiment, recipe, row, dim, seed)
                     except ValueError as error:
-                        raise ValueError(f"models.{label}, d {dim}: {error}") from None
+                        raise UserError(f"models.{label}, d {dim}: {error}") from None
                     found.append(Cell(data, label, dim, seed, settings, folder))
     return found
 
@@ -108,7 +119,7 @@ def refuse_changed(cells: list[Cell], fingerprints: dict[str, str]) -> None:
         fingerprints: of the data sets, by name.
 
     Raises:
-        ValueError: a cell was begun with other settings or another data set.
+        UserError: a cell was begun with other settings or another data set.
     """
     for cell in cells:
         if not (cell.run.settings_file.is_file() and cell.run.data_file.is_file()):
@@ -121,7 +132,57 @@ def refuse_changed(cells: list[Cell], fingerprints: dict[str, str]) -> None:
         trained_on = read_json(cell.run.data_file).get("fingerprint")
         if changed or trained_on != fingerprints[cell.data]:
             reason = ", ".join(f"{key} is {now!r}, was {before!r}" for key, (now, before) in changed.items())
-            raise ValueError(
+            raise UserError(
                 f"{cell}: it was run with other settings: {reason or 'another data set'}; "
                 f"remove {cell.folder} to run it anew, or choose another --out"
             )
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of weights."""
+
+    tables: int
+    dense: int
+
+
+def check_names(cells: Sequence[Cell]) -> None:
+    """All models must be known.
+
+    Raises:
+        UserError: one is not; lists those that are.
+    """
+    for cell in cells:
+        if cell.settings.model.name not in MODELS:
+            raise UserError(
+                f"{cell.label}: model must be one of {', '.join(sorted(MODELS))} (not {cell.settings.model.name!r})"
+            )
+
+
+def parameters_of(
+    cells: Sequence[Cell], manifests: Mapping[str, Manifest], device: str
+) -> dict[tuple[str, str, int], Parameters]:
+    """By data set, label and dim.
+
+    Args:
+        cells: of the experiment.
+        manifests: of the data sets, by name.
+        device: that the cells will be trained on, ``cpu`` or ``cuda``.
+
+    Raises:
+        UserError: a model that does not fit the data, its settings or the device.
+    """
+    found: dict[tuple[str, str, int], Parameters] = {}
+    for cell in cells:
+        key = cell.data, cell.label, cell.dim
+        if key in found:
+            continue
+        try:
+            sizes = DataSizes.of(manifests[cell.data], cell.settings.stream)
+            model = build_model(cell.settings.model, sizes, torch.device("meta"))
+            check_tables(model, device)
+        except ValueError as error:
+            raise UserError(f"{cell}: {error}") from None
+        tables = sum(weight.numel() for weight in model.tables.parameters())
+        found[key] = Parameters(tables, sum(weight.numel() for weight in model.parameters()) - tables)
+    return found

@@ -14,10 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from pipeline.experiment.comparison import Column, grouped
+from pipeline.experiment.pairs import Column, grouped
 from pipeline.experiment.results import Result
-from pipeline.run_folder import RunFolder
-from pipeline.train.step_log import read_step_log
+from pipeline.runs.run_folder import RunFolder, read_step_log
 
 _COLORS = plt.get_cmap("tab20")
 

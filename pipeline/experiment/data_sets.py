@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.experiment.child import Child, stop_all
-from pipeline.run_folder import write_whole
+from pipeline.files import write_whole
 from pipeline.stream.data_set import DataSet
-from pipeline.train.stop_signal import StopSignal
+from pipeline.train.trainer import StopSignal
+from schemas.errors import UserError
 from schemas.experiment import DataSource
 from schemas.prepare import PRESETS, PrepareSettings
 from schemas.settings import load_settings
@@ -23,11 +24,11 @@ def check_sources(sources: Mapping[str, DataSource], given: Mapping[str, Path]) 
         given: folders that take the place of a source.
 
     Raises:
-        ValueError: one is not and cannot; says what to do.
+        UserError: one is not and cannot; says what to do.
     """
     for name in given:
         if name not in sources:
-            raise ValueError(f"--data {name}=...: the experiment has no such data set; it has {', '.join(sources)}")
+            raise UserError(f"--data {name}=...: the experiment has no such data set; it has {', '.join(sources)}")
     for name, source in sources.items():
         folder = given.get(name) or (Path(source.folder) if source.folder else None)
         if folder is not None:
@@ -39,13 +40,13 @@ def check_sources(sources: Mapping[str, DataSource], given: Mapping[str, Path]) 
 def _check_preset(name: str, source: DataSource) -> None:
     assert source.preset is not None
     if source.preset not in PRESETS:
-        raise ValueError(f"data.{name}.preset: must be one of {', '.join(PRESETS)} (not {source.preset!r})")
+        raise UserError(f"data.{name}.preset: must be one of {', '.join(PRESETS)} (not {source.preset!r})")
     try:
         load_settings(PrepareSettings, [PRESETS[source.preset]], source.prepare)
     except ValueError as error:
         if "events.files" not in str(error):
-            raise ValueError(f"data.{name}.prepare: {error}") from None
-        raise ValueError(
+            raise UserError(f"data.{name}.prepare: {error}") from None
+        raise UserError(
             f"data.{name}: its log does not come with this program; prepare it, "
             f"dare prepare --preset {source.preset} --events FILE --out FOLDER, and give --data {name}=FOLDER"
         ) from None
@@ -63,7 +64,7 @@ def opened(
         dare: the command, such as ``python -m jobs.cli``.
 
     Raises:
-        ValueError: one cannot be made, or was made otherwise before.
+        UserError: one cannot be made, or was made otherwise before.
     """
     found = {}
     for name, source in sources.items():
@@ -77,7 +78,7 @@ def _made(name: str, source: DataSource, parent: Path, dare: Sequence[str]) -> P
     definition = json.dumps({key: value for key, value in flat(source).items() if value is not None}, indent=1) + "\n"
     if folder.is_dir():
         if not recipe.is_file() or recipe.read_text() != definition:
-            raise ValueError(
+            raise UserError(
                 f"{folder} was made with other settings than data.{name} has now; "
                 "remove it to make it anew, or choose another --out"
             )
@@ -104,8 +105,8 @@ def _do(name: str, command: Sequence[str], log: Path) -> None:
         try:
             while child.wait(1) is None:
                 if stop.received:
-                    raise ValueError("stopped while a data set was made; the same command goes on")
+                    raise UserError("stopped while a data set was made; the same command goes on")
         finally:
             stop_all([child])
     if child.code:
-        raise ValueError(f"data.{name}: {child.complaint()}; see {log}")
+        raise UserError(f"data.{name}: {child.complaint()}; see {log}")

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from pipeline.experiment.comparison import grouped
+from pipeline.experiment.pairs import grouped
 from pipeline.experiment.results import Result
+from schemas.errors import UserError
 from schemas.experiment import AccuracyFloor
 from schemas.settings import load_settings
 
@@ -14,14 +15,14 @@ def read_floor(file: Path, experiment: str) -> AccuracyFloor:
     """Read the file.
 
     Raises:
-        ValueError: not such a file, or of another experiment.
+        UserError: not such a file, or of another experiment.
     """
     try:
         floor = load_settings(AccuracyFloor, [file])
     except ValueError as error:
-        raise ValueError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from None
+        raise UserError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from None
     if floor.experiment != experiment:
-        raise ValueError(f"{file}: is of the experiment {floor.experiment}, not of {experiment}")
+        raise UserError(f"{file}: is of the experiment {floor.experiment}, not of {experiment}")
     return floor
 
 

@@ -1,14 +1,26 @@
-"""The folder of an experiment: whose it is, and that one runner at a time works in it."""
+"""The folder of an experiment: whose it is, and that one runner at a time works in it.
+
+What the folder of an experiment says of its cells: results and report, written anew as cells end.
+"""
 
 import fcntl
 import os
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from pipeline.run_folder import write_whole
+from pipeline.errors import error_line
+from pipeline.experiment.cells import Cell, Parameters
+from pipeline.experiment.pairs import Comparison, Pair
+from pipeline.experiment.report import write_report
+from pipeline.experiment.results import Result, result_of, write_results
+from pipeline.files import write_whole
+from schemas.errors import UserError
 from schemas.experiment import ExperimentSettings
 from schemas.settings import load_settings
 
@@ -20,24 +32,24 @@ def held(out: Path, experiment: ExperimentSettings) -> Iterator[None]:
     """Hold the folder until the block or the process ends; a new one gets the experiment's settings.
 
     Raises:
-        ValueError: another runner holds it, or it is something else's, or another experiment's.
+        UserError: another runner holds it, or it is something else's, or another experiment's.
     """
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; --out names a folder")
+        raise UserError(f"{out} is a file; --out names a folder")
     file = out / SETTINGS
     if out.is_dir() and any(out.iterdir()) and not file.is_file():
-        raise ValueError(f"{out} is not empty and not the folder of an experiment; choose another one")
+        raise UserError(f"{out} is not empty and not the folder of an experiment; choose another one")
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is running the experiment in {out}; wait for it or stop it") from None
+            raise UserError(f"another process is running the experiment in {out}; wait for it or stop it") from None
         begun = file.is_file() and (out / "runs").is_dir()  # else it was refused before anything ran
         former = load_settings(ExperimentSettings, [file]).name if begun else experiment.name
         if former != experiment.name:
-            raise ValueError(f"{out} holds the experiment {former}, not {experiment.name}; choose another folder")
+            raise UserError(f"{out} holds the experiment {former}, not {experiment.name}; choose another folder")
         if not file.is_file():
             write_settings(out, experiment)
         yield
@@ -49,3 +61,82 @@ def write_settings(out: Path, experiment: ExperimentSettings) -> None:
     """Write the experiment's settings into its folder."""
     content = OmegaConf.create(experiment.model_dump(mode="json", exclude_none=True))
     write_whole(out / SETTINGS, OmegaConf.to_yaml(content))
+
+
+REPORT_EVERY_S = 60.0
+"""While cells run, the report is written at most so often."""
+
+
+class Documents:
+    """Writes `results.parquet`, `report.md` and `report.html`.
+
+    Args:
+        out: folder of the experiment.
+        experiment: its settings.
+        cells: all of them.
+        parameters: as `parameters_of` returns them.
+        command: that was given, for the report.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        experiment: ExperimentSettings,
+        cells: Sequence[Cell],
+        parameters: Mapping[tuple[str, str, int], Parameters],
+        command: str,
+    ) -> None:
+        self._out, self._experiment, self._cells = out, experiment, cells
+        self._parameters, self._command = parameters, command
+        self._comparison = Comparison(out)
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self._reported = -REPORT_EVERY_S
+
+    def cell_ended(self) -> None:
+        """Write the results, and have a thread write the report if the last one is not new.
+
+        A thread, for the comparison of many users takes a while; and what cannot be written now is told and no more,
+        for other cells run.
+        """
+        with _told():
+            results = self._results()
+            busy = self._writing is not None and not self._writing.done()
+            if not busy and time.monotonic() - self._reported > REPORT_EVERY_S:
+                self._reported = time.monotonic()
+                self._writing = self._thread.submit(self._try_to_report, results)
+
+    def write(self) -> tuple[list[Result], list[Pair]]:
+        """Write everything, and return what it says.
+
+        Raises:
+            OSError: a file that cannot be written.
+            UserError: predictions of one data set that are not of the same users.
+        """
+        self._thread.shutdown()
+        results = self._results()
+        return results, self._report(results)
+
+    def _try_to_report(self, results: Sequence[Result]) -> None:
+        with _told():
+            self._report(results)
+
+    def _results(self) -> list[Result]:
+        results = [
+            result_of(cell, self._parameters[cell.data, cell.label, cell.dim], self._out) for cell in self._cells
+        ]
+        write_results(results, self._out / "results.parquet")
+        return results
+
+    def _report(self, results: Sequence[Result]) -> list[Pair]:
+        pairs = self._comparison.pairs(results)
+        write_report(self._out, self._experiment, results, pairs, self._command)
+        return pairs
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        print(f"results or report cannot be written now: {error_line(error)}", file=sys.stderr, flush=True)

@@ -1,8 +1,13 @@
-"""How far an experiment is: lines that stay for what has ended, and one, renewed now and then, for what runs."""
+"""When an experiment will be done, by how long cells like those that are left have taken.
+
+How far an experiment is: lines that stay for what has ended, and one, renewed now and then, for what runs.
+"""
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Self
 
 from rich.console import Console
@@ -11,10 +16,52 @@ from rich.text import Text
 
 from pipeline.experiment.cells import Cell
 from pipeline.experiment.child import Child
-from pipeline.experiment.estimate import Estimate
 from pipeline.experiment.results import seconds_of
-from pipeline.run_folder import read_json
-from pipeline.train.progress import duration
+from pipeline.files import read_json
+from pipeline.train.reporting import duration
+
+_TELLING = 0.05
+"""A cell of which less is done says nothing yet: it has mostly started."""
+
+
+class Estimate:
+    """Learns from cells as they end.
+
+    Args:
+        parallel: how many run at the same time.
+    """
+
+    def __init__(self, parallel: int) -> None:
+        self._parallel = parallel
+        self._seconds: dict[tuple[str, ...], list[float]] = {}
+
+    def learn(self, cell: Cell, seconds: float) -> None:
+        """A cell took so long."""
+        for key in _kinds(cell):
+            self._seconds.setdefault(key, []).append(seconds)
+
+    def seconds_left(self, cells: Sequence[Cell], elapsed: Mapping[Path, tuple[float, float]]) -> float | None:
+        """Until the last of ``cells`` ends; None: nothing is known yet.
+
+        Args:
+            cells: those that are left.
+            elapsed: seconds, and the share of the steps that is done, of those that run, by folder.
+        """
+        guesses = [seconds / share for seconds, share in elapsed.values() if share > _TELLING]
+        total = 0.0
+        for cell in cells:
+            like = next((self._seconds[key] for key in _kinds(cell) if key in self._seconds), guesses)
+            if not like:
+                return None
+            total += max(0.0, fmean(like) - elapsed.get(cell.folder, (0.0, 0.0))[0])
+        return total / min(self._parallel, max(1, len(cells)))
+
+
+def _kinds(cell: Cell) -> list[tuple[str, ...]]:
+    """What a cell is like, the closest likeness first."""
+    data, dim = f"data {cell.data}", f"dim {cell.dim}"
+    return [(data, dim, cell.label), (data, cell.label), (data, dim), (data,), ()]
+
 
 LINE_EVERY_S = 30.0
 """Where nobody watches: seconds between two lines."""

@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 
 from pipeline.experiment import charts
-from pipeline.experiment.comparison import Pair
+from pipeline.experiment.pairs import Pair
 from pipeline.experiment.results import Result
 from pipeline.experiment.tables import Entry, Table, all_tables
-from pipeline.run_folder import write_whole
+from pipeline.files import write_whole
 from schemas.experiment import ExperimentSettings
 
 _STYLE = """

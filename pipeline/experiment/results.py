@@ -10,10 +10,9 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.experiment.cells import Cell
-from pipeline.experiment.sizes import Parameters
-from pipeline.run_folder import read_json, write_whole
-from pipeline.train.step_log import read_step_log
+from pipeline.experiment.cells import Cell, Parameters
+from pipeline.files import read_json, write_whole
+from pipeline.runs.run_folder import read_step_log
 
 State = Literal["finished", "failed", "unfinished"]
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.checkpoint.folder import best_checkpoint, checkpoints_in
 from pipeline.experiment.cells import Cell
 from pipeline.experiment.child import Child, stop_all
 from pipeline.experiment.progress import Progress
 from pipeline.experiment.results import add_to_record
-from pipeline.run_folder import settings_text, write_whole
-from pipeline.train.stop_signal import StopSignal
+from pipeline.files import write_whole
+from pipeline.runs.checkpoint import best_checkpoint, checkpoints_in
+from pipeline.runs.run_folder import settings_text
+from pipeline.train.trainer import StopSignal
 
 POLL_S = 0.2
 

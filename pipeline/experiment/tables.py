@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from pipeline.experiment.comparison import Column, Pair, grouped
+from pipeline.experiment.pairs import Column, Pair, grouped
 from pipeline.experiment.results import Result
 from schemas.experiment import ExperimentSettings
 

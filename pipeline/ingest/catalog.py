@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.ingest.hashing import mix
+from pipeline.hashing import mix
+from schemas.errors import UserError
 from schemas.events import UNKNOWN
 from schemas.shards import dictionary_schema
 
@@ -49,10 +50,10 @@ def build_catalog(found: pa.Table, changed: pa.Table, seed: int) -> Catalog:
         seed: of the shuffle.
 
     Raises:
-        ValueError: more items than 32-bit ids can name.
+        UserError: more items than 32-bit ids can name.
     """
     if len(found) >= 2**31 - 1:
-        raise ValueError(
+        raise UserError(
             f"{len(found)} items: dense ids are 32-bit, at most {2**31 - 2} items fit; group rare ones before"
         )
     found = found.combine_chunks()

@@ -15,6 +15,7 @@ from pipeline.ingest.engine import Progress
 from pipeline.ingest.faults import csv_options, explain, refuse_fractions
 from pipeline.ingest.shards import ShardBuilder, Written
 from pipeline.ingest.sources import Files
+from schemas.errors import UserError
 
 R = TypeVar("R")
 
@@ -67,7 +68,7 @@ class DuckDBEngine:
         rest = self._memory_limit - _OUTSIDE - memory
         if rest < _LEAST:
             needed = -(-(self._memory_limit - rest + _LEAST) >> 20)
-            raise ValueError(f"memory_limit is too small for the dictionaries of this input; set at least {needed}MiB")
+            raise UserError(f"memory_limit is too small for the dictionaries of this input; set at least {needed}MiB")
         self._connection.execute(f"SET memory_limit = '{rest}B'")
 
     def keep(self, name: str, table: ir.Table, progress: Progress) -> ir.Table:
@@ -100,9 +101,9 @@ class DuckDBEngine:
             return run()
         except duckdb.OutOfMemoryException as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"memory_limit is too small ({reason}); raise memory_limit or lower threads") from None
+            raise UserError(f"memory_limit is too small ({reason}); raise memory_limit or lower threads") from None
         except duckdb.Error as error:
-            raise ValueError(explain(error, self._files)) from None
+            raise UserError(explain(error, self._files)) from None
         except RuntimeError as error:
             # How DuckDB passes on Ctrl-C.
             if "interrupted" in str(error).lower():

@@ -11,6 +11,7 @@ import duckdb
 import pyarrow as pa
 
 from pipeline.ingest.sources import Files, corrupt
+from schemas.errors import UserError
 
 _TYPES = {"int64": "BIGINT", "string": "VARCHAR", "timestamp": "TIMESTAMP"}
 _KINDS = {"BIGINT": "an integer", "TIMESTAMP": "a date and time"}
@@ -59,7 +60,7 @@ def refuse_fractions(files: Files) -> None:
     """Look through a CSV log for numbers that are no integers; DuckDB would round them, and ids could merge.
 
     Raises:
-        ValueError: names the file, the line, the column and the value.
+        UserError: names the file, the line, the column and the value.
     """
     types = dict.fromkeys(files.columns, "VARCHAR")
     # Most logs have no number with a point or an exponent: only where one does, each number is looked at.
@@ -74,14 +75,14 @@ def refuse_fractions(files: Files) -> None:
             try:
                 row = lines.aggregate(", ".join(expression.format(name) for name in columns)).fetchone()
             except duckdb.Error as error:
-                raise ValueError(explain(error, [files])) from None
+                raise UserError(explain(error, [files])) from None
             return {name: value for name, value in zip(columns, row or (), strict=True) if value}
 
         integers = [name for name, kind in files.columns.items() if kind == "int64"]
         for path in files.paths:
             for name, value in found(path, list(found(path, integers, suspect)), fraction).items():
                 line = _line_of(files, path, name, value)
-                raise ValueError(f"{path}, line {line}: column {name}: {value!r} is not an integer; correct the file")
+                raise UserError(f"{path}, line {line}: column {name}: {value!r} is not an integer; correct the file")
 
 
 def _lines(

@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.files import output_folder
 from pipeline.ingest import definition
 from pipeline.ingest.catalog import BYTES_PER_ITEM, Catalog, build_catalog
 from pipeline.ingest.engine import Engine
 from pipeline.ingest.progress import stage
 from pipeline.ingest.shards import ShardBuilder, Written
 from pipeline.ingest.sources import Files, feature_files, log_files
-from pipeline.output import output_folder
+from schemas.errors import UserError
 from schemas.events import event_schema, impression_schema
 from schemas.manifest import (
     MANIFEST,
@@ -44,7 +45,7 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) ->
     The same input and seed give the same bytes, whatever the engine, its threads or the order of the files.
 
     Raises:
-        ValueError: a fault of the settings or of the input, with what to do about it.
+        UserError: a fault of the settings or of the input, with what to do about it.
         OSError: no space left, no right to write.
     """
     skip = settings.on_corrupt == "skip"
@@ -125,7 +126,7 @@ class _Preparation:
         with stage("sort and write shards", lines_in_all, "lines") as running:
             written, users_seen = engine.write_shards(lines, definition.line_order(lines), builder, running.advance)
         if not written:
-            raise ValueError(_nothing_left(settings, counted["lines"], users_seen))
+            raise UserError(_nothing_left(settings, counted["lines"], users_seen))
         inputs = [files for files in (event_files, impression_files, feature_files) if files is not None]
         manifest = self._manifest(written, users_seen, catalog, vocabularies, counted, inputs)
         manifest.write(self._folder)
@@ -236,18 +237,18 @@ def _check(role: str, files: Files, faults: pa.Table) -> dict[str, int]:
     """Counts of a log.
 
     Raises:
-        ValueError: no lines, or lines with a fault.
+        UserError: no lines, or lines with a fault.
     """
     found = faults.to_pylist()[0]
     names = ", ".join(str(path) for path in files.paths[:3]) + (", ..." if len(files.paths) > 3 else "")
     if not found["lines"]:
-        raise ValueError(f"{role}: no lines in {names} (after the filter, if settings have one in events.keep)")
+        raise UserError(f"{role}: no lines in {names} (after the filter, if settings have one in events.keep)")
     for name, number in found.items():
         kind, _, column = name.partition("_")
         if kind in _FAULTS and number:
-            raise ValueError(f"{role}: {number} of {found['lines']} lines in {names} {_FAULTS[kind].format(column)}")
+            raise UserError(f"{role}: {number} of {found['lines']} lines in {names} {_FAULTS[kind].format(column)}")
     if found["first"] < 0 or found["last"] > LATEST:
-        raise ValueError(
+        raise UserError(
             f"{role}: timestamps in {names} run from {found['first']} to {found['last']} seconds after 1970; "
             f"set {role}.timestamp_unit=ms or us if they are not seconds"
         )

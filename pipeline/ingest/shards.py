@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.ingest.catalog import Catalog
 from pipeline.ingest.lines import I64, Lines, whole_users
-from pipeline.ingest.negatives import draw_negatives
-from pipeline.ingest.targets import choose_targets
+from pipeline.ingest.targets import choose_targets, draw_negatives
 from schemas.prepare import ImpressionSplit, PaperSplit, ShardLayout, TimestampSplit
 from schemas.shards import SPLITS
 

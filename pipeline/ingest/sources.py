@@ -9,6 +9,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from schemas.errors import UserError
 from schemas.prepare import Events, Impressions, ItemFeatures
 
 _CSV = (".csv", ".csv.gz", ".csv.zst", ".txt", ".tsv")
@@ -36,7 +37,7 @@ def log_files(role: str, log: Events | Impressions, *, skip_corrupt: bool) -> Fi
     """The files of a log of behaviours or impressions.
 
     Raises:
-        ValueError: a file or column is missing, of another type, or corrupt (unless ``skip_corrupt``).
+        UserError: a file or column is missing, of another type, or corrupt (unless ``skip_corrupt``).
     """
     numeric = log.timestamp_unit != "datetime"
     wanted = {log.user_id: "int64", log.item_id: "int64", log.timestamp: "int64" if numeric else "timestamp"}
@@ -59,7 +60,7 @@ def feature_files(features: ItemFeatures, *, text_category: bool, skip_corrupt: 
     """The files that say each item's category.
 
     Raises:
-        ValueError: as ``log_files``.
+        UserError: as ``log_files``.
     """
     wanted = {features.item_id: "int64", features.category_id: "string" if text_category else "int64"}
     return _files("items", features.files, wanted, True, None, ",", skip_corrupt)
@@ -91,12 +92,12 @@ def _files(
     parquet = [path for path in paths if path.suffix in (".parquet", ".parq", ".pq")]
     other = [path for path in paths if path not in parquet]
     if parquet and other:
-        raise ValueError(f"{role}: {parquet[0]} is Parquet and {other[0]} is not; give files of one format")
+        raise UserError(f"{role}: {parquet[0]} is Parquet and {other[0]} is not; give files of one format")
     if parquet:
         return _parquet_files(role, paths, wanted, skip_corrupt)
     for path in paths:
         if not path.name.lower().endswith(_CSV):
-            raise ValueError(f"{role}: {path}: unknown format; files end in {', '.join(_CSV)} or .parquet")
+            raise UserError(f"{role}: {path}: unknown format; files end in {', '.join(_CSV)} or .parquet")
     names = _csv_columns(role, paths, header, file_columns, delimiter)
     _require(role, paths[0], wanted, names)
     columns = {name: wanted.get(name, "string") for name in names}
@@ -110,7 +111,7 @@ def _parquet_files(role: str, paths: tuple[Path, ...], wanted: dict[str, str], s
             schema = pq.read_schema(path)
         except (OSError, pa.ArrowException) as error:
             if not skip_corrupt:
-                raise ValueError(
+                raise UserError(
                     f"{role}: {path}: not a readable Parquet file ({_first_line(error)}); "
                     "repair it, leave it out, or set on_corrupt=skip"
                 ) from None
@@ -119,7 +120,7 @@ def _parquet_files(role: str, paths: tuple[Path, ...], wanted: dict[str, str], s
         _require(role, path, wanted, schema.names)
         for name, kind in wanted.items():
             if not _fits(schema.field(name).type, kind):
-                raise ValueError(f"{role}: {path}: column {name} is {schema.field(name).type}, {kind} is needed")
+                raise UserError(f"{role}: {path}: column {name} is {schema.field(name).type}, {kind} is needed")
         good.append(path)
     files = Files(role, tuple(good), "parquet", wanted, True, ",")
     if skip_corrupt:
@@ -127,7 +128,7 @@ def _parquet_files(role: str, paths: tuple[Path, ...], wanted: dict[str, str], s
         good = [path for path in good if path not in bad]
         skipped += [f"{path}: {reason}" for path, reason in bad.items()]
     if not good:
-        raise ValueError(f"{role}: no file can be read: {skipped[0]}")
+        raise UserError(f"{role}: no file can be read: {skipped[0]}")
     return Files(role, tuple(good), "parquet", wanted, True, ",", tuple(skipped))
 
 
@@ -137,11 +138,11 @@ def _expand(role: str, pattern: str) -> list[Path]:
         package, _, inside = pattern.removeprefix("package:").partition("/")
         spec = find_spec(package)
         if spec is None or spec.origin is None:
-            raise ValueError(f"{role}: the Python package {package} is not installed; run `make setup`")
+            raise UserError(f"{role}: the Python package {package} is not installed; run `make setup`")
         return [Path(spec.origin).parent / inside]
     paths = sorted(Path(found) for found in glob.glob(pattern, recursive=True) if Path(found).is_file())
     if not paths:
-        raise ValueError(f"{role}: {pattern}: no such file")
+        raise UserError(f"{role}: {pattern}: no such file")
     return paths
 
 
@@ -153,9 +154,9 @@ def _csv_columns(
         names = [name.strip().strip('"') for name in heads[paths[0]]]
         for path, head in heads.items():
             if [name.strip().strip('"') for name in head] != names:
-                raise ValueError(f"{role}: {path} has other columns than {paths[0]}")
+                raise UserError(f"{role}: {path} has other columns than {paths[0]}")
         if file_columns is not None and list(file_columns) != names:
-            raise ValueError(
+            raise UserError(
                 f"{role}: {paths[0]}: columns are {', '.join(names)}; {', '.join(file_columns)} are expected"
             )
         return names
@@ -171,19 +172,19 @@ def _head(role: str, path: Path) -> str:
         with pa.input_stream(str(path), compression="detect") as stream:
             head = stream.read(1 << 16)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{role}: {path}: cannot be read ({_first_line(error)})") from None
+        raise UserError(f"{role}: {path}: cannot be read ({_first_line(error)})") from None
     if not head:
-        raise ValueError(f"{role}: {path} is empty")
+        raise UserError(f"{role}: {path} is empty")
     try:
         return head.split(b"\n", 1)[0].rstrip(b"\r").decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{role}: {path}: not a text file") from None
+        raise UserError(f"{role}: {path}: not a text file") from None
 
 
 def _require(role: str, path: Path, wanted: dict[str, str], names: list[str]) -> None:
     missing = sorted(set(wanted) - set(names))
     if missing:
-        raise ValueError(f"{role}: {path}: no column {', '.join(missing)}; it has {', '.join(names)}")
+        raise UserError(f"{role}: {path}: no column {', '.join(missing)}; it has {', '.join(names)}")
 
 
 def _fits(actual: pa.DataType, kind: str) -> bool:

@@ -18,13 +18,14 @@ from pipeline.ingest.engine import Progress
 from pipeline.ingest.faults import first_fault
 from pipeline.ingest.shards import ShardBuilder, Written
 from pipeline.ingest.sources import Files
+from schemas.errors import UserError
 
 try:
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
     from pyspark.sql import DataFrame, SparkSession
 except ImportError:
-    raise ValueError("engine=spark needs pyspark and Java: pip install --no-deps -r requirements/spark.txt") from None
+    raise UserError("engine=spark needs pyspark and Java: pip install --no-deps -r requirements/spark.txt") from None
 
 _TYPES = {"int64": "BIGINT", "string": "STRING", "timestamp": "TIMESTAMP"}
 _BATCH = 500_000
@@ -133,4 +134,4 @@ class SparkEngine:
             # Spark's words name neither file nor line: look for the fault with the embedded engine.
             fault = next((found for files in self._files if (found := first_fault(files)) is not None), None)
             text = str(error).strip().splitlines()
-            raise ValueError(fault or (text or [type(error).__name__])[0]) from None
+            raise UserError(fault or (text or [type(error).__name__])[0]) from None

@@ -12,9 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-from pipeline.inspect.histogram import Histogram
-from pipeline.inspect.popularity import Popularity, read_popularity
-from pipeline.inspect.summary import Summary
+from pipeline.inspect.summary import Histogram, Popularity, Summary, read_popularity
 
 RANGES = 16
 """Row-wise shards whose load is shown."""

@@ -1,5 +1,13 @@
-"""Numbers of a data set, from one pass over its row groups that reads labels, splits and the lengths of lists."""
+"""Exact distribution of small integers: memory grows with the largest value, not with how many there are.
 
+How frequency is spread over items and categories, and over ranges of ids, from the dictionaries.
+
+W = equal ranges of dense ids, as row-wise sharding cuts a table.
+
+Numbers of a data set, from one pass over its row groups that reads labels, splits and the lengths of lists.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,10 +15,95 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from pipeline.inspect.histogram import Histogram
+from schemas.errors import UserError
 from schemas.manifest import Counts, Manifest
 from schemas.shards import SPLITS
+
+
+class Histogram:
+    """How often each value 0, 1, 2, ... was seen."""
+
+    def __init__(self) -> None:
+        self.count_V: NDArray[np.int64] = np.zeros(0, np.int64)
+
+    def add(self, values: NDArray[Any]) -> None:
+        """Count values, integers of any type and at least 0."""
+        count_V = np.bincount(values, minlength=len(self.count_V)).astype(np.int64)
+        count_V[: len(self.count_V)] += self.count_V
+        self.count_V = count_V
+
+    @property
+    def seen(self) -> int:
+        """How many values were counted."""
+        return int(self.count_V.sum())
+
+    @property
+    def sum(self) -> int:
+        """Sum of the values."""
+        return int(self.count_V @ np.arange(len(self.count_V)))
+
+    def quantiles(self, fractions: Sequence[float]) -> list[int]:
+        """For each fraction (0 .. 1), the smallest value that so many do not exceed; 0 where none was counted."""
+        if not self.seen:
+            return [0] * len(fractions)
+        needed = np.maximum(np.ceil(np.asarray(fractions) * self.seen), 1)
+        return np.searchsorted(np.cumsum(self.count_V), needed).tolist()
+
+
+@dataclass(frozen=True)
+class Popularity:
+    """Of one dictionary."""
+
+    frequency_F: NDArray[np.int64]
+    """The different frequencies, falling."""
+    ids_F: NDArray[np.int64]
+    """How many ids have each."""
+    load_W: NDArray[np.int64]
+    """Sum of the frequencies in each range of ids."""
+
+    @property
+    def imbalance(self) -> float:
+        """The largest load over the mean: 1 is perfect."""
+        mean = self.load_W.mean()
+        return float(self.load_W.max() / mean) if mean else 1.0
+
+
+def read_popularity(path: Path, ids: int, ranges: int) -> Popularity:
+    """Read a dictionary, batch by batch; memory grows with the number of different frequencies only.
+
+    Args:
+        path: dictionary with the columns id and frequency.
+        ids: number of dense ids but 0, which is the unknown.
+        ranges: W.
+
+    Raises:
+        UserError: the file cannot be read, or holds an id above ``ids``.
+    """
+    rows_of_range = -(-(ids + 1) // ranges)
+    load_W = np.zeros(ranges, np.int64)
+    frequency_F = ids_F = np.zeros(0, np.int64)
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=["id", "frequency"]):
+                id_B, frequency_B = batch["id"].to_numpy(), batch["frequency"].to_numpy()
+                if len(id_B) and not 1 <= id_B.min() <= id_B.max() <= ids:
+                    raise UserError(f"ids from {id_B.min()} to {id_B.max()}, the manifest says 1 to {ids}")
+                np.add.at(load_W, id_B // rows_of_range, frequency_B)
+                frequency_F, index = np.unique(np.concatenate([frequency_F, frequency_B]), return_inverse=True)
+                ids_F = _sums(index, np.concatenate([ids_F, np.ones(len(id_B), np.int64)]), len(frequency_F))
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: cannot be read ({reason}); prepare the data set again") from None
+    return Popularity(frequency_F[::-1], ids_F[::-1], load_W)
+
+
+def _sums(index: NDArray[np.int64], values: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    sums = np.zeros(size, np.int64)
+    np.add.at(sums, index, values)
+    return sums
+
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "mean": None, "p90": 0.9, "p99": 0.99, "max": 1.0}
 """What is told of a distribution: values that a fraction does not exceed, and the mean."""
@@ -110,7 +203,7 @@ def summarize(folder: Path, *, verify: bool = False) -> Summary:
         verify: compare the checksums of all files as well.
 
     Raises:
-        ValueError: not a data set, or one whose files are damaged or do not hold what the manifest says.
+        UserError: not a data set, or one whose files are damaged or do not hold what the manifest says.
     """
     manifest = Manifest.read(folder)
     if verify:
@@ -135,7 +228,7 @@ def summarize(folder: Path, *, verify: bool = False) -> Summary:
                     _add_users(summary, file, row_group)
         except (OSError, KeyError, IndexError, ValueError, pa.ArrowException) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{path}: cannot be read ({reason}); prepare the data set again") from None
+            raise UserError(f"{path}: cannot be read ({reason}); prepare the data set again") from None
     _compare(folder, summary)
     return summary
 
@@ -186,6 +279,6 @@ def _compare(folder: Path, summary: Summary) -> None:
         pairs[f"{name} positives"] = (split.positives, getattr(told, name).positives)
     for name, (found, expected) in pairs.items():
         if found != expected:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: the shards hold {found} {name}, the manifest says {expected}; prepare the data set again"
             )

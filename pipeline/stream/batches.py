@@ -10,11 +10,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.stream.data_set import DataSet
-from pipeline.stream.plan import Block, Piece
+from pipeline.stream.epoch_plan import Block, Piece
 from pipeline.stream.reader import RowGroupReader
 from pipeline.stream.row_group import RowGroup
-from pipeline.stream.samples import Samples
-from pipeline.stream.sequences import Cut, samples_of
+from pipeline.stream.samples import Cut, Samples, samples_of
+from schemas.errors import UserError
 from schemas.shards import Split
 
 I64 = NDArray[np.int64]
@@ -26,7 +26,7 @@ def read_blocks(
     """Read blocks in order; while one is in use, the reader's threads work on the next.
 
     Raises:
-        ValueError: a row group that cannot be read or that does not hold what the manifest and the index say.
+        UserError: a row group that cannot be read or that does not hold what the manifest and the index say.
     """
     pieces = [piece for block in blocks for piece in block.pieces]
     addresses = [data_set.address(piece.group) for piece in pieces]
@@ -36,7 +36,7 @@ def read_blocks(
         try:
             return _samples_of_piece(data_set, split, cuts, pieces[place], RowGroup.from_table(table, largest_ids))
         except ValueError as error:
-            raise ValueError(f"{addresses[place]}: {error}; prepare the data set again") from None
+            raise UserError(f"{addresses[place]}: {error}; prepare the data set again") from None
 
     ahead = max(threads, max((len(block.pieces) for block in blocks), default=0))
     with RowGroupReader(addresses, data_set.schema, convert, threads=threads, ahead=ahead) as reader:
@@ -51,7 +51,7 @@ def _samples_of_piece(
     chosen_T = np.flatnonzero(group.target_T["split"] == split)
     users, targets = int(data_set.users_G[piece.group]), int(data_set.targets_G[split.name.lower()][piece.group])
     if len(group.user_id_U) != users or len(chosen_T) != targets:
-        raise ValueError(
+        raise UserError(
             f"{len(group.user_id_U)} users and {len(chosen_T)} targets, "
             f"the index of row groups says {users} and {targets}"
         )

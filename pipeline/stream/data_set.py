@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.stream.reader import RowGroupAddress
+from schemas.errors import UserError
 from schemas.manifest import MANIFEST, ROW_GROUP_INDEX, Manifest
 from schemas.shards import ROW_GROUPS, SPLITS, history_schema
 
@@ -42,7 +43,7 @@ class DataSet:
         """Read the manifest and the index of ``folder``; shards are not opened.
 
         Raises:
-            ValueError: not a data set, of another schema version, or its parts do not match.
+            UserError: not a data set, of another schema version, or its parts do not match.
         """
         manifest = Manifest.read(folder)
         index = _read_index(folder / ROW_GROUP_INDEX)
@@ -58,7 +59,7 @@ class DataSet:
             and all(int(columns[split].sum()) == getattr(counts, split).targets for split in SPLITS)
         )
         if not agrees:
-            raise ValueError(f"{folder}: {ROW_GROUP_INDEX} does not match {MANIFEST}; prepare the data set again")
+            raise UserError(f"{folder}: {ROW_GROUP_INDEX} does not match {MANIFEST}; prepare the data set again")
         return cls(
             folder,
             manifest,
@@ -105,14 +106,12 @@ def _read_index(path: Path) -> pa.Table:
     try:
         index = pq.read_table(path)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; prepare the data set again") from None
+        raise UserError(f"{path} is missing; prepare the data set again") from None
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(
-            f"{path} cannot be read ({' '.join(str(error).split())}); prepare the data set again"
-        ) from None
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); prepare the data set again") from None
     wrong = [
         field.name for field in ROW_GROUPS if not index.schema.equals(ROW_GROUPS) and field not in list(index.schema)
     ]
     if wrong:
-        raise ValueError(f"{path}: columns missing or of another type: {', '.join(wrong)}; prepare the data set again")
+        raise UserError(f"{path}: columns missing or of another type: {', '.join(wrong)}; prepare the data set again")
     return index

@@ -9,12 +9,11 @@ import numpy as np
 from embeddings.batch import Batch
 from pipeline.stream.batches import cut_batches, read_blocks
 from pipeline.stream.data_set import DataSet
-from pipeline.stream.plan import Block, EpochPlan, plan_epoch, steps_per_epoch
+from pipeline.stream.epoch_plan import ORDER, Block, EpochPlan, plan_epoch, shuffled_order, steps_per_epoch
 from pipeline.stream.prefetch import Prefetch
 from pipeline.stream.row_group import RowGroup
-from pipeline.stream.samples import Samples
-from pipeline.stream.sequences import resolve_sequences, samples_of
-from pipeline.stream.shuffle import ORDER, shuffled_order
+from pipeline.stream.samples import Samples, resolve_sequences, samples_of
+from schemas.errors import UserError
 from schemas.shards import SPLITS, Split
 from schemas.stream import StreamSettings
 
@@ -38,7 +37,7 @@ class HistoryStream:
         pin_memory: put batches into page-locked memory, for copies to a CUDA device that do not block.
 
     Raises:
-        ValueError: no data set, one that does not fit its manifest or the settings, a split without targets; while
+        UserError: no data set, one that does not fit its manifest or the settings, a split without targets; while
             iterating: a shard that cannot be read or does not hold what the manifest says.
 
     Example:
@@ -61,9 +60,9 @@ class HistoryStream:
         pin_memory: bool = False,
     ) -> None:
         if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)} (not {split!r})")
+            raise UserError(f"split must be one of {', '.join(SPLITS)} (not {split!r})")
         if not 0 <= rank < world:
-            raise ValueError(f"rank must be at least 0 and below world = {world} (not {rank})")
+            raise UserError(f"rank must be at least 0 and below world = {world} (not {rank})")
         self.data_set = DataSet.open(folder)
         self.split = split
         self.settings = settings
@@ -78,7 +77,7 @@ class HistoryStream:
         self._waited_s = 0.0
         if not self.targets:
             found = ", ".join(f"{name} {int(count_G.sum())}" for name, count_G in self.data_set.targets_G.items())
-            raise ValueError(f"{folder}: no targets to stream in split {split} (targets: {found})")
+            raise UserError(f"{folder}: no targets to stream in split {split} (targets: {found})")
 
     @property
     def targets(self) -> int:
@@ -121,16 +120,16 @@ class HistoryStream:
         Another number of ranks is possible at an epoch's start alone.
 
         Raises:
-            ValueError: the state is of another data set, split, seed or of other settings.
+            UserError: the state is of another data set, split, seed or of other settings.
         """
         for key, mine in self._identity().items():
             if key not in state or state[key] != mine:
-                raise ValueError(
+                raise UserError(
                     f"the stream cannot go on: {key} is {mine!r}, but was {state.get(key)!r} when its state was saved; "
                     "use the same, or start the stream afresh"
                 )
         if state["world"] != self._world and state["step"]:
-            raise ValueError(
+            raise UserError(
                 f"the stream cannot go on within an epoch (at step {state['step']}) with {self._world} ranks, "
                 f"it had {state['world']}; use {state['world']} ranks, or a checkpoint from the end of an epoch"
             )

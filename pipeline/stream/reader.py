@@ -16,6 +16,7 @@ from pipeline.stream.petastorm_compat import (
     StrictThreadPool,
     WorkerBase,
 )
+from schemas.errors import UserError
 
 R = TypeVar("R")
 
@@ -55,7 +56,7 @@ class RowGroupReader(Reader, Generic[R]):
         ahead: results that may wait for the consumer; at least 2 a thread.
 
     Raises:
-        ValueError: while iterating: a file or row group that cannot be read, a column that is missing or of another
+        UserError: while iterating: a file or row group that cannot be read, a column that is missing or of another
             type, or what ``convert`` raises.
     """
 
@@ -139,7 +140,7 @@ class _Worker(WorkerBase):
             return file.read_row_group(address.row_group, self._source.schema.names, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{address} cannot be read ({reason}); prepare the data set again") from None
+            raise UserError(f"{address} cannot be read ({reason}); prepare the data set again") from None
 
     def _open(self, path: Path) -> pq.ParquetFile:
         file = self._files.pop(path, None)
@@ -156,10 +157,10 @@ def _check_columns(path: Path, found: pa.Schema, wanted: pa.Schema) -> None:
     for field in wanted:
         position = found.get_field_index(field.name)
         if position < 0:
-            raise ValueError(f"{path}: column {field.name} is missing; prepare the data set again")
+            raise UserError(f"{path}: column {field.name} is missing; prepare the data set again")
         kind = found.field(position).type
         same = kind == field.type
         if pa.types.is_list(kind) and pa.types.is_list(field.type):
             same = kind.value_type == field.type.value_type
         if not same:
-            raise ValueError(f"{path}: column {field.name} is {kind}, not {field.type}; prepare the data set again")
+            raise UserError(f"{path}: column {field.name} is {kind}, not {field.type}; prepare the data set again")

@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from schemas.errors import UserError
+
 I64 = NDArray[np.int64]
 
 
@@ -38,7 +40,7 @@ class RowGroup:
             largest_ids: of item, category[, behavior][, scene].
 
         Raises:
-            ValueError: nulls, lists of a user that differ in length, ids or ``history_end`` out of range.
+            UserError: nulls, lists of a user that differ in length, ids or ``history_end`` out of range.
         """
         flat: dict[str, dict[str, NDArray]] = {"history": {}, "target": {}}
         offsets: dict[str, I64] = {}
@@ -48,11 +50,11 @@ class RowGroup:
             side, column = name.split("_", 1)
             offset_U, values = _lists(name, table[name])
             if not np.array_equal(offsets.setdefault(side, offset_U), offset_U):
-                raise ValueError(f"column {name} has lists of other lengths than the columns beside it")
+                raise UserError(f"column {name} has lists of other lengths than the columns beside it")
             largest = largest_ids.get(column)
             # Read without a sign, a negative id is larger than any: one pass over the values instead of two.
             if largest is not None and len(values) and values.view(np.uint32).max() > largest:
-                raise ValueError(
+                raise UserError(
                     f"column {name} has ids from {values.min()} to {values.max()}, the manifest allows 0 to {largest}"
                 )
             flat[side][column] = values
@@ -65,7 +67,7 @@ class RowGroup:
         )
         end_T = group.target_T["history_end"]
         if np.any((end_T < 0) | (end_T > np.diff(group.history_offset_U)[group.user_T])):
-            raise ValueError("column target_history_end points outside of the user's history")
+            raise UserError("column target_history_end points outside of the user's history")
         return group
 
     @cached_property
@@ -80,12 +82,12 @@ def _lists(name: str, column: pa.ChunkedArray) -> tuple[I64, NDArray]:
     offset_U = array.offsets.to_numpy().astype(np.int64)
     values = array.values.slice(offset_U[0], offset_U[-1] - offset_U[0])
     if values.null_count:
-        raise ValueError(f"column {name} has nulls in its lists")
+        raise UserError(f"column {name} has nulls in its lists")
     return offset_U - offset_U[0], values.to_numpy()
 
 
 def _array(name: str, column: pa.ChunkedArray) -> pa.Array:
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if array.null_count:
-        raise ValueError(f"column {name} has nulls")
+        raise UserError(f"column {name} has nulls")
     return array

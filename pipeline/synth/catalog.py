@@ -4,15 +4,21 @@ The item of rank r, from 1, has popularity ~ r^-item_zipf. Its category is drawn
 of all ranks; a category's popularity is the sum of its items'. Raw ids, from 1, hide the ranks.
 
 C = categories, I = items; ids of any shape.
+
+Compiled random numbers that depend on their key alone, as ``pipeline.hashing``, and draws made of them.
+
+C = categories, N = past behaviours.
 """
 
 from math import gcd
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.ingest.hashing import mix
+from pipeline.hashing import mix
+from schemas.errors import UserError
 from schemas.synth import SynthSettings
 
 I64 = NDArray[np.int64]
@@ -51,11 +57,11 @@ def category_of_item(item_id: NDArray[Any], settings: SynthSettings) -> I64:
     """Category of raw item ids.
 
     Raises:
-        ValueError: an id that is no item's.
+        UserError: an id that is no item's.
     """
     item_id = np.asarray(item_id, np.int64)
     if item_id.size and (item_id.min() < 1 or item_id.max() > settings.items):
-        raise ValueError(f"item ids are 1 to {settings.items}; {item_id.min()} to {item_id.max()} are given")
+        raise UserError(f"item ids are 1 to {settings.items}; {item_id.min()} to {item_id.max()} are given")
     rank = (item_id - 1) * pow(_stride(settings.items), -1, settings.items) % settings.items
     return _category_of_rank(rank, settings) + 1
 
@@ -73,3 +79,45 @@ def _stride(count: int) -> int:
     while gcd(stride, count) != 1:
         stride += 1
     return stride
+
+
+@numba.njit(inline="always")
+def uniform(key: np.uint64, counter: int, salt: int) -> float:
+    """A number in [0, 1), equal to ``(mix(key + counter, salt) >> 11) / 2**53``."""
+    z = key + np.uint64(counter) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(salt + 1)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return np.float64(z >> np.uint64(11)) * 2.0**-53
+
+
+@numba.njit(inline="always")
+def pick(cumulative_C: F64, u: float) -> int:
+    """Index whose share of [0, 1) holds ``u``; the last one of ``cumulative_C`` is 1."""
+    return int(np.searchsorted(cumulative_C, u, side="right"))
+
+
+@numba.njit(inline="always")
+def draw_item(catalog: Catalog, category: int, u: float) -> int:
+    """Raw id of an item of the category, by popularity."""
+    first, last = catalog.first_item_C1[category - 1], catalog.first_item_C1[category] - 1
+    before = catalog.cumulative_I[first - 1] if first > 0 else 0.0
+    ticket = before + u * (catalog.cumulative_I[last] - before)
+    # Not past the last one: the ticket may be rounded up.
+    return catalog.item_id_I[min(first + pick(catalog.cumulative_I[first : last + 1], ticket), last)]
+
+
+@numba.njit(inline="always")
+def draw_past(decay_N: F64, before: int, ticket: float) -> int:
+    """A behaviour before ``before``, drawn by weight: 1 for the latest, and falling by ``decay_N[n]`` from n to n - 1.
+
+    ``ticket`` is a random number below the sum of the weights.
+    """
+    past = before - 1
+    weight = 1.0
+    ticket -= weight
+    while ticket >= 0 and past > 0:
+        weight *= decay_N[past]
+        past -= 1
+        ticket -= weight
+    return past

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.ingest.progress import stage
-from pipeline.synth.bayes import BayesAuc
 from pipeline.synth.histories import BEHAVIORS, SCENES, Histories, HistoryGenerator
-from pipeline.synth.impressions import Impressions, draw_impressions
+from pipeline.synth.impressions import BayesAuc, Impressions, draw_impressions
+from schemas.errors import UserError
 from schemas.synth import SynthSettings
 
 Write = Callable[[pa.Table], None]
@@ -51,7 +51,7 @@ def synthesize(
         overwrite: replace files that are there.
 
     Raises:
-        ValueError: a file that is there already or has another ending; settings that the format cannot hold.
+        UserError: a file that is there already or has another ending; settings that the format cannot hold.
         OSError: the disk is full or does not let itself be written.
     """
     _check(settings, events, impressions, overwrite)
@@ -95,18 +95,18 @@ def _write(settings: SynthSettings, events: Path, impressions: Path | None) -> S
 
 def _check(settings: SynthSettings, events: Path, impressions: Path | None, overwrite: bool) -> None:
     if events.suffix not in (".parquet", ".csv"):
-        raise ValueError(f"{events}: events are written to a file that ends in .parquet or .csv")
+        raise UserError(f"{events}: events are written to a file that ends in .parquet or .csv")
     if impressions and impressions.suffix != ".parquet":
-        raise ValueError(f"{impressions}: impressions are written to a file that ends in .parquet")
+        raise UserError(f"{impressions}: impressions are written to a file that ends in .parquet")
     if impressions == events:
-        raise ValueError(f"{events}: events and impressions need a file each")
+        raise UserError(f"{events}: events and impressions need a file each")
     if events.suffix == ".csv" and settings.scene:
-        raise ValueError(f"{events}: Taobao's CSV has no scene; set scene=false or write .parquet")
+        raise UserError(f"{events}: Taobao's CSV has no scene; set scene=false or write .parquet")
     for path in (events, impressions):
         if path and path.is_dir():
-            raise ValueError(f"{path} is a folder; name a file in it")
+            raise UserError(f"{path} is a folder; name a file in it")
         if path and path.exists() and not overwrite:
-            raise ValueError(f"{path} is there already; give --overwrite or another name")
+            raise UserError(f"{path} is there already; give --overwrite or another name")
 
 
 def _unfinished(path: Path) -> Path:

@@ -15,9 +15,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.ingest.hashing import U64, mix
-from pipeline.synth.catalog import F64, I64, Catalog, build_catalog
-from pipeline.synth.draws import draw_item, draw_past, pick, uniform
+from pipeline.hashing import U64, mix
+from pipeline.synth.catalog import F64, I64, Catalog, build_catalog, draw_item, draw_past, pick, uniform
 from schemas.synth import DAY, SynthSettings
 
 BEHAVIORS = ("pv", "cart", "fav", "buy")

@@ -4,6 +4,8 @@ Half of what is shown comes from categories of the user's past behaviours, by re
 Impressions do not change histories.
 
 U = users, J = impressions of each, E = behaviours.
+
+The AUC that the true chances of a click have, over any number of impressions.
 """
 
 from typing import NamedTuple
@@ -12,9 +14,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.ingest.hashing import U64
-from pipeline.synth.catalog import F64, I64, Catalog
-from pipeline.synth.draws import draw_item, draw_past, pick, uniform
+from pipeline.hashing import U64
+from pipeline.synth.catalog import F64, I64, Catalog, draw_item, draw_past, pick, uniform
 from pipeline.synth.histories import SCENE_CHANCES, Histories, HistoryGenerator
 from schemas.synth import DAY
 
@@ -121,3 +122,27 @@ def _weights(decay: F64, categories: I64, before: int, category: int) -> tuple[f
         if weight < 1e-15:
             break  # What is left does not change the sums.
     return total, relevant
+
+
+class BayesAuc:
+    """Expected AUC of scoring each impression by its true chance; chances that agree in three digits count as ties."""
+
+    _BINS = 4096
+
+    def __init__(self) -> None:
+        self._positives = np.zeros(self._BINS)
+        self._negatives = np.zeros(self._BINS)
+
+    def add(self, probability: F64) -> None:
+        """Count impressions with these chances, of any shape."""
+        probability = probability.ravel()
+        bin_index = np.minimum((probability * self._BINS).astype(np.int64), self._BINS - 1)
+        self._positives += np.bincount(bin_index, probability, self._BINS)
+        self._negatives += np.bincount(bin_index, 1 - probability, self._BINS)
+
+    def value(self) -> float:
+        """The AUC, 0.5 .. 1; 0.5 where all labels are the same for certain."""
+        pairs = self._positives.sum() * self._negatives.sum()
+        below = np.cumsum(self._negatives) - self._negatives
+        won = (self._positives * (below + self._negatives / 2)).sum()
+        return float(won / pairs) if pairs else 0.5

@@ -11,19 +11,20 @@ import torch.distributed as dist
 from torchrec.distributed import DistributedModelParallel
 
 from embeddings.initialization import initialize
-from embeddings.plan.plan_file import plan_text, read_plan
-from pipeline.checkpoint.folder import Checkpoint, last_checkpoint
-from pipeline.checkpoint.writer import CheckpointWriter
-from pipeline.evaluate import as_document, choose_checkpoint, evaluate, load_model
-from pipeline.run_folder import RunFolder, read_json, settings_text, write_whole
-from pipeline.sharded_model import sharded_model
+from embeddings.sharding import sharded_model
+from pipeline.evaluate.evaluate import as_document, evaluate
+from pipeline.evaluate.open_run import choose_checkpoint, load_model
+from pipeline.files import read_json, write_whole
+from pipeline.planning.plan_file import plan_text, read_plan
+from pipeline.runs.checkpoint import Checkpoint, last_checkpoint
+from pipeline.runs.checkpoint_writer import CheckpointWriter
+from pipeline.runs.job_record import recorded
+from pipeline.runs.run_folder import RunFolder, settings_text
 from pipeline.stream.data_set import DataSet
 from pipeline.stream.history_stream import HistoryStream
-from pipeline.train.job_record import recorded
-from pipeline.train.random_state import seed_all
-from pipeline.train.report import Report
-from pipeline.train.stop_signal import StopSignal
-from pipeline.train.trainer import Trainer
+from pipeline.train.reporting import Report
+from pipeline.train.trainer import StopSignal, Trainer, seed_all
+from schemas.errors import UserError
 from schemas.shards import SPLITS
 from schemas.train import MAY_CHANGE, TrainSettings, differing
 
@@ -46,7 +47,7 @@ def train(
         The test's metrics, what ``test.json`` holds; None if the run was asked to stop before its end.
 
     Raises:
-        ValueError: settings, data and run folder do not fit each other; a loss that is not finite.
+        UserError: settings, data and run folder do not fit each other; a loss that is not finite.
         OSError: a checkpoint that cannot be written.
     """
     run = RunFolder(folder)
@@ -94,12 +95,12 @@ def _checkpoint_to_resume(run: RunFolder, settings: TrainSettings, data_set: Dat
         changed = {key: values for key, values in differing(settings, run.settings()).items() if key not in MAY_CHANGE}
         if changed:
             differences = ", ".join(f"{key} is {now!r}, was {before!r}" for key, (now, before) in changed.items())
-            raise ValueError(
+            raise UserError(
                 f"{run.path}: the run was begun with other settings: {differences}; "
                 "use the same to go on, or another folder to begin anew"
             )
         if read_json(run.data_file)["fingerprint"] != data_set.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"{run.path}: the run was begun with another data set, {run.data_set()} as it was then, "
                 f"not {data_set.folder}; use the same to go on, or another folder to begin anew"
             )
@@ -118,14 +119,14 @@ def _test_of_finished(run: RunFolder, epochs: int) -> dict[str, Any] | None:
         return None
     test = read_json(run.test_file)
     if not isinstance(test.get("steps"), int):
-        raise ValueError(f"{run.test_file} is damaged (no steps); remove it, and the run is tested again")
+        raise UserError(f"{run.test_file} is damaged (no steps); remove it, and the run is tested again")
     _refuse_fewer_epochs(run, epochs, former, test["steps"])
     return test
 
 
 def _refuse_fewer_epochs(run: RunFolder, epochs: int, begun: int, step: int) -> None:
     if epochs < begun:
-        raise ValueError(
+        raise UserError(
             f"{run.path}: epochs is {epochs}, but epoch {begun} of the run is begun or done already, "
             f"at step {step}; give at least {begun}, or another folder to begin anew"
         )

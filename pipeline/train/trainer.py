@@ -1,29 +1,84 @@
-"""The training loop."""
+"""The states of this rank's random number generators.
+
+SIGTERM or SIGINT asks to stop after the step: schedulers send the one before they kill, Ctrl-C the other.
+
+The training loop.
+"""
 
 import math
+import random
+import signal
 import time
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.stateful import Stateful
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import get_unwrapped_module
 
-from embeddings.gradient_norms import GradientNorms
+from embeddings.gradient_routing import GradientNorms
 from embeddings.model import CtrModel
-from pipeline.checkpoint.loading import keys_in, load
-from pipeline.checkpoint.writer import CheckpointWriter
-from pipeline.evaluate import evaluate
+from pipeline.evaluate.evaluate import evaluate
+from pipeline.runs.checkpoint import keys_in, load
+from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.stream.history_stream import HistoryStream
-from pipeline.train.agreement import Agreement, agree
-from pipeline.train.ahead import SearchAheadPipeline
-from pipeline.train.dense_optimizer import DenseOptimizer
-from pipeline.train.random_state import random_state, set_random_state
-from pipeline.train.report import Report
-from pipeline.train.stop_signal import StopSignal
+from pipeline.train.optimizer import DenseOptimizer
+from pipeline.train.pipeline import Agreement, SearchPrefetchPipeline, agree
+from pipeline.train.reporting import Report
 from schemas.train import TrainSettings
+
+
+def seed_all(seed: int) -> None:
+    """Seed all generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """States of Python's, numpy's and torch's generators."""
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_state(states: dict[str, Any]) -> None:
+    """Go on from states."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignal:
+    """Within the block these signals set ``received`` and do nothing else, but for a second SIGINT, which ends the
+    process at once (`KeyboardInterrupt`). In the main thread only.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> Self:
+        self._former = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Trainer(Stateful):
@@ -53,7 +108,7 @@ class Trainer(Stateful):
         self._validation = validation
         self._optimizer = DenseOptimizer(model, settings.dense)
         # It takes the next batch while a step runs, so the place in the data is counted here, not by the stream.
-        self._pipeline = SearchAheadPipeline(model, self._optimizer, device)
+        self._pipeline = SearchPrefetchPipeline(model, self._optimizer, device)
 
     @property
     def steps(self) -> int:
@@ -112,7 +167,7 @@ class Trainer(Stateful):
         inner = get_unwrapped_module(self.model)
         assert isinstance(inner, CtrModel)
         watched = GradientNorms() if due else None
-        inner.tap = watched
+        inner.row_hook = watched
         return watched
 
     def _report(self, report: Report, agreed: Agreement, watched: GradientNorms | None) -> None:

@@ -1,0 +1,149 @@
+"""`dare bench reader`: speed and size of the stream and of what it reads.
+
+`dare bench search`: speed of top-K search.
+
+`dare bench shard-search`: search on the shards against a stock lookup of all behaviours.
+
+`dare bench plan`: estimated training steps beside measured ones.
+
+`dare bench ahead`: training steps with and without the next batch's ids on their way.
+
+`dare bench attention-dim`: search time against K_A.
+
+`dare bench`: timings of parts, as ratios of two sides that compute the same thing.
+"""
+
+import json as json_format
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def bench_reader(
+    users: Annotated[int, typer.Option(min=512, help="Users of the generated data set.")] = 20_000,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each timing; medians are reported.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Reader threads of both sides.")] = 2,
+    history_length: Annotated[int, typer.Option(min=1, help="Behaviours that a target sees.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Targets in a batch.")] = 2048,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+) -> None:
+    """Measure the stream: row groups against plain pyarrow, batches per second, bytes against rows of samples."""
+    from benchmarks.reader import as_dict, measure  # Loads torch, which takes a while.
+
+    figures = as_dict(measure(users, rounds, threads, history_length, batch_size))
+    if json:
+        print(json_format.dumps(figures))
+    else:
+        for name, figure in figures.items():
+            print(f"{name:27} {figure:>14,}")
+
+
+def bench_search(
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 4_000_000,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each timing; the shortest is reported.")] = 7,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
+) -> None:
+    """Measure top-K search: against gather + bmm + topk in torch, and against the reading of memory."""
+    from benchmarks.search import measure  # compiled code is loaded by those who need it
+
+    figures = [asdict(case) for case in measure(rows, rounds)]
+    if json:
+        print(json_format.dumps(figures))
+    else:
+        for case in figures:
+            print("  ".join(f"{name} {figure}" for name, figure in case.items()))
+
+
+def bench_shard_search(
+    ranks: Annotated[int, typer.Option(min=1, help="Processes, a thread each, that talk through gloo.")] = 2,
+    rows: Annotated[int, typer.Option(min=2, help="Rows of the item table.")] = 1_000_000,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each timing; medians are reported.")] = 5,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
+) -> None:
+    """Measure search on the shards against TorchRec's way, after checking that both find the same."""
+    from benchmarks.shard_search import measure  # Loads torch, which takes a while.
+
+    figures = measure(ranks, rows, rounds)
+    if json:
+        print(json_format.dumps(figures))
+        return
+    for of_case in figures:
+        print("  ".join(f"{name} {figure}" for name, figure in of_case.items()))
+
+
+def bench_plan(
+    topology: Annotated[
+        Path | None,
+        typer.Option(help="File that `dare plan --calibrate` wrote a moment ago; without it, measure anew."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+) -> None:
+    """Compare the steps that `dare plan` estimates with steps of two processes on this machine."""
+    from benchmarks.plan_estimates import measure
+    from pipeline.planning.calibration import calibrated  # Loads torch, which takes a while.
+    from schemas.cluster import ClusterSettings
+    from schemas.settings import load_settings
+
+    cluster = load_settings(ClusterSettings, [topology]) if topology else calibrated()
+    print(f"{cluster.device_name}; {cluster.measured}")
+    print(f"{'search':8}{'targets':>8}{'N':>7}{'dim':>5}{'K':>4}{'estimated ms':>14}{'measured ms':>13}{'ratio':>7}")
+    found = []
+    for step in measure(cluster):
+        found.append(step)
+        print(
+            f"{step.search:8}{step.targets:>8,}{step.length:>7,}{step.dim:>5}{step.retrieved:>4}"
+            f"{step.estimated_ms:>14,.1f}{step.measured_ms:>13,.1f}{step.ratio:>7.2f}",
+            flush=True,
+        )
+    worst = max(max(step.ratio, 1 / step.ratio) for step in found)
+    print(f"off by a factor of {worst:.2f} at most")
+    if json:
+        print(json_format.dumps({"steps": [asdict(step) for step in found], "worst": round(worst, 3)}))
+
+
+def bench_ahead(
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+) -> None:
+    """Compare steps of two processes on this machine that begin the next batch's search with steps that do not."""
+    from benchmarks.ahead import measure  # Loads torch, which takes a while.
+
+    print(f"{'targets':>8}{'N':>7}{'dim':>5}{'plain ms':>10}{'ahead ms':>10}{'ratio':>7}")
+    found = []
+    for step in measure():
+        found.append(step)
+        print(
+            f"{step.targets:>8,}{step.length:>7,}{step.dim:>5}{step.plain_ms:>10,.1f}{step.ahead_ms:>10,.1f}"
+            f"{step.ratio:>7.2f}",
+            flush=True,
+        )
+    if json:
+        print(json_format.dumps({"steps": [asdict(step) for step in found]}))
+
+
+def bench_attention_dim(
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 4_000_000,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each timing; the shortest counts.")] = 7,
+    figure: Annotated[Path | None, typer.Option(help="PNG file to draw into.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
+) -> None:
+    """Measure how search time falls with K_A."""
+    from benchmarks.attention_dim import draw, measure  # Compiled code is loaded by those who need it.
+
+    figures = measure(rows, rounds)
+    for one in figures:
+        print(f"{one.dtype:9} K_A {one.dim:4}  {one.rows_per_s:>12,} behaviours/s  time {one.time_vs_128:.3f}")
+    if figure is not None:
+        draw(figures, figure)
+    if json:
+        print(json_format.dumps([asdict(one) for one in figures]))
+
+
+bench = typer.Typer(help="Measure parts of the pipeline against plain references.", no_args_is_help=True)
+bench.command("reader")(bench_reader)
+bench.command("search")(bench_search)
+bench.command("shard-search")(bench_shard_search)
+bench.command("plan")(bench_plan)
+bench.command("ahead")(bench_ahead)
+bench.command("attention-dim")(bench_attention_dim)

@@ -1,0 +1,233 @@
+"""Rows of ids, with gradient, from the shards that have them: an id travels once to its shard, its row once back.
+
+B = ids of this rank, U = distinct ids of it, I = ids that a shard was sent by all ranks, S = shards (one a rank),
+F = tables, d = dim of a table.
+
+Weighted sums of rows, made on the shards that have the rows: D floats travel home a bag, not a row for each id.
+
+B = bags of this rank, I = ids in them, P = parts: bags that have an id on a shard, of this rank's, one shard's after
+the other's, S = shards (one a rank), F = tables, d = dim of a table, D = dim of all tables together.
+
+All rows of small row-wise tables, on every rank, with gradient: each shard sends what it has to all.
+
+S = shards (one a rank), R = rows of a table, d = its dim, V = values of all tables on a shard.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding, embedding_bag, pad
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.types import Awaitable
+
+from embeddings.distributed.collectives import (
+    Column,
+    ColumnsAllToAll,
+    CountsAllToAll,
+    all_to_all_with_gradient,
+    narrowest,
+)
+from embeddings.distributed.row_wise import Bags, RowWiseContext, RowWiseLookup, RowWiseModule
+
+
+class IdsAllToAll(Awaitable[list[Bags]]):
+    """Second step of the input: the ids on their way to the shards."""
+
+    def __init__(self, columns: ColumnsAllToAll) -> None:
+        super().__init__()
+        self._columns = columns
+
+    def _wait_impl(self) -> list[Bags]:
+        return [Bags(row_I.to(torch.int32)) for row_I in self._columns.wait()]
+
+
+class ShardedRows(RowWiseModule[RowWiseContext]):
+    """Rows of ids in all tables of a collection, side by side.
+
+    A lookup of bags of one in the collection itself ends in a reduce-scatter, where each shard answers for every bag
+    of every rank with zeros for all that it does not have.
+    """
+
+    def create_context(self) -> RowWiseContext:
+        """Of one lookup; ``places``, (B,): which of the distinct ids each id is."""
+        return RowWiseContext()
+
+    def input_dist(self, ctx: RowWiseContext, ids: Mapping[str, Tensor]) -> CountsAllToAll[IdsAllToAll]:
+        """Send ids to the shards of their rows.
+
+        Args:
+            ctx: of this lookup.
+            ids: for each table, int32 or int64 (B,).
+        """
+        shards, ctx.features = self._group.size(), tuple(ids)
+        rows, counts = [], []
+        for feature, table in self._lookup.tables.items():
+            # Sorted: so the ids of a shard are together.
+            id_U, slot_B = torch.unique(ids[feature], return_inverse=True)
+            first_S = torch.arange(shards, device=id_U.device) * table.block
+            end_S = torch.searchsorted(id_U, (first_S + table.block).clamp(max=table.rows).to(id_U.dtype))
+            counts.append(torch.diff(end_S, prepend=end_S.new_zeros(1)))
+            local_U = id_U - first_S.to(id_U.dtype).repeat_interleave(counts[-1], output_size=len(id_U))
+            rows.append(local_U.to(narrowest(table.block - 1)))
+            ctx.places.append(slot_B)
+        count_SF = torch.stack(counts, dim=1)
+        ctx.sent = count_SF.T.tolist()
+
+        def send(count_SF: Tensor) -> IdsAllToAll:
+            ctx.received = count_SF.T.tolist()
+            return IdsAllToAll(ColumnsAllToAll(self._group, list(map(Column, rows, ctx.sent, ctx.received))))
+
+        return CountsAllToAll(self._group, count_SF, send)
+
+    def assemble(self, ctx: RowWiseContext, parts: tuple[Tensor, ...]) -> Iterable[Tensor]:
+        """The row of each id, (B, d)."""
+        # Its backward pass adds up the gradients of equal ids in one order, on a GPU too.
+        return map(embedding, ctx.places, parts)
+
+
+class WeightedBags(NamedTuple):
+    """Of one rank."""
+
+    ids: Mapping[str, Tensor]
+    """For each table, int32 or int64 (I,): the first bag's, the second's, ..."""
+    weight_I: Tensor
+    """float32, may require a gradient."""
+    length_B: Tensor
+    """Integer; bags may be empty."""
+
+
+@dataclass
+class PoolingContext(RowWiseContext):
+    """``places``, (P,): the bag that each part belongs to."""
+
+    bags: int = 0
+
+
+class BagsAllToAll(Awaitable[list[Bags]]):
+    """Second step of the input: ids and lengths, and weights whose gradients will return."""
+
+    def __init__(self, columns: ColumnsAllToAll, weights: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self._columns, self._weights = columns, weights
+
+    def _wait_impl(self) -> list[Bags]:
+        found = self._columns.wait()
+        rows, lengths = found[: len(self._weights)], found[len(self._weights) :]
+        return [
+            Bags(row_I.to(torch.int32), length_L, weight_I)
+            for row_I, length_L, weight_I in zip(rows, lengths, self._weights, strict=True)
+        ]
+
+
+class ShardedWeightedPooling(RowWiseModule[PoolingContext]):
+    """``sum_i w_i e_i`` of bags of ids, with gradients of rows and weights, of all tables side by side.
+
+    A lookup in a sharded collection of its own does not give the weights a gradient: they travel without. And it ends
+    in a reduce-scatter, where each shard answers for every bag, though few ids of a bag are on it.
+    """
+
+    def create_context(self) -> PoolingContext:
+        """Of one pooling."""
+        return PoolingContext()
+
+    def input_dist(self, ctx: PoolingContext, features: WeightedBags) -> CountsAllToAll[BagsAllToAll]:
+        """Send ids and weights to the shards of the ids."""
+        shards, tables = self._group.size(), self._lookup.tables
+        ctx.features, ctx.bags = tuple(features.ids), len(features.length_B)
+        id_I = torch.cat([features.ids[feature] for feature in tables])
+        blocks = torch.tensor([table.block for table in tables.values()], dtype=id_I.dtype, device=id_I.device)
+        length_B = features.length_B.to(id_I.dtype)
+        length_SFB, row_I, _, _, place_I = torch.ops.fbgemm.block_bucketize_sparse_features(
+            length_B.repeat(len(tables)), id_I, False, True, blocks, shards
+        )
+        order_I = torch.empty_like(place_I)
+        order_I[place_I.long()] = torch.arange(len(place_I), dtype=place_I.dtype, device=place_I.device)
+        weight_I = features.weight_I.repeat(len(tables)).index_select(0, order_I)
+        length_SFB = length_SFB.view(shards, len(tables), ctx.bags)
+        ids_SF = length_SFB.sum(2)
+        # By shard and table, as the bucketing has left them.
+        by_shard = ids_SF.flatten().tolist()
+        row_parts, weight_parts = row_I.split(by_shard), weight_I.split(by_shard)
+        id_counts = ids_SF.T.tolist()
+        rows, lengths, weights = [], [], []
+        for place, table in enumerate(tables.values()):
+            length_SB = length_SFB[:, place]
+            shard_P, bag_P = length_SB.nonzero(as_tuple=True)
+            ctx.places.append(bag_P)
+            ctx.sent.append(torch.bincount(shard_P, minlength=shards).tolist())
+            rows.append(torch.cat(row_parts[place :: len(tables)]).to(narrowest(table.block - 1)))
+            weights.append(torch.cat(weight_parts[place :: len(tables)]))
+            lengths.append(length_SB[shard_P, bag_P].to(torch.int32))
+
+        def send(count_SX: Tensor) -> BagsAllToAll:
+            counts = count_SX.T.tolist()
+            ids_received, ctx.received = counts[: len(tables)], counts[len(tables) :]
+            columns = [*map(Column, rows, id_counts, ids_received), *map(Column, lengths, ctx.sent, ctx.received)]
+            # TorchRec divides what comes to a shard by the number of ranks; home wants its own loss's gradient.
+            scale = 1 / self._lookup.gradient_scale
+            travelling = all_to_all_with_gradient(
+                list(map(Column, weights, id_counts, ids_received)), scale, self._group
+            )
+            return BagsAllToAll(ColumnsAllToAll(self._group, columns), travelling)
+
+        parts_SF = torch.tensor(ctx.sent, device=ids_SF.device).T
+        return CountsAllToAll(self._group, torch.cat([ids_SF, parts_SF], dim=1).contiguous(), send)
+
+    def assemble(self, ctx: PoolingContext, parts: tuple[Tensor, ...]) -> Iterable[Tensor]:
+        """The sum of each bag, (B, d)."""
+        return (_added(part_Pd, bag_P, ctx.bags) for part_Pd, bag_P in zip(parts, ctx.places, strict=True))
+
+
+def _added(part_Pd: Tensor, bag_P: Tensor, bags: int) -> Tensor:
+    """The sums of each bag's parts, (B, d); 0 where a bag has none."""
+    first_B = torch.bincount(bag_P, minlength=bags).cumsum(0)
+    first_B = torch.cat([first_B.new_zeros(1), first_B])
+    return embedding_bag(bag_P.argsort(stable=True), part_Pd, first_B, mode="sum", include_last_offset=True)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, values_V: Tensor, scale: float, group: dist.ProcessGroup) -> Tensor:
+        context.scale, context.group = scale, group
+        found = values_V.new_empty(group.size() * len(values_V))
+        dist.all_gather_into_tensor(found, values_V.contiguous(), group=group)
+        return found.view(group.size(), len(values_V))
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient_SV: Tensor) -> tuple[Tensor | None, ...]:
+        gradient_V = gradient_SV.new_empty(gradient_SV.shape[1])
+        dist.reduce_scatter_tensor(gradient_V, gradient_SV.flatten(), group=context.group)
+        return gradient_V.mul_(context.scale), None, None
+
+
+def all_gathered_tables(collection: ShardedEmbeddingBagCollection) -> dict[str, Tensor]:
+    """All rows of all tables; every rank must call it, and must go through its backward pass.
+
+    A lookup of all rows in the collection itself would be asked of the shards by every rank apart.
+
+    Args:
+        collection: sharded row-wise; its tables are small.
+
+    Returns:
+        By the feature that is looked up in a table, (R, d).
+    """
+    lookup = RowWiseLookup(collection)
+    shards, device = lookup.group.size(), next(iter(lookup.tables.values())).local_Rd.device
+    local = {feature: len(table.local_Rd) for feature, table in lookup.tables.items()}
+    rows = lookup([Bags(torch.arange(count, dtype=torch.int32, device=device)) for count in local.values()])
+    blocks = [table.block for table in lookup.tables.values()]
+    # The last shards are shorter; a collective needs equal parts.
+    parts = [pad(part_Rd, (0, 0, 0, block - len(part_Rd))) for part_Rd, block in zip(rows, blocks, strict=True)]
+    values_V = torch.cat([part_Rd.flatten() for part_Rd in parts])
+    all_SV: Tensor = _AllGather.apply(values_V, lookup.gradient_scale, lookup.group)
+    of_tables = all_SV.split([part_Rd.numel() for part_Rd in parts], dim=1)
+    return {
+        feature: of_table.reshape(shards * table.block, lookup.dims[feature])[: table.rows]
+        for (feature, table), of_table in zip(lookup.tables.items(), of_tables, strict=True)
+    }

@@ -1,0 +1,256 @@
+"""Where the rows of row-wise sharded tables are, and how to get at them.
+
+B = ids of this rank, G = ids known to all ranks, S = shards (one a rank), R = local rows, d = dim of a table,
+F = tables of a collection, I = ids in a lookup, L = bags in it, the most of a table.
+
+What lookups in row-wise shards share: what is asked travels to the shards, parts of the answer travel home.
+
+P = parts that come home, d = dim of a table.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
+from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
+from torchrec.distributed.comm_ops import get_gradient_division
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.types import QuantizedCommCodecs, ShardedModule, ShardingType
+from torchrec.streamable import Multistreamable
+
+from embeddings.distributed.collectives import Column, ColumnsAllToAll, ReturnedParts, all_to_all_with_gradient
+from schemas.model import INHERENT, Feature
+
+
+class Bucketed(NamedTuple):
+    """Ids by the shard that has their rows, one shard's after the other's, each shard's in their old order."""
+
+    counts: list[int]
+    """Of each of the S shards."""
+    row_B: Tensor
+    """int32 or int64: the rows, counted within their shard."""
+    place_B: Tensor
+    """int32 or int64: where each stood among the ids."""
+
+
+class RowWiseTable:
+    """A table in S equal parts, the last one shorter: row r is row ``r % block`` of shard ``r // block``.
+
+    Args:
+        local: returns the rows of this rank's shard, (R, d).
+        rows: rows of the whole table.
+        group: the ranks.
+    """
+
+    def __init__(self, local: Callable[[], Tensor], rows: int, group: dist.ProcessGroup) -> None:
+        self._local, self.rows, self.group = local, rows, group
+        self.block = -(-rows // group.size())
+
+    @property
+    def local_Rd(self) -> Tensor:
+        """The rows of this rank, (R, d), without gradient."""
+        return self._local().detach()
+
+    def bucketed(self, id_B: Tensor) -> Bucketed:
+        """Ids (int32 or int64) by the shard of their rows."""
+        length = torch.tensor([len(id_B)], dtype=id_B.dtype, device=id_B.device)
+        block = torch.tensor([self.block], dtype=id_B.dtype, device=id_B.device)
+        count_S, row_B, _, place_B, _ = torch.ops.fbgemm.block_bucketize_sparse_features(
+            length, id_B, True, False, block, self.group.size()
+        )
+        return Bucketed(count_S.tolist(), row_B, place_B)
+
+    def fetch(self, id_B: Tensor) -> Tensor:
+        """Rows of this rank's ids, (B, d): the ids travel to the shards, the rows travel back; every rank must call."""
+        asked = self.bucketed(id_B)
+        count_S = torch.tensor(asked.counts, device=id_B.device)
+        wanted_S = torch.empty_like(count_S)
+        dist.all_to_all_single(wanted_S, count_S, group=self.group)
+        wanted = wanted_S.tolist()
+        (row_B,) = ColumnsAllToAll(self.group, [Column(asked.row_B, asked.counts, wanted)]).wait()
+        rows_Bd = self.local_Rd.index_select(0, row_B)
+        (found_Bd,) = ColumnsAllToAll(self.group, [Column(rows_Bd, wanted, asked.counts)]).wait()
+        in_order_Bd = torch.empty_like(found_Bd)
+        in_order_Bd[asked.place_B.long()] = found_Bd
+        return in_order_Bd
+
+    def gather(self, id_G: Tensor) -> Tensor:
+        """Rows of ids that all ranks know, (G, d) on all of them: each shard sends those that it has to all, once."""
+        id_U, slot_G = torch.unique(id_G.long(), return_inverse=True)  # sorted, so by shard
+        owner_U = id_U // self.block
+        count_S = torch.bincount(owner_U, minlength=self.group.size())
+        longest = max(1, int(count_S.max()))
+        rank = self.group.rank()
+        local_Rd = self.local_Rd
+        own = local_Rd.new_zeros(longest, local_Rd.shape[1])
+        mine = id_U[owner_U == rank] - rank * self.block
+        own[: len(mine)] = local_Rd.index_select(0, mine)
+        everyone = own.new_empty(self.group.size() * longest, local_Rd.shape[1])
+        dist.all_gather_into_tensor(everyone, own, group=self.group)
+        first_S = count_S.cumsum(0) - count_S
+        place_U = torch.arange(len(id_U), device=id_U.device) - first_S[owner_U] + owner_U * longest
+        return everyone.index_select(0, place_U[slot_G])
+
+
+class Bags(NamedTuple):
+    """Of one table, for its shard on this rank."""
+
+    row_I: Tensor
+    """int32 or int64, local rows: the first bag's, the second's, ..."""
+    length_L: Tensor | None = None
+    """Integer; None: bags of one."""
+    weight_I: Tensor | None = None
+    """float32, may require a gradient; of all tables, or of none."""
+
+
+class RowWiseLookup:
+    """The lookup that a sharded collection makes in this rank's shards, made with ids of our own.
+
+    So gradients reach the rows in the backward pass, where the collection's optimizers take their step.
+
+    Args:
+        collection: sharded; all its tables are row-wise.
+    """
+
+    def __init__(self, collection: ShardedEmbeddingBagCollection) -> None:
+        assert is_row_wise(collection), collection._sharding_types
+        tables = _tables(collection)
+        (sharding,), (self._lookup,) = collection._embedding_shardings, collection._lookups
+        self.tables = {feature: tables[feature] for feature in sharding.feature_names()}
+        """By the feature that is looked up in them, in the order of the lookup."""
+        self.dims = dict(zip(self.tables, sharding.embedding_dims(), strict=True))
+        self.group: dist.ProcessGroup = collection._env.process_group
+        # TorchRec means the loss of each rank to be its own, and the step to be for the mean of them.
+        self.gradient_scale = 1.0 / self.group.size() if get_gradient_division() else 1.0
+        """What the gradients that come to a shard are multiplied by."""
+
+    def __call__(self, bags: Sequence[Bags]) -> list[Tensor]:
+        """Weighted sums of local rows.
+
+        Args:
+            bags: of each table.
+
+        Returns:
+            Of each table, (L, d) for its bags.
+        """
+        device = bags[0].row_I.device
+        lengths = [
+            torch.ones(len(row_I), dtype=torch.int32, device=device) if length_L is None else length_L.to(torch.int32)
+            for row_I, length_L, _ in bags
+        ]
+        # A lookup has as many bags in each table, and at least one: else no gradient would pass through it.
+        most = max(1, *map(len, lengths))
+        weights = [weight_I for _, _, weight_I in bags if weight_I is not None]
+        features = KeyedJaggedTensor(
+            keys=list(self.tables),
+            values=torch.cat([row_I for row_I, _, _ in bags]),
+            lengths=torch.cat([torch.nn.functional.pad(length_L, (0, most - len(length_L))) for length_L in lengths]),
+            weights=torch.cat(weights) if weights else None,
+            stride=most,
+        )
+        rows_LD: Tensor = self._lookup(features)
+        parts = rows_LD.split(list(self.dims.values()), dim=1)
+        return [part_Ld[: len(length_L)] for part_Ld, length_L in zip(parts, lengths, strict=True)]
+
+
+def is_row_wise(collection: torch.nn.Module | None) -> bool:
+    """Whether it is sharded, and all its tables are row-wise."""
+    if not isinstance(collection, ShardedEmbeddingBagCollection):
+        return False
+    return bool(collection._sharding_types == [ShardingType.ROW_WISE.value])
+
+
+def row_wise_tables(collection: ShardedEmbeddingBagCollection) -> dict[Feature, RowWiseTable]:
+    """The tables of inherent features by the feature that is looked up in them, item first; all must be row-wise."""
+    assert is_row_wise(collection), collection._sharding_types
+    found = _tables(collection)
+    return {feature: found[feature] for feature in INHERENT if feature in found}
+
+
+def _tables(collection: ShardedEmbeddingBagCollection) -> dict[str, RowWiseTable]:
+    found = {}
+    for bags in collection._lookups[0]._emb_modules:
+        for place, table in enumerate(bags.config.embedding_tables):
+            (feature,) = table.feature_names
+            found[feature] = RowWiseTable(_local_rows(bags, place), table.num_embeddings, collection._env.process_group)
+    return found
+
+
+def _local_rows(bags: BatchedFusedEmbeddingBag, place: int) -> Callable[[], Tensor]:
+    cached = bags.config.embedding_tables[place].compute_kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING
+
+    def local() -> Tensor:
+        if cached:
+            bags.flush()  # The newest values of some rows are in the cache alone.
+        rows_Rd: Tensor = bags.split_embedding_weights()[place]
+        return rows_Rd
+
+    return local
+
+
+@dataclass
+class RowWiseContext(Multistreamable):
+    """What home remembers of what it asked; of each table, in the order of the lookup."""
+
+    places: list[Tensor] = field(default_factory=list)
+    """int64: how the parts belong to what was asked."""
+    sent: list[list[int]] = field(default_factory=list)
+    """Parts asked of each shard."""
+    received: list[list[int]] = field(default_factory=list)
+    """Parts that each rank asks of this shard."""
+    features: tuple[str, ...] = ()
+    """The order that was asked for."""
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that ``stream`` uses the tensors."""
+        for place in self.places:
+            place.record_stream(stream)
+
+
+C = TypeVar("C", bound=RowWiseContext)
+
+
+class RowWiseModule(ShardedModule[list[Bags], list[Tensor], Tensor, C]):
+    """A lookup in the shards of a collection, with gradient.
+
+    It has no parameters; the rows are those of the collection, and so are their optimizers.
+
+    Args:
+        collection: sharded row-wise.
+        codecs: of the parts and of their gradients on their way; None: as they are.
+    """
+
+    def __init__(self, collection: ShardedEmbeddingBagCollection, codecs: QuantizedCommCodecs | None = None) -> None:
+        super().__init__()
+        self._codecs = codecs
+        self._lookup = RowWiseLookup(collection)
+        self._group = self._lookup.group
+
+    @property
+    def unsharded_module_type(self) -> type[EmbeddingBagCollection]:
+        """What it reads, before sharding."""
+        return EmbeddingBagCollection
+
+    def compute(self, ctx: C, dist_input: list[Bags]) -> list[Tensor]:
+        """What this shard has of the answers to all ranks: of each table (its parts, d)."""
+        return self._lookup(dist_input)
+
+    def output_dist(self, ctx: C, output: list[Tensor]) -> ReturnedParts:
+        """Send the parts home."""
+        columns = list(map(Column, output, ctx.received, ctx.sent))
+        parts = all_to_all_with_gradient(columns, self._lookup.gradient_scale, self._group, self._codecs)
+
+        def answer(parts: tuple[Tensor, ...]) -> Tensor:
+            by_feature = dict(zip(self._lookup.tables, self.assemble(ctx, parts), strict=True))
+            return torch.cat([by_feature[feature] for feature in ctx.features], dim=1)
+
+        return ReturnedParts(parts, answer)
+
+    def assemble(self, ctx: C, parts: tuple[Tensor, ...]) -> Iterable[Tensor]:
+        """Of each table, in the order of the lookup, what was asked for; made of its parts (P, d)."""
+        raise NotImplementedError

@@ -1,0 +1,119 @@
+"""Embedding rows of targets or behaviours.
+
+D = dim of the inherent features together, d = dim of a cross feature, E = dim of all features together.
+
+Time between a behaviour and a target, in logarithmic buckets.
+
+Which row of a small table describes the meeting of a behaviour and a target.
+
+T = targets, K = behaviours selected of each, M = behaviours of all users, R = rows of a table, d = its dim,
+X = any shape of (target, behaviour) pairs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from embeddings.batch import Batch, History, Selection, gather_or_zeros
+from schemas.errors import UserError
+from schemas.model import Feature
+
+Role = Literal["attention", "representation"]
+"""What rows are used for."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the same targets (T, ...) or behaviours (T, K, ...) in one set of tables."""
+
+    inherent: Tensor
+    """float32 (..., D): item and category, concatenated."""
+    cross: Mapping[Feature, Tensor]
+    """float32 (..., d) each."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Rows":
+        """``function`` of each part."""
+        return Rows(function(self.inherent), {feature: function(rows) for feature, rows in self.cross.items()})
+
+    def concatenated(self) -> Tensor:
+        """All features side by side, (..., E)."""
+        return torch.cat([self.inherent, *self.cross.values()], dim=-1) if self.cross else self.inherent
+
+
+INTERVAL_BUCKETS = 34
+"""Rows of an interval table: 0 for padding, 33 for spans up to 2^33 seconds (272 years)."""
+
+
+def interval_bucket(seconds: Tensor) -> Tensor:
+    """Bucket 1 + floor(log2(1 + seconds)), at most 33: 1 = the same second, 2 = 1-2 s, 3 = 3-6 s, ...
+
+    Args:
+        seconds: int64, any shape; negative spans count as 0.
+
+    Returns:
+        int32 of the same shape, 1 .. 33.
+    """
+    # frexp is exact: x = m 2^e with m in [0.5, 1), so e = 1 + floor(log2(x)). float64 holds integers up to 2^53.
+    _, exponent = torch.frexp((seconds.clamp(min=0) + 1).to(torch.float64))
+    return exponent.clamp(max=INTERVAL_BUCKETS - 1).to(torch.int32)
+
+
+TARGET_ROW = 0
+"""The target's own row of position, interval and behavior; a behaviour has it only where its type is unknown."""
+
+
+def behavior_row(feature: Feature, batch: Batch, history: History, index_X: Tensor, target_X: Tensor) -> Tensor:
+    """Rows of behaviours, seen from targets.
+
+    Args:
+        feature: a cross feature.
+        batch: the targets.
+        history: the behaviours.
+        index_X: int64, which of the M behaviours.
+        target_X: int64, which of the T targets; broadcasts against ``index_X``.
+
+    Returns:
+        int32 or int64 (X).
+    """
+    if feature == "position":
+        return history.end_T[target_X] - index_X
+    if feature == "interval":
+        return interval_bucket(batch.timestamp_T[target_X] - gather_or_zeros(history.timestamp_M, index_X))
+    column_M = history.behavior_type_M if feature == "behavior" else history.scene_M
+    if column_M is None:
+        raise UserError(f"model.features: {feature} is not in the histories of {batch.origin}")
+    return gather_or_zeros(column_M, index_X)
+
+
+def target_row(feature: Feature, batch: Batch) -> Tensor | None:
+    """Rows of the targets themselves, int32 (T,); None: ``TARGET_ROW`` for all."""
+    if feature != "scene":
+        return None
+    if batch.scene_T is None:
+        raise UserError(f"model.features: scene is not in the targets of {batch.origin}")
+    return batch.scene_T
+
+
+def target_rows(batch: Batch, tables: Mapping[Feature, Tensor]) -> dict[Feature, Tensor]:
+    """The targets' rows themselves, (T, d), taken from all rows of each table."""
+    found: dict[Feature, Tensor] = {}
+    for feature, rows_Rd in tables.items():
+        row_T = target_row(feature, batch)
+        found[feature] = rows_Rd[TARGET_ROW].expand(len(batch), -1) if row_T is None else embedding(row_T, rows_Rd)
+    return found
+
+
+def selected_rows(
+    batch: Batch, history: History, selected: Selection, tables: Mapping[Feature, Tensor]
+) -> dict[Feature, Tensor]:
+    """Rows of the selected behaviours, (T, K, d), taken from all rows of each table; row 0 for padding."""
+    target_T1 = torch.arange(len(batch), device=selected.index_TK.device)[:, None]
+    found: dict[Feature, Tensor] = {}
+    for feature, rows_Rd in tables.items():
+        row_TK = behavior_row(feature, batch, history, selected.index_TK, target_T1)
+        found[feature] = embedding(torch.where(selected.valid_TK, row_TK, 0), rows_Rd)
+    return found

@@ -1,0 +1,153 @@
+"""One lookup whose rows are used for attention and for representation, with a say in how their gradients meet.
+
+L = rows looked up, U = distinct rows of them, X = rows looked up or all rows of a table, d = its dim.
+
+How strong the gradients are that attention and representation send to the embeddings (DARE, figure 2).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from embeddings.distributed.collectives import Column, ColumnsAllToAll, CountsAllToAll, ranks, sum_over_ranks
+from embeddings.features import Role, Rows
+from embeddings.tables.batch_rows import BatchRows
+
+Gradients = Mapping[str, list[Tensor]]
+"""By table: the gradients of the rows that were looked up in it, (L, d) each, or of all its rows."""
+
+Ids = Mapping[str, list[Tensor]]
+"""By table: the ids of those rows, (L,) each. Gradients of tables that are not here are of all their rows; each rank
+has its part of their sum."""
+
+Combine = Callable[[Gradients, Gradients, Ids], Gradients]
+"""The gradient that the tables get, of those of attention and of representation. Every rank calls it."""
+
+
+def added(attention: Gradients, representation: Gradients, ids: Ids) -> Gradients:
+    """The sum, as if nothing had been told apart."""
+    return {
+        table: [one + other for one, other in zip(parts, representation[table], strict=True)]
+        for table, parts in attention.items()
+    }
+
+
+def normalized(attention: Gradients, representation: Gradients, ids: Ids) -> Gradients:
+    """Attention's scaled to the norm of representation's, by table, then the sum (DARE, appendix C).
+
+    The norms are of the gradients of whole tables over the global batch: what comes to a row from several places is
+    added up first. Where attention has none, nothing is scaled.
+    """
+    squares = []
+    for table in attention:
+        both_X2d = torch.stack([torch.cat(side[table]) for side in (attention, representation)], dim=1).double()
+        if table in ids:
+            squares.append(_added_by_id(torch.cat(ids[table]), both_X2d).square().sum((0, 2)))
+        else:
+            squares.append(sum_over_ranks(both_X2d).square().sum((0, 2)) / ranks())
+    of_attention, of_representation = sum_over_ranks(torch.stack(squares)).sqrt().unbind(1)
+    scale = torch.where(of_attention > 0, of_representation / of_attention, 1).float()
+    scaled = {table: [part * scale[place] for part in parts] for place, (table, parts) in enumerate(attention.items())}
+    return added(scaled, representation, ids)
+
+
+def _added_by_id(id_L: Tensor, gradient_L2d: Tensor) -> Tensor:
+    """The gradients of each row, of all ranks: (U, 2, d), of those rows whose sum this rank makes."""
+    id_U, gradient_U2d = _sums(id_L, gradient_L2d)
+    if ranks() == 1:
+        return gradient_U2d
+    owner_U = id_U.long() % ranks()
+    order_U = owner_U.argsort(stable=True)
+    count_S = torch.bincount(owner_U, minlength=ranks())
+    group = dist.group.WORLD
+    assert group is not None
+
+    def send(wanted_S: Tensor) -> ColumnsAllToAll:
+        sent, received = count_S.tolist(), wanted_S.tolist()
+        return ColumnsAllToAll(group, [Column(values[order_U], sent, received) for values in (id_U, gradient_U2d)])
+
+    return _sums(*CountsAllToAll(group, count_S, send).wait().wait())[1]
+
+
+def _sums(id_L: Tensor, gradient_L2d: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct ids, (U,), and the sum of each one's gradients, (U, 2, d)."""
+    id_U, slot_L = id_L.unique(return_inverse=True)
+    return id_U, gradient_L2d.new_zeros(len(id_U), *gradient_L2d.shape[1:]).index_add(0, slot_L, gradient_L2d)
+
+
+class _Apart(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, combine: Combine, tables: list[str], ids: Ids, *rows: Tensor) -> tuple[Tensor, ...]:
+        context.combine, context.tables, context.ids = combine, tables, ids
+        return tuple(part.view_as(part) for part in (*rows, *rows))
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(context.tables)
+        sides: list[dict[str, list[Tensor]]] = []
+        for side in (gradients[:count], gradients[count:]):
+            by_table: dict[str, list[Tensor]] = {}
+            for table, part in zip(context.tables, side, strict=True):
+                by_table.setdefault(table, []).append(part)
+            sides.append(by_table)
+        combined = {table: iter(parts) for table, parts in context.combine(*sides, context.ids).items()}
+        return (None, None, None, *(next(combined[table]) for table in context.tables))
+
+
+def split_gradients(rows: BatchRows, combine: Combine) -> tuple[BatchRows, BatchRows]:
+    """Two readings of the same rows: for attention and for representation.
+
+    Args:
+        rows: looked up once.
+        combine: how the gradients of both meet.
+    """
+    parts, ids = rows.parts(), dict[str, list[Tensor]]()
+    for part in parts:
+        if part.id_L is not None:
+            ids.setdefault(part.table, []).append(part.id_L)
+    found = _Apart.apply(combine, [part.table for part in parts], ids, *(part.rows for part in parts))
+    return rows.replaced(found[: len(parts)]), rows.replaced(found[len(parts) :])
+
+
+class GradientNorms:
+    """A row_hook of a `CtrModel` that measures the gradient of each concern, apart even where they share a table.
+
+    Example:
+        model.row_hook = GradientNorms()
+        click_loss(model(batch), batch.label_T).backward()
+        model.row_hook.norms()  # {"attention": ..., "representation": ...}
+        model.row_hook = None
+    """
+
+    def __init__(self) -> None:
+        self._squares: dict[Role, Tensor] = {}
+
+    def __call__(self, concern: Role, rows: Rows) -> Rows:
+        """The same rows; what comes back through them is counted as ``concern``'s."""
+
+        def measured(part: Tensor) -> Tensor:
+            # A view of its own: a hook on the rows themselves would see the gradients of both concerns.
+            view = part.view_as(part)
+            view.register_hook(lambda gradient: self._count(concern, gradient))
+            return view
+
+        return rows.map(measured)
+
+    def _count(self, concern: Role, gradient: Tensor) -> None:
+        square = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64).square()
+        self._squares[concern] = self._squares.get(concern, torch.zeros_like(square)) + square
+
+    def norms(self) -> dict[Role, float]:
+        """Norm of the gradients of the looked-up rows, by concern, over the global batch; every rank must call it."""
+        # A rank's loss is that of the global batch times the number of ranks.
+        nothing = torch.zeros_like(next(iter(self._squares.values())))  # a model need not learn its attention
+        totals = sum_over_ranks(
+            torch.stack([self._squares.get("attention", nothing), self._squares.get("representation", nothing)])
+        )
+        attention, representation = (totals.sqrt() / ranks()).tolist()
+        return {"attention": attention, "representation": representation}

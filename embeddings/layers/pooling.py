@@ -1,0 +1,49 @@
+"""What a target's history says about it.
+
+T = targets, K = behaviours of each, H = heads, d = dim of some features, E = dim of all features together.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from embeddings.features import Rows
+
+
+@dataclass(frozen=True)
+class Representation:
+    """What is known of T targets and of their histories in one sequence."""
+
+    target: Rows
+    """(T, ...)"""
+    pooled: Rows
+    """``sum_i w_i e_i`` (T, ...)."""
+
+
+def pooled(weight_TK: Tensor, behaviors: Rows) -> Rows:
+    """``sum_i w_i e_i``, (T, ...), of the behaviours' representation rows (T, K, ...)."""
+    return behaviors.map(lambda rows_TKd: weighted_sum(weight_TK, rows_TKd))
+
+
+def weighted_sum(weight_TK: Tensor, rows_TKd: Tensor) -> Tensor:
+    """(T, d); with weights (T, H, K) of several heads side by side, (T, H * d)."""
+    weight_THK = weight_TK if weight_TK.dim() == 3 else weight_TK.unsqueeze(1)
+    return torch.bmm(weight_THK, rows_TKd).flatten(1)
+
+
+def history_inputs(representation: Representation, target_aware: bool) -> list[Tensor]:
+    """What a prediction sees of a history: ``sum_i w_i e_i``, and its product with the target (DARE, section 3.2).
+
+    ``h = sum_i w_i (e_i * v_t)`` with an element-wise product; the target does not depend on i, so it is one product
+    with the pooled rows.
+
+    Args:
+        representation: of the targets and their histories.
+        target_aware: with the product ("target-aware representation", TR).
+
+    Returns:
+        float32 (T, E) each.
+    """
+    pooled_TE = representation.pooled.concatenated()
+    return [pooled_TE, pooled_TE * representation.target.concatenated()] if target_aware else [pooled_TE]

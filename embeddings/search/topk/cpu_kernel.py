@@ -1,0 +1,326 @@
+"""The CPU's search loop: gather a row, take its dot product, keep the K best keys. Compiled on first use, kept on disk.
+
+R = rows of the table, D = dim, M = ids of all users, T = targets, W = sum of window lengths, K = kept,
+U = units of work: a few targets each, whose windows overlap if there are several.
+
+All compiled code is in this one file, because the compiler's cache on disk looks only at the file of what it compiles.
+
+Half precision arrives as integers of 16 bits, which the compiler can handle: int16 holds float16, uint16 holds
+bfloat16. Sums are in float32 and in an order that depends on D alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core.cgutils import get_or_insert_function
+from numba.extending import intrinsic
+
+LANES, SUMS = 16, 4
+"""Floats of a vector, and vectors summed independently, so that an addition need not wait for the one before."""
+PREFETCHED_ROWS, PREFETCHED_LINES = 16, 4
+"""Rows asked for ahead, and cache lines of each; the processor finds the lines that follow."""
+SHORT_LINES, SMALL_TABLE_BYTES = 2, 4 << 20
+"""Rows of so few lines, in a larger table, are fetched past the second-level cache: a quarter of the time less."""
+LINE_BYTES = 64
+BLOCK_BYTES = 32 << 10
+"""Rows that targets of a unit score in turn, before they move on: they stay in the first-level cache."""
+
+NOTHING = np.int64(np.iinfo(np.int64).min)
+"""Less than any key."""
+_LOW = np.int64(0xFFFFFFFF)
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+_NAN = np.int32(0x7FC00000)
+_MINUS_INFINITY = np.int32(-0x800000)
+
+_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+
+
+@intrinsic
+def dot(_: Any, rows_RD: Any, address: Any, query_D: Any, dim: Any) -> tuple[Any, Callable]:
+    """float32 ``<row, query_D>`` of the row of ``rows_RD``'s type at ``address``.
+
+    Vectors of 16 lanes, then of 4, then single floats; on a processor with shorter vectors the compiler splits them.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        row = builder.inttoptr(arguments[1], ir.PointerType())
+        query = context.make_array(signature.args[2])(context, builder, arguments[2]).data
+        return _dot(builder, rows_RD.dtype, row, query, arguments[3])
+
+    return types.float32(rows_RD, types.int64, query_D, types.int64), generate
+
+
+def _dot(builder: ir.IRBuilder, kind: types.Type, row: ir.Value, query: ir.Value, dim: ir.Value) -> ir.Value:
+    stored = {types.float32: _F32, types.int16: ir.HalfType(), types.uint16: ir.IntType(16), types.int8: ir.IntType(8)}
+
+    def load(element: ir.Type, array: ir.Value, at: ir.Value, lanes: int) -> ir.Value:
+        place = builder.gep(array, [at], source_etype=element)
+        return builder.load(place, typ=ir.VectorType(element, lanes), align=1)
+
+    def widened(values: ir.Value, lanes: int) -> ir.Value:
+        floats, integers = ir.VectorType(_F32, lanes), ir.VectorType(_I32, lanes)
+        if kind == types.float32:
+            return values
+        if kind == types.int16:
+            return builder.fpext(values, floats)
+        if kind == types.uint16:
+            high = builder.shl(builder.zext(values, integers), ir.Constant(integers, [16] * lanes))
+            return builder.bitcast(high, floats)
+        return builder.sitofp(values, floats)
+
+    def multiply_add(at: ir.Value, total: ir.Value, lanes: int) -> ir.Value:
+        floats = ir.VectorType(_F32, lanes)
+        fma = get_or_insert_function(builder.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fma.v{lanes}f32")
+        values = widened(load(stored[kind], row, at, lanes), lanes)
+        return builder.call(fma, [values, load(_F32, query, at, lanes), total])
+
+    def loop(at: ir.Value, totals: list[ir.Value], lanes: int) -> tuple[ir.Value, list[ir.Value]]:
+        """As long as a whole step fits, ``totals`` side by side; where it ended, and the sums."""
+        before = builder.block
+        head, body, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        index = builder.phi(_I64)
+        sums = [builder.phi(total.type) for total in totals]
+        index.add_incoming(at, before)
+        for total, running in zip(totals, sums, strict=True):
+            running.add_incoming(total, before)
+        following = builder.add(index, _I64(lanes * len(totals)))
+        builder.cbranch(builder.icmp_signed("<=", following, dim), body, after)
+        builder.position_at_end(body)
+        for place, running in enumerate(sums):
+            running.add_incoming(multiply_add(builder.add(index, _I64(place * lanes)), running, lanes), builder.block)
+        index.add_incoming(following, builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+        return index, sums
+
+    def across(total: ir.Value, lanes: int) -> ir.Value:
+        add = get_or_insert_function(
+            builder.module, ir.FunctionType(_F32, [_F32, total.type]), f"llvm.vector.reduce.fadd.v{lanes}f32"
+        )
+        return builder.call(add, [_F32(-0.0), total], fastmath=("reassoc",))
+
+    def zero(lanes: int) -> ir.Value:
+        return ir.Constant(ir.VectorType(_F32, lanes), [0.0] * lanes)
+
+    at, (a, b, c, d) = loop(_I64(0), [zero(LANES)] * SUMS, LANES)
+    at, (wide,) = loop(at, [builder.fadd(builder.fadd(a, b), builder.fadd(c, d))], LANES)
+    at, (narrow,) = loop(at, [zero(4)], 4)
+    _, (single,) = loop(at, [zero(1)], 1)
+    rest = builder.fadd(across(narrow, 4), builder.extract_element(single, _I32(0)))
+    return builder.fadd(across(wide, LANES), rest)
+
+
+def _prefetch(locality: int) -> Callable:
+    @intrinsic
+    def ask(_: Any, address: Any) -> tuple[Any, Callable]:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+            kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), _I32, _I32, _I32])
+            prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            read, data = _I32(0), _I32(1)
+            builder.call(prefetch, [builder.inttoptr(arguments[0], ir.PointerType()), read, _I32(locality), data])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    return ask
+
+
+_past_second_level, _into_second_level = _prefetch(0), _prefetch(2)
+
+
+@intrinsic
+def _bits(_: Any, number: Any) -> tuple[Any, Callable]:
+    """A float32's bits as int32."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.bitcast(arguments[0], _I32)
+
+    return types.int32(types.float32), generate
+
+
+def _compiled(function: Callable) -> Callable:
+    """Compiled code, kept on disk where there is a place to write to."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
+@_compiled
+def prefetch_row(rows_RD: np.ndarray, address: int, lines: int) -> None:
+    """Ask for the first cache lines of the row at ``address`` and go on; harmless at any address."""
+    if lines <= SHORT_LINES and rows_RD.size * rows_RD.itemsize > SMALL_TABLE_BYTES:
+        for line in range(lines):
+            _past_second_level(address + line * LINE_BYTES)
+    else:
+        for line in range(min(lines, PREFETCHED_LINES)):
+            _into_second_level(address + line * LINE_BYTES)
+
+
+@_compiled
+def ordered(score: Any, column: int) -> Any:
+    """A key that sorts as (score, earlier column first): the float's bits made monotonic, above the column.
+
+    NaN sorts above infinity; -0.0 equals 0.0.
+    """
+    score = score + np.float32(0.0)  # -0.0 becomes 0.0
+    bits = _bits(score) if score == score else _NAN
+    if bits < 0:
+        bits ^= _MAGNITUDE
+    return (np.int64(bits) << 32) | (_LOW - column)
+
+
+@_compiled
+def keep_greatest(keys_X: np.ndarray, size: int, k: int) -> None:
+    """Reorder the first ``size`` keys, all different, such that the k greatest come first and the k-th of them last."""
+    low, high = 0, size
+    while high - low > 1:
+        middle, last = (low + high) >> 1, high - 1
+        first_key, middle_key, last_key = keys_X[low], keys_X[middle], keys_X[last]
+        pivot = max(min(first_key, middle_key), min(max(first_key, middle_key), last_key))
+        at = low if pivot == first_key else (middle if pivot == middle_key else last)
+        keys_X[at], keys_X[last] = last_key, pivot
+        greater = low
+        for place in range(low, last):  # no branch that could be mispredicted
+            key = keys_X[place]
+            keys_X[place] = keys_X[greater]
+            keys_X[greater] = key
+            greater += key > pivot
+        keys_X[last], keys_X[greater] = keys_X[greater], pivot
+        if greater == k - 1:
+            return
+        if greater < k - 1:
+            low = greater + 1
+        else:
+            high = greater
+
+
+@_compiled
+def sort_descending(keys_X: np.ndarray, spare_X: np.ndarray, size: int) -> None:
+    """Sort the first ``size`` keys: runs of 8 by insertion, then merged in pairs."""
+    run = 8
+    for begin in range(0, size, run):
+        for place in range(begin + 1, min(begin + run, size)):
+            key, hole = keys_X[place], place
+            while hole > begin and keys_X[hole - 1] < key:
+                keys_X[hole] = keys_X[hole - 1]
+                hole -= 1
+            keys_X[hole] = key
+    while run < size:
+        for begin in range(0, size - run, 2 * run):
+            left, middle, end = begin, begin + run, min(begin + 2 * run, size)
+            spare_X[begin:middle] = keys_X[begin:middle]
+            right, place = middle, begin
+            while left < middle and right < end:
+                one, other = spare_X[left], keys_X[right]
+                keys_X[place] = max(one, other)
+                left += one > other
+                right += one <= other
+                place += 1
+            while left < middle:
+                keys_X[place] = spare_X[left]
+                left += 1
+                place += 1
+        run *= 2
+
+
+@_compiled
+def search(
+    rows_RD: np.ndarray,
+    row_bytes: int,
+    scale_R: np.ndarray,
+    ids_M: np.ndarray,
+    start_T: np.ndarray,
+    end_T: np.ndarray,
+    first_T: np.ndarray,
+    query_TD: np.ndarray,
+    additive_W: np.ndarray,
+    order_T: np.ndarray,
+    unit_U: np.ndarray,
+    begin_unit: int,
+    end_unit: int,
+    bits_TK: np.ndarray,
+    index_TK: np.ndarray,
+) -> None:
+    """Search for the targets of some units. Everything has been checked: ids are rows, windows lie within the ids.
+
+    Args:
+        rows_RD: float32, int16 (float16), uint16 (bfloat16) or int8; neighbours in a row are neighbours in memory.
+        row_bytes: from one row to the next.
+        scale_R: float32, of each row; empty for all 1.
+        ids_M: int32 or int64.
+        start_T: int64.
+        end_T: int64.
+        first_T: int64, a window's first place in ``additive_W``.
+        query_TD: float32.
+        additive_W: float32.
+        order_T: int64, targets unit by unit.
+        unit_U: int64, (U + 1,), each unit's first place in ``order_T``.
+        begin_unit: the first unit to search for.
+        end_unit: the end of them.
+        bits_TK: int32, the float32 scores' bits; written.
+        index_TK: int64; written.
+    """
+    dim, k = query_TD.shape[1], bits_TK.shape[1]
+    base = rows_RD.ctypes.data
+    lines = (dim * rows_RD.itemsize + LINE_BYTES - 1) // LINE_BYTES
+    block = max(BLOCK_BYTES // (dim * rows_RD.itemsize), PREFETCHED_ROWS) if dim else len(ids_M) + 1
+    together = 0
+    for unit in range(begin_unit, end_unit):
+        together = max(together, unit_U[unit + 1] - unit_U[unit])
+    # Keys that beat the k-th best so far collect behind the k best, until there is no more room.
+    keys_QX = np.empty((together, 2 * k + 32), np.int64)
+    size_Q, worst_Q = np.empty(together, np.int64), np.empty(together, np.int64)
+    spare_X = np.empty(k, np.int64)
+    room = keys_QX.shape[1]
+    for unit in range(begin_unit, end_unit):
+        targets = order_T[unit_U[unit] : unit_U[unit + 1]]
+        begin = reach = start_T[targets[0]]
+        for slot in range(len(targets)):
+            reach = max(reach, end_T[targets[slot]])
+            size_Q[slot], worst_Q[slot] = 0, NOTHING
+        ahead = begin
+        for block_begin in range(begin, reach, block):
+            ahead = max(ahead, block_begin)
+            while ahead < min(block_begin + PREFETCHED_ROWS, reach):
+                prefetch_row(rows_RD, base + np.int64(ids_M[ahead]) * row_bytes, lines)
+                ahead += 1
+            for slot in range(len(targets)):
+                target = targets[slot]
+                start = start_T[target]
+                pair = first_T[target] - start
+                query_D, keys_X = query_TD[target], keys_QX[slot]
+                size, worst = size_Q[slot], worst_Q[slot]
+                for behavior in range(max(start, block_begin), min(end_T[target], block_begin + block)):
+                    if ahead < reach and ahead <= behavior + PREFETCHED_ROWS:
+                        prefetch_row(rows_RD, base + np.int64(ids_M[ahead]) * row_bytes, lines)
+                        ahead += 1
+                    row = np.int64(ids_M[behavior])
+                    score = dot(rows_RD, base + row * row_bytes, query_D, dim)
+                    if len(scale_R):
+                        score *= scale_R[row]
+                    key = ordered(score + additive_W[pair + behavior], behavior - start)
+                    keys_X[size] = key
+                    size += key > worst
+                    if size == room:
+                        keep_greatest(keys_X, size, k)
+                        size, worst = k, keys_X[k - 1]
+                size_Q[slot], worst_Q[slot] = size, worst
+        for slot in range(len(targets)):
+            target, keys_X, size = targets[slot], keys_QX[slot], size_Q[slot]
+            if size > k:
+                keep_greatest(keys_X, size, k)
+                size = k
+            sort_descending(keys_X, spare_X, size)
+            for place in range(size):
+                high = np.int32(keys_X[place] >> 32)
+                bits_TK[target, place] = high if high >= 0 else high ^ _MAGNITUDE
+                index_TK[target, place] = start_T[target] + _LOW - (keys_X[place] & _LOW)
+            for place in range(size, k):
+                bits_TK[target, place] = _MINUS_INFINITY
+                index_TK[target, place] = -1

@@ -1,0 +1,195 @@
+"""One differentiable lookup of targets and chosen behaviours in each set of tables.
+
+T = targets, K = behaviours chosen of each, M = behaviours of all users, D = dim of the inherent features together,
+L = ids of the lookup.
+
+One differentiable lookup of targets and of their pooled histories, pooled on the shards.
+
+T = targets, K = behaviours chosen of each, D = dim of the inherent features together, I = ids in all bags.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from embeddings.batch import Batch, Selection, gather_or_zeros
+from embeddings.features import Rows, selected_rows, target_rows
+from embeddings.layers.pooling import Representation, weighted_sum
+from embeddings.tables.collections import AllCrossRows, CrossRows, Tables
+from schemas.model import Feature
+
+
+class LookedUp(NamedTuple):
+    """Some rows of a table, as they were looked up."""
+
+    table: str
+    rows: Tensor
+    """float32 (L, d)."""
+    id_L: Tensor | None
+    """Their ids, int32; None: they are all rows of the table, in order."""
+
+
+class BatchRows:
+    """Rows of a batch: of the targets, and of either the selected behaviours or all of them.
+
+    Args:
+        batch: the targets and their histories.
+        tables: where the rows are.
+        cross: all rows of the cross tables.
+        target_sets: the sets of tables that targets are looked up in.
+        history_sets: the sets that behaviours are looked up in.
+        selected: by sequence, the behaviours.
+        whole: look up all behaviours, once each, so that any selection can be taken from them; else those selected.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        tables: Tables,
+        cross: AllCrossRows,
+        target_sets: set[str],
+        history_sets: set[str],
+        selected: Mapping[str, Selection],
+        whole: bool,
+    ) -> None:
+        self._batch, self._cross, self._selected = batch, cross, None if whole else selected
+        self._dims = {name: tables.inherent_dims(name) for name in sorted(target_sets | history_sets)}
+        self._targets: dict[str, Tensor] = {}
+        self._behaviors: dict[str, dict[str, Tensor]] = {}
+        self._ids: dict[tuple[str, str | None], dict[Feature, Tensor]] = {}
+        """By set and sequence; None: of the targets."""
+        self._given: dict[tuple[str, str], tuple[Selection, Rows]] = {}
+        histories = {name: batch.histories[name] for name in selected}
+        item, category, valid = [], [], []
+        for name, history in histories.items():
+            chosen = selected[name]
+            item.append(history.item_M if whole else gather_or_zeros(history.item_M, chosen.index_TK).flatten())
+            category.append(
+                history.category_M if whole else gather_or_zeros(history.category_M, chosen.index_TK).flatten()
+            )
+            valid.append(torch.ones_like(item[-1], dtype=torch.bool) if whole else chosen.valid_TK.flatten())
+        counts = [len(ids) for ids in item]
+        all_targets = torch.ones_like(batch.item_T, dtype=torch.bool)
+        for name in sorted(target_sets | history_sets):
+            of_history, of_target = name in history_sets, name in target_sets
+            ids: dict[Feature, Tensor] = {
+                "item": torch.cat([*item * of_history, *[batch.item_T] * of_target]),
+                "category": torch.cat([*category * of_history, *[batch.category_T] * of_target]),
+            }
+            valid_L = torch.cat([*valid * of_history, *[all_targets] * of_target])
+            parts = tables.inherent_rows(name, ids, valid_L).split(counts * of_history + [len(batch)] * of_target)
+            if of_target:
+                self._targets[name] = parts[-1]
+                self._ids[name, None] = {"item": batch.item_T, "category": batch.category_T}
+            if of_history:
+                self._behaviors[name] = dict(zip(histories, parts, strict=False))
+                for place, sequence in enumerate(histories):
+                    self._ids[name, sequence] = {"item": item[place], "category": category[place]}
+
+    def targets(self, name: str, sequence: str) -> Rows:
+        """Rows (T, ...) of the targets in set ``name``, seen from a sequence."""
+        return Rows(self._targets[name], target_rows(self._batch, self._cross[name][sequence]))
+
+    def behaviors(self, name: str, sequence: str, selected: Selection) -> Rows:
+        """Rows (T, K, ...) of selected behaviours in set ``name``; without ``whole``, of the selection looked up."""
+        # Attention and representation often have the same tables: taken once, the gradients of both travel back once.
+        last = self._given.get((name, sequence))
+        if last is not None and last[0] is selected:
+            return last[1]
+        rows = self._behaviors[name][sequence]
+        if self._selected is None:
+            # The sum of no rows is a row of zeros that still belongs to the graph, on a rank without behaviours.
+            inherent = embedding(selected.index_TK, rows if len(rows) else rows.sum(0, keepdim=True))
+        else:
+            assert selected is self._selected[sequence], "rows of another selection"
+            inherent = rows.view(*selected.index_TK.shape, rows.shape[1])
+        history = self._batch.histories[sequence]
+        found = Rows(inherent, selected_rows(self._batch, history, selected, self._cross[name][sequence]))
+        self._given[name, sequence] = selected, found
+        return found
+
+    def parts(self) -> list[LookedUp]:
+        """All that was looked up, by table: rows of ids first, then all rows of small tables."""
+        found = []
+        for name, sequence, looked_up in self._inherent():
+            columns = looked_up.split(list(self._dims[name].values()), dim=1)
+            for feature, rows in zip(self._dims[name], columns, strict=True):
+                found.append(LookedUp(f"{feature}_{name}", rows, self._ids[name, sequence][feature]))
+        for name in self._dims:
+            for sequence, by_feature in self._cross[name].items():
+                found += [LookedUp(f"{sequence}_{feature}_{name}", rows, None) for feature, rows in by_feature.items()]
+        return found
+
+    def replaced(self, rows: Sequence[Tensor]) -> Self:
+        """The same with other rows in the place of those that `parts` returns, in their order."""
+        other, rest = copy(self), iter(rows)
+        other._given = {}
+        joined = iter([torch.cat([next(rest) for _ in self._dims[name]], dim=1) for name, _, _ in self._inherent()])
+        other._targets = {name: next(joined) for name in self._targets}
+        other._behaviors = {
+            name: {sequence: next(joined) for sequence in by_sequence} for name, by_sequence in self._behaviors.items()
+        }
+        other._cross = {
+            name: {
+                sequence: {feature: next(rest) for feature in by_feature}
+                for sequence, by_feature in self._cross[name].items()
+            }
+            for name in self._dims
+        }
+        return other
+
+    def _inherent(self) -> list[tuple[str, str | None, Tensor]]:
+        """By set and sequence (None: the targets'), the rows of the inherent features."""
+        found: list[tuple[str, str | None, Tensor]] = [(name, None, rows) for name, rows in self._targets.items()]
+        for name, by_sequence in self._behaviors.items():
+            found += [(name, sequence, rows) for sequence, rows in by_sequence.items()]
+        return found
+
+
+def pooled_on_shards(
+    batch: Batch,
+    tables: Tables,
+    name: str,
+    cross: CrossRows,
+    selected: Mapping[str, Selection],
+    weights: Mapping[str, Tensor],
+) -> dict[str, Representation]:
+    """What the representation rows say of targets and histories; one bag for each target and for each history.
+
+    Targets and histories share the lookup, so that the tables' optimizers see one gradient of each row a step.
+
+    Args:
+        batch: the targets and their histories.
+        tables: where the rows are.
+        name: the set of tables, sharded row-wise.
+        cross: all rows of its cross tables.
+        selected: by sequence, the behaviours.
+        weights: by sequence, float32 (T, K), with gradient; 0 where there is no behaviour.
+
+    Returns:
+        By sequence.
+    """
+    item, category = [batch.item_T], [batch.category_T]
+    weight, length = [torch.ones(len(batch), device=batch.item_T.device)], [torch.ones_like(batch.item_T)]
+    for sequence, chosen in selected.items():
+        history = batch.histories[sequence]
+        item.append(gather_or_zeros(history.item_M, chosen.index_TK)[chosen.valid_TK])
+        category.append(gather_or_zeros(history.category_M, chosen.index_TK)[chosen.valid_TK])
+        weight.append(weights[sequence][chosen.valid_TK])
+        length.append(chosen.valid_TK.sum(1))
+    ids: dict[Feature, Tensor] = {"item": torch.cat(item), "category": torch.cat(category)}
+    target_TD, *pooled = tables.pooled_rows(name, ids, torch.cat(weight), torch.cat(length)).split(
+        [len(batch)] * len(length)
+    )
+    found = {}
+    for (sequence, chosen), pooled_TD in zip(selected.items(), pooled, strict=True):
+        rows = selected_rows(batch, batch.histories[sequence], chosen, cross[sequence])
+        pooled_cross = {feature: weighted_sum(weights[sequence], rows_TKd) for feature, rows_TKd in rows.items()}
+        found[sequence] = Representation(
+            Rows(target_TD, target_rows(batch, cross[sequence])), Rows(pooled_TD, pooled_cross)
+        )
+    return found

@@ -1,0 +1,180 @@
+"""`dare prepare`: logs of events to a data set of user-history shards.
+
+``dare synth``: generated behaviours with planted structure.
+
+``dare inspect``: what is in a data set.
+
+`dare stream`: what batches of a data set look like, and how fast they come.
+"""
+
+import json as json_format
+import resource
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from schemas.errors import UserError
+from schemas.manifest import Manifest
+from schemas.prepare import PRESETS, PrepareSettings
+from schemas.settings import load_settings
+from schemas.stream import StreamSettings
+from schemas.synth import SynthSettings
+
+
+def prepare(
+    out: Annotated[Path, typer.Option(help="Folder of the data set; appears when it is whole.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. split.negatives=4.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help=f"Settings of a known log: {', '.join(PRESETS)}.")] = "generic",
+    config: Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")] = None,
+    events: Annotated[list[str] | None, typer.Option(help="File or glob of behaviours; repeatable.")] = None,
+    impressions: Annotated[
+        list[str] | None, typer.Option(help="File or glob of impressions with labels; repeatable.")
+    ] = None,
+    engine: Annotated[Literal["duckdb", "spark"] | None, typer.Option(help="What computes it.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Take the place of what is in the folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
+) -> None:
+    """Turn logs of events into user-history shards."""
+    from pipeline.ingest.prepare import prepare as run
+
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: unknown; known are {', '.join(PRESETS)}")
+    for text in overrides or []:
+        if "=" not in text:
+            raise UserError(
+                f"{text!r}: an override is written key=value; if it is a file: --events and --impressions take one "
+                "each, so repeat the option, or give it a glob in quotes"
+            )
+    values: dict[str, Any] = {}
+    if events:
+        values["events"] = {"files": events}
+    if impressions:
+        values |= {"impressions": {"files": impressions}, "split": {"kind": "impressions"}}
+    if engine is not None:
+        values["engine"] = engine
+    settings = load_settings(PrepareSettings, [PRESETS[preset], *(config or [])], overrides or [], values)
+    started = time.monotonic()
+    manifest = run(settings, out, overwrite=overwrite)
+    for reason in manifest.skipped:
+        print(f"left out: {reason}", file=sys.stderr)
+    result = _result(manifest) | {
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+    print(
+        f"{out}: "
+        + ", ".join(f"{value:,} {name}" for name, value in result.items() if name not in ("seconds", "peak_mib"))
+    )
+    if json:
+        print(json_format.dumps(result))
+
+
+def _result(manifest: Manifest) -> dict[str, Any]:
+    counts = manifest.counts
+    return {
+        "users": counts.users,
+        "users_left_out": counts.users_left_out,
+        "behaviors": counts.behaviors,
+        "items": counts.items,
+        "categories": counts.categories,
+        "train": counts.train.targets,
+        "validation": counts.validation.targets,
+        "test": counts.test.targets,
+        "skipped_files": len(manifest.skipped),
+        "bytes": sum(file.bytes for file in (*manifest.shards, *manifest.files)),
+    }
+
+
+def synth(
+    out: Annotated[Path, typer.Option(help="File to write: .parquet, or .csv as Taobao's UserBehavior.csv.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. events=1000000.")
+    ] = None,
+    impressions: Annotated[Path | None, typer.Option(help=".parquet file to write impressions with labels to.")] = None,
+    config: Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
+) -> None:
+    """Generate behaviours of any size, whose relevance to a target is known."""
+    settings = load_settings(SynthSettings, config or [], overrides or [])
+    from pipeline.synth.files import synthesize  # The compiler behind it takes a while to import.
+
+    report = synthesize(settings, out, impressions, overwrite=overwrite)
+    print(
+        f"{out}: {report.events:,} behaviours of {report.users:,} users in {report.seconds:.1f} s "
+        f"({report.events / report.seconds:,.0f} a second)"
+    )
+    if impressions:
+        print(f"{impressions}: {report.impressions:,} impressions; AUC of the true chances {report.bayes_auc:.4f}")
+    if json:
+        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json_format.dumps(asdict(report) | {"peak_mib": round(peak_mib, 1)}))
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Data set that `dare prepare` wrote.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Compare all files with their checksums.")] = False,
+    figure: Annotated[Path | None, typer.Option(help="PNG file to draw into.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
+) -> None:
+    """Tell what is in a data set: counts, distributions, targets, columns."""
+    from rich.console import Console
+
+    from pipeline.files import check_output_file
+    from pipeline.inspect.summary import summarize
+    from pipeline.inspect.terminal import print_summary
+
+    if figure is not None:
+        if figure.suffix.lower() != ".png":
+            raise UserError(f"--figure {figure}: the figure is a PNG; end its name in .png")
+        check_output_file(figure)
+    summary = summarize(folder, verify=verify)
+    # Where nobody looks, lines are as long as they need to be.
+    print_summary(folder, summary, Console(width=None if sys.stdout.isatty() else 160, highlight=False))
+    if verify:
+        print("all checksums agree with the manifest")
+    if figure is not None:
+        from pipeline.inspect.figure import draw_figure  # Takes a while to import.
+
+        draw_figure(folder, summary, figure)
+        print(f"figure: {figure}")
+    if json:
+        print(json_format.dumps(summary.to_json()))
+
+
+def stream(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Data set that `dare prepare` wrote.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. batch_size=512.")
+    ] = None,
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="What to read.")] = "train",
+    config: Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")] = None,
+) -> None:
+    """Read one epoch of a split, and tell what came."""
+    settings = load_settings(StreamSettings, config or [], overrides or [])
+    from tqdm import tqdm
+
+    from pipeline.stream.history_stream import HistoryStream
+
+    with HistoryStream(folder, split, settings, seed=0, shuffle=True) as batches:
+        print(f"{split}: {batches.targets:,} targets in {batches.steps_per_epoch:,} batches of {settings.batch_size:,}")
+        targets, users, positives, behaviors, windows = 0, 0, 0, 0, 0
+        started = time.monotonic()
+        for step, batch in enumerate(tqdm(batches, total=batches.steps_per_epoch, unit=" batches", disable=None)):
+            if step == 0:
+                print(batch.describe())
+            targets, users, positives = targets + len(batch), users + batch.users, positives + int(batch.label_T.sum())
+            behaviors += sum(len(history.item_M) for history in batch.histories.values())
+            windows += sum(int((history.end_T - history.start_T).sum()) for history in batch.histories.values())
+        seconds = time.monotonic() - started
+    print(
+        f"one epoch in {seconds:.1f} s: {targets / seconds:,.0f} samples/s, {positives / targets:.1%} positive, "
+        f"{targets / users:.1f} targets a user and batch; {behaviors:,} behaviours stand for the {windows:,} "
+        f"that a row for each sample would hold"
+    )

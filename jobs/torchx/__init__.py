@@ -1,0 +1,1 @@
+"""dare as torchx jobs: components, nodes, schedulers, and torchx's commands."""

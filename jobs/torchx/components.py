@@ -1,0 +1,136 @@
+"""torchx components: `dare`'s commands as jobs (`torchx run dare.train ...`); see docs/jobs.md.
+
+torchx reads this file's source: it knows `Optional`, `Dict` and `List` only, and looks for no postponed annotations.
+"""
+
+from typing import Dict, List, Optional
+
+from torchx import specs
+
+from jobs.torchx import launch
+
+
+def train(
+    *args: str,
+    j: str = "1",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 4096,
+    image: str = "",
+    name: str = "dare-train",
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_restarts: int = 3,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    log_dir: Optional[str] = None,
+) -> specs.AppDef:
+    """Train a model: `dare train`, one process a device.
+
+    Args:
+        args: arguments of `dare train`, after `--`
+        j: nodes, or nodes x processes of each, e.g. 2x8; if not said, one process a GPU, or two on a CPU
+        h: a node by name, e.g. h200-128x8, in place of cpu, gpu and memMB
+        cpu: cores of a node
+        gpu: GPUs of a node
+        memMB: memory of a node in MiB
+        image: container image; none: the environment that torchx runs in
+        name: name of the job
+        env: environment, K=V,K2=V2; values may have commas
+        mounts: for containers, type=bind,src=/host,dst=/job[,readonly]
+        max_restarts: how often the processes are started again, from the last checkpoint, when one dies
+        max_retries: how often the scheduler starts the job again, from the last checkpoint, when it fails
+        rdzv_port: port on the first node where several nodes meet; jobs that share nodes need different ones
+        log_dir: folder for each process's standard output and error, beside the scheduler's own
+    """
+    if args and not image:  # an image may hold another version of the program
+        launch.check_training(args)
+    job = launch.Job(name, image, launch.node(h, cpu, gpu, memMB), env or {}, mounts or [], max_retries)
+    return job.ranks("train", args, j, max_restarts=max_restarts, rdzv_port=rdzv_port, log_dir=log_dir)
+
+
+def evaluate(
+    *args: str,
+    j: str = "1",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 4096,
+    image: str = "",
+    name: str = "dare-evaluate",
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    log_dir: Optional[str] = None,
+) -> specs.AppDef:
+    """Evaluate a checkpoint: `dare evaluate`, one process a device.
+
+    Args:
+        args: arguments of `dare evaluate`, after `--`
+        j: nodes, or nodes x processes of each, e.g. 2x8; if not said, one process a GPU, or two on a CPU
+        h: a node by name, e.g. h200-128x8, in place of cpu, gpu and memMB
+        cpu: cores of a node
+        gpu: GPUs of a node
+        memMB: memory of a node in MiB
+        image: container image; none: the environment that torchx runs in
+        name: name of the job
+        env: environment, K=V,K2=V2; values may have commas
+        mounts: for containers, type=bind,src=/host,dst=/job[,readonly]
+        max_retries: how often the scheduler starts the job again when it fails
+        rdzv_port: port on the first node where several nodes meet; jobs that share nodes need different ones
+        log_dir: folder for each process's standard output and error, beside the scheduler's own
+    """
+    job = launch.Job(name, image, launch.node(h, cpu, gpu, memMB), env or {}, mounts or [], max_retries)
+    return job.ranks("evaluate", args, j, rdzv_port=rdzv_port, log_dir=log_dir)
+
+
+def prepare(
+    *args: str,
+    cpu: int = 2,
+    memMB: int = 4096,
+    image: str = "",
+    name: str = "dare-prepare",
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Turn logs of events into user-history shards: `dare prepare`.
+
+    Args:
+        args: arguments of `dare prepare`, after `--`
+        cpu: cores
+        memMB: memory in MiB
+        image: container image; none: the environment that torchx runs in
+        name: name of the job
+        env: environment, K=V,K2=V2; values may have commas
+        mounts: for containers, type=bind,src=/host,dst=/job[,readonly]
+        max_retries: how often the scheduler starts the job again when it fails
+    """
+    job = launch.Job(name, image, launch.node(None, cpu, 0, memMB), env or {}, mounts or [], max_retries)
+    return job.single("prepare", args)
+
+
+def plan(
+    *args: str,
+    cpu: int = 2,
+    memMB: int = 4096,
+    image: str = "",
+    name: str = "dare-plan",
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Plan a model's tables on a cluster, without its GPUs: `dare plan`.
+
+    Args:
+        args: arguments of `dare plan`, after `--`
+        cpu: cores
+        memMB: memory in MiB
+        image: container image; none: the environment that torchx runs in
+        name: name of the job
+        env: environment, K=V,K2=V2; values may have commas
+        mounts: for containers, type=bind,src=/host,dst=/job[,readonly]
+    """
+    job = launch.Job(name, image, launch.node(None, cpu, 0, memMB), env or {}, mounts or [])
+    return job.single("plan", args)

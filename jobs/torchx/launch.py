@@ -1,0 +1,214 @@
+"""How many processes a job has, and on how many nodes.
+
+How a command of `dare` is started on the nodes of a torchx job: the shell line, its environment, the role.
+"""
+
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torchx import specs
+from torchx.specs.finder import ComponentValidationException
+
+
+class JobError(ValueError, ComponentValidationException):
+    """A job that cannot be described as asked; torchx's command line shows these without a traceback."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Nodes of a job and processes of each."""
+
+    nodes: int
+    per_node: int
+
+    @classmethod
+    def parse(cls, text: str, gpus: int) -> "Processes":
+        """Read ``nodes`` or ``nodes x processes``.
+
+        Args:
+            text: such as ``2`` or ``2x8``.
+            gpus: of a node; if processes are not said there is one for each, or two if there are none.
+
+        Raises:
+            ValueError: another text, none of something, or more processes than GPUs.
+        """
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+        if match is None:
+            raise JobError(f"-j {text}: nodes, or nodes x processes of each, are wanted, such as 2 or 2x8")
+        nodes, per_node = int(match[1]), int(match[2] or gpus or 2)
+        if not nodes or not per_node:
+            raise JobError(f"-j {text}: at least one node and one process are needed")
+        if gpus and per_node > gpus:
+            raise JobError(f"-j {text}: {per_node} processes on nodes of {gpus} GPUs; each needs one of its own")
+        return cls(nodes, per_node)
+
+
+NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
+"""What all schedulers take, with what they add to it."""
+
+
+def check_training(arguments: Sequence[str]) -> None:
+    """Find a mistake in the settings of `dare train` before processes are started, and started again, to find it.
+
+    Where a file of settings is not here, nothing is checked: it may be where the job will run.
+
+    Raises:
+        ValueError: settings that no run can have.
+    """
+    import typer.main
+
+    from jobs.cli import app
+    from schemas.settings import load_settings
+    from schemas.train import TrainSettings
+
+    command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    given = command.make_context("train", list(arguments), resilient_parsing=True).params
+    if not all(file.is_file() for file in given["config"] or ()):
+        return
+    try:
+        name = load_settings(TrainSettings, given["config"] or (), given["overrides"] or ()).model.name
+    except ValueError as error:
+        raise JobError(f"dare train: {error}") from None
+    from embeddings.models import MODELS  # Takes a while to import.
+
+    if name not in MODELS:
+        raise JobError(f"dare train: model.name: must be one of {', '.join(sorted(MODELS))} (not {name!r})")
+
+
+def node(name: str | None, cores: int, gpus: int, mebibytes: int) -> specs.Resource:
+    """What a job asks for on each node.
+
+    Args:
+        name: of a node that torchx knows, in place of all else; or None.
+        cores: of a node.
+        gpus: of a node.
+        mebibytes: memory of a node.
+    """
+    if name is not None:
+        if name not in specs.named_resources:
+            raise JobError(f"-h {name}: no such node; the shipped ones are named as the topologies of `dare plan`")
+        return specs.named_resources[name]
+    if cores < 1 or gpus < 0 or mebibytes < 1:
+        raise JobError(
+            f"--cpu {cores} --gpu {gpus} --memMB {mebibytes}: a node has cores and memory, and no less than 0 GPUs"
+        )
+    return specs.Resource(cores, gpus, mebibytes)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all jobs have in common.
+
+    Args:
+        name: of the job.
+        image: of the container; empty: the environment that torchx runs in.
+        node: what it asks for on each node.
+        env: environment, besides what `dare` needs, or in place of it.
+        mounts: of the container, as torchx writes them.
+        max_retries: how often the scheduler starts it again.
+    """
+
+    name: str
+    image: str
+    node: specs.Resource
+    env: Mapping[str, str]
+    mounts: Sequence[str]
+    max_retries: int = 0
+
+    def ranks(
+        self,
+        command: str,
+        arguments: Sequence[str],
+        processes: str,
+        *,
+        rdzv_port: int,
+        log_dir: str | None,
+        max_restarts: int = 0,
+    ) -> specs.AppDef:
+        """A command on several processes, which torchrun starts.
+
+        Args:
+            command: of `dare`.
+            arguments: of the command.
+            processes: nodes, or nodes x processes of each.
+            rdzv_port: where nodes meet, on the first one; a single node takes a free port of its loopback.
+            log_dir: folder for each process's output, or None.
+            max_restarts: how often all processes are started again when one dies.
+
+        Raises:
+            ValueError: a job that no scheduler would take.
+        """
+        if not 0 < rdzv_port < 65536:
+            raise JobError(f"--rdzv_port {rdzv_port}: not a port")
+        if max_restarts < 0:
+            raise JobError(f"--max_restarts {max_restarts}: less than none")
+        count = Processes.parse(processes, self.node.gpu)
+        if count.nodes == 1:
+            meeting = ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+        else:
+            # The shell on each node knows the first one by a variable of the scheduler; on the first it may be unset.
+            meeting = [f"--rdzv-endpoint=$${{{specs.macros.rank0_env}:=localhost}}:{rdzv_port}"]
+        options = [
+            f"--rdzv-id={specs.macros.app_id}",
+            f"--nnodes={count.nodes}",
+            f"--nproc-per-node={count.per_node}",
+            f"--max-restarts={max_restarts}",
+            "--tee=3",
+            "--role=",
+            *([f"--log-dir={log_dir}"] if log_dir else []),
+            # `--`: else torchrun takes --run, and all else that begins like an option of its own, for itself.
+            *("-m", "--", "jobs.cli", command, *arguments),
+        ]
+        line = " ".join(["-m torch.distributed.run --rdzv-backend=c10d", *meeting, shlex.join(options)])
+        return self._app(command, line, self.node.cpu // count.per_node, count.nodes, {"c10d": rdzv_port})
+
+    def single(self, command: str, arguments: Sequence[str]) -> specs.AppDef:
+        """A command that is one process."""
+        return self._app(command, f"-m jobs.cli {shlex.join([command, *arguments])}", self.node.cpu, 1, {})
+
+    def _app(self, command: str, line: str, cores: int, nodes: int, ports: dict[str, int]) -> specs.AppDef:
+        if not NAME.fullmatch(self.name):
+            raise JobError(
+                f"--name {self.name}: not a name for a job: a letter, then up to 39 letters, digits and dashes, "
+                "all lower case, no dash at the end"
+            )
+        if self.max_retries < 0:
+            raise JobError(f"--max_retries {self.max_retries}: less than none")
+        try:
+            mounts = specs.parse_mounts(list(self.mounts))
+        except (KeyError, ValueError) as error:
+            raise JobError(f"--mounts {','.join(self.mounts)}: {error.args[0]}") from None
+        env = _environment(cores) | dict(self.env)
+        # Slurm's list of variables ends a value at its first comma: such values travel in the command line.
+        with_comma = [f"{key}={value}" for key, value in env.items() if "," in value]
+        # A container has its own Python; elsewhere it is the one that torchx runs in, even if its environment is not
+        # active.
+        start = ["exec", *(["env", *with_comma] if with_comma else []), "python" if self.image else sys.executable]
+        role = specs.Role(
+            name=command,
+            image=self.image,
+            entrypoint="bash",
+            args=["-c", f"{shlex.join(start)} {line}"],
+            env={key: value for key, value in env.items() if "," not in value},
+            num_replicas=nodes,
+            max_retries=self.max_retries,
+            resource=self.node,
+            port_map=ports,
+            mounts=mounts,
+        )
+        return specs.AppDef(self.name, [role])
+
+
+def _environment(cores: int) -> dict[str, str]:
+    """What processes of ``cores`` cores each need."""
+    return {
+        "OMP_NUM_THREADS": str(max(1, cores)),
+        # Threads that wait for each other sleep instead of spinning.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # Without it processes that torchrun starts again meet in the store of those that died, and wait for them.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "LOGLEVEL": "WARNING",
+    }

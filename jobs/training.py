@@ -1,0 +1,102 @@
+"""`dare train`: train a model, alone or under `python -m torch.distributed.run`.
+
+`dare evaluate`: the metrics of a checkpoint on a split.
+
+`dare score`: the predictions of a checkpoint on a split, in Parquet.
+"""
+
+import gc
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def train(
+    data: Annotated[Path, typer.Option(help="Data set that `dare prepare` wrote.")],
+    run: Annotated[Path, typer.Option(help="Folder of the run; if it has a checkpoint, training goes on from it.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. model=twin.")
+    ] = None,
+    config: Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Sharding plan that `dare plan --save` wrote, for this number of processes.")
+    ] = None,
+    score: Annotated[
+        Path | None, typer.Option(help="Folder for the best checkpoint's predictions of the test, as by `dare score`.")
+    ] = None,
+) -> None:
+    """Train a model, validate it on the way, and test its best checkpoint."""
+    from schemas.settings import load_settings
+    from schemas.train import TrainSettings
+
+    settings = load_settings(TrainSettings, config or [], overrides or [])
+
+    import torch
+
+    from jobs.ranks import first_rank, on_all_ranks
+    from pipeline.evaluate.score import score_run
+    from pipeline.train.run import train as train_run
+
+    def work(device: torch.device) -> None:
+        test = train_run(settings, data, run, device, plan)
+        if score is not None and test is not None:
+            gc.collect()  # the model that was trained, before another one is made
+            score_run(run, "test", "best", None, score, device, overwrite=True)
+        if first_rank() and test is not None:
+            metrics = [
+                f"{shown} {'not defined' if test[name] is None else format(test[name], '.4f')}"
+                for name, shown in (("auc", "AUC"), ("gauc", "GAUC"), ("log_loss", "log loss"))
+            ]
+            print(f"{run}: test of the best checkpoint, of step {test['checkpoint_step']}: {', '.join(metrics)}")
+
+    on_all_ranks(work)
+
+
+def evaluate(
+    run: Annotated[Path, typer.Option(help="Folder of a run that `dare train` wrote.")],
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="What to predict.")] = "test",
+    checkpoint: Annotated[Literal["best", "last"], typer.Option(help="Which checkpoint of the run.")] = "best",
+    data: Annotated[Path | None, typer.Option(help="Data set; if not given, the one of the run.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
+) -> None:
+    """Compute AUC, GAUC, log loss and the like of a run's checkpoint."""
+    import json as json_format
+
+    import torch
+
+    from jobs.ranks import first_rank, on_all_ranks
+    from pipeline.evaluate.evaluate import as_document
+    from pipeline.evaluate.open_run import evaluate_run
+
+    def work(device: torch.device) -> None:
+        evaluation = evaluate_run(run, split, checkpoint, data, device)
+        if first_rank():
+            for name, value in vars(evaluation).items():
+                print(f"{name:20} {value:,}" if isinstance(value, int) else f"{name:20} {value:.5f}")
+            if json:
+                print(json_format.dumps(as_document(evaluation)))
+
+    on_all_ranks(work)
+
+
+def score(
+    run: Annotated[Path, typer.Option(help="Folder of a run that `dare train` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the predictions; appears when it is whole.")],
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="What to predict.")] = "test",
+    checkpoint: Annotated[Literal["best", "last"], typer.Option(help="Which checkpoint of the run.")] = "best",
+    data: Annotated[Path | None, typer.Option(help="Data set; if not given, the one of the run.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Take the place of what is in the folder.")] = False,
+) -> None:
+    """Write user, item, label and predicted probability of each target."""
+    import torch
+
+    from jobs.ranks import first_rank, on_all_ranks
+    from pipeline.evaluate.score import score_run
+
+    def work(device: torch.device) -> None:
+        samples = score_run(run, split, checkpoint, data, out, device, overwrite=overwrite)
+        if first_rank():
+            print(f"{out}: {samples:,} predictions")
+
+    on_all_ranks(work)

@@ -1,0 +1,1 @@
+"""A model on a split: predictions, exact metrics over all ranks, scores as files."""

@@ -1,0 +1,162 @@
+"""Area under the ROC curve of scores that are spread over ranks: a sample sort, then counting.
+
+W = ranks, P = positives, N = negatives, S = splitters, C = cells = 2 S + 1.
+
+The AUC is the share of (positive, negative) pairs that the scores put in the right order; an equal pair counts half.
+Splitters cut the line of scores into cells, in turn an open interval and a single score:
+(-inf, s_1), {s_1}, (s_1, s_2), {s_2}, ..., (s_S, inf). Pairs in two different cells, and pairs of one single score,
+follow from the counts of the cells. Only for pairs within an interval are scores sent, each interval's to one rank. So
+no rank holds all scores, and a score that many samples share, as it becomes a splitter, burdens none.
+
+AUC of each user, averaged over users; each user's samples are sent to one rank.
+
+N = samples, W = ranks, U = users, G = runs of samples of one user with one score.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.evaluate.ranks import Ranks
+
+_DRAWN = 1 << 16
+"""About so many scores over all ranks are looked at to choose splitters."""
+
+
+def auc(positive_P: Tensor, negative_N: Tensor, ranks: Ranks) -> float:
+    """AUC over all ranks, the same on each: an exact fraction, rounded once.
+
+    Args:
+        positive_P: (P,) float32, scores of this rank's positive samples, on the ranks' device.
+        negative_N: (N,) float32, scores of its negative samples.
+        ranks: every rank must call this.
+
+    Returns:
+        nan where there are no positives or no negatives.
+    """
+    positive_P, negative_N = positive_P.sort().values, negative_N.sort().values
+    splitter_S = _splitters(positive_P, negative_N, ranks)
+    positive_C, own_positives = _spread(positive_P, splitter_S, ranks)
+    negative_C, own_negatives = _spread(negative_N, splitter_S, ranks)
+    # Python's integers from here on: the number of pairs may not fit into 64 bits.
+    twice = sum(int(pairs) for (pairs,) in ranks.gather_numbers(_twice_ordered_pairs(own_positives, own_negatives)))
+    negatives_below = 0
+    for cell, (positives, negatives) in enumerate(zip(positive_C, negative_C, strict=True)):
+        single_score = cell % 2 == 1
+        twice += positives * (2 * negatives_below + single_score * negatives)
+        negatives_below += negatives
+    pairs = sum(positive_C) * sum(negative_C)
+    return twice / (2 * pairs) if pairs else math.nan
+
+
+def _splitters(positive_P: Tensor, negative_N: Tensor, ranks: Ranks) -> Tensor:
+    """At most W - 1 different scores, ascending, that cut all scores into about equal parts."""
+    if ranks.size == 1:
+        return positive_P[:0]
+    total = sum(int(count) for (count,) in ranks.gather_numbers(len(positive_P) + len(negative_N)))
+    stride = max(1, total // _DRAWN)
+    drawn = torch.cat(ranks.gather(torch.cat([positive_P[::stride], negative_N[::stride]]))).sort().values
+    cut = torch.arange(1, ranks.size, device=drawn.device) * len(drawn) // ranks.size
+    return drawn[cut].unique() if len(drawn) else drawn
+
+
+def _spread(sorted_N: Tensor, splitter_S: Tensor, ranks: Ranks) -> tuple[Sequence[int], Tensor]:
+    """Samples of all ranks in each cell, and the sorted scores of the interval that is this rank's."""
+    first_S = torch.searchsorted(sorted_N, splitter_S)
+    end_S = torch.searchsorted(sorted_N, splitter_S, right=True)
+    inner = torch.stack([first_S, end_S], 1).flatten()
+    local_C = torch.cat([inner.new_tensor([0]), inner, inner.new_tensor([len(sorted_N)])]).diff()
+    count_C: list[int] = torch.stack(ranks.gather(local_C)).sum(0).tolist()
+    if ranks.size == 1:
+        return count_C, sorted_N
+    intervals = sorted_N.split(local_C.tolist())[::2]
+    sent_W = [len(interval) for interval in intervals] + [0] * (ranks.size - len(intervals))
+    return count_C, ranks.exchange(torch.cat(intervals), sent_W).sort().values
+
+
+def _twice_ordered_pairs(positive_P: Tensor, negative_N: Tensor) -> int:
+    """Twice the pairs in the right order, an equal pair counting one; both sorted."""
+    below = torch.searchsorted(negative_N, positive_P).sum()
+    below_or_equal = torch.searchsorted(negative_N, positive_P, right=True).sum()
+    return int(below + below_or_equal)
+
+
+_MULTIPLIER = -7046029254386353131
+"""2^64 divided by the golden ratio, as int64: multiplying by it spreads ids that follow a pattern."""
+
+
+class GroupedAuc(NamedTuple):
+    """GAUC and the number of different users, with or without an AUC of their own."""
+
+    gauc: float
+    users: int
+
+
+def grouped_auc(user_id_N: Tensor, label_N: Tensor, logit_N: Tensor, ranks: Ranks) -> GroupedAuc:
+    """GAUC over all ranks, the same on each: the mean AUC of users, weighted by their numbers of samples.
+
+    Users whose samples are all positive or all negative have no AUC and are left out.
+
+    Args:
+        user_id_N: (N,) int64, on the ranks' device like the others.
+        label_N: (N,) bool.
+        logit_N: (N,) float32.
+        ranks: every rank must call this.
+
+    Returns:
+        With nan as GAUC where no user has an AUC.
+    """
+    if ranks.size > 1:
+        rank_N = ((user_id_N * _MULTIPLIER) >> 33) % ranks.size
+        count_W = rank_N.bincount(minlength=ranks.size).tolist()
+        order_N = rank_N.argsort(stable=True)
+        user_id_N = ranks.exchange(user_id_N[order_N], count_W)
+        label_N = ranks.exchange(label_N[order_N].to(torch.uint8), count_W)
+        logit_N = ranks.exchange(logit_N[order_N], count_W)
+    weighted, weight, users = _of_whole_users(user_id_N, label_N, logit_N)
+    weighted = math.fsum(part for (part,) in ranks.gather_numbers(weighted))
+    weight, users = (int(sum(parts)) for parts in zip(*ranks.gather_numbers(weight, users), strict=True))
+    return GroupedAuc(weighted / weight if weight else math.nan, users)
+
+
+def _of_whole_users(user_id_N: Tensor, label_N: Tensor, logit_N: Tensor) -> tuple[float, int, int]:
+    """Sum of AUC times samples, sum of samples, both over users that have an AUC; number of all users."""
+    if not len(user_id_N):
+        return 0.0, 0, 0
+    order_N = logit_N.argsort()
+    order_N = order_N[user_id_N[order_N].argsort(stable=True)]
+    user_id_N, label_N, logit_N = user_id_N[order_N], label_N[order_N], logit_N[order_N]
+
+    positives_before = torch.cat([label_N.new_zeros(1, dtype=torch.int64), label_N.cumsum(0)])
+    new_user_N = _differs_from_previous(user_id_N)
+    user_border = _borders(new_user_N)
+    run_border = _borders(new_user_N | _differs_from_previous(logit_N))
+    positive_U = positives_before[user_border].diff()
+    negative_U = user_border.diff() - positive_U
+
+    # Twice the pairs in the right order, an equal pair counting one: first with the negatives of earlier users.
+    negatives_at_run = run_border - positives_before[run_border]
+    twice_G = positives_before[run_border].diff() * (negatives_at_run[:-1] + negatives_at_run[1:])
+    twice_before = torch.cat([twice_G.new_zeros(1), twice_G.cumsum(0)])
+    twice_U = twice_before[torch.searchsorted(run_border, user_border)].diff()
+    negatives_at_user = user_border - positives_before[user_border]
+    twice_U = twice_U - 2 * positive_U * negatives_at_user[:-1]
+
+    has_auc_U = (positive_U > 0) & (negative_U > 0)
+    samples_U = (positive_U + negative_U)[has_auc_U]
+    auc_U = twice_U[has_auc_U].double() / (2 * positive_U * negative_U)[has_auc_U].double()
+    return float((auc_U * samples_U).sum()), int(samples_U.sum()), len(positive_U)
+
+
+def _differs_from_previous(values_N: Tensor) -> Tensor:
+    new_N = torch.ones_like(values_N, dtype=torch.bool)
+    torch.ne(values_N[1:], values_N[:-1], out=new_N[1:])
+    return new_N
+
+
+def _borders(new_N: Tensor) -> Tensor:
+    """Where each run begins, and the end of the last."""
+    return torch.cat([new_N.nonzero().flatten(), new_N.new_tensor([len(new_N)], dtype=torch.int64)])

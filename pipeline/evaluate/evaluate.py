@@ -1,0 +1,46 @@
+"""A model on a split: predictions, and metrics over all ranks.
+
+T = targets of a batch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embeddings.batch import Batch
+from pipeline.evaluate.metrics import Evaluation, Metrics
+from pipeline.stream.history_stream import HistoryStream
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, stream: HistoryStream, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
+    """An epoch's batches, on the CPU, with their logits, float32 (T,) on ``device``.
+
+    All ranks must call it and take all batches. The model's parameters and its mode are the same afterwards.
+    """
+    training = model.training
+    model.eval()
+    try:
+        for batch in stream:
+            with torch.no_grad():
+                logit_T = model(batch.to(device, non_blocking=True)).logit_T
+            yield batch, logit_T
+    finally:
+        model.train(training)
+
+
+def evaluate(model: nn.Module, stream: HistoryStream, device: torch.device) -> Metrics:
+    """Predict a split from its start; all ranks must call it, and then compute the metrics."""
+    metrics = Metrics()
+    stream.set_epoch(0)
+    for batch, logit_T in predictions(model, stream, device):
+        metrics.add(batch.user_id_U[batch.user_T], batch.label_T, logit_T)
+    return metrics
+
+
+def as_document(evaluation: Evaluation) -> dict[str, Any]:
+    """By name, as JSON knows it: None where a metric is not defined."""
+    return {name: None if value != value else value for name, value in asdict(evaluation).items()}

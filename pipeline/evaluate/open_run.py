@@ -1,0 +1,85 @@
+"""A model on a split: predictions, and metrics over all ranks.
+
+T = targets of a batch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from embeddings.sharding import sharded_model
+from pipeline.evaluate.evaluate import evaluate
+from pipeline.evaluate.metrics import Evaluation
+from pipeline.runs.checkpoint import Checkpoint, best_checkpoint, last_checkpoint, load
+from pipeline.runs.run_folder import RunFolder
+from pipeline.stream.history_stream import HistoryStream
+from schemas.errors import UserError
+
+
+def choose_checkpoint(run: RunFolder, which: str) -> Checkpoint:
+    """The ``best`` or the ``last`` checkpoint of a run; best is the last one where none was validated.
+
+    Raises:
+        UserError: the run has no checkpoint.
+    """
+    found = best_checkpoint(run.checkpoints) if which == "best" else None
+    found = found or last_checkpoint(run.checkpoints)
+    if found is None:
+        raise UserError(f"{run.path}: no checkpoint yet; train first")
+    return found
+
+
+def load_model(model: nn.Module, checkpoint: Path) -> None:
+    """Load a model's parameters and nothing else; all ranks must call it.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    state = {"model": model.state_dict()}
+    load(state, checkpoint)
+    model.load_state_dict(state["model"])
+
+
+@contextmanager
+def opened_run(
+    folder: Path, split: str, which: str, data: Path | None, device: torch.device
+) -> Iterator[tuple[nn.Module, HistoryStream]]:
+    """The model of a run's checkpoint, and the stream of a split for this rank; all ranks must call it.
+
+    Args:
+        folder: of the run.
+        split: ``train``, ``validation`` or ``test``.
+        which: ``best`` or ``last`` checkpoint.
+        data: the data set; None: the one that the run was trained on.
+        device: of this rank.
+
+    Raises:
+        UserError: run, checkpoint and data do not fit each other.
+    """
+    run = RunFolder(folder)
+    settings, checkpoint = run.settings(), choose_checkpoint(run, which)
+    with HistoryStream(
+        data or run.data_set(),
+        split,
+        settings.stream,
+        seed=settings.seed,
+        shuffle=False,
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        pin_memory=device.type == "cuda",
+    ) as stream:
+        data_set = stream.data_set
+        run.check_dictionaries(data_set.folder, data_set.fingerprint, data_set.dictionaries())
+        model = sharded_model(settings, data_set.manifest, device)
+        load_model(model, checkpoint.path)
+        yield model, stream
+
+
+def evaluate_run(folder: Path, split: str, which: str, data: Path | None, device: torch.device) -> Evaluation:
+    """The metrics of a run's checkpoint on a split; arguments and errors as `opened_run`."""
+    with opened_run(folder, split, which, data, device) as (model, stream):
+        return evaluate(model, stream, device).compute()

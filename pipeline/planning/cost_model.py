@@ -1,0 +1,316 @@
+"""How long a training step takes, phase by phase, with search on the shard and with search locally.
+
+Times are sums: nothing is taken to overlap. Counts are means, so a step of real ranks waits for the unluckiest of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from embeddings.distributed.collectives import WIRE_BYTES
+from embeddings.model import CtrModel
+from embeddings.search.pairs import PRODUCTS_A_PAIR
+from pipeline.planning.planned_tables import PlannedTable
+from pipeline.planning.traffic import (
+    FLOAT,
+    PHASES,
+    Phase,
+    Traffic,
+    all_rows,
+    dense_gradients,
+    found_on_shard,
+    pooling_on_shard,
+    rows_lookup,
+    search_on_shard,
+)
+from pipeline.planning.workload import Search, Workload, distinct
+from schemas.cluster import ClusterSettings
+
+PASSES = 10
+"""Times that rows of what was retrieved are read or written by attention and pooling, both ways."""
+
+PAIR_PASSES = 3
+"""Times that category rows of (target, behaviour) pairs are read or written on a shard."""
+
+WAY_PASSES = 6
+"""Times that a row that travels is read or written: taken out of the answer, packed, unpacked."""
+
+HOME_PASSES = 4
+"""The same locally, where each id takes its row, and features are put side by side."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one part of a step, on a rank."""
+
+    phase: Phase
+    what: str
+    within_node: float
+    """Bytes that a rank sends to ranks of its node."""
+    between_nodes: float
+    """Bytes that it sends to ranks of other nodes."""
+    ms: float
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """A step of a rank."""
+
+    search: Search
+    targets: int
+    costs: tuple[Cost, ...]
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds."""
+        return sum(cost.ms for cost in self.costs)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends."""
+        return sum(cost.within_node + cost.between_nodes for cost in self.costs)
+
+    @property
+    def bytes_per_sample(self) -> float:
+        """Bytes that a rank sends for each of its targets."""
+        return self.sent / self.targets
+
+    def phases(self) -> dict[Phase, Cost]:
+        """Costs added up by phase, in the order of a step."""
+        return {
+            phase: Cost(
+                phase,
+                "",
+                sum(cost.within_node for cost in self.costs if cost.phase == phase),
+                sum(cost.between_nodes for cost in self.costs if cost.phase == phase),
+                sum(cost.ms for cost in self.costs if cost.phase == phase),
+            )
+            for phase in PHASES
+        }
+
+
+class StepModel:
+    """Estimates the steps of one model on one cluster.
+
+    Args:
+        model: on the meta device.
+        tables: its tables, as they are planned.
+        work: of a rank.
+        cluster: the machines.
+    """
+
+    def __init__(
+        self, model: CtrModel, tables: Sequence[PlannedTable], work: Workload, cluster: ClusterSettings
+    ) -> None:
+        self._model, self._work, self._cluster = model, work, cluster
+        self._inherent = {
+            name: [table for table in tables if table.set == name and table.inherent] for name in model.tables.inherent
+        }
+        self._cross = [table for table in tables if not table.inherent]
+        self.whole = model.auxiliary is not None or model.attends_all
+        self._wire = WIRE_BYTES[model.settings.communication]
+        dense = [(name, weight) for name, weight in model.named_parameters() if ".embedding_bags." not in name]
+        self.dense_parameters = sum(weight.numel() for _, weight in dense)
+        self.inputs = model.predicted_from
+
+    def estimate(self, search: Search) -> StepEstimate:
+        """A step with search on the shard or locally; the same where the model leaves no choice."""
+        place = search if self._model.searched == "shard" else "local"
+        costs = [
+            *self._cross_rows(),
+            *self._search(place),
+            *self._winners(place),
+            *self._dense(),
+            Cost("step", "whatever its size", 0, 0, self._cluster.costs.step / 1e6),
+        ]
+        return StepEstimate(search, self._work.targets, tuple(costs))
+
+    def search_bytes(self, search: Search) -> float:
+        """Device memory of the search's rows and scores, beside the tables' own buffers."""
+        behaviors, pairs = self._work.behaviors, self._work.pairs
+        if self._model.searched in ("ids", "none"):
+            return pairs * 24
+        if search == "shard" and self._model.searched == "shard":
+            return behaviors * 32 + pairs * 24
+        dim = self._dim(self._model.roles.history_attention)
+        return behaviors * dim * FLOAT * HOME_PASSES + pairs * 24
+
+    def _cross_rows(self) -> Iterator[Cost]:
+        """All rows of all cross tables."""
+        if self._cross:
+            for traffic in all_rows("cross tables", self._cross):
+                yield self._sent(traffic)
+            held = [max(table.shard_rows) for table in self._cross]
+            ns = self._on_shard(self._cross, held, held, gradient=True)
+            # Every rank copies what all have sent, and adds up its gradients.
+            whole = sum(table.rows * table.dim for table in self._cross) * FLOAT * HOME_PASSES * 2
+            yield self._compute("lookups", "cross tables", ns + whole / self._bandwidth)
+
+    def _search(self, place: Search) -> Iterator[Cost]:
+        if self._model.searched == "ids":
+            yield self._compute("search", "ids of all behaviours", self._work.pairs * self._cluster.costs.pair)
+        elif self._model.searched != "none":
+            yield from self._search_at_home() if place == "local" else self._search_on_shard()
+
+    def _search_at_home(self) -> Iterator[Cost]:
+        """All behaviours' rows come home (`embeddings.search.local`)."""
+        roles, work, costs = self._model.roles, self._work, self._cluster.costs
+        together = roles.target_attention == roles.history_attention
+        ids = work.behaviors + work.targets * together
+        yield from self._lookup("behaviours", self._inherent[roles.history_attention], ids, ids, gradient=False)
+        if not together:
+            targets = self._inherent[roles.target_attention]
+            yield from self._lookup("targets", targets, work.targets, work.targets, gradient=False)
+        dim = self._dim(roles.history_attention)
+        yield self._compute("search", "scores of all behaviours", self._scores(dim, costs.pair))
+
+    def _search_on_shard(self) -> Iterator[Cost]:
+        """Ids go out, scores come back (`embeddings.search.sharded`)."""
+        roles, work, costs = self._model.roles, self._work, self._cluster.costs
+        tables = self._inherent[roles.history_attention]
+        categories = next((table.rows for table in tables if table.feature == "category"), 1)
+        for traffic in search_on_shard(tables, self._model.settings.features, work, categories, self._wire):
+            yield self._sent(traffic)
+        by_feature = {table.feature: table for table in tables}
+        item = by_feature["item"]
+        yield self._compute("search", "bucketing, columns, windows", work.behaviors * costs.behavior)
+        scan = work.behaviors * (costs.row + item.row_bytes / self._bandwidth) + self._scores(item.dim, costs.scan)
+        yield self._compute("search", "scores of the behaviours here", scan)
+        if "category" in by_feature:
+            yield self._compute("search", "scores of categories", self._category_scores(by_feature["category"]))
+        merged = sum(
+            work.targets * work.ranks * found_on_shard(sequence.pairs / work.targets, sequence.retrieved, work.ranks)
+            for sequence in work.sequences
+        )
+        yield self._compute("search", "merging", merged * costs.pair)
+
+    def _category_scores(self, table: PlannedTable) -> float:
+        """Nanoseconds, on a shard (`small_table_score` in `embeddings.search.pairs`)."""
+        work, costs = self._work, self._cluster.costs
+        products = work.targets * work.ranks * distinct(work.behaviors, table.rows)
+        if products <= PRODUCTS_A_PAIR * work.pairs:
+            return work.pairs * costs.cross + products * 2 * table.dim / self._rate
+        return work.pairs * (2 * costs.row + table.dim * FLOAT * PAIR_PASSES / self._bandwidth)
+
+    def _scores(self, dim: int, pair: float) -> float:
+        """Nanoseconds of scoring all pairs."""
+        crosses = len(self._model.tables.cross_features)
+        products = self._model.search_products(dim)
+        return self._work.pairs * (2 * products / self._rate + pair + crosses * self._cluster.costs.cross)
+
+    def _winners(self, search: Search) -> Iterator[Cost]:
+        """Targets and what was retrieved, with gradient (`embeddings.tables.batch_rows`)."""
+        roles, work = self._model.roles, self._work
+        targets = {roles.target_attention, roles.target_representation}
+        history = {roles.history_attention, roles.history_representation}
+        ids = work.behaviors if self.whole else work.kept
+        different = work.behaviors if self.whole else work.selected
+        for name in sorted(targets | history):
+            if search == "shard" and self._model.could_pool_on_shards and name == roles.history_representation:
+                yield from self._pooling(f"histories, {name}", self._inherent[name])
+                continue
+            of_targets = work.targets * (name in targets)
+            yield from self._lookup(
+                f"selected, {name}",
+                self._inherent[name],
+                ids * (name in history) + of_targets,
+                different * (name in history) + of_targets,
+                gradient=True,
+            )
+
+    def _pooling(self, what: str, tables: Sequence[PlannedTable]) -> Iterator[Cost]:
+        work, costs = self._work, self._cluster.costs
+        ids = work.kept + work.targets
+        for traffic in pooling_on_shard(what, tables, ids, work.parts, work.ranks, self._wire):
+            yield self._sent(traffic)
+        ns = self._on_shard(tables, [ids] * len(tables), [work.parts] * len(tables), gradient=True)
+        passes = work.parts * WAY_PASSES + work.targets * (1 + len(work.sequences)) * HOME_PASSES
+        copied = passes * sum(table.dim for table in tables) * FLOAT * 2 / self._bandwidth
+        yield self._compute("lookups", what, ns + copied + len(tables) * ids * costs.id)
+
+    def _dense(self) -> Iterator[Cost]:
+        """Attention, pooling, prediction, and the gradients of the dense parameters."""
+        work, costs = self._work, self._cluster.costs
+        kept = work.pairs if self.whole else work.kept
+        crosses = sum(table.dim for table in self._cross)
+        dim = sum(self._dim(name) for name in self._inherent) + crosses / max(1, len(work.sequences))
+        attended = kept * dim * FLOAT * PASSES / self._bandwidth
+        yield self._compute("dense", "attention and pooling", attended)
+        products = 3 * 2 * self.dense_parameters * work.targets / self._rate
+        inputs = self.inputs * work.targets * costs.input
+        yield self._compute("dense", "prediction", products + inputs)
+        for traffic in dense_gradients(self.dense_parameters, self.inputs, work.ranks):
+            yield self._sent(traffic)
+
+    def _lookup(
+        self, what: str, tables: Sequence[PlannedTable], ids: float, different: float, gradient: bool
+    ) -> Iterator[Cost]:
+        """Rows of ids.
+
+        Args:
+            what: is looked up.
+            tables: row-wise.
+            ids: of a rank.
+            different: of them, as far as the workload says it.
+            gradient: a backward pass follows.
+        """
+        for traffic in rows_lookup(what, tables, different, self._work.ranks, gradient, self._wire):
+            yield self._sent(traffic)
+        asked = [distinct(different, table.rows) for table in tables]
+        ns = self._on_shard(tables, asked, asked, gradient)
+        travelling = sum(count * table.dim for count, table in zip(asked, tables, strict=True))
+        passes = ids * sum(table.dim for table in tables) * HOME_PASSES + travelling * WAY_PASSES
+        copied = passes * FLOAT * (1 + gradient) / self._bandwidth
+        yield self._compute("lookups", what, ns + copied + len(tables) * ids * self._cluster.costs.id)
+
+    def _on_shard(
+        self, tables: Sequence[PlannedTable], ids: Sequence[float], bags: Sequence[float], gradient: bool
+    ) -> float:
+        """Nanoseconds of reading rows on a shard and writing them back."""
+        costs, ns = self._cluster.costs, 0.0
+        for table, of_ids in zip(tables, ids, strict=True):
+            bandwidth = min(self._cluster.host_link, self._bandwidth) if table.on_host else self._bandwidth
+            # A lookup has as many bags in each of its tables.
+            answer = max(bags) * (costs.bag + 2 * table.dim * FLOAT / self._bandwidth)
+            ns += of_ids * (costs.row + table.row_bytes / bandwidth) + answer
+            if gradient:
+                ns += of_ids * (costs.update + 2 * table.row_bytes / bandwidth) + answer
+        return ns
+
+    def _sent(self, traffic: Traffic) -> Cost:
+        cluster = self._cluster
+        intra_node_peers = min(cluster.devices_per_node, cluster.ranks) - 1
+        inter_node_peers = cluster.ranks - 1 - intra_node_peers
+        share = 1.0 if traffic.collective == "all_to_all" else getattr(cluster.collectives, traffic.collective)
+        link = cluster.between_nodes if inter_node_peers else cluster.within_node
+        us = traffic.collectives * link.latency
+        # Both links are busy at the same time.
+        us += (
+            traffic.to_each
+            / share
+            / 1e3
+            * max(intra_node_peers / cluster.within_node.bandwidth, inter_node_peers / cluster.between_nodes.bandwidth)
+        )
+        alone = cluster.ranks == 1
+        return Cost(
+            traffic.phase,
+            traffic.what,
+            traffic.to_each * intra_node_peers,
+            traffic.to_each * inter_node_peers,
+            0.0 if alone else us / 1e3,
+        )
+
+    def _compute(self, phase: Phase, what: str, ns: float) -> Cost:
+        return Cost(phase, what, 0, 0, ns / 1e6)
+
+    def _dim(self, name: str) -> int:
+        return sum(self._model.tables.inherent_dims(name).values())
+
+    @property
+    def _bandwidth(self) -> float:
+        """Bytes/ns."""
+        return self._cluster.memory_bandwidth
+
+    @property
+    def _rate(self) -> float:
+        """Floating-point operations a nanosecond."""
+        return self._cluster.dense_rate * 1e3

@@ -1,0 +1,209 @@
+"""Runs a function in fresh processes that form a gloo group, one thread each.
+
+Bytes that a rank sends to others, counted collective by collective.
+
+Time of training steps on gloo ranks, on made-up batches of a known shape.
+
+T = targets, M = behaviours of all users.
+"""
+
+import multiprocessing
+import os
+import socket
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from embeddings.batch import Batch, History
+from embeddings.sizes import DataSizes
+from schemas.train import TrainSettings
+
+
+def on_gloo_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300) -> list[Any]:
+    """``function(*arguments)`` on each rank.
+
+    Args:
+        ranks: number of processes.
+        function: of a module's top level; what it returns must pickle.
+        arguments: must pickle.
+        timeout_s: seconds until the processes are ended.
+
+    Returns:
+        What the ranks returned, in no order.
+
+    Raises:
+        RuntimeError: a rank failed or did not end in time.
+    """
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = context.SimpleQueue()
+    processes = [
+        context.Process(target=_rank, args=(rank, ranks, port, results, function, arguments)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    until = time.monotonic() + timeout_s
+    try:
+        for process in processes:
+            process.join(max(0.0, until - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.exitcode for process in processes]
+    if codes != [0] * ranks:
+        raise RuntimeError(f"processes ended with {codes}")
+    return [results.get() for _ in range(ranks)]
+
+
+def _rank(
+    rank: int, ranks: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    import logging
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("torchrec", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    from embeddings.distributed.process_group import leave, process_group
+
+    with process_group(torch.device("cpu")):
+        results.put(function(*arguments))
+    leave(0)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts while it is active, as the best algorithms of each collective would send.
+
+    Example:
+        with Traffic() as traffic:
+            model(batch)
+        traffic.bytes
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0.0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Sequence[Any] = (), keywords: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = function.name()
+        if name.startswith("c10d::"):
+            self.bytes += _sent(name.removeprefix("c10d::"), arguments)
+        return function(*arguments, **(keywords or {}))
+
+
+def _sent(collective: str, arguments: Sequence[Any]) -> float:
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    if collective == "alltoall_base_":
+        source, splits = arguments[1], list(arguments[4])
+        own = splits[rank] / max(1, sum(splits)) if splits else 1 / ranks
+        return _bytes(source) * (1 - own)
+    if collective == "_allgather_base_":
+        return _bytes(arguments[1]) * (ranks - 1)
+    if collective == "allreduce_":
+        return sum(map(_bytes, arguments[0])) * 2 * (ranks - 1) / ranks
+    if collective == "_reduce_scatter_base_":
+        return _bytes(arguments[1]) * (ranks - 1) / ranks
+    raise AssertionError(f"not known how much {collective} sends")
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+TARGETS_PER_USER = 4
+"""Targets that share a history, in the batches here."""
+
+
+@dataclass(frozen=True)
+class StepTask:
+    """A training step to be timed."""
+
+    settings: TrainSettings
+    sizes: DataSizes
+    steps: int = 8
+    warmup: int = 2
+
+
+def step_seconds(task: StepTask, ranks: int) -> float:
+    """Median seconds of a step, of the slower rank.
+
+    Raises:
+        RuntimeError: a rank failed or did not end in time.
+    """
+    return max(on_gloo_ranks(ranks, measured_step, task))
+
+
+def measured_step(task: StepTask) -> float:
+    """Median seconds of a step; all ranks must call it."""
+    from embeddings.initialization import initialize
+    from embeddings.loss import click_loss
+    from embeddings.models import build_model
+    from embeddings.sharding import make_plan, shard
+    from pipeline.train.optimizer import DenseOptimizer
+
+    device, settings = torch.device("cpu"), task.settings
+    model = build_model(settings.model, task.sizes, torch.device("meta"))
+    bags = settings.stream.batch_size * (1 + sum(settings.model.retrieved.values()))
+    sharded = shard(model, device, make_plan(model, device, bags))
+    initialize(sharded, seed=1)
+    optimizer = DenseOptimizer(sharded, settings.dense)
+    batch = made_up_batch(task, seed=dist.get_rank())
+    times = []
+    for _ in range(task.warmup + task.steps):
+        dist.barrier()
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        click_loss(sharded(batch), batch.label_T).backward()
+        optimizer.step()
+        times.append(time.perf_counter() - began)
+    return median(times[task.warmup :])
+
+
+def made_up_batch(task: StepTask, seed: int) -> Batch:
+    """Random ids; `TARGETS_PER_USER` targets of a user see the same window of N behaviours."""
+    draw = torch.Generator().manual_seed(seed)
+    targets = task.settings.stream.batch_size
+    users = -(-targets // TARGETS_PER_USER)
+    user_T = torch.arange(targets) // TARGETS_PER_USER
+
+    def ids(count: int, size: int) -> torch.Tensor:
+        return torch.randint(1, count + 1, (size,), generator=draw, dtype=torch.int32)
+
+    histories = {}
+    for name, length in task.sizes.lengths.items():
+        offset_U = torch.arange(users + 1) * length
+        histories[name] = History(
+            item_M=ids(task.sizes.items, users * length),
+            category_M=ids(task.sizes.categories, users * length),
+            timestamp_M=torch.arange(users * length),
+            behavior_type_M=ids(task.sizes.behaviors, users * length) if task.sizes.behaviors else None,
+            scene_M=ids(task.sizes.scenes, users * length) if task.sizes.scenes else None,
+            offset_U=offset_U,
+            start_T=offset_U[user_T],
+            end_T=offset_U[user_T + 1],
+        )
+    return Batch(
+        histories=histories,
+        user_T=user_T,
+        user_id_U=torch.arange(users),
+        item_T=ids(task.sizes.items, targets),
+        category_T=ids(task.sizes.categories, targets),
+        timestamp_T=torch.full((targets,), 10**9),
+        scene_T=ids(task.sizes.scenes, targets) if task.sizes.scenes else None,
+        label_T=torch.randint(0, 2, (targets,), generator=draw).float(),
+        origin="made up",
+    )

@@ -1,0 +1,116 @@
+"""A sharding plan as a file that people review and `dare train --plan` follows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch.distributed._shard.metadata import ShardMetadata
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    ParameterSharding,
+    ShardingPlan,
+)
+
+from schemas.errors import UserError
+
+
+def plan_text(plan: ShardingPlan) -> str:
+    """JSON: for each table of each module its sharding type, kernel, ranks, and shards (offsets, sizes, placement)."""
+    found = {}
+    for module, tables in plan.plan.items():
+        for name, sharding in tables.items():
+            specification = sharding.sharding_spec
+            found[name] = {
+                "module": module,
+                "sharding_type": sharding.sharding_type,
+                "compute_kernel": sharding.compute_kernel,
+                "ranks": sharding.ranks,
+                "shards": [
+                    {"offsets": part.shard_offsets, "sizes": part.shard_sizes, "placement": str(part.placement)}
+                    for part in (specification.shards if specification else [])
+                ],
+            }
+    # A line a table and a shard: short enough to read, and a diff shows what changed.
+    tables = [
+        f" {json.dumps(name)}: {{"
+        + ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in table.items() if key != "shards")
+        + ', "shards": [\n'
+        + ",\n".join(f"  {json.dumps(part)}" for part in table["shards"])
+        + "\n ]}"
+        for name, table in found.items()
+    ]
+    return "{\n" + ",\n".join(tables) + "\n}\n"
+
+
+def read_plan(path: Path) -> ShardingPlan:
+    """The plan in a file that `plan_text` has written.
+
+    Raises:
+        UserError: no such file, or not a plan.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such plan; `dare plan --save {path}` writes one")
+    try:
+        content = json.loads(path.read_text())
+        modules: dict[str, EmbeddingModuleShardingPlan] = {}
+        for name, table in content.items():
+            modules.setdefault(table["module"], EmbeddingModuleShardingPlan())[name] = _sharding(table)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: not a sharding plan ({type(error).__name__}: {error})") from None
+    return ShardingPlan(dict(modules))
+
+
+def _sharding(table: dict[str, Any]) -> ParameterSharding:
+    shards = [
+        ShardMetadata(shard_offsets=part["offsets"], shard_sizes=part["sizes"], placement=part["placement"])
+        for part in table["shards"]
+    ]
+    return ParameterSharding(
+        sharding_type=table["sharding_type"],
+        compute_kernel=table["compute_kernel"],
+        ranks=[int(rank) for rank in table["ranks"]],
+        sharding_spec=EnumerableShardingSpec(shards),
+    )
+
+
+def differences(before: ShardingPlan, after: ShardingPlan) -> list[str]:
+    """What a plan changes against another one, a line for each table and property; empty: the same."""
+    old, new = _summaries(before), _summaries(after)
+    found = []
+    for name in dict.fromkeys([*old, *new]):
+        if name not in new:
+            found.append(f"{name}: only in the plan before")
+        elif name not in old:
+            found.append(f"{name}: new")
+        else:
+            found += [
+                f"{name}: {key} {old[name][key]} -> {value}"
+                for key, value in new[name].items()
+                if old[name][key] != value
+            ]
+    return found
+
+
+def _summaries(plan: ShardingPlan) -> dict[str, dict[str, Any]]:
+    found = {}
+    for tables in plan.plan.values():
+        for name, sharding in tables.items():
+            shards = sharding.sharding_spec.shards
+            ranks = sorted(sharding.ranks)
+            found[name] = {
+                "rows": f"{sum(part.shard_sizes[0] for part in shards):,}",
+                "dim": max(part.shard_sizes[1] for part in shards),
+                "sharding type": sharding.sharding_type,
+                "compute kernel": sharding.compute_kernel,
+                "ranks": _shown(ranks),
+                "rows of a shard": f"{max(part.shard_sizes[0] for part in shards):,}",
+                "device": str(shards[0].placement).partition("/")[2].partition(":")[0],
+            }
+    return found
+
+
+def _shown(ranks: list[int]) -> str:
+    if ranks == list(range(ranks[0], ranks[-1] + 1)) and len(ranks) > 2:
+        return f"{ranks[0]}..{ranks[-1]}"
+    return ",".join(map(str, ranks))

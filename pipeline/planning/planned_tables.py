@@ -1,0 +1,134 @@
+"""A table as the planner has placed it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torchrec.distributed.types import ParameterSharding, ShardingPlan
+
+from embeddings.model import CtrModel
+from schemas.errors import UserError
+from schemas.model import INHERENT, Feature, Table, TableOptimizer
+
+STATE_BYTES: dict[TableOptimizer, tuple[int, int]] = {
+    "sgd": (0, 0),
+    "rowwise_adagrad": (4, 0),
+    "adagrad": (0, 4),
+    "adam": (0, 8),
+    "rowwise_adam": (4, 4),
+}
+"""Bytes of optimizer state: of a row, and of a value."""
+
+VALUE_BYTES = {"fp32": 4, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class PlannedTable:
+    """Declared by the model, placed by the planner."""
+
+    name: str
+    set: str
+    """Of tables: ``attention``, ``representation``, or the model's own."""
+    feature: Feature
+    rows: int
+    dim: int
+    value_bytes: int
+    state_bytes: int
+    """Optimizer state, all of it."""
+    sharding_type: str
+    compute_kernel: str
+    ranks: tuple[int, ...]
+    """Of each shard."""
+    shard_rows: tuple[int, ...]
+    """Of each shard."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the rows."""
+        return self.rows * self.dim * self.value_bytes
+
+    @property
+    def bytes(self) -> int:
+        """Rows and optimizer state."""
+        return self.weight_bytes + self.state_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row."""
+        return self.dim * self.value_bytes
+
+    @property
+    def on_host(self) -> bool:
+        """Its rows are in the host's memory of a GPU machine."""
+        return "uvm" in self.compute_kernel
+
+    @property
+    def inherent(self) -> bool:
+        """Looked up by id."""
+        return self.feature in INHERENT
+
+
+def planned_tables(model: CtrModel, plan: ShardingPlan) -> tuple[PlannedTable, ...]:
+    """All tables of a model, as ``plan`` places them.
+
+    Raises:
+        UserError: the plan lacks a table, has one that the model has not, or does not hold exactly its rows.
+    """
+    placed = {name: sharding for tables in plan.plan.values() for name, sharding in tables.items()}
+    found = []
+    for name, settings, weight in model.tables.weights():
+        rows, dim = weight.shape
+        if name not in placed:
+            raise UserError(f"the plan has no table {name}, whose {rows:,} rows the model declares")
+        sharding = placed.pop(name)
+        _check_cover(name, rows, dim, sharding)
+        feature, of_set = _place(name, model)
+        found.append(_planned(name, of_set, feature, rows, dim, settings, sharding))
+    if placed:
+        raise UserError(f"the plan has tables that the model does not declare: {', '.join(sorted(placed))}")
+    return tuple(found)
+
+
+def _planned(
+    name: str, of_set: str, feature: Feature, rows: int, dim: int, settings: Table, sharding: ParameterSharding
+) -> PlannedTable:
+    of_row, of_value = STATE_BYTES[settings.optimizer]
+    assert sharding.ranks is not None
+    return PlannedTable(
+        name=name,
+        set=of_set,
+        feature=feature,
+        rows=rows,
+        dim=dim,
+        value_bytes=VALUE_BYTES[settings.precision],
+        state_bytes=rows * (of_row + of_value * dim),
+        sharding_type=sharding.sharding_type,
+        compute_kernel=sharding.compute_kernel,
+        ranks=tuple(sharding.ranks),
+        shard_rows=tuple(shard.shard_sizes[0] for shard in sharding.sharding_spec.shards),
+    )
+
+
+def _place(name: str, model: CtrModel) -> tuple[Feature, str]:
+    """Feature and set of a table, from its name: ``[{sequence}_]{feature}_{set}``."""
+    features: Sequence[Feature] = (*model.tables.inherent_features, *model.tables.cross_features)
+    for of_set in model.tables.inherent:
+        stem = name.removesuffix(f"_{of_set}")
+        for feature in features:
+            if stem != name and (stem == feature or stem.endswith(f"_{feature}")):
+                return feature, of_set
+    raise AssertionError(name)
+
+
+def _check_cover(name: str, rows: int, dim: int, sharding: ParameterSharding) -> None:
+    """Shards must hold every value of the table once."""
+    shards = sharding.sharding_spec.shards if sharding.sharding_spec else []
+    held = sum(prod(shard.shard_sizes) for shard in shards)
+    if held != rows * dim:
+        raise UserError(f"the plan holds {held:,} values of table {name}, the model declares {rows:,} x {dim}")
+    parts = sorted((*shard.shard_offsets, *shard.shard_sizes) for shard in shards if prod(shard.shard_sizes))
+    row = 0
+    for first, column, size, width in parts:
+        if (column, width) == (0, dim) and first != row:
+            raise UserError(f"the plan does not hold the rows of table {name} from {row:,} to {first:,} once")
+        row = first + size

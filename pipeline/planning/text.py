@@ -1,0 +1,216 @@
+"""A dry run for people and programs to read."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.planning.dry_run import DryRun, Lack
+from pipeline.planning.workload import Search
+
+GIB = 1 << 30
+SEARCHES: tuple[Search, ...] = ("shard", "local")
+LARGEST_ID = 2**31 - 1
+"""Dense ids travel as int32."""
+
+
+def as_dict(run: DryRun) -> dict[str, Any]:
+    """The dry run as JSON has it."""
+    found: dict[str, Any] = {
+        "feasible": run.feasible,
+        "ranks": run.settings.cluster.ranks,
+        "seconds": round(run.seconds, 3),
+        "tables": [
+            {
+                "name": table.name,
+                "rows": table.rows,
+                "dim": table.dim,
+                "sharding_type": table.sharding_type,
+                "compute_kernel": table.compute_kernel,
+                "shards": len(table.ranks),
+                "bytes": table.bytes,
+            }
+            for table in run.tables
+        ],
+    }
+    if run.lack is not None:
+        return found | {
+            "lack": vars(run.lack),
+            "max_device_gib": None,
+            "step_ms": None,
+            "bytes_per_sample": None,
+        }
+    hours = device_hours(run)
+    price = run.settings.cluster.price
+    return found | {
+        "rows": sum(table.rows for table in run.tables),
+        "max_device_gib": round(max(rank.device_bytes for rank in run.ranks) / GIB, 3),
+        "max_host_gib": round(max(rank.host_bytes for rank in run.ranks) / GIB, 3),
+        "search": run.search,
+        "step_ms": {where: round(step.ms, 3) for where, step in run.steps.items()},
+        "bytes_per_sample": {where: round(step.bytes_per_sample) for where, step in run.steps.items()},
+        "phases_ms": {
+            where: {phase: round(cost.ms, 3) for phase, cost in step.phases().items()}
+            for where, step in run.steps.items()
+        },
+        "samples_per_second": round(run.samples_per_second),
+        "device_hours": round(hours, 3),
+        "cost": None if price is None else round(hours * price, 2),
+    }
+
+
+def device_hours(run: DryRun) -> float:
+    """Hours of all devices together until the settings' samples are trained on."""
+    return run.settings.workload.samples / run.samples_per_second / 3600 * run.settings.cluster.ranks
+
+
+def lack_text(lack: Lack) -> str:
+    """What does not fit, in a line."""
+    return (
+        f"a rank lacks {_size(lack.needed - lack.usable)} of {lack.memory} memory: it needs {_size(lack.needed)} of "
+        f"{_size(lack.usable)} usable, most of it for table {lack.table} ({_size(lack.table_bytes)} a rank)"
+    )
+
+
+def report(run: DryRun) -> Iterator[str]:
+    """Lines of text: tables, memory, a step, and what training takes."""
+    cluster, settings = run.settings.cluster, run.settings
+    nodes = f"{cluster.nodes:,} nodes" if cluster.nodes > 1 else "1 node"
+    yield (
+        f"{settings.model.name} on {cluster.name}: {cluster.ranks:,} ranks, {nodes} x {cluster.devices_per_node} "
+        f"{cluster.device_name}"
+    )
+    yield f"figures of the cluster: {cluster.measured or 'from data sheets, not measured'}"
+    if run.lack is not None:
+        yield f"does not fit: {lack_text(run.lack)}"
+        return
+    load = settings.workload
+    yield f"{load.targets_per_user:.3g} targets of a batch share a history, which fills {load.filled:.0%} of its length"
+    yield f"fits; planned in {run.seconds:.1f} s"
+    yield ""
+    yield from _tables(run)
+    yield ""
+    yield from _memory(run)
+    yield ""
+    yield from _step(run)
+    yield ""
+    yield from _training(run)
+    yield from _remarks(run)
+
+
+def _tables(run: DryRun) -> Iterator[str]:
+    rows = [["table", "rows", "dim", "sharding", "kernel", "ranks", "rows a shard", "size", "optimizer"]]
+    for table in run.tables:
+        where = f"{len(table.ranks):,}" if len(table.ranks) > 1 else f"rank {table.ranks[0]}"
+        rows.append(
+            [
+                table.name,
+                f"{table.rows:,}",
+                str(table.dim),
+                table.sharding_type,
+                table.compute_kernel,
+                where,
+                f"{max(table.shard_rows):,}",
+                _size(table.weight_bytes),
+                _size(table.state_bytes),
+            ]
+        )
+    declared = sum(table.rows for table in run.tables)
+    total = sum(table.weight_bytes for table in run.tables), sum(table.state_bytes for table in run.tables)
+    rows.append(["all", f"{declared:,}", "", "", "", "", "", _size(total[0]), _size(total[1])])
+    yield from aligned(rows, left=(0, 3, 4))
+
+
+def _memory(run: DryRun) -> Iterator[str]:
+    cluster = run.settings.cluster
+    rows = [["memory of a rank", "least", "mean", "most", "there is"]]
+    host_share = cluster.host_memory / cluster.devices_per_node
+    for name, loads, there in (
+        ("device", [rank.device_bytes for rank in run.ranks], cluster.device_memory),
+        ("host", [rank.host_bytes for rank in run.ranks], host_share),
+    ):
+        if there:
+            mean = sum(loads) / len(loads)
+            rows.append([name, _size(min(loads)), _size(mean), _size(max(loads)), _size(there)])
+    yield from aligned(rows)
+    shares = [rank.lookups for rank in run.ranks]
+    yield (
+        f"rows looked up: the busiest rank {max(shares):.3%} of all, {max(shares) * len(shares):.2f} x the mean; "
+        f"{cluster.reserved:.0%} of the memory stays free"
+    )
+
+
+def _step(run: DryRun) -> Iterator[str]:
+    head = ["a step of a rank"]
+    for where in SEARCHES:
+        head += [f"search={where}: ms", "in node", "between"]
+    rows = [head]
+    phases = {where: step.phases() for where, step in run.steps.items()}
+    for phase in phases["shard"]:
+        row = [str(phase)]
+        for where in SEARCHES:
+            cost = phases[where][phase]
+            row += [f"{cost.ms:,.1f}", _size(cost.within_node), _size(cost.between_nodes)]
+        rows.append(row)
+    totals = ["all"]
+    for where in SEARCHES:
+        costs = run.steps[where].costs
+        totals += [
+            f"{run.steps[where].ms:,.1f}",
+            _size(sum(cost.within_node for cost in costs)),
+            _size(sum(cost.between_nodes for cost in costs)),
+        ]
+    yield from aligned([*rows, totals])
+    shard, home = (run.steps[where] for where in SEARCHES)
+    yield (
+        f"sent for a sample: {_size(shard.bytes_per_sample)} with search=shard, {_size(home.bytes_per_sample)} with "
+        f"search=local; a step of search=local takes {home.ms / shard.ms:.1f} x as long"
+    )
+    if run.searched != "shard":
+        yield f"{run.settings.model.name} searches {run.searched}: search=shard changes nothing"
+    slowest = sorted(run.step.costs, key=lambda cost: cost.ms, reverse=True)[:3]
+    parts = ", ".join(f"{cost.what} ({cost.phase}) {cost.ms:,.1f} ms" for cost in slowest)
+    yield f"slowest with search={run.search}: {parts}"
+
+
+def _training(run: DryRun) -> Iterator[str]:
+    settings, hours = run.settings, device_hours(run)
+    days = hours / settings.cluster.ranks / 24
+    samples = f"{settings.workload.samples:,} samples"
+    price = settings.cluster.price
+    cost = "" if price is None else f", {hours * price:,.2f} at {price:,.2f} a device-hour"
+    yield (f"{run.samples_per_second:,.0f} samples/s; {samples} in {_time(days)}, {hours:,.1f} device-hours{cost}")
+
+
+def _remarks(run: DryRun) -> Iterator[str]:
+    largest = max(run.tables, key=lambda table: table.rows)
+    if largest.rows - 1 > LARGEST_ID:
+        yield (
+            f"note: table {largest.name} has more rows than the int32 ids of a data set can name ({LARGEST_ID:,}); "
+            "this plan is of the memory and the traffic"
+        )
+
+
+def aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> Iterator[str]:
+    """Rows of cells as lines, columns aligned to the right but for those in ``left``."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def _size(count: float) -> str:
+    """Bytes for people."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:,.0f} {unit}" if value >= 100 or unit == "B" else f"{value:,.1f} {unit}"
+        value /= 1024
+    return f"{value:,.1f} TiB"
+
+
+def _time(days: float) -> str:
+    if days >= 2:
+        return f"{days:,.1f} days"
+    return f"{days * 24:,.1f} hours" if days * 24 >= 2 else f"{days * 1440:,.1f} minutes"

@@ -1,0 +1,139 @@
+"""What ranks send each other in a step, collective by collective.
+
+All is counted in bytes that one rank sends to each other rank; ids are taken to be even over the rows of a table, so
+each rank sends the same.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.planning.planned_tables import PlannedTable
+from pipeline.planning.workload import Workload, distinct
+from schemas.model import Feature
+
+Phase = Literal["input dist", "search", "lookups", "output dist", "dense", "step"]
+PHASES: tuple[Phase, ...] = ("input dist", "search", "lookups", "output dist", "dense", "step")
+
+Collective = Literal["all_to_all", "reduce_scatter", "all_gather", "all_reduce"]
+
+COUNT, ID, LENGTH, FLOAT = 8, 4, 4, 4
+"""Bytes of a count (int64), of an id (int32), of a bag's length, and of a float as it travels."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One collective, or several alike."""
+
+    phase: Phase
+    what: str
+    collective: Collective
+    to_each: float
+    """Bytes that a rank sends to each other rank."""
+    collectives: int = 1
+    """Whose latency it costs."""
+
+
+def narrowest(largest: float) -> int:
+    """Bytes of the narrowest integer type that holds 0 .. ``largest``."""
+    return next((size for size, limit in ((1, 2**8), (2, 2**16), (4, 2**31)) if largest < limit), 8)
+
+
+def rows_lookup(
+    what: str, tables: Sequence[PlannedTable], ids: float, ranks: int, gradient: bool, wire: int = FLOAT
+) -> Iterator[Traffic]:
+    """Rows of ids (`embeddings.distributed.lookups`): of equal ids one travels.
+
+    Args:
+        what: is looked up.
+        tables: of a collection, row-wise, one a feature.
+        ids: of a rank.
+        ranks: in all.
+        gradient: a backward pass follows.
+        wire: bytes of a float of a row on its way.
+    """
+    different = [(distinct(ids, table.rows) / ranks, table) for table in tables]
+    asked = sum(count * narrowest(max(table.shard_rows) - 1) for count, table in different)
+    answered = sum(count * table.dim for count, table in different) * wire
+    yield Traffic("input dist", f"counts of {what}", "all_to_all", len(tables) * COUNT)
+    yield Traffic("input dist", f"ids of {what}", "all_to_all", asked)
+    for way in ("rows", "gradients")[: 1 + gradient]:
+        yield Traffic("output dist", f"{way} of {what}", "all_to_all", answered)
+
+
+def all_rows(what: str, tables: Sequence[PlannedTable]) -> Iterator[Traffic]:
+    """All rows of tables, to all ranks (`embeddings.distributed.lookups`), and their gradients."""
+    held = sum(max(table.shard_rows) * table.dim for table in tables) * FLOAT
+    yield Traffic("output dist", f"rows of {what}", "all_gather", held)
+    yield Traffic("output dist", f"gradients of {what}", "reduce_scatter", held)
+
+
+def search_on_shard(
+    inherent: Sequence[PlannedTable], features: Sequence[Feature], work: Workload, categories: int, wire: int = FLOAT
+) -> Iterator[Traffic]:
+    """Search where the rows live: behaviours go out once a user, at most K scores a target and shard come back.
+
+    Args:
+        inherent: the set's item and category tables.
+        features: of a behaviour.
+        work: of a rank.
+        categories: rows of the category table.
+        wire: bytes of a score on its way.
+    """
+    ranks, targets = work.ranks, work.targets
+    dims = {table.feature: table.dim for table in inherent}
+    known = narrowest(categories) if "category" in features else 0
+    for sequence in work.sequences:
+        wide = narrowest(sequence.length)
+        widths = {"item": ID, "category": known, "position": wide, "interval": 4, "behavior": 1, "scene": 1}
+        behavior = sum(widths[feature] for feature in features)
+        yield Traffic("input dist", "behaviours", "all_to_all", sequence.behaviors / ranks * behavior, 0)
+        yield Traffic("input dist", "windows", "all_to_all", targets * (ID + wide), 0)
+        found = found_on_shard(sequence.pairs / targets, sequence.retrieved, ranks)
+        yield Traffic("output dist", "best of each shard", "all_to_all", targets * found * (wire + wide))
+    target = ID + known + sum({"position": 4, "interval": 4, "scene": 1}.get(feature, 0) for feature in features)
+    yield Traffic("input dist", "targets", "all_to_all", targets * target, 2)
+    for table in inherent:
+        # Of equal ids of all ranks one is gathered.
+        held = distinct(targets * ranks, table.rows) / ranks
+        yield Traffic("input dist", f"targets' {table.feature} rows", "all_gather", held * table.dim * FLOAT)
+    if "category" in dims:
+        # A shard fetches each category that it has met once.
+        met = distinct(work.behaviors, categories)
+        yield Traffic("input dist", "ids of categories", "all_to_all", met / ranks * ID, 2)
+        yield Traffic("input dist", "category rows", "all_to_all", met / ranks * dims["category"] * FLOAT)
+
+
+def pooling_on_shard(
+    what: str, tables: Sequence[PlannedTable], ids: float, parts: float, ranks: int, wire: int = FLOAT
+) -> Iterator[Traffic]:
+    """Weighted bags, pooled where the rows are (`embeddings.distributed.lookups`); the weights' gradients come back.
+
+    Args:
+        what: is pooled.
+        tables: row-wise.
+        ids: of a rank, in each feature.
+        parts: of a rank's bags, on all shards together.
+        ranks: in all.
+        wire: bytes of a float of a sum on its way.
+    """
+    dim, features = sum(table.dim for table in tables), len(tables)
+    wide = sum(narrowest(max(table.shard_rows) - 1) for table in tables)
+    yield Traffic("input dist", f"counts of {what}", "all_to_all", 2 * features * COUNT)
+    yield Traffic("input dist", f"ids of {what}", "all_to_all", (ids * wide + features * parts * LENGTH) / ranks)
+    yield Traffic("input dist", f"weights of {what}", "all_to_all", features * ids / ranks * FLOAT)
+    yield Traffic("output dist", f"rows of {what}", "all_to_all", parts / ranks * wire * dim)
+    yield Traffic("output dist", f"gradients of {what}", "all_to_all", parts / ranks * wire * dim)
+    yield Traffic("output dist", f"weights' gradients of {what}", "all_to_all", features * ids / ranks * FLOAT)
+
+
+def found_on_shard(behaviors: float, k: int, ranks: int) -> float:
+    """How many of a target's behaviours a shard sends home: its part of them, but no more than K."""
+    return min(behaviors / ranks, k)
+
+
+def dense_gradients(parameters: int, statistics: int, ranks: int) -> Iterator[Traffic]:
+    """All-reduce of the dense gradients, and of batch normalisation's sums forwards and backwards."""
+    # An all-reduce is a reduce-scatter and an all-gather of equal parts.
+    yield Traffic("dense", "dense gradients", "all_reduce", 2 * parameters * FLOAT / ranks)
+    yield Traffic("dense", "batch statistics", "all_reduce", 2 * 2 * statistics * 8 / ranks, 2)

@@ -1,0 +1,43 @@
+"""Finished runs side by side."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import read_json
+from pipeline.runs.run_folder import RunFolder
+from schemas.errors import UserError
+from schemas.train import flat
+
+METRICS = ("auc", "gauc", "log_loss")
+
+
+def compare(folders: list[Path]) -> list[dict[str, Any]]:
+    """For each run: its name, model, test metrics, and those settings in which the runs differ.
+
+    Raises:
+        UserError: one is not the folder of a run, or not finished.
+    """
+    found: list[dict[str, Any]] = []
+    settings = []
+    for folder in folders:
+        run = RunFolder(folder)
+        settings.append(flat(run.settings()))
+        if not run.test_file.is_file():
+            raise UserError(f"{folder}: the run is not finished, it has no {run.test_file.name}; `dare train` goes on")
+        test = read_json(run.test_file)
+        found.append({"run": str(folder), "model": settings[-1]["model.name"]} | {name: test[name] for name in METRICS})
+    keys = dict.fromkeys(key for values in settings for key in values if key != "model.name")
+    differing = [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1]
+    return [
+        entry | {"settings": {key: values.get(key) for key in differing}}
+        for entry, values in zip(found, settings, strict=True)
+    ]
+
+
+def distinct_names(folders: list[Path]) -> list[str]:
+    """Last names of the folders, with as many of those before them as it takes to tell the folders apart."""
+    parts = [folder.absolute().parts for folder in folders]
+    length = 1
+    while len({names[-length:] for names in parts}) < len(set(parts)):
+        length += 1
+    return ["/".join(names[-length:]) for names in parts]

@@ -1,0 +1,123 @@
+"""All runs below a folder: how each is doing, told from its files alone."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.files import read_json
+from pipeline.runs.run_folder import LOCK, RunFolder, read_step_log
+from schemas.errors import UserError
+
+State = Literal["running", "finished", "stopped", "failed", "died", "damaged"]
+
+_MARKS = {LOCK, "data_set.json", "job.json", "losses.jsonl"}
+"""A folder with one of these is that of a run."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run; None where its files do not say."""
+
+    run: str
+    """Folder."""
+    state: State
+    """``stopped``: it was asked to; ``failed``: it ended with an error; ``died``: it was killed, or its machine was."""
+    model: str | None = None
+    step: int | None = None
+    """The last one that was done, some seconds ago if it is running."""
+    steps: int | None = None
+    """In all."""
+    checkpoint_step: int | None = None
+    """Of the last checkpoint, which the same command goes on from."""
+    best_validation_auc: float | None = None
+    test_auc: float | None = None
+    samples_per_s: float | None = None
+    """Since the last start, of all ranks together, validations left out."""
+    starts: int | None = None
+    started: str | None = None
+    """The last time, UTC."""
+    app: str | None = None
+    """Handle of the torchx job that was the last to start it."""
+    error: str | None = None
+    """Why it failed, or what is damaged."""
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Folders of runs in ``folder``, at any depth, by name.
+
+    Raises:
+        UserError: no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found = []
+    for path, folders, files in os.walk(folder):
+        if _MARKS & set(files):
+            found.append(Path(path))
+            folders.clear()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    return found
+
+
+def run_state(folder: Path) -> RunState:
+    """How the run in ``folder`` is doing. A running one is not disturbed; a damaged one is called so."""
+    run = RunFolder(folder)
+    try:
+        # Before all else is read: a run that ends meanwhile has then written everything.
+        running = run.is_locked()
+        return _read(run, running)
+    except (ValueError, OSError) as error:
+        return RunState(str(folder), "damaged", error=" ".join(str(error).split()))
+    except (LookupError, TypeError, AttributeError):
+        return RunState(str(folder), "damaged", error="its files hold other values than a run writes")
+
+
+def _read(run: RunFolder, running: bool) -> RunState:
+    if not run.settings_file.is_file() and (running or os.listdir(run.path) == [LOCK]):
+        # Killed before it had written anything: there is nothing to go on from, and nothing is lost.
+        return RunState(str(run.path), "running" if running else "died")
+    progress = _read_if_there(run.progress_file)
+    test = _read_if_there(run.test_file)
+    starts = run.starts()
+    last = starts[-1] if starts else {}
+    validations = _validation_aucs(run)
+    state: State = "running" if running else "finished" if test else last.get("how", "died")
+    # The progress file is some seconds old, and a checkpoint may be newer.
+    checkpoint_step = max((int(path.name[5:]) for path in run.checkpoints.glob("step-*")), default=None)
+    steps_done = [step for step in (progress.get("step"), checkpoint_step) if step is not None]
+    return RunState(
+        run=str(run.path),
+        state=state,
+        model=run.settings().model.name,
+        step=max(steps_done, default=None),
+        steps=progress.get("steps"),
+        checkpoint_step=checkpoint_step,
+        best_validation_auc=max(validations, default=None),
+        test_auc=test.get("auc"),
+        samples_per_s=progress.get("samples_per_s") or None,
+        starts=len(starts) or None,
+        started=last.get("time"),
+        app=last.get("app"),
+        error=last.get("error") if state == "failed" else None,
+    )
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError:
+        if path.exists():
+            raise
+        return {}
+
+
+def _validation_aucs(run: RunFolder) -> list[float]:
+    """Where it is defined."""
+    try:
+        lines = read_step_log(run.validations)
+    except ValueError as error:
+        raise UserError(f"{run.validations} is damaged ({error})") from None
+    if not all(isinstance(line, dict) and "auc" in line for line in lines):
+        raise UserError(f"{run.validations} is damaged (a line without auc)")
+    return [line["auc"] for line in lines if line["auc"] is not None]

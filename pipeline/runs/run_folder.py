@@ -1,0 +1,264 @@
+"""The folder of a run: what is where in it.
+
+A file with a line for each step: JSON objects that begin with the step, in order.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pipeline.files import read_json, write_whole
+from schemas.errors import UserError
+from schemas.settings import load_settings
+from schemas.train import TrainSettings
+
+LOCK = ".lock"
+"""File of a run's folder that the process holds which trains in it."""
+LOOK_S = 1.0
+"""So long a lock must be another's to be that of a training: `RunFolder.is_locked` holds it for a moment."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and documents of a run; see docs/training.md."""
+
+    path: Path
+
+    @property
+    def settings_file(self) -> Path:
+        """Settings, YAML; may be given to ``dare train --config``."""
+        return self.path / "settings.yaml"
+
+    @property
+    def data_file(self) -> Path:
+        """Where the data set is, its fingerprint and its dictionaries; JSON."""
+        return self.path / "data_set.json"
+
+    @property
+    def plan_file(self) -> Path:
+        """The sharding plan of the last start; may be given to ``dare train --plan``."""
+        return self.path / "plan.json"
+
+    @property
+    def job_file(self) -> Path:
+        """Each start: when, where, with what program, how it ended; JSON, see `pipeline.runs.job_record`."""
+        return self.path / "job.json"
+
+    @property
+    def progress_file(self) -> Path:
+        """How far the run is and how fast it goes, as of some seconds ago; JSON."""
+        return self.path / "progress.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def losses(self) -> Path:
+        """The loss of each step, a line each."""
+        return self.path / "losses.jsonl"
+
+    @property
+    def validations(self) -> Path:
+        """The metrics of each validation, a line each."""
+        return self.path / "validations.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def test_file(self) -> Path:
+        """Metrics of the best checkpoint on the test split; JSON. It is there while the run is finished."""
+        return self.path / "test.json"
+
+    def settings(self) -> TrainSettings:
+        """The settings of the run.
+
+        Raises:
+            UserError: not the folder of a run, or its settings are not ones that this program knows.
+        """
+        if not self.settings_file.is_file():
+            raise UserError(
+                f"{self.path}: no {self.settings_file.name}: not the folder of a run; see `dare train --run`"
+            )
+        try:
+            return load_settings(TrainSettings, [self.settings_file])
+        except ValueError as error:
+            raise UserError(f"{self.settings_file}: {error}") from None
+
+    def data_set(self) -> Path:
+        """Folder of the data set that the run was trained on.
+
+        Raises:
+            UserError: the run does not say.
+        """
+        record = read_json(self.data_file)
+        return Path(record["folder"])
+
+    def starts(self) -> list[dict[str, Any]]:
+        """All starts of the run so far, the first one first; none: it has not begun. See `pipeline.runs.job_record`.
+
+        Raises:
+            UserError: the record is damaged.
+        """
+        if not self.job_file.exists():
+            return []
+        starts = read_json(self.job_file).get("starts")
+        if not (isinstance(starts, list) and starts and all(isinstance(start, dict) for start in starts)):
+            raise UserError(f"{self.job_file} is damaged (no list of starts); without the file, the run goes on")
+        return starts
+
+    def begin(self, documents: Mapping[str, str], data: Path, fingerprint: str, dictionaries: dict[str, Any]) -> None:
+        """Write what the run is about; a former test is not its test any more, and goes.
+
+        Args:
+            documents: texts by name: settings.yaml, plan.json.
+            data: folder of the data set.
+            fingerprint: of the data set.
+            dictionaries: of the data set, what `DataSet.dictionaries` returns.
+        """
+        self.test_file.unlink(missing_ok=True)
+        for name, text in documents.items():
+            write_whole(self.path / name, text)
+        record = {"folder": str(data.absolute()), "fingerprint": fingerprint, "dictionaries": dictionaries}
+        write_whole(self.data_file, json.dumps(record, indent=1) + "\n")
+
+    def check_dictionaries(self, data: Path, fingerprint: str, dictionaries: dict[str, Any]) -> None:
+        """Ids must mean in a data set what they meant in training. Arguments as of `begin`.
+
+        Vocabularies of features that the model does not have may differ.
+
+        Raises:
+            UserError: they do not; names the dictionaries that differ.
+        """
+        record = read_json(self.data_file)
+        if record.get("fingerprint") == fingerprint:
+            return
+        trained = record.get("dictionaries")
+        if not isinstance(trained, dict):
+            raise UserError(
+                f"{data} is not the data set of {self.path} as it was in training, and {self.data_file.name} does not "
+                "say with which dictionaries that was: an older program wrote it; give that data set, or train anew"
+            )
+        features = self.settings().model.features
+        used = {"items": True, "categories": True, "behaviors": "behavior" in features, "scenes": "scene" in features}
+        differing = [name for name in used if used[name] and trained.get(name) != dictionaries[name]]
+        if differing:
+            raise UserError(
+                f"{data}: other dictionaries than the run {self.path} was trained with: {', '.join(differing)} differ; "
+                "prepare it from the same events with the same seed, or train on it"
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process, until the block or the process ends.
+
+        If it was made for this and is still empty then, it is removed.
+
+        Raises:
+            UserError: another process holds it, or the folder is something else.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; --run names a folder")
+        if self.path.is_dir() and self._content() and not self.settings_file.is_file():
+            raise UserError(f"{self.path} is not empty and not the folder of a run; choose another one")
+        made = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self._lock(handle)
+            try:
+                yield
+            finally:
+                if made and not self._content():
+                    with suppress(OSError):
+                        self._lock_file.unlink()
+                        self.path.rmdir()
+        finally:
+            os.close(handle)
+
+    def is_locked(self) -> bool:
+        """Whether a process holds the folder. Looking does not hinder one that is about to."""
+        try:
+            handle = os.open(self._lock_file, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
+    @property
+    def _lock_file(self) -> Path:
+        # A file, not the folder itself: network file systems pass only locks of files on to other hosts.
+        return self.path / LOCK
+
+    def _content(self) -> bool:
+        return any(entry.name != LOCK for entry in self.path.iterdir())
+
+    def _lock(self, handle: int) -> None:
+        until = time.monotonic() + LOOK_S
+        while True:
+            try:
+                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise UserError(f"another process is training in {self.path}; wait for it or stop it") from None
+            time.sleep(LOOK_S / 20)
+
+
+def settings_text(settings: TrainSettings) -> str:
+    """Settings as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))
+
+
+class StepLog:
+    """Appends lines. When a run goes on from a checkpoint, what was written after it is cut off.
+
+    Args:
+        path: the file.
+        step: of the checkpoint; 0: from the start.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        path.touch()
+        with path.open("rb+") as former:
+            end = 0
+            for line in former:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+                end += len(line)
+            former.truncate(end)
+        self._stream = path.open("a")
+
+    def add(self, step: int, **values: float | None) -> None:
+        """A line; in the file after `flush`."""
+        self._stream.write(json.dumps({"step": step, **values}) + "\n")
+
+    def flush(self) -> None:
+        """Let others see all lines."""
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Flush, and be done."""
+        self._stream.close()
+
+
+def read_step_log(path: Path) -> list[dict[str, Any]]:
+    """All whole lines."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,136 @@
+"""What a rank reads in an epoch and in which order: a pure function of the index of row groups and a few numbers.
+
+The row groups of a split are shuffled by (seed, epoch). Their targets, in that order, form one sequence, which is cut
+into ``world`` contiguous ranges that differ by one target at most: every target is in exactly one, and a row group on a
+border is read by both sides. A rank's range is cut into blocks, each the size of the shuffle buffer.
+
+G = row groups, in file order; O = those that hold targets, in the epoch's order.
+
+The order of targets in a shuffle buffer.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.hashing import mix
+
+I64 = NDArray[np.int64]
+
+
+class Piece(NamedTuple):
+    """Targets first .. last of a row group, counted among its targets of the split."""
+
+    group: int
+    first: int
+    last: int
+
+
+class Block(NamedTuple):
+    """Pieces that are shuffled together."""
+
+    start: int
+    """Targets of the rank before this block."""
+    targets: int
+    key: int
+    """Targets of all ranks before this block: tells apart the blocks of all ranks."""
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """A rank's share of an epoch."""
+
+    blocks: tuple[Block, ...]
+    targets: int
+
+
+def steps_per_epoch(targets: int, world: int, batch_size: int) -> int:
+    """Steps that every rank makes: as many as the largest share needs."""
+    share = -(-targets // world)
+    return -(-share // batch_size)
+
+
+def plan_epoch(
+    targets_G: I64, bytes_G: I64, block_bytes: int, *, shuffle: bool, seed: int, epoch: int, rank: int, world: int
+) -> EpochPlan:
+    """Plan an epoch of a rank.
+
+    Args:
+        targets_G: targets of the split.
+        bytes_G: room that each row group takes in the shuffle buffer.
+        block_bytes: size of the shuffle buffer; a block holds one row group at least.
+        shuffle: shuffle the row groups; otherwise they come in file order, a block each.
+    """
+    order_O = np.flatnonzero(targets_G)
+    if shuffle:
+        order_O = order_O[np.argsort(shuffle_keys(len(order_O), seed, epoch, 0), kind="stable")]
+    end_O = np.cumsum(targets_G[order_O])
+    total = int(end_O[-1]) if len(end_O) else 0
+    begin, end = total * rank // world, total * (rank + 1) // world
+
+    blocks: list[Block] = []
+    pieces: list[Piece] = []
+    start = position = begin
+    room = block_bytes
+    for place in range(int(np.searchsorted(end_O, begin, side="right")), len(order_O)):
+        if position >= end:
+            break
+        group = int(order_O[place])
+        size = int(bytes_G[group])
+        if pieces and (not shuffle or size > room):
+            blocks.append(Block(start - begin, position - start, start, tuple(pieces)))
+            pieces, start, room = [], position, block_bytes
+        before = int(end_O[place]) - int(targets_G[group])
+        last = min(int(end_O[place]), end)
+        pieces.append(Piece(group, position - before, last - before))
+        position = last
+        room -= size
+    if pieces:
+        blocks.append(Block(start - begin, position - start, start, tuple(pieces)))
+    return EpochPlan(tuple(blocks), end - begin)
+
+
+def shuffle_keys(count: int, *salts: int) -> NDArray[np.uint64]:
+    """Pseudo-random keys, (count,): sorting by them shuffles. They depend on ``salts`` alone, on every machine."""
+    keys = np.arange(count, dtype=np.uint64)
+    for salt in salts:
+        keys = mix(keys, salt)
+    return keys
+
+
+ORDER = 2
+"""Grows when `shuffled_order` changes: a place within an epoch means nothing in another order."""
+
+
+def shuffled_order(user_T: I64, together: int | None, seed: int, epoch: int, block: int) -> I64:
+    """Shuffle users and, where they are to be spread, their targets.
+
+    With ``together`` = k, a user's targets are shuffled and dealt out in chunks of k at most, evenly over the whole
+    buffer from a random beginning: of n chunks one in each n-th part of it. So each batch has users of all kinds, to
+    the last one; dealt out in turns, the last batches would be of the few users with the most targets. A batch holds at
+    most k targets of a user who has clearly fewer chunks than the buffer has batches.
+
+    Args:
+        user_T: (T,), users of the targets, ascending from 0.
+        together: k; None: all targets of a user stay together.
+        seed, epoch, block: decide the order, and nothing else does.
+
+    Returns:
+        (T,), the targets in their new order.
+    """
+    users = int(user_T[-1]) + 1 if len(user_T) else 0
+    place_U = np.empty(users, np.int64)
+    place_U[np.argsort(shuffle_keys(users, seed, epoch, block, 1), kind="stable")] = np.arange(users)
+    if together is None:
+        return np.argsort(place_U[user_T], kind="stable")
+    shuffled_T = np.lexsort((shuffle_keys(len(user_T), seed, epoch, block, 2), user_T))
+    # Shuffling within users leaves the users where they are: user_T holds for shuffled_T too.
+    first_U = np.searchsorted(user_T, np.arange(users))
+    targets_U = np.bincount(user_T, minlength=users)
+    chunks_U = -(-targets_U // together)
+    chunk_T = (np.arange(len(user_T)) - first_U[user_T]) * chunks_U[user_T] // targets_U[user_T]
+    part_T = (chunk_T + place_U[user_T] / users) / chunks_U[user_T]
+    return shuffled_T[np.lexsort((place_U[user_T], part_T))]

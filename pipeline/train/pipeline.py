@@ -1,0 +1,147 @@
+"""What a step of training computes, in the form that TorchRec's train pipeline runs.
+
+What the ranks agree on after each step: the loss, whether to go on, and whose numbers are wrong.
+
+The order of a step's parts: while a batch's gradients are computed, the next one is on its way to the shards.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
+from torchrec.distributed.train_pipeline import TrainPipelineBase
+
+from embeddings.batch import Batch
+from embeddings.loss import click_loss
+from embeddings.model import CtrModel
+from pipeline.train.optimizer import DenseOptimizer
+from schemas.errors import UserError
+
+
+class StepOutput(NamedTuple):
+    """Of a step, on one rank."""
+
+    loss: Tensor
+    """Scalar, detached: the mean over ranks is the loss of the global batch."""
+    targets: int
+    origin: str
+    """Of the batch."""
+
+
+class ClickTask(nn.Module):
+    """Loss of a batch; the tables' optimizers run in its backward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
+        """Loss with gradient, and what there is to report."""
+        loss = click_loss(self.model(batch), batch.label_T)
+        return loss, StepOutput(loss.detach(), len(batch), batch.origin)
+
+
+class Agreement(NamedTuple):
+    """The same on all ranks."""
+
+    loss: float
+    """Of the global batch."""
+    targets: int
+    """Of the global batch."""
+    stop: bool
+    """A rank was asked to stop."""
+
+
+def agree(step: int, output: StepOutput, gradient_norm: Tensor, stop: bool) -> Agreement:
+    """One small all-reduce; all ranks must call it after each step.
+
+    Args:
+        step: for the message.
+        output: this rank's.
+        gradient_norm: of the dense parameters, scalar.
+        stop: this rank was asked to stop.
+
+    Raises:
+        UserError: the loss or the gradients are not finite, on all ranks; names the step and the batch of the ranks
+            concerned.
+    """
+    device = output.loss.device
+    sound = torch.isfinite(output.loss) & torch.isfinite(gradient_norm)
+    numbers = torch.tensor([0, output.targets, stop, 0], dtype=torch.float64, device=device)
+    numbers[0], numbers[3] = torch.where(sound, output.loss, 0), ~sound
+    dist.all_reduce(numbers)
+    loss, targets, stops, faults = numbers.tolist()
+    if faults:
+        _raise(step, output, bool(sound))
+    return Agreement(loss / dist.get_world_size(), int(targets), stops > 0)
+
+
+def _raise(step: int, output: StepOutput, sound: bool) -> None:
+    origins: list[str | None] = [None] * dist.get_world_size()
+    lost = None if sound else f"{output.origin} (loss {output.loss.item():g})"
+    dist.all_gather_object(origins, lost)
+    found = [origin for origin in origins if origin]
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    raise UserError(
+        f"step {step}: loss or gradients are not finite, in {found[0]}{more}; this step is not saved; "
+        "begin a new run, in another folder, with lower learning rates or with dense.clip_norm"
+    )
+
+
+class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
+    """TorchRec's pipeline, which copies the next batch to the device, and begins its search besides.
+
+    Ids do not depend on weights, so a step computes what it would compute without. On a GPU the ids travel on a stream
+    of their own, beside forward and backward; gloo's threads carry them beside a CPU's backward.
+
+    Args:
+        model: sharded.
+        optimizer: of the dense parameters.
+        device: of this rank.
+    """
+
+    _cur_batch: Batch | None
+
+    def __init__(self, model: DistributedModelParallel, optimizer: DenseOptimizer, device: torch.device) -> None:
+        super().__init__(ClickTask(model), optimizer, device)
+        inner = get_unwrapped_module(model)
+        assert isinstance(inner, CtrModel)
+        self._ctr_model = inner
+        self._ids_stream = torch.cuda.Stream() if device.type == "cuda" else None
+
+    def progress(self, dataloader_iter: Iterator[Batch]) -> StepOutput:
+        """Make a step with the next batch.
+
+        Raises:
+            StopIteration: there is none.
+        """
+        if not self._connected:
+            self._connect(dataloader_iter)
+        batch = self._cur_batch
+        if batch is None:
+            raise StopIteration
+        following = self._next_batch(dataloader_iter)
+        self._optimizer.zero_grad()
+        self._wait_for_batch(batch)
+        loss, output = self._model(batch)
+        self._cur_batch = following
+        if following is not None:
+            self._copy_batch_to_gpu(following)
+            self._begin()
+        self._backward(loss)
+        self._optimizer.step()
+        return output
+
+    def reset(self) -> None:
+        """Forget the batch that was to come."""
+        super().reset()
+        self._ctr_model.begun = None
+
+    def _begin(self) -> None:
+        assert self._cur_batch is not None
+        if self._ids_stream is not None and self._memcpy_stream is not None:
+            self._ids_stream.wait_stream(self._memcpy_stream)
+        self._ctr_model.begin(self._cur_batch, self._ids_stream)

@@ -1,0 +1,300 @@
+"""Bad input of `dare prepare`: one clear line, a non-zero exit, nothing lost or half-written; odd input that works."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.cli import main
+from schemas.manifest import Manifest
+
+HEADER = "user_id,item_id,category_id,timestamp\n"
+GOOD = HEADER + "".join(f"{user},{item},{item % 3},{item}\n" for user in (1, 2) for item in range(10 + user))
+LENIENT = ["split.min_behaviors=1", "split.negatives=0"]
+
+Dare = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def dare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dare:
+    """Run the command line; returns the exit code and the error line or the output."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["dare", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        captured = capsys.readouterr()
+        if exit.value.code in (0, None):
+            return 0, captured.out
+        message = str(exit.value.code)
+        assert "\n" not in message, "one line"
+        assert message.startswith("dare: ")
+        return 1, message
+
+    return run
+
+
+def refuse(dare: Dare, folder: Path, *arguments: object) -> str:
+    """Prepare must fail and leave nothing behind; returns the message."""
+    before = set(folder.iterdir())
+    code, message = dare("prepare", "--out", folder / "out", *LENIENT, *arguments)
+    assert code == 1
+    assert set(folder.iterdir()) == before, "nothing half-written"
+    return message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("columns.csv", GOOD + "1,2,3\n", "columns.csv, line 25: 3 columns, 4 are expected"),
+        ("more.csv", GOOD + "1,2,3,4,5\n", "more.csv, line 25: 5 columns, 4 are expected"),
+        ("text.csv", GOOD + "1,abc,3,4\n", "text.csv, line 25: column item_id: 'abc' is not an integer"),
+        ("fraction.csv", GOOD + "1,2,3,4\n1,2,3,2024-05-01\n", "line 26: column timestamp: '2024-05-01' is not"),
+        ("part.csv", GOOD + "1,1.5,3,4\n", "part.csv, line 25: column item_id: '1.5' is not an integer"),
+        ("second.csv", GOOD + "1,2,3,1e-1\n", "second.csv, line 25: column timestamp: '1e-1' is not an integer"),
+        ("ms.csv", GOOD + "1,2,3,1700000000000000\n", "set events.timestamp_unit=ms or us if they are not seconds"),
+        ("before.csv", GOOD + "1,2,3,-5\n", "timestamps in {path} run from -5 to"),
+        ("null.csv", GOOD + "1,,3,4\n", "1 of 24 lines in {path} have no item_id"),
+        ("user.csv", GOOD + ",2,3,4\n,2,3,4\n", "2 of 25 lines in {path} have no user_id"),
+        ("time.csv", GOOD + "1,2,3,\n", "1 of 24 lines in {path} have no timestamp"),
+        ("negative.csv", GOOD + "1,-2,3,4\n", "1 of 24 lines in {path} have a negative item_id"),
+        ("column.csv", GOOD.replace("item_id", "item"), "no column item_id; it has user_id, item, category_id"),
+        ("empty.csv", "", "empty.csv is empty"),
+        ("header.csv", HEADER, "no lines in {path}"),
+        ("large.csv", GOOD + "1,99999999999999999999,3,4\n", "line 25: column item_id: '99999999999999999999' is not"),
+        ("binary.csv", b"\xff\xfe\x00\x01" * 50, "not a text file"),
+        ("events.json", "{}", "unknown format"),
+        ("fake.parquet", "PAR1 no parquet", "fake.parquet: not a readable Parquet file"),
+    ],
+)
+def test_refused(dare: Dare, tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert message.format(path=path) in refuse(dare, tmp_path, "--events", path)
+
+
+def test_a_fraction_is_named_in_its_own_column(dare: Dare, tmp_path: Path) -> None:
+    lines = ["user_id,item_id,category_id,timestamp,price", "1,2,3,4,1.5", "1,21,3,5,1.50", "1,1.5,3,6,9.9"]
+    (tmp_path / "events.csv").write_text("\n".join(lines) + "\n")
+    message = refuse(dare, tmp_path, "--events", tmp_path / "events.csv")
+    assert "events.csv, line 4: column item_id: '1.5' is not an integer" in message
+
+
+def test_missing_file(dare: Dare, tmp_path: Path) -> None:
+    assert "absent.csv: no such file" in refuse(dare, tmp_path, "--events", tmp_path / "absent.csv")
+
+
+def test_nobody_has_a_target(dare: Dare, tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text(GOOD)
+    message = refuse(dare, tmp_path, "--events", tmp_path / "events.csv", "split.min_history=500")
+    assert "none of 2 users (23 events) has a target" in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("split.negativs=1", "split.negativs: unknown key; allowed here: kind, min_behaviors"),
+        ("sede=1", "sede: unknown key; allowed here: engine, events"),
+        ("seed=-1", "seed: input should be greater than or equal to 0 (not -1)"),
+        ("split.kind=last", "expected tags: 'paper', 'by_timestamp', 'impressions'"),
+        ("split.negatives=x", "split.negatives: input should be a valid integer"),
+        ("memory_limit=1MiB", "memory_limit: at least 1GiB is needed, written with its unit (not '1MiB')"),
+        ("memory_limit=3XB", "memory_limit: not a number of bytes with or without a unit, such as 3GiB"),
+        ("second.csv", "if it is a file: --events and --impressions take one each, so repeat the option"),
+        ("seed", "an override is written key=value"),
+        ("events.header=false", "file_columns must name the columns"),
+    ],
+)
+def test_settings(dare: Dare, tmp_path: Path, argument: str, message: str) -> None:
+    (tmp_path / "events.csv").write_text(GOOD)
+    assert message in refuse(dare, tmp_path, "--events", tmp_path / "events.csv", argument)
+
+
+def test_unknown_preset_and_settings_file(dare: Dare, tmp_path: Path) -> None:
+    assert "known are completejourney, generic, taobao, tmall" in refuse(dare, tmp_path, "--preset", "taoba")
+    assert "absent.yaml: no such settings file" in refuse(dare, tmp_path, "--config", tmp_path / "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    assert "settings cannot be read" in refuse(dare, tmp_path, "--config", tmp_path / "broken.yaml")
+
+
+def test_large_ids_unsorted_lines_and_one_user_work(dare: Dare, tmp_path: Path) -> None:
+    top = 2**63 - 1
+    ids = [2**31, 2**40 + 1, top, 5, 6]
+    lines = [f"{top},{item},{2**33},{time}\n" for time, item in enumerate(ids)]
+    (tmp_path / "events.csv").write_text(HEADER + "".join(reversed(lines)))
+    arguments = ["--events", tmp_path / "events.csv", "--json", "split.min_behaviors=1", "split.negatives=0"]
+    code, output = dare("prepare", "--out", tmp_path / "out", *arguments)
+    assert code == 0
+    result = json.loads(output.splitlines()[-1])
+    assert {name: result[name] for name in ("users", "items", "categories", "test")} == {
+        "users": 1,
+        "items": 5,
+        "categories": 1,
+        "test": 1,
+    }
+    assert {"train", "validation", "bytes", "seconds", "peak_mib"} <= result.keys()
+    raw = dict(pq.read_table(tmp_path / "out" / "items.parquet").select(["id", "raw_id"]).to_pandas().values.tolist())
+    row = pq.read_table(tmp_path / "out" / "shard-00000.parquet").to_pylist()[0]
+    assert row["user_id"] == top
+    assert [raw[item] for item in row["history_item"]] == ids
+
+
+def test_one_user_cannot_have_negatives(dare: Dare, tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text(HEADER + "7,1,1,1\n7,2,1,2\n")
+    assert "user 7 touched every item" in refuse(
+        dare, tmp_path, "--events", tmp_path / "events.csv", "split.negatives=1"
+    )
+
+
+def parquet_files(folder: Path) -> tuple[Path, Path]:
+    """A good file, and one whose data pages are damaged but whose footer is not."""
+    good, bad = folder / "good.parquet", folder / "bad.parquet"
+    columns = {name: list(range(10_000)) for name in ("item_id", "category_id", "timestamp")}
+    table = pa.table({"user_id": [n % 50 for n in range(10_000)], **columns})
+    for path in (good, bad):
+        pq.write_table(table, path, compression="zstd")
+    content = bytearray(bad.read_bytes())
+    content[5_000:20_000] = b"\x5a" * 15_000
+    bad.write_bytes(content)
+    return good, bad
+
+
+def test_corrupt_parquet(dare: Dare, tmp_path: Path) -> None:
+    good, bad = parquet_files(tmp_path)
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(good.read_bytes()[:-1_000])
+    assert "cut.parquet: not a readable Parquet file" in refuse(dare, tmp_path, "--events", good, "--events", cut)
+    message = refuse(dare, tmp_path, "--events", good, "--events", bad)
+    assert f"events: {bad}: corrupt" in message
+    assert "on_corrupt=skip" in message
+    arguments = ["--events", good, "--events", bad, "--events", cut, "--json", "on_corrupt=skip", *LENIENT]
+    code, output = dare("prepare", "--out", tmp_path / "out", *arguments)
+    assert code == 0
+    assert json.loads(output.splitlines()[-1])["skipped_files"] == 2
+    skipped = " ".join(Manifest.read(tmp_path / "out").skipped)
+    assert "bad.parquet" in skipped
+    assert "cut.parquet" in skipped
+
+
+def test_parquet_of_the_wrong_type(dare: Dare, tmp_path: Path) -> None:
+    columns = {"user_id": ["a"], "item_id": [1], "category_id": [1], "timestamp": [1]}
+    pq.write_table(pa.table(columns), tmp_path / "events.parquet")
+    message = refuse(dare, tmp_path, "--events", tmp_path / "events.parquet")
+    assert "column user_id is string, int64 is needed" in message
+
+
+def test_output_is_not_overwritten_unasked(dare: Dare, tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text(GOOD)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    assert "is not empty; choose another folder or pass --overwrite" in refuse(
+        dare, tmp_path, "--events", tmp_path / "events.csv"
+    )
+    (tmp_path / "broken.csv").write_text(GOOD + "1,2\n")
+    refuse(dare, tmp_path, "--events", tmp_path / "broken.csv", "--overwrite")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "precious", "a failed run leaves the former content"
+    assert "holds 'mine.txt', which this command did not write" in refuse(
+        dare, tmp_path, "--events", tmp_path / "events.csv", "--overwrite"
+    )
+    (tmp_path / "out" / "mine.txt").unlink()
+    for _ in range(2):
+        code, _ = dare(
+            "prepare", "--out", tmp_path / "out", "--events", tmp_path / "events.csv", "--overwrite", *LENIENT
+        )
+        assert code == 0
+    Manifest.read(tmp_path / "out").verify(tmp_path / "out")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    if os.geteuid() or mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_no_space_left(dare: Dare, tmp_path: Path, small_disk: Path) -> None:
+    lines = (f"{n % 999},{n * 7919 % 1_000_003},1,{n}\n" for n in range(200_000))
+    (tmp_path / "events.csv").write_text(HEADER + "".join(lines))
+    code, message = dare("prepare", "--events", tmp_path / "events.csv", "--out", small_disk / "out", *LENIENT)
+    assert code == 1
+    assert "no space left" in message.lower()
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.fixture
+def data_set(dare: Dare, tmp_path: Path) -> Path:
+    (tmp_path / "events.csv").write_text(GOOD)
+    assert dare("prepare", "--out", tmp_path / "out", "--events", tmp_path / "events.csv", *LENIENT)[0] == 0
+    return tmp_path / "out"
+
+
+def test_manifest_must_be_there_and_fit(data_set: Path) -> None:
+    manifest = json.loads((data_set / "manifest.json").read_text())
+    shard = data_set / "shard-00000.parquet"
+    content = shard.read_bytes()
+
+    def message() -> str:
+        with pytest.raises(ValueError) as error:
+            Manifest.read(data_set).verify(data_set)
+        return str(error.value)
+
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "shard-00000.parquet differs from the checksum" in message()
+    shard.write_bytes(content[:-1])
+    assert f"shard-00000.parquet is {len(content) - 1} bytes" in message()
+    shard.unlink()
+    assert "shard-00000.parquet is missing" in message()
+    shard.write_bytes(content)
+    Manifest.read(data_set).verify(data_set)
+    (data_set / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
+    assert "schema version 99, this program reads version 1" in message()
+    (data_set / "manifest.json").write_text(json.dumps({**manifest, "shards": 3}))
+    assert "shards: " in message()
+    (data_set / "manifest.json").write_text("{")
+    assert "not JSON" in message()
+    (data_set / "manifest.json").unlink()
+    assert "no manifest.json: not a data set" in message()
+
+
+def test_a_real_process_prints_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs.cli", "prepare", "--events", str(tmp_path / "absent.csv"), "--out", "x"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("dare: events: ")
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    users, each = 20_000, 30
+    times = list(range(each)) * users
+    table = pa.table({"user_id": [user for user in range(users) for _ in range(each)], "item_id": times})
+    pq.write_table(
+        table.append_column("category_id", table["item_id"]).append_column("timestamp", [times]), tmp_path / "e.parquet"
+    )
+    command = [sys.executable, "-m", "jobs.cli", "prepare", "--events", "e.parquet", "--out", "out", *LENIENT]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()}, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not (tmp_path / ".out.partial").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr
+        said = process.stderr.read()
+    assert process.returncode == 130, said
+    assert said.endswith("dare: interrupted\n")
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["e.parquet"]

@@ -1,0 +1,101 @@
+"""An epoch's plan and the order in a shuffle buffer."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.stream.epoch_plan import EpochPlan, plan_epoch, shuffled_order, steps_per_epoch
+
+counts = st.lists(st.integers(0, 12), max_size=20)
+
+
+def plans(
+    targets: list[int], world: int, *, block: int = 7, seed: int = 0, epoch: int = 0, shuffle: bool = True
+) -> list[EpochPlan]:
+    targets_G = np.array(targets, np.int64)
+    return [
+        plan_epoch(targets_G, targets_G, block, shuffle=shuffle, seed=seed, epoch=epoch, rank=rank, world=world)
+        for rank in range(world)
+    ]
+
+
+@given(counts, st.integers(1, 9), st.integers(0, 30), st.booleans())
+def test_ranks_share_every_target_once(targets: list[int], world: int, block: int, shuffle: bool) -> None:
+    shares = plans(targets, world, block=block, shuffle=shuffle)
+    seen = [
+        (piece.group, target)
+        for plan in shares
+        for b in plan.blocks
+        for piece in b.pieces
+        for target in range(piece.first, piece.last)
+    ]
+    assert sorted(seen) == [(group, target) for group, count in enumerate(targets) for target in range(count)]
+    sizes = [plan.targets for plan in shares]
+    assert max(sizes) - min(sizes) <= 1
+    keys = [b.key for plan in shares for b in plan.blocks]
+    assert len(set(keys)) == len(keys)
+    for plan in shares:
+        start = 0
+        for b in plan.blocks:
+            assert b.start == start
+            assert b.targets == sum(piece.last - piece.first for piece in b.pieces) > 0
+            assert len(b.pieces) == 1 or sum(targets[piece.group] for piece in b.pieces) <= block
+            start += b.targets
+        assert start == plan.targets
+        for batch_size in (1, 4, 50):
+            steps = steps_per_epoch(sum(targets), world, batch_size)
+            assert steps - 1 <= -(-plan.targets // batch_size) <= steps
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        plan = plans([1] * 30, 1, seed=seed, epoch=epoch)[0]
+        return [piece.group for b in plan.blocks for piece in b.pieces]
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in range(10) for epoch in range(10)}) == 100
+    first = [order(0, epoch)[0] for epoch in range(600)]
+    assert np.bincount(first, minlength=30).min() > 3, "every row group comes first now and then"
+
+
+def test_unshuffled_plan_is_the_order_of_the_files() -> None:
+    plan = plans([3, 0, 2, 4], 1, shuffle=False)[0]
+    assert [b.pieces for b in plan.blocks] == [((0, 0, 3),), ((2, 0, 2),), ((3, 0, 4),)]
+
+
+@given(st.lists(st.integers(1, 9), max_size=12), st.none() | st.integers(1, 5), st.integers(0, 3))
+def test_shuffled_order_deals_out_users(counts: list[int], together: int | None, epoch: int) -> None:
+    user_T = np.repeat(np.arange(len(counts)), counts)
+    order_T = shuffled_order(user_T, together, seed=1, epoch=epoch, block=0)
+    assert sorted(order_T.tolist()) == list(range(len(user_T)))
+    of_user = [[place for place, user in enumerate(user_T[order_T]) if user == u] for u in range(len(counts))]
+    if together is None:
+        assert all(places == list(range(places[0], places[0] + len(places))) for places in of_user)
+        return
+    # At any moment, of every user the same share of chunks has been dealt out, to within a chunk.
+    for done in range(len(user_T) + 1):
+        shares = [
+            (sum(place < done for place in places) / count, 1 / -(-count // together) + together / count)
+            for places, count in zip(of_user, counts, strict=True)
+        ]
+        assert all(abs(a - b) <= slack_a + slack_b + 1e-9 for a, slack_a in shares for b, slack_b in shares)
+
+
+@given(st.lists(st.integers(1, 60), min_size=30, max_size=60), st.integers(1, 4), st.integers(0, 3))
+def test_batches_hold_few_targets_of_a_user(counts: list[int], together: int, epoch: int) -> None:
+    user_T = np.repeat(np.arange(len(counts)), counts)
+    order_T = shuffled_order(user_T, together, seed=1, epoch=epoch, block=0)
+    most = max(-(-count // together) for count in counts)
+    batch = len(user_T) // (3 * most)  # three times as many batches as any user has chunks
+    for start in range(0, len(user_T), max(1, batch)):
+        assert np.bincount(user_T[order_T[start : start + batch]], minlength=1).max() <= together
+
+
+def test_shuffled_order_spreads_labels() -> None:
+    """Shards have a positive before its negatives; dealt out in that order, the first batches would be all positive."""
+    user_T = np.repeat(np.arange(300), 3)
+    order_T = shuffled_order(user_T, 1, seed=0, epoch=0, block=0)
+    first_of_user = order_T % 3 == 0
+    assert 0.2 < first_of_user[:300].mean() < 0.5
+    assert not np.array_equal(order_T, shuffled_order(user_T, 1, seed=0, epoch=1, block=0))
+    assert not np.array_equal(order_T, shuffled_order(user_T, 1, seed=0, epoch=0, block=1))

@@ -1,0 +1,102 @@
+"""Every model on two real ranks: losses and weights of one; and after a checkpoint: losses of an undisturbed run."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from embeddings.distributed.collectives import sum_over_ranks
+from embeddings.distributed.process_group import process_group
+from embeddings.loss import click_loss
+from embeddings.models import MODELS, build_model
+from embeddings.sharding import make_plan, shard
+from pipeline.runs.checkpoint_writer import CheckpointWriter
+from tests.datasets import random_users, write_dataset
+from tests.distributed.test_model_ranks import parts, together
+from tests.launcher import run_ranks
+from tests.model.test_family import TWO, batch_of, model_of, settings_of, sizes_of
+from tests.runs import small_settings
+from tests.toy_batch import part
+from tests.trainers import CPU, Losses, Never, trainer_of
+
+SHAPES = ({"targets": 24}, {"targets": 13}, {"targets": 1}, {"targets": 2, "longest": 1}, {"targets": 24})
+"""Of each step's batch; with one target, one of two ranks has none; with short histories, one has no behaviours."""
+
+
+def train(name: str) -> dict[str, Any]:
+    """A few steps; the losses of the global batches, and this rank's part of the model."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    settings = settings_of(name, **TWO)
+    model = build_model(settings, sizes_of(settings), torch.device("meta"))
+    sharded = shard(model, CPU, make_plan(model, CPU, bags=200))
+    # Weights that are not so large that rounding grows from step to step.
+    start = model_of(settings, tables=10, dense=10).state_dict()
+    with torch.no_grad():
+        for key, value in sharded.state_dict().items():
+            for piece in value.local_shards() if hasattr(value, "local_shards") else []:
+                first, rows = piece.metadata.shard_offsets[0], piece.metadata.shard_sizes[0]
+                piece.tensor.copy_(start[key][first : first + rows])
+            if not hasattr(value, "local_shards"):
+                value.copy_(start[key])
+    optimizer = torch.optim.SGD([value for key, value in sharded.named_parameters() if "_bags" not in key], lr=0.1)
+    losses = []
+    for step, shape in enumerate(SHAPES):
+        batch = part(batch_of(settings, 50 + step, **shape), rank, ranks)
+        optimizer.zero_grad()
+        loss = click_loss(sharded(batch), batch.label_T)
+        loss.backward()
+        optimizer.step()
+        losses.append(sum_over_ranks(loss.detach()).item() / ranks)
+    return {"losses": losses, "end": parts(sharded)}
+
+
+def train_all() -> dict[str, dict[str, Any]]:
+    return {name: train(name) for name in MODELS}
+
+
+@cache
+def on_two_ranks() -> list[dict[str, dict[str, Any]]]:
+    return run_ranks(2, train_all)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_train_what_one_trains(name: str) -> None:
+    with process_group(CPU):
+        alone = train(name)
+    outcomes = [outcome[name] for outcome in on_two_ranks()]
+    torch.testing.assert_close(outcomes[0]["losses"], alone["losses"], atol=2e-6, rtol=2e-5)
+    ends = together([alone], "end")
+    for key, values in together(outcomes, "end").items():
+        torch.testing.assert_close(
+            values, ends[key], atol=2e-5, rtol=1e-3, msg=lambda message, key=key: f"{key}: {message}"
+        )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("family") / "data"
+    write_dataset(folder, random_users(60))
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_goes_on_from_a_checkpoint_exactly(name: str, data: Path, tmp_path: Path) -> None:
+    settings = small_settings(f"model={name}", "checkpoint.every=6", "checkpoint.keep=9", *same_tables(name))
+    with process_group(CPU):
+        undisturbed, trainer = Losses(), trainer_of(settings, data)
+        with CheckpointWriter(tmp_path / "checkpoints", 9, {}) as writer:
+            trainer.train(writer, undisturbed, Never())  # type: ignore[arg-type]
+        first = min((tmp_path / "checkpoints").glob("step-*"))
+        resumed, trainer = Losses(), trainer_of(settings, data)
+        trainer.resume(first)
+        with CheckpointWriter(tmp_path / "others", 9, {}) as writer:
+            trainer.train(writer, resumed, Never())  # type: ignore[arg-type]
+    assert len(undisturbed.losses) == 12
+    assert resumed.losses == undisturbed.losses[6:]
+
+
+def same_tables(name: str) -> list[str]:
+    return [] if name.startswith("dare") or name == "twin-4e" else ["model.attention.dim=8"]

@@ -1,0 +1,305 @@
+"""Every model against its slow definition: what it keeps, what it predicts, every gradient; and what defines it."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embeddings.batch import Batch
+from embeddings.distributed.process_group import process_group
+from embeddings.features import Rows
+from embeddings.gradient_routing import Gradients, Ids, added
+from embeddings.initialization import initialize
+from embeddings.layers.scoring import DinScore
+from embeddings.loss import click_loss
+from embeddings.model import CtrModel
+from embeddings.models import MODELS, build_model
+from embeddings.search.clusters import in_torch, log_counts
+from embeddings.sharding import constraints, make_plan, shard
+from embeddings.sizes import DataSizes
+from jobs.runs import models
+from schemas.model import ModelSettings, TableSet
+from schemas.settings import load_settings
+from schemas.train import TrainSettings
+from tests.definitions import DEFINITIONS, Definition
+from tests.toy_batch import toy_batch
+
+CPU = torch.device("cpu")
+ALL = ("item", "category", "position", "interval", "behavior", "scene")
+LENGTHS = {"ads": 12, "content": 9}
+TWO = {"retrieved": {"ads": 4, "content": 6}, "features": ALL}
+ONE = {"retrieved": {"ads": 4}}
+SGD = TableSet(dim=8, optimizer="sgd", learning_rate=1.0)
+
+
+def settings_of(name: str, **changes: object) -> ModelSettings:
+    tables = {"attention": SGD, "representation": SGD}
+    return ModelSettings.model_validate({"name": name, "hash_bits": 12, "cluster_size": 3, **tables, **ONE, **changes})
+
+
+def sizes_of(settings: ModelSettings) -> DataSizes:
+    lengths = {name: LENGTHS[name] for name in settings.retrieved}
+    return DataSizes(items=50, categories=3, behaviors=4, scenes=3, lengths=lengths)
+
+
+def batch_of(settings: ModelSettings, seed: int, **shape: int) -> Batch:
+    return toy_batch(seed, categories=3, lengths=dict(sizes_of(settings).lengths), **shape)
+
+
+def model_of(settings: ModelSettings, seed: int = 1, tables: float = 30, dense: float = 20) -> CtrModel:
+    """Weights so many times larger that every part of the model matters."""
+    model = build_model(settings, sizes_of(settings))
+    initialize(model, seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(tables if "embedding_bags" in name else dense if weight.dim() > 1 else 1)
+    return model
+
+
+def definition_of(model: CtrModel) -> Definition:
+    learns = {weight.data_ptr() for weight in model.parameters() if weight.requires_grad}
+    leaves: dict[int, torch.Tensor] = {}  # a value that has two names is one leaf
+    state = {
+        name: leaves.setdefault(value.data_ptr(), value.detach().double().requires_grad_(value.data_ptr() in learns))
+        for name, value in model.state_dict().items()
+    }
+    return DEFINITIONS[model.settings.name](state, model.settings.features, model.settings.retrieved)
+
+
+SHAPES: dict[str, dict[str, object]] = {
+    "one sequence": ONE,
+    "two sequences, all features": TWO,
+    "auxiliary loss": {**TWO, "search": "local", "auxiliary_loss": True},
+}
+CASES = [(name, case) for name in DEFINITIONS for case in SHAPES if (name, case) != ("sdim", "auxiliary loss")]
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_forward_and_every_gradient_equal_the_definition(name: str, case: str) -> None:
+    settings = settings_of(name, **SHAPES[case])
+    model = model_of(settings)
+    definition, batch = definition_of(model), batch_of(settings, seed=2)
+    prediction = model(batch)
+    logits = [logit for logit in (prediction.logit_T, prediction.auxiliary_logit_T) if logit is not None]
+    for ours, theirs in zip(logits, definition.logits(batch), strict=True):
+        torch.testing.assert_close(ours, theirs.float(), atol=2e-5, rtol=1e-4)
+    click_loss(prediction, batch.label_T).backward()
+    definition.learn(batch)
+    learnt = 0
+    for key, weight in model.named_parameters():
+        expected = definition.state[key].grad
+        if not weight.requires_grad:
+            continue
+        assert expected is not None, key
+        # Some are 0 but for rounding: attention does not see what it adds to all scores of a target.
+        atol = 2e-5 * float(expected.abs().max()) + 2e-6
+        torch.testing.assert_close(weight.grad, expected.float(), atol=atol, rtol=0, msg=_named(key))
+        learnt += bool(expected.abs().max() > 1e-6)
+    assert learnt > 5
+
+
+def _named(name: str) -> Callable[[str], str]:
+    return lambda message: f"{name}: {message}"
+
+
+SEARCHING = [name for name in DEFINITIONS if name != "sdim"]
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_search_keeps_what_the_definition_keeps(name: str) -> None:
+    settings = settings_of(name, **TWO)
+    model = model_of(settings, seed=3)
+    definition = definition_of(model)
+    for seed in range(3):
+        batch = batch_of(settings, seed)
+        found = model.search(batch, model.tables.cross_rows(CPU))
+        for sequence, chosen in found.items():
+            for t in range(len(batch)):
+                kept = chosen.index_TK[t][chosen.valid_TK[t]].tolist()
+                assert kept == list(definition.retrieve(batch, sequence, t)), (sequence, t)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_sharded_process_equals_the_unsharded_model(name: str) -> None:
+    settings = settings_of(name, **TWO)
+    plain = model_of(settings)
+    with process_group(CPU):
+        model = build_model(settings, sizes_of(settings), torch.device("meta"))
+        sharded = shard(model, CPU, make_plan(model, CPU, bags=64))
+
+        def values() -> dict[str, torch.Tensor]:
+            state = sharded.state_dict().items()
+            return {key: v.local_shards()[0].tensor if hasattr(v, "local_shards") else v for key, v in state}
+
+        with torch.no_grad():
+            for key, value in values().items():
+                value.copy_(plain.state_dict()[key])
+        for shape in ({}, {"targets": 0}, {"longest": 0}, {"targets": 1}):
+            batch = batch_of(settings, seed=4, **shape)
+            loss, expected = (click_loss(each(batch), batch.label_T) for each in (sharded, plain))
+            torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-4)
+            assert torch.isfinite(loss)
+            loss.backward()
+            expected.backward()
+            dense = {key: weight.grad for key, weight in sharded.module.named_parameters() if "_bags." not in key}
+            for key, weight in plain.named_parameters():
+                if "_bags." in key:  # the step that the sharded tables have taken, SGD with a rate of 1
+                    weight.data -= weight.grad if weight.grad is not None else 0
+                elif weight.requires_grad:
+                    torch.testing.assert_close(dense[key], weight.grad, atol=2e-5, rtol=1e-3, msg=_named(key))
+            for key, value in values().items():
+                torch.testing.assert_close(value, plain.state_dict()[key], atol=2e-5, rtol=1e-3, msg=_named(key))
+            for each in (sharded, plain):
+                each.zero_grad()
+
+
+def test_hard_search_returns_the_category_alone_while_there_are_enough() -> None:
+    settings = settings_of("twin-hard")
+    model, enough, few = model_of(settings), 0, 0
+    for seed in range(20):
+        batch = batch_of(settings, seed)
+        history = batch.histories["ads"]
+        chosen = model.search(batch, {})["ads"]
+        for t in range(len(batch)):
+            window = history.category_M[int(history.start_T[t]) : int(history.end_T[t])]
+            there = int((window == batch.category_T[t]).sum())
+            kept = history.category_M[chosen.index_TK[t][chosen.valid_TK[t]]] == batch.category_T[t]
+            assert len(kept) == min(4, len(window))
+            assert int(kept.sum()) == min(4, there)
+            enough, few = enough + (there >= 4), few + (there < 4 <= len(window))
+    assert enough > 20
+    assert few > 20
+
+
+def test_hard_search_needs_categories() -> None:
+    settings = settings_of("sim-hard", features=("item", "position"))
+    with pytest.raises(ValueError, match="sim-hard searches by category; add category"):
+        build_model(settings, sizes_of(settings))
+    sizes = DataSizes(items=50, categories=1, lengths={"ads": 12})
+    with pytest.raises(ValueError, match="these data have 1 of them"):
+        build_model(settings_of("twin-hard"), sizes)
+
+
+def test_clusters_of_one_behaviour_are_twin() -> None:
+    batch = batch_of(settings_of("twin"), seed=5)
+    twin, clustered = model_of(settings_of("twin")), model_of(settings_of("twin-v2", cluster_size=1))
+    for (key, ours), theirs in zip(clustered.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs), key
+    assert torch.equal(clustered(batch).logit_T, twin(batch).logit_T)
+
+
+@given(
+    seed=st.integers(0, 10_000), size=st.integers(1, 12), dim=st.sampled_from([1, 3, 16]), distinct=st.integers(1, 60)
+)
+@settings(max_examples=40, deadline=None)
+def test_clusters_are_the_same_in_torch_and_compiled(seed: int, size: int, dim: int, distinct: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    history = toy_batch(seed, longest=40, lengths={"history": 30}).histories["history"]
+    # Rows that are equal, and coordinates whose sums are exact: no order of a sum matters.
+    points = torch.randint(-8, 9, (distinct, dim), generator=draw).float()
+    rows_MD = points[torch.randint(0, distinct, (len(history.item_M),), generator=draw)]
+    assert torch.allclose(log_counts(rows_MD, history, size), in_torch(rows_MD, history, size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_clusters_are_bounded_and_count_every_behaviour(size: int) -> None:
+    settings = settings_of("twin-v2", cluster_size=size, retrieved={"ads": 12})
+    batch = batch_of(settings, seed=6)
+    model = model_of(settings)
+    chosen = model.search(batch, model.tables.cross_rows(CPU))["ads"]
+    history = batch.histories["ads"]
+    count_TK = chosen.log_count_TK.exp().round() * chosen.valid_TK
+    assert int(count_TK.max()) <= size
+    assert torch.equal(count_TK.sum(1).long(), history.end_T - history.start_T)
+
+
+def test_two_readings_of_the_tables_train_as_twin_does() -> None:
+    models = [model_of(settings_of(name, **TWO)) for name in ("twin", "twin-duplicated")]
+    sides: list[tuple[Gradients, Gradients]] = []
+
+    def watched(attention: Gradients, representation: Gradients, ids: Ids) -> Gradients:
+        sides.append((attention, representation))
+        return added(attention, representation, ids)
+
+    models[1].combine = watched
+    optimizers = [torch.optim.Adam(model.parameters(), lr=0.01) for model in models]
+    for step in range(4):
+        batch = batch_of(models[0].settings, seed=step)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            click_loss(model(batch), batch.label_T).backward()
+            optimizer.step()
+    for (key, ours), theirs in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4, msg=_named(key))
+    attention, representation = sides[-1]
+    assert attention.keys() == representation.keys()
+    assert {"item_shared", "category_shared", "ads_position_shared", "content_scene_shared"} <= attention.keys()
+    for side in (attention, representation):
+        assert all(any(part.abs().max() > 0 for part in parts) for parts in side.values())
+
+
+def test_an_unknown_model_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"must be one of .*twin-hard.*not 'tvin'"):
+        build_model(settings_of("tvin"), sizes_of(settings_of("twin")))
+
+
+def test_maps_need_the_features_that_they_map() -> None:
+    settings = settings_of("twin-projection-position", features=("item", "category"))
+    with pytest.raises(ValueError, match="twin-projection-position maps position"):
+        build_model(settings, sizes_of(settings))
+
+
+def test_sdim_takes_no_auxiliary_loss() -> None:
+    settings = settings_of("sdim", auxiliary_loss=True, search="local")
+    with pytest.raises(ValueError, match="sdim predicts from the whole history already"):
+        build_model(settings, sizes_of(settings))
+
+
+def test_empty_buckets_have_no_gradient() -> None:
+    model = model_of(settings_of("sdim"))
+    batch = batch_of(model.settings, seed=8, longest=3)
+    (100 * model(batch).logit_T.sum()).backward()
+    assert all(torch.isfinite(weight.grad).all() for weight in model.parameters() if weight.grad is not None)
+
+
+def test_rounds_of_sdim_have_equal_widths() -> None:
+    settings = settings_of("sdim", hash_bits=10)
+    with pytest.raises(ValueError, match="multiple of hash_width, 3"):
+        build_model(settings, sizes_of(settings))
+
+
+def test_the_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    models(json=True)
+    *lines, last = capsys.readouterr().out.splitlines()
+    listed = {entry["name"]: entry for entry in json.loads(last)["models"]}
+    assert list(listed) == list(MODELS)
+    assert len(lines) == len(MODELS)
+    assert {listed[name]["tables"] for name in ("twin", "dare", "dare-three-tables", "twin-4e")} == {1, 2, 3, 4}
+    assert all(entry["summary"] and "`" not in entry["summary"] for entry in listed.values())
+
+
+def test_a_model_is_named_in_short() -> None:
+    assert load_settings(TrainSettings, overrides=["model=eta", "model.hash_bits=8"]).model.name == "eta"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_tables_that_shards_search_must_be_row_wise(name: str) -> None:
+    model = build_model(settings_of(name), sizes_of(settings_of(name)), torch.device("meta"))
+    # Four rows of categories leave one of three ranks without any.
+    kinds = {table: found.sharding_types for table, found in constraints(model, "cpu", ranks=3).items()}
+    expected = ["row_wise"] if model.searched == "shard" else ["table_wise"]
+    assert {table: kind for table, kind in kinds.items() if table.startswith("category_")} == {
+        f"category_{of_set}": expected for of_set in model.tables.inherent
+    }
+
+
+def test_a_perceptron_scores_many_behaviours_as_it_scores_few() -> None:
+    torch.manual_seed(0)
+    scoring = DinScore(8)
+    target, many = Rows(torch.randn(5, 8), {}), Rows(torch.randn(5, 3 * scoring.HIDDEN, 8), {})
+    few = many.inherent.split(scoring.HIDDEN, dim=1)
+    expected = torch.cat([scoring(target, Rows(part_TKD, {})) for part_TKD in few], dim=1)
+    torch.testing.assert_close(scoring(target, many), expected)

@@ -1,0 +1,202 @@
+"""Top-K search: every implementation against a search by hand, what is refused, and what compilers see of it."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embeddings.search.topk import cpu, cpu_kernel, reference
+from embeddings.search.topk.api import TopKImplementation, top_k
+from tests.top_k_inputs import DTYPES, assert_same, searches
+
+IMPLEMENTATIONS = [TopKImplementation.REFERENCE, TopKImplementation.CPU]
+
+
+def by_hand(rows_RD, ids_M, start_T, end_T, query_TD, additive_W, k, scale_R=None) -> tuple[torch.Tensor, torch.Tensor]:
+    score_TK = torch.full((len(start_T), k), -math.inf)
+    index_TK = torch.full((len(start_T), k), -1)
+    pair = 0
+    for target in range(len(start_T)):
+        scored = []
+        for behavior in range(int(start_T[target]), int(end_T[target])):
+            row = int(ids_M[behavior])
+            scale = 1 if scale_R is None else scale_R[row]
+            scored.append((float(rows_RD[row].float() @ query_TD[target] * scale + additive_W[pair]), behavior))
+            pair += 1
+        scored.sort(key=lambda found: (not math.isnan(found[0]), 0 if math.isnan(found[0]) else -found[0], found[1]))
+        for column, (score, behavior) in enumerate(scored[:k]):
+            score_TK[target, column], index_TK[target, column] = score, behavior
+    return score_TK, index_TK
+
+
+@given(search=searches(), chunk_bytes=st.sampled_from([1, 300, reference.CHUNK_BYTES]))
+@settings(max_examples=100, deadline=None)
+def test_the_reference_keeps_the_best_and_the_earlier_of_equals(search: dict, chunk_bytes: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "CHUNK_BYTES", chunk_bytes)
+        assert_same(top_k(**search, implementation=TopKImplementation.REFERENCE), by_hand(**search))
+
+
+@given(search=searches(longest=100, dims=100, k=40), together=st.sampled_from([1, 3, 64]), block=st.integers(1, 4000))
+@settings(max_examples=100, deadline=None)
+def test_the_cpu_agrees_with_the_reference(search: dict, together: int, block: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "TARGETS_TOGETHER", together)
+        patch.setattr(cpu, "WORTH_THREADS", block)
+        found = top_k(**search, implementation=TopKImplementation.CPU)
+    assert_same(found, top_k(**search, implementation=TopKImplementation.REFERENCE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [16, 100, 128])
+def test_large_searches_agree_up_to_rounding(dtype: torch.dtype, dim: int) -> None:
+    values = torch.Generator().manual_seed(dim)
+    start_T = torch.arange(40) // 4 * 700 + torch.arange(40) % 4 * 30
+    search = {
+        "rows_RD": (torch.randn(500, dim, generator=values) * 20).to(dtype),
+        "ids_M": torch.randint(0, 500, (7000,), generator=values),
+        "start_T": start_T,
+        "end_T": start_T + 600,
+        "query_TD": torch.randn(40, dim, generator=values),
+        "additive_W": torch.randn(24000, generator=values),
+        "k": 100,
+        "scale_R": torch.rand(500, generator=values) if dtype == torch.int8 else None,
+    }
+    score_TK, index_TK = top_k(**search, implementation=TopKImplementation.CPU)
+    expected_TK, _ = top_k(**search, implementation=TopKImplementation.REFERENCE)
+    torch.testing.assert_close(score_TK, expected_TK, rtol=1e-5, atol=1e-3)
+    rows_TKD = search["rows_RD"][search["ids_M"][index_TK]].float()
+    if dtype == torch.int8:
+        rows_TKD *= search["scale_R"][search["ids_M"][index_TK]][:, :, None]
+    pair_TK = torch.arange(40)[:, None] * 600 + index_TK - start_T[:, None]
+    again_TK = (rows_TKD @ search["query_TD"][:, :, None])[:, :, 0] + search["additive_W"][pair_TK]
+    torch.testing.assert_close(score_TK, again_TK, rtol=1e-5, atol=1e-3)
+
+
+@given(st.lists(st.integers(-5000, 5000), min_size=1, max_size=300, unique=True), st.integers(1, 300))
+@settings(max_examples=100, deadline=None)
+def test_keys_are_selected_and_sorted(keys: list[int], k: int) -> None:
+    k = min(k, len(keys))
+    key_X = torch.tensor(keys).numpy()
+    cpu_kernel.keep_greatest(key_X, len(keys), k)
+    assert sorted(key_X[:k], reverse=True) == sorted(keys, reverse=True)[:k]
+    assert key_X[k - 1] == min(key_X[:k])
+    cpu_kernel.sort_descending(key_X, key_X.copy(), k)
+    assert key_X[:k].tolist() == sorted(keys, reverse=True)[:k]
+
+
+def test_the_gpus_search_agrees_when_interpreted() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    # Its own process: triton decides when it is loaded.
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-m", "tests.triton_interpreted"], env=environment, check=True)
+
+
+def one_search(**changes) -> dict:
+    search = {
+        "rows_RD": torch.arange(12).view(4, 3).float(),
+        "ids_M": torch.arange(4),
+        "start_T": torch.tensor([0]),
+        "end_T": torch.tensor([4]),
+        "query_TD": torch.ones(1, 3),
+        "additive_W": torch.zeros(4),
+        "k": 2,
+    }
+    return {**search, **changes}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_tensors_need_not_be_contiguous(implementation: TopKImplementation) -> None:
+    wide = torch.randint(-3, 4, (4, 10)).float()
+    both = torch.randint(0, 4, (4, 2))
+    for rows_RD in (wide[:, 2:5], wide[:, :6:2], wide[:3].T):
+        search = one_search(rows_RD=rows_RD, ids_M=both[:, 1], query_TD=torch.ones(3, 1).T)
+        contiguous = {
+            name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in search.items()
+        }
+        assert_same(top_k(**search, implementation=implementation), by_hand(**contiguous))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_stop(implementation: TopKImplementation) -> None:
+    search = one_search(rows_RD=torch.randn(4, 3, requires_grad=True), query_TD=torch.randn(1, 3, requires_grad=True))
+    assert not top_k(**search, implementation=implementation)[0].requires_grad
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, TopKImplementation.CUDA])
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        (r"k: at least 1 \(not 0\)", {"k": 0}),
+        ("windows: must lie within the 4 behaviours", {"start_T": torch.tensor([-1])}),
+        ("windows: must lie within the 4 behaviours", {"end_T": torch.tensor([5])}),
+        ("windows: must lie within the 4 behaviours", {"start_T": torch.tensor([3]), "end_T": torch.tensor([2])}),
+        ("ids_M: row 4, but the table has 4 rows", {"ids_M": torch.arange(1, 5)}),
+        ("ids_M: row -1, but the table has 4 rows", {"ids_M": torch.arange(4) - 1}),
+        ("ids_M: row 3, but the table has 0 rows", {"rows_RD": torch.zeros(0, 3)}),
+        ("additive_W: 3 scores, but the windows have 4 behaviours together", {"additive_W": torch.zeros(3)}),
+        ("query_TD: dim 5, but the rows have dim 3", {"query_TD": torch.ones(1, 5)}),
+        ("query_TD: must have 2 dimensions", {"query_TD": torch.ones(3)}),
+        ("targets: 1 queries, but 1 starts and 2 ends", {"end_T": torch.tensor([4, 4])}),
+        (r"rows_RD: must be float32 or .* \(not float64\)", {"rows_RD": torch.zeros(4, 3).double()}),
+        (r"ids_M: must be int32 or int64 \(not float32\)", {"ids_M": torch.zeros(4)}),
+        ("query_TD: on meta, but the rows are on cpu", {"query_TD": torch.ones(1, 3, device="meta")}),
+        ("scale_R: needed for int8 rows", {"rows_RD": torch.zeros(4, 3).to(torch.int8)}),
+        ("scale_R: only for int8 rows", {"scale_R": torch.ones(4)}),
+        ("scale_R: 3 scales for 4 rows", {"rows_RD": torch.zeros(4, 3).to(torch.int8), "scale_R": torch.ones(3)}),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(implementation: TopKImplementation, message: str, changes: dict) -> None:
+    with pytest.raises(ValueError, match=message):
+        top_k(**one_search(**changes), implementation=implementation)
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    values = torch.Generator().manual_seed(0)
+    start_T = torch.arange(60) * 50
+    search = one_search(
+        rows_RD=torch.randn(300, 37, generator=values),
+        ids_M=torch.randint(0, 300, (3000,), generator=values),
+        start_T=start_T,
+        end_T=start_T + 50,
+        query_TD=torch.randn(60, 37, generator=values),
+        additive_W=torch.randn(3000, generator=values),
+    )
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for torch_threads in (1, 2, 3):
+            torch.set_num_threads(torch_threads)
+            found.append(top_k(**search))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
+
+
+class Searcher(torch.nn.Module):
+    def forward(self, rows_RD, ids_M, start_T, end_T, query_TD, additive_W) -> torch.Tensor:
+        score_TK, index_TK = top_k(rows_RD, ids_M, start_T, end_T, query_TD * 2, additive_W, 3)
+        return score_TK.softmax(1) * index_TK
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_torch_accepts_the_operator(implementation: TopKImplementation) -> None:
+    torch.library.opcheck(torch.ops.dare.top_k.default, (*one_search().values(), None, implementation))
+
+
+def test_compilation_and_export_see_one_operator() -> None:
+    arguments = tuple(value for value in one_search().values() if isinstance(value, torch.Tensor))
+    expected = Searcher()(*arguments)
+    compiled = torch.compile(Searcher(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), expected)
+    exported = torch.export.export(Searcher(), arguments)
+    torch.testing.assert_close(exported.module()(*arguments), expected)
+    assert sum(node.target is torch.ops.dare.top_k.default for node in exported.graph.nodes) == 1
