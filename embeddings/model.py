@@ -17,7 +17,7 @@ from embeddings.layers.mlp import MLP
 from embeddings.layers.pooling import Representation, history_inputs, pooled
 from embeddings.layers.scoring import DinScore, DotProduct, MappedScore, ScaledDotProduct, attention_weights
 from embeddings.search.local import AllRows, search_by_score, search_locally
-from embeddings.search.sharded import BegunSearch, ShardedTopK
+from embeddings.search.sharded import SearchHandle, ShardedTopK
 from embeddings.sizes import DataSizes, check_bounds
 from embeddings.tables.batch_rows import BatchRows, pooled_on_shards
 from embeddings.tables.collections import AllCrossRows, Tables
@@ -119,7 +119,7 @@ class CtrModel(nn.Module):
         self.sizes = sizes
         self.row_hook: Callable[[Role, Rows], Rows] | None = None
         """Called in training with the rows of each concern, where it uses them; what it returns is used instead."""
-        self.begun: BegunSearch | None = None
+        self.begun: SearchHandle | None = None
         """The search of a batch that is to come."""
         self.scoring = self.make_scoring()
         self.make_modules()
@@ -152,8 +152,8 @@ class CtrModel(nn.Module):
             return search_locally(self._all_rows(batch, cross), scoring, retrieved)
         begun, self.begun = self.begun, None
         if begun is None or begun.batch is not batch:
-            begun, self.begun = BegunSearch(self._top_k(scoring), batch), begun
-        return begun.selected(cross[self.roles.target_attention], cross[self.roles.history_attention])
+            begun, self.begun = SearchHandle(self._top_k(scoring), batch), begun
+        return begun.finish(cross[self.roles.target_attention], cross[self.roles.history_attention])
 
     def begin(self, batch: Batch, stream: torch.cuda.Stream | None = None) -> None:
         """Send the ids of a batch that `forward` will be given to the shards; every rank must call it.
@@ -162,7 +162,7 @@ class CtrModel(nn.Module):
 
         Args:
             batch: the very object that `forward` will be given.
-            stream: of a GPU, see `BegunSearch`.
+            stream: of a GPU, see `SearchHandle`.
 
         Raises:
             UserError: as `forward`.
@@ -171,7 +171,7 @@ class CtrModel(nn.Module):
             assert isinstance(self.scoring, DotProduct)
             with torch.cuda.stream(stream) if stream is not None else nullcontext():
                 check_bounds(batch, self.sizes)
-            self.begun = BegunSearch(self._top_k(self.scoring), batch, stream)
+            self.begun = SearchHandle(self._top_k(self.scoring), batch, stream)
 
     def _top_k(self, scoring: DotProduct) -> ShardedTopK:
         """It belongs to the tables as they are sharded now, so it is no part of the model."""

@@ -302,15 +302,16 @@ def merged(count_ST: Tensor, score_F: Tensor, index_F: Tensor, k: int) -> Select
     return Selection(torch.where(valid_TK, 0xFFFFFFFF - (key_TK & 0xFFFFFFFF), 0), valid_TK)
 
 
-class BegunSearch:
-    """Sends a batch's ids to the shards at once; what is compared with them is read when the result is asked for.
+class SearchHandle:
+    """A search of one batch on the shards that has started: the batch's ids are on their way.
 
-    Every rank must begin, and must ask for the result, in the same order as the others.
+    The rows that the score is made of are read when `finish` is called, so that other work can be done in between.
+    Every rank must start and must finish its searches in the same order as the others.
 
     Args:
         top_k: the search.
-        batch: on the device of the tables.
-        stream: of a GPU, to begin on, which has waited for the batch; None: the current one, or a CPU.
+        batch: the targets and their histories, on the device of the tables.
+        stream: of a GPU, to send the ids on; it must have waited for the batch. None: the current stream, or a CPU.
     """
 
     def __init__(self, top_k: ShardedTopK, batch: Batch, stream: torch.cuda.Stream | None = None) -> None:
@@ -319,12 +320,12 @@ class BegunSearch:
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             self._input = top_k.input_dist(self._context, batch).wait()
 
-    def selected(self, target_cross: CrossRows, history_cross: CrossRows) -> dict[str, Selection]:
-        """The K best behaviours of each target, by sequence.
+    def finish(self, target_cross: CrossRows, history_cross: CrossRows) -> dict[str, Selection]:
+        """Wait for the ids, search on the shards, and return the K best behaviours of each target, by sequence.
 
         Args:
             target_cross: by sequence, all rows of the targets' cross tables.
-            history_cross: the same of the behaviours'.
+            history_cross: by sequence, all rows of the behaviours' cross tables.
         """
         self._context.target_cross, self._context.history_cross = target_cross, history_cross
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
