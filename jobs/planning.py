@@ -62,8 +62,8 @@ def plan(
     settings, sizes = _settings(topology, config or [], [text for text in overrides or [] if text not in swept], data)
 
     from pipeline.planning.dry_run import dry_run
-    from pipeline.planning.plan_file import differences, plan_text, read_plan
     from pipeline.planning.text import as_dict, lack_text, report
+    from pipeline.runs.plan_file import differences, plan_text, read_plan
 
     before = None if diff is None else read_plan(diff)
     points, table = _swept(settings, sizes, swept)

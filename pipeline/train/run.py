@@ -15,10 +15,10 @@ from embeddings.sharding import sharded_model
 from pipeline.evaluate.evaluate import as_document, evaluate
 from pipeline.evaluate.open_run import choose_checkpoint, load_model
 from pipeline.files import read_json, write_whole
-from pipeline.planning.plan_file import plan_text, read_plan
 from pipeline.runs.checkpoint import Checkpoint, last_checkpoint
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.runs.job_record import recorded
+from pipeline.runs.plan_file import plan_text, read_plan
 from pipeline.runs.run_folder import RunFolder, settings_text
 from pipeline.stream.data_set import DataSet
 from pipeline.stream.history_stream import HistoryStream

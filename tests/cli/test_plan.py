@@ -16,11 +16,11 @@ from embeddings.sizes import DataSizes
 from jobs.cli import app
 from jobs.planning import CLUSTERS
 from pipeline.planning.dry_run import dry_run
-from pipeline.planning.plan_file import differences, plan_text, read_plan
 from pipeline.planning.planned_tables import planned_tables
 from pipeline.planning.sweep import axis, changed, remedies, sweep
 from pipeline.planning.text import as_dict, report
 from pipeline.planning.workload import with_load_of
+from pipeline.runs.plan_file import differences, plan_text, read_plan
 from schemas.cluster import ClusterSettings, known_clusters
 from schemas.manifest import Counts, Manifest, Targets
 from schemas.settings import load_settings
