@@ -53,13 +53,13 @@ bench: $(READY)  ## timings, side by side
 $(JOURNEY)/manifest.json: schemas/presets/completejourney.yaml | $(READY)
 	$(BIN)/dare prepare --preset completejourney --out $(JOURNEY) --overwrite
 
-$(READY): requirements/common.txt requirements/tests.txt requirements/torch.txt requirements/$(DEVICE).txt
+$(READY): $(addprefix requirements/,$(addsuffix .txt,common torch $(DEVICE) tests))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 	  || { echo "Python 3.11 is needed, $(PYTHON) is another; set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/torch.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/$(DEVICE).txt \
-	  -r requirements/tests.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements/common.txt -r requirements/torch.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/common.txt \
+	  -r requirements/$(DEVICE).txt -r requirements/tests.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 

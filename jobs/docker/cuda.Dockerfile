@@ -8,8 +8,8 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 
 WORKDIR /src
 COPY requirements/common.txt requirements/torch.txt requirements/cuda.txt requirements/
-RUN pip install --quiet -r requirements/torch.txt
-RUN pip install --quiet --no-deps -r requirements/cuda.txt
+RUN pip install --quiet -c requirements/common.txt -r requirements/torch.txt
+RUN pip install --quiet --no-deps -r requirements/common.txt -r requirements/cuda.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY schemas schemas
 COPY embeddings embeddings
