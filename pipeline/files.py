@@ -1,4 +1,8 @@
-"""A folder that appears whole or not at all."""
+"""Writing what is there whole or not at all, files and folders, and the locks that keep two writers apart.
+
+A file or folder is written under another name beside it and renamed when it is complete: a reader, or a run that begins
+after a kill, never sees half of it. Locks are files that a process holds; the kernel lets go of them when it dies.
+"""
 
 import fcntl
 import json
@@ -10,7 +14,36 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from schemas.errors import UserError
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that is there with all its content, or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was at ``path`` before is still there.
+    """
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write a file under.
+
+    The file takes the place of ``path`` if the block ends well and is removed if it fails. What a killed process left
+    under that name is overwritten by the next one.
+    """
+    # In the same folder, because a rename is atomic only within a file system.
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -25,24 +58,24 @@ def output_folder(out: Path, contents: Collection[str], *, overwrite: bool) -> I
         overwrite: ``out`` may hold an earlier output.
 
     Raises:
-        UserError: ``out`` is not empty (unless ``overwrite``) or not an earlier output, or another process writes it.
+        UserError: ``out`` is not empty (unless ``overwrite``) or not an earlier output, it cannot be made, or another
+            process writes it.
     """
     out = out.absolute()
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out names a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} is not empty; choose another folder or pass --overwrite")
-    if out.is_dir():
-        foreign = sorted(path.name for path in out.iterdir() if not any(path.match(name) for name in contents))
-        if foreign:
-            raise UserError(f"{out} holds {foreign[0]!r}, which this command did not write; choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial, former = (out.with_name(f".{out.name}.{state}") for state in ("partial", "former"))
-    partial.mkdir(exist_ok=True)
-    with _locked(partial, out):
+    partial, former, lock = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "former", "lock"))
+    _check_replaceable(out, contents, overwrite)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made: {error.strerror}") from None
+    # Beside the folder, not in it: the folder's contents move to another name while the lock is held.
+    with locked(lock, f"another process is writing {out}; wait for it or stop it"):
         try:
-            _empty(partial)
-            shutil.rmtree(former, ignore_errors=True)
+            # Another process may have finished between the first look and the lock.
+            _check_replaceable(out, contents, overwrite)
+            for left in (partial, former):
+                shutil.rmtree(left, ignore_errors=True)
+            partial.mkdir()
             yield partial
             for hidden in partial.glob(".*"):
                 shutil.rmtree(hidden)
@@ -52,14 +85,78 @@ def output_folder(out: Path, contents: Collection[str], *, overwrite: bool) -> I
         finally:
             for left in (partial, former):
                 shutil.rmtree(left, ignore_errors=True)
+            # While it is held: whoever has opened it meanwhile sees that it is gone, and makes a new one.
+            lock.unlink(missing_ok=True)
 
 
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+def _check_replaceable(out: Path, contents: Collection[str], overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out} is a file; --out names a folder")
+    entries = sorted(out.iterdir())
+    if entries and not overwrite:
+        raise UserError(f"{out} is not empty; choose another folder or pass --overwrite")
+    foreign = [path.name for path in entries if not any(path.match(pattern) for pattern in contents)]
+    if foreign:
+        raise UserError(f"{out} holds {foreign[0]!r}, which this command did not write; choose another folder")
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder that nobody ever sees half removed: it loses its name first.
+
+    A kill may leave ``.NAME.removed`` behind.
+    """
+    hidden = path.with_name(f".{path.name}.removed")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+@contextmanager
+def locked(file: Path, refusal: str, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold a lock file for this process alone, until the block or the process ends, however it ends.
+
+    The file and its folder are made if they are not there, and stay. A process that is forked in the block does not
+    hold the lock.
+
+    Args:
+        file: of the lock.
+        refusal: what to say where another process holds it.
+        wait_s: seconds to wait for it.
+
+    Raises:
+        UserError: another process holds it, or the file cannot be made or locked.
+    """
+    # A file system without `flock` is refused: filelock's way out, the mere existence of the file, outlives a kill. Not
+    # kept by thread, because a generator's `finally` may run in another one.
+    lock = FileLock(file, timeout=wait_s, fallback_to_soft=False, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(refusal) from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be locked: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a process holds a lock file. Looking makes no file and needs no right to write."""
+    try:
+        handle = os.open(file, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        # Not by filelock, which could only try to take the lock: it would make the file, and two who look would see
+        # each other. Shared locks do not. One who wants to hold the lock must outwait a look: see ``wait_s``.
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def check_output_file(path: Path) -> None:
@@ -78,39 +175,14 @@ def check_output_file(path: Path) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
-@contextmanager
-def _locked(partial: Path, out: Path) -> Iterator[None]:
-    """Hold the lock on a folder; the kernel lets go of it when the process dies."""
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The folder may have been renamed or removed by its owner between our opening and locking it.
-        if not partial.exists() or not os.path.samestat(os.fstat(handle), partial.stat()):
-            raise BlockingIOError
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f"another process is writing {out}; wait for it or stop it") from None
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a file that is there with all its content, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(content)
-    temporary.rename(path)
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON document of a run.
+    """Read a JSON document.
 
     Raises:
         UserError: it is missing or damaged.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except ValueError as error:

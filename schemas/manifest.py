@@ -85,10 +85,9 @@ class Manifest(_Record):
     """Dictionaries and the row-group index."""
 
     def write(self, folder: Path) -> None:
-        """Write the manifest into ``folder``, atomically. Equal manifests give equal bytes."""
-        temporary = folder / (MANIFEST + ".tmp")
-        temporary.write_text(json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
-        temporary.rename(folder / MANIFEST)
+        """Write the manifest into ``folder``, as the last file of a data set. Equal manifests give equal bytes."""
+        content = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+        (folder / MANIFEST).write_text(content)
 
     @classmethod
     def read(cls, folder: Path) -> Self:

@@ -3,8 +3,6 @@
 What the folder of an experiment says of its cells: results and report, written anew as cells end.
 """
 
-import fcntl
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +17,14 @@ from pipeline.experiment.cells import Cell, Parameters
 from pipeline.experiment.pairs import Comparison, Pair
 from pipeline.experiment.report import write_report
 from pipeline.experiment.results import Result, result_of, write_results
-from pipeline.files import write_whole
+from pipeline.files import locked, write_whole
 from schemas.errors import UserError
 from schemas.experiment import ExperimentSettings
 from schemas.settings import load_settings
 
 SETTINGS = "experiment.yaml"
+LOCK = ".experiment.lock"
+"""File that the process holds which runs the experiment; `.lock` would make the folder that of a run."""
 
 
 @contextmanager
@@ -37,15 +37,10 @@ def held(out: Path, experiment: ExperimentSettings) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out names a folder")
     file = out / SETTINGS
-    if out.is_dir() and any(out.iterdir()) and not file.is_file():
+    if out.is_dir() and any(entry.name != LOCK for entry in out.iterdir()) and not file.is_file():
         raise UserError(f"{out} is not empty and not the folder of an experiment; choose another one")
     out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is running the experiment in {out}; wait for it or stop it") from None
+    with locked(out / LOCK, f"another process is running the experiment in {out}; wait for it or stop it"):
         begun = file.is_file() and (out / "runs").is_dir()  # else it was refused before anything ran
         former = load_settings(ExperimentSettings, [file]).name if begun else experiment.name
         if former != experiment.name:
@@ -53,8 +48,6 @@ def held(out: Path, experiment: ExperimentSettings) -> Iterator[None]:
         if not file.is_file():
             write_settings(out, experiment)
         yield
-    finally:
-        os.close(handle)
 
 
 def write_settings(out: Path, experiment: ExperimentSettings) -> None:

@@ -18,6 +18,7 @@ from pipeline.experiment.bootstrap import (
     replicated_auc,
 )
 from pipeline.experiment.results import Result
+from pipeline.files import whole_file
 from schemas.errors import UserError
 
 Column = tuple[str, int]
@@ -106,10 +107,9 @@ def _replicates(run: Path) -> _Replicates:
     predictions = Predictions.read(run / "scores")
     users = hashlib.blake2b(predictions.user_id_U.tobytes(), digest_size=16).hexdigest()
     found = _Replicates(replicated_auc(predictions), users)
-    temporary = run / f".{FILE}.tmp"
-    with temporary.open("wb") as stream:
+    # A stream, because numpy adds an ending of its own to a name.
+    with whole_file(file) as unfinished, unfinished.open("wb") as stream:
         np.savez(stream, auc_R=found.auc_R, users=users, draws=draws)
-    temporary.rename(file)
     return found
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.experiment.cells import Cell, Parameters
-from pipeline.files import read_json, write_whole
+from pipeline.files import read_json, whole_file, write_whole
 from pipeline.runs.run_folder import read_step_log
 
 State = Literal["finished", "failed", "unfinished"]
@@ -125,6 +125,5 @@ def seconds_of(cell: Cell) -> float | None:
 
 def write_results(results: Sequence[Result], file: Path) -> None:
     """Write `results.parquet`, whole."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    pq.write_table(pa.Table.from_pylist([asdict(result) for result in results], schema=SCHEMA), temporary)
-    temporary.rename(file)
+    with whole_file(file) as unfinished:
+        pq.write_table(pa.Table.from_pylist([asdict(result) for result in results], schema=SCHEMA), unfinished)

@@ -1,6 +1,5 @@
 """Runs the cells that are missing, several at a time, each by `dare train` in a process of its own."""
 
-import shutil
 import sys
 import time
 from collections import deque
@@ -12,7 +11,7 @@ from pipeline.experiment.cells import Cell
 from pipeline.experiment.child import Child, stop_all
 from pipeline.experiment.progress import Progress
 from pipeline.experiment.results import add_to_record
-from pipeline.files import write_whole
+from pipeline.files import remove_folder, write_whole
 from pipeline.runs.checkpoint import best_checkpoint, checkpoints_in
 from pipeline.runs.run_folder import settings_text
 from pipeline.train.trainer import StopSignal
@@ -114,6 +113,4 @@ def _keep_the_best(cell: Cell) -> None:
     best = best_checkpoint(folder)
     for checkpoint in checkpoints_in(folder):
         if best is not None and checkpoint.path != best.path:
-            hidden = checkpoint.path.with_name(f".{checkpoint.path.name}.removed")
-            checkpoint.path.rename(hidden)
-            shutil.rmtree(hidden)
+            remove_folder(checkpoint.path)

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, NullFormatter
 
+from pipeline.files import whole_file
 from pipeline.inspect.summary import Histogram, Popularity, Summary, read_popularity
 
 RANGES = 16
@@ -30,7 +31,7 @@ def draw_figure(folder: Path, summary: Summary, figure: Path) -> None:
         figure: file to write.
 
     Raises:
-        ValueError: a dictionary that cannot be read.
+        UserError: a dictionary that cannot be read.
     """
     items = read_popularity(folder / "items.parquet", summary.counts.items, RANGES)
     categories = read_popularity(folder / "categories.parquet", summary.counts.categories, RANGES)
@@ -49,12 +50,10 @@ def draw_figure(folder: Path, summary: Summary, figure: Path) -> None:
         f"{counts.items:,} items in {counts.categories:,} categories"
     )
     figure.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = figure.with_name(figure.name + ".tmp")
     try:
-        drawing.savefig(unfinished, dpi=120, format="png", metadata={"Software": None})
-        unfinished.rename(figure)
+        with whole_file(figure) as unfinished:
+            drawing.savefig(unfinished, dpi=120, format="png", metadata={"Software": None})
     finally:
-        unfinished.unlink(missing_ok=True)
         plt.close(drawing)
 
 

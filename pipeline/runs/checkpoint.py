@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
 
-from pipeline.files import read_json
+from pipeline.files import read_json, remove_folder
 from schemas.errors import UserError
 
 RECORD = "checkpoint.json"
@@ -75,9 +75,7 @@ def prune(folder: Path, keep: int) -> None:
     for checkpoint in checkpoints_in(folder):
         if checkpoint.path not in kept:
             # Out of sight first: a folder that is removed by half must not be taken for a checkpoint.
-            hidden = checkpoint.path.with_name(f".{checkpoint.path.name}.removed")
-            checkpoint.path.rename(hidden)
-            shutil.rmtree(hidden)
+            remove_folder(checkpoint.path)
 
 
 def remove_leftovers(folder: Path) -> None:

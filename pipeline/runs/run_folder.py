@@ -3,10 +3,7 @@
 A file with a line for each step: JSON objects that begin with the step, in order.
 """
 
-import fcntl
 import json
-import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pipeline.files import read_json, write_whole
+from pipeline.files import is_locked, locked, read_json, write_whole
 from schemas.errors import UserError
 from schemas.settings import load_settings
 from schemas.train import TrainSettings
@@ -23,7 +20,7 @@ from schemas.train import TrainSettings
 LOCK = ".lock"
 """File of a run's folder that the process holds which trains in it."""
 LOOK_S = 1.0
-"""So long a lock must be another's to be that of a training: `RunFolder.is_locked` holds it for a moment."""
+"""Seconds that a lock must be another's to be that of a training: `RunFolder.is_locked` holds it for a moment."""
 
 
 @dataclass(frozen=True)
@@ -175,9 +172,7 @@ class RunFolder:
             raise UserError(f"{self.path} is not empty and not the folder of a run; choose another one")
         made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            self._lock(handle)
+        with locked(self._lock_file, f"another process is training in {self.path}; wait for it or stop it", LOOK_S):
             try:
                 yield
             finally:
@@ -185,22 +180,10 @@ class RunFolder:
                     with suppress(OSError):
                         self._lock_file.unlink()
                         self.path.rmdir()
-        finally:
-            os.close(handle)
 
     def is_locked(self) -> bool:
         """Whether a process holds the folder. Looking does not hinder one that is about to."""
-        try:
-            handle = os.open(self._lock_file, os.O_RDONLY)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)
-        return False
+        return is_locked(self._lock_file)
 
     @property
     def _lock_file(self) -> Path:
@@ -209,16 +192,6 @@ class RunFolder:
 
     def _content(self) -> bool:
         return any(entry.name != LOCK for entry in self.path.iterdir())
-
-    def _lock(self, handle: int) -> None:
-        until = time.monotonic() + LOOK_S
-        while True:
-            try:
-                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise UserError(f"another process is training in {self.path}; wait for it or stop it") from None
-            time.sleep(LOOK_S / 20)
 
 
 def settings_text(settings: TrainSettings) -> str:

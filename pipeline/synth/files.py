@@ -13,6 +13,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.files import check_output_file, whole_file
 from pipeline.ingest.progress import stage
 from pipeline.synth.histories import BEHAVIORS, SCENES, Histories, HistoryGenerator
 from pipeline.synth.impressions import BayesAuc, Impressions, draw_impressions
@@ -51,16 +52,16 @@ def synthesize(
         overwrite: replace files that are there.
 
     Raises:
-        UserError: a file that is there already or has another ending; settings that the format cannot hold.
-        OSError: the disk is full or does not let itself be written.
+        UserError: a file that is there already, has another ending or cannot be written; settings that the format
+            cannot hold; the disk is full.
     """
     _check(settings, events, impressions, overwrite)
     try:
         return _write(settings, events, impressions)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             names = " and ".join(str(path) for path in (events, impressions) if path)
-            raise OSError(f"no space left on the disk for {names}; nothing was kept; set fewer events") from None
+            raise UserError(f"no space left on the disk for {names}; nothing was kept; set fewer events") from None
         raise
 
 
@@ -69,20 +70,21 @@ def _write(settings: SynthSettings, events: Path, impressions: Path | None) -> S
     generator = HistoryGenerator(settings)
     users, total = generator.count()
     auc = BayesAuc()
+    paths = [path for path in (events, impressions) if path]
     with ExitStack() as stack:
-        write_events = stack.enter_context(_open(events, _event_schema(events, settings)))
-        write_impressions = impressions and stack.enter_context(_open(impressions, _impression_schema(settings)))
+        # Entered before the writers and so left after them: no file gets its name before all of them are complete.
+        unfinished = [stack.enter_context(whole_file(path)) for path in paths]
+        schema = _event_schema(events, settings)
+        write_events = stack.enter_context(_writer(unfinished[0], schema, csv=events.suffix == ".csv"))
+        write_impressions = impressions and stack.enter_context(_writer(unfinished[1], _impression_schema(settings)))
         running = stack.enter_context(stage("generate", total, "events"))
         for histories in generator.stream(users):
-            write_events(_event_table(histories, _event_schema(events, settings)))
+            write_events(_event_table(histories, schema))
             if write_impressions:
                 shown = draw_impressions(generator, histories)
                 auc.add(shown.click_probability_UJ)
                 write_impressions(_impression_table(shown, _impression_schema(settings)))
             running.advance(len(histories.item_id_E))
-    paths = [path for path in (events, impressions) if path]
-    for path in paths:
-        _unfinished(path).rename(path)
     return SynthReport(
         users,
         total,
@@ -107,34 +109,26 @@ def _check(settings: SynthSettings, events: Path, impressions: Path | None, over
             raise UserError(f"{path} is a folder; name a file in it")
         if path and path.exists() and not overwrite:
             raise UserError(f"{path} is there already; give --overwrite or another name")
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
+        if path:
+            check_output_file(path)
 
 
 @contextmanager
-def _open(path: Path, schema: pa.Schema) -> Iterator[Write]:
-    """A writer of ``path`` under its unfinished name; on an error nothing is left."""
-    unfinished = _unfinished(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".csv":
-            options = pcsv.WriteOptions(include_header=False, quoting_style="none")
-            with pcsv.CSVWriter(unfinished, schema, write_options=options) as writer:
-                yield writer.write_table
-        else:
-            # A third of the time that dictionaries of all columns take.
-            grouped = [name for name in ("category_id", "behavior", "scene") if name in schema.names]
-            delta = dict.fromkeys(("user_id", "timestamp"), "DELTA_BINARY_PACKED")
-            encoding = {name: delta.get(name, "PLAIN") for name in schema.names if name not in grouped}
-            with pq.ParquetWriter(
-                unfinished, schema, compression="zstd", use_dictionary=grouped, column_encoding=encoding
-            ) as writer:
-                yield writer.write_table
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+def _writer(path: Path, schema: pa.Schema, *, csv: bool = False) -> Iterator[Write]:
+    """Open a file for tables of ``schema``, Parquet or CSV."""
+    if csv:
+        options = pcsv.WriteOptions(include_header=False, quoting_style="none")
+        with pcsv.CSVWriter(path, schema, write_options=options) as writer:
+            yield writer.write_table
+    else:
+        # A third of the time that dictionaries of all columns take.
+        grouped = [name for name in ("category_id", "behavior", "scene") if name in schema.names]
+        delta = dict.fromkeys(("user_id", "timestamp"), "DELTA_BINARY_PACKED")
+        encoding = {name: delta.get(name, "PLAIN") for name in schema.names if name not in grouped}
+        with pq.ParquetWriter(
+            path, schema, compression="zstd", use_dictionary=grouped, column_encoding=encoding
+        ) as writer:
+            yield writer.write_table
 
 
 def _event_schema(path: Path, settings: SynthSettings) -> pa.Schema:

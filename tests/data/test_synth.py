@@ -18,6 +18,7 @@ from pipeline.synth.catalog import category_of_item, draw_past, uniform
 from pipeline.synth.files import synthesize
 from pipeline.synth.histories import BEHAVIORS, Histories, HistoryGenerator
 from pipeline.synth.impressions import draw_impressions
+from schemas.errors import UserError
 from schemas.manifest import sha256
 from schemas.settings import load_settings
 from schemas.synth import DAY, SynthSettings
@@ -294,7 +295,7 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(HistoryGenerator, "histories", fails_late)
     settings = SMALL.model_copy(update={"events": 1_000_000})
-    with pytest.raises(OSError, match="no space left on the disk"):
+    with pytest.raises(UserError, match="no space left on the disk"):
         synthesize(settings, tmp_path / "events.csv", tmp_path / "shown.parquet", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["events.csv"]
     assert (tmp_path / "events.csv").read_text() == "mine"
