@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from embeddings.search.topk.api import TopKImplementation, top_k
 from embeddings.search.topk.cpu_kernel import dot, prefetch_row
+from embeddings.search.topk.inputs import TopKInputs
 
 GATHERED_BYTES = 512 << 20
 """Torch's side writes the gathered rows, in float32; a batch is as large as this allows."""
@@ -85,56 +86,47 @@ class SearchFigures:
 class Search:
     """Rows and targets. All numbers are small multiples of powers of 2: sums are exact in any order."""
 
-    rows_RD: Tensor
-    scale_R: Tensor | None
-    ids_M: Tensor
-    start_T: Tensor
-    query_TD: Tensor
-    additive_TN: Tensor
-    k: int
+    inputs: TopKInputs
+    length: int
+    """N, of all windows."""
 
     def ours(self, implementation: TopKImplementation | None = None) -> tuple[Tensor, Tensor]:
         """The operator."""
-        length = self.additive_TN.shape[1]
-        return top_k(
-            self.rows_RD,
-            self.ids_M,
-            self.start_T,
-            self.start_T + length,
-            self.query_TD,
-            self.additive_TN.flatten(),
-            self.k,
-            scale_R=self.scale_R,
-            implementation=implementation,
-        )
+        return top_k(self.inputs, implementation)
+
+    @property
+    def additive_TN(self) -> Tensor:
+        """What is added to the products."""
+        return self.inputs.additive_W.view(-1, self.length)
 
     @cached_property
     def ids_TN(self) -> Tensor:
         """A history a target, as torch's side needs them; not part of its time."""
-        column_N = torch.arange(self.additive_TN.shape[1], device=self.ids_M.device)
-        return self.ids_M[self.start_T[:, None] + column_N]
+        column_N = torch.arange(self.length, device=self.inputs.ids_M.device)
+        return self.inputs.ids_M[self.inputs.start_T[:, None] + column_N]
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """Gather + bmm + topk."""
-        rows_TND = self.rows_RD.index_select(0, self.ids_TN.flatten()).float().view(*self.ids_TN.shape, -1)
-        score_TN = torch.bmm(rows_TND, self.query_TD.unsqueeze(2)).squeeze(2)
-        if self.scale_R is not None:
-            score_TN *= self.scale_R[self.ids_TN]
-        score_TK, column_TK = (score_TN + self.additive_TN).topk(self.k)
-        return score_TK, self.start_T[:, None] + column_TK
+        inputs = self.inputs
+        rows_TND = inputs.rows_RD.index_select(0, self.ids_TN.flatten()).float().view(*self.ids_TN.shape, -1)
+        score_TN = torch.bmm(rows_TND, inputs.query_TD.unsqueeze(2)).squeeze(2)
+        if inputs.scale_R is not None:
+            score_TN *= inputs.scale_R[self.ids_TN]
+        score_TK, column_TK = (score_TN + self.additive_TN).topk(inputs.k)
+        return score_TK, inputs.start_T[:, None] + column_TK
 
     def one_target_each(self) -> "Search":
-        """Of each user the first target."""
-        first_U = torch.cat([self.start_T.new_ones(1, dtype=torch.bool), self.start_T.diff() > 1])
-        return Search(
-            self.rows_RD,
-            self.scale_R,
-            self.ids_M,
-            self.start_T[first_U],
-            self.query_TD[first_U],
-            self.additive_TN[first_U],
-            self.k,
+        """The same search with the first target of each user alone."""
+        start_T = self.inputs.start_T
+        first_T = torch.cat([start_T.new_ones(1, dtype=torch.bool), start_T.diff() > 1])
+        alone = replace(
+            self.inputs,
+            start_T=start_T[first_T],
+            end_T=self.inputs.end_T[first_T],
+            query_TD=self.inputs.query_TD[first_T],
+            additive_W=self.additive_TN[first_T].flatten(),
         )
+        return Search(alone, self.length)
 
 
 def measure(rows: int, rounds: int) -> list[SearchFigures]:
@@ -171,7 +163,7 @@ def measure_case(case: Case, rows: int, rounds: int, device: torch.device) -> Se
             for side, work in sides.items():
                 seconds[side].append(_seconds(work, device))
     least = {side: min(times) for side, times in seconds.items()}
-    read_bytes = len(search.ids_M) * case.dim * case.dtype.itemsize
+    read_bytes = len(search.inputs.ids_M) * case.dim * case.dtype.itemsize
     reading = min(least[side] for side in sides if side.startswith("reading"))
     ratio = statistics.median(plain / ours for plain, ours in zip(seconds["plain"], seconds["ours"], strict=True))
     print(
@@ -187,7 +179,7 @@ def measure_case(case: Case, rows: int, rounds: int, device: torch.device) -> Se
         k=case.k,
         dtype=dtype,
         targets_per_user=case.targets_per_user,
-        targets=len(search.start_T),
+        targets=len(search.inputs.start_T),
         vs_torch=round(least["plain"] / least["ours"], 2),
         rows_per_s=round(search.additive_TN.numel() / least["ours"]),
         bandwidth_share=round(reading / least["ours"], 2),
@@ -208,21 +200,23 @@ def make_search(case: Case, rows: int, device: torch.device) -> Search:
     rows_RD = torch.empty(rows, case.dim, dtype=case.dtype, device=device)
     for begin in range(0, rows, len(distinct)):
         rows_RD[begin : begin + len(distinct)] = distinct[: rows - begin]
-    place_UQ = torch.arange(users)[:, None] * history + torch.arange(case.targets_per_user)
-    return Search(
+    start_T = (torch.arange(users)[:, None] * history + torch.arange(case.targets_per_user)).flatten().to(device)
+    inputs = TopKInputs(
         rows_RD=rows_RD,
         scale_R=torch.full((rows,), 0.5, device=device) if case.dtype == torch.int8 else None,
         ids_M=torch.randint(0, rows, (users * history,), generator=values, dtype=torch.int32).to(device),
-        start_T=place_UQ.flatten().to(device),
+        start_T=start_T,
+        end_T=start_T + case.length,
         query_TD=torch.randint(-8, 9, (targets, case.dim), generator=values).float().to(device),
-        additive_TN=(torch.randint(0, 512, (targets, case.length), generator=values) / 512).to(device),
+        additive_W=(torch.randint(0, 512, (targets * case.length,), generator=values) / 512).to(device),
         k=case.k,
     )
+    return Search(inputs, case.length)
 
 
 def _readings(search: Search, pool: ThreadPoolExecutor) -> dict[str, Callable[[], object]]:
     """Ways to read as many bytes as the search must, and to do nothing else."""
-    rows_RD, ids_M = search.rows_RD, search.ids_M
+    rows_RD, ids_M = search.inputs.rows_RD, search.inputs.ids_M
     if rows_RD.is_cuda:
         copied = torch.empty(len(ids_M) * rows_RD.shape[1] // 2, dtype=rows_RD.dtype, device=rows_RD.device)
         return {"reading by copy": copied.clone}  # reads half and writes half

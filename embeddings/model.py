@@ -16,7 +16,7 @@ from embeddings.features import Role, Rows
 from embeddings.layers.mlp import MLP
 from embeddings.layers.pooling import Representation, history_inputs, pooled
 from embeddings.layers.scoring import DinScore, DotProduct, MappedScore, ScaledDotProduct, attention_weights
-from embeddings.search.local import AllRows, search_by_score, search_locally
+from embeddings.search.local import LocalRows, search_by_score, search_locally
 from embeddings.search.sharded import SearchHandle, ShardedTopK
 from embeddings.sizes import DataSizes, check_bounds
 from embeddings.tables.batch_rows import BatchRows, pooled_on_shards
@@ -294,10 +294,10 @@ class CtrModel(nn.Module):
         parts = (2 if self.target_aware else 1) * heads
         return inherent + len(self.settings.retrieved) * (cross + parts * (inherent + cross))
 
-    def _all_rows(self, batch: Batch, cross: AllCrossRows) -> AllRows:
+    def _all_rows(self, batch: Batch, cross: AllCrossRows) -> LocalRows:
         """Attention rows of all behaviours, brought home."""
         target_set, history_set = self.roles.target_attention, self.roles.history_attention
-        return AllRows.look_up(batch, self.tables, target_set, history_set, cross, list(self.settings.retrieved))
+        return LocalRows.look_up(batch, self.tables, cross, target_set, history_set)
 
     def _weights(
         self,

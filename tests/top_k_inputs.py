@@ -5,13 +5,15 @@ import math
 import torch
 from hypothesis import strategies as st
 
+from embeddings.search.topk.inputs import TopKInputs
+
 SCORES = st.sampled_from([0.0, -0.0, 1.0, 1.0, -1.0, 0.5, math.inf, -math.inf, math.nan, 1e-30, -3e38])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
 @st.composite
-def searches(draw: st.DrawFn, longest: int = 12, dims: int = 5, k: int = 15) -> dict:
-    """Arguments of `top_k`: several users, each with several targets whose windows may be empty and may overlap."""
+def searches(draw: st.DrawFn, longest: int = 12, dims: int = 5, k: int = 15) -> TopKInputs:
+    """Several users, each with several targets whose windows may be empty and may overlap."""
     users = draw(st.lists(st.integers(0, longest), max_size=4))
     offsets = [sum(users[:n]) for n in range(len(users) + 1)]
     rows = draw(st.integers(1, 6))
@@ -26,18 +28,18 @@ def searches(draw: st.DrawFn, longest: int = 12, dims: int = 5, k: int = 15) -> 
     values = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     dtype = draw(st.sampled_from(DTYPES))
     additive = draw(st.lists(SCORES, min_size=min(pairs, 12), max_size=min(pairs, 12)))
-    return {
-        "rows_RD": torch.randint(-2, 3, (rows, dim), generator=values).to(dtype),
-        "ids_M": torch.randint(
+    return TopKInputs(
+        rows_RD=torch.randint(-2, 3, (rows, dim), generator=values).to(dtype),
+        ids_M=torch.randint(
             0, rows, (sum(users),), generator=values, dtype=draw(st.sampled_from([torch.int32, torch.int64]))
         ),
-        "start_T": torch.tensor(start, dtype=torch.int64),
-        "end_T": torch.tensor(end, dtype=torch.int64),
-        "query_TD": torch.randint(-2, 3, (len(start), dim), generator=values).float(),
-        "additive_W": torch.tensor((additive * (pairs // max(len(additive), 1) + 1))[:pairs], dtype=torch.float32),
-        "k": draw(st.integers(1, k)),
-        "scale_R": torch.randint(1, 4, (rows,), generator=values) / 4 if dtype == torch.int8 else None,
-    }
+        start_T=torch.tensor(start, dtype=torch.int64),
+        end_T=torch.tensor(end, dtype=torch.int64),
+        query_TD=torch.randint(-2, 3, (len(start), dim), generator=values).float(),
+        additive_W=torch.tensor((additive * (pairs // max(len(additive), 1) + 1))[:pairs], dtype=torch.float32),
+        k=draw(st.integers(1, k)),
+        scale_R=torch.randint(1, 4, (rows,), generator=values) / 4 if dtype == torch.int8 else None,
+    )
 
 
 def assert_same(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from embeddings.search.topk import cuda
 from embeddings.search.topk.api import TopKImplementation, top_k
+from embeddings.search.topk.inputs import TopKInputs
 from tests.top_k_inputs import assert_same, searches
 
 
@@ -15,26 +16,24 @@ from tests.top_k_inputs import assert_same, searches
     key_bytes=st.sampled_from([1, cuda.KEY_BYTES]),
 )
 @settings(max_examples=15, deadline=None, derandomize=True)
-def agree(search: dict, programs: int, key_bytes: int) -> None:
+def agree(search: TopKInputs, programs: int, key_bytes: int) -> None:
     cuda.PROGRAMS, cuda.KEY_BYTES = programs, key_bytes
-    found = top_k(**search, implementation=TopKImplementation.CUDA)
-    assert_same(found, top_k(**search, implementation=TopKImplementation.REFERENCE))
+    assert_same(top_k(search, TopKImplementation.CUDA), top_k(search, TopKImplementation.REFERENCE))
 
 
 def agree_on_long_windows(k: int, programs: int) -> None:
     cuda.PROGRAMS = programs
     values = torch.Generator().manual_seed(k)
-    search = {
-        "rows_RD": torch.randint(-2, 3, (30, 20), generator=values).half(),
-        "ids_M": torch.randint(0, 30, (150,), generator=values),
-        "start_T": torch.tensor([0, 30]),
-        "end_T": torch.tensor([100, 150]),
-        "query_TD": torch.randint(-2, 3, (2, 20), generator=values).float(),
-        "additive_W": torch.randint(-2, 3, (220,), generator=values).float(),
-        "k": k,
-    }
-    found = top_k(**search, implementation=TopKImplementation.CUDA)
-    assert_same(found, top_k(**search, implementation=TopKImplementation.REFERENCE))
+    search = TopKInputs(
+        rows_RD=torch.randint(-2, 3, (30, 20), generator=values).half(),
+        ids_M=torch.randint(0, 30, (150,), generator=values),
+        start_T=torch.tensor([0, 30]),
+        end_T=torch.tensor([100, 150]),
+        query_TD=torch.randint(-2, 3, (2, 20), generator=values).float(),
+        additive_W=torch.randint(-2, 3, (220,), generator=values).float(),
+        k=k,
+    )
+    assert_same(top_k(search, TopKImplementation.CUDA), top_k(search, TopKImplementation.REFERENCE))
 
 
 if __name__ == "__main__":

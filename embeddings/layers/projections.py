@@ -1,9 +1,10 @@
-"""Maps of embedding rows to other rows: the projections that try to make one set of tables serve two ends.
+"""Projections of embedding rows: learned ones, which try to make one set of tables serve two ends, and random ones.
 
-F = features mapped together, I, O = their dims before and after.
+F = features mapped together, T = targets, I, O = dims of the mapped features together, before and after, d = dim of one
+feature, D = dim of the inherent features together, B = bits of a signature, X = any shape.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -14,7 +15,7 @@ from schemas.model import INHERENT, Feature
 
 
 class RowsMap(nn.Module):
-    """A linear map, or a perceptron, of some features' rows side by side; the other features stay as they are.
+    """A linear map, or an MLP, of some features' rows side by side; the other features stay as they are.
 
     Args:
         dims: of all features, the inherent ones first.
@@ -43,45 +44,51 @@ class RowsMap(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, rows: Rows) -> Rows:
-        """Rows (..., d) of the same targets or behaviours, with the dims of ``outputs``."""
+        """Map rows (..., d) of targets or behaviours to rows with the dims of ``outputs``."""
         return self._through(rows, self.dims, self.outputs, self.layers)
 
     def transposed(self, rows: Rows) -> Rows:
-        """What a linear map's transpose makes of rows with the dims of ``outputs``; without the bias."""
-        (linear,) = self.layers
-        assert isinstance(linear, nn.Linear), "a perceptron has no transpose"
-        weight_OI = linear.weight
-        return self._through(rows, self.outputs, self.dims, lambda mapped_XO: mapped_XO @ weight_OI)
+        """Map rows with the dims of ``outputs`` back by the transpose of a linear map, without its bias."""
+        linear = self._linear()
+        return self._through(rows, self.outputs, self.dims, lambda mapped_XO: mapped_XO @ linear.weight)
 
     def of_sum(self, rows: Rows, weight_T: Tensor) -> Rows:
-        """What a linear map makes of weighted sums of rows: ``sum_i w_i (A e_i + a) = A sum_i w_i e_i + a sum_i w_i``.
+        """Map weighted sums of rows: ``sum_i w_i (A e_i + a) = A sum_i w_i e_i + a sum_i w_i``, for a linear map.
 
         Args:
             rows: the sums, (T, ...).
             weight_T: the sums of the weights.
         """
-        (linear,) = self.layers
-        assert isinstance(linear, nn.Linear), "a perceptron of a sum is no sum"
+        linear = self._linear()
         bias_TO = 0 if linear.bias is None else weight_T.unsqueeze(1) * linear.bias
         return self._through(rows, self.dims, self.outputs, lambda sum_TI: sum_TI @ linear.weight.T + bias_TO)
 
     def bias_product(self, rows: Rows) -> Tensor:
-        """The dot product of a linear map's bias with rows (..., d) of the dims of ``outputs``: float32 (...)."""
-        (linear,) = self.layers
-        assert isinstance(linear, nn.Linear), "a perceptron has more than one bias"
+        """Multiply rows (..., d) with the dims of ``outputs`` by a linear map's bias: dot products, float32 (...)."""
+        linear = self._linear()
         mapped_XO = self._side_by_side(_by_feature(rows, self.outputs))
         return mapped_XO.new_zeros(mapped_XO.shape[:-1]) if linear.bias is None else mapped_XO @ linear.bias
 
-    def _through(self, rows: Rows, before: Mapping[Feature, int], after: Mapping[Feature, int], layers: object) -> Rows:
+    def _linear(self) -> nn.Linear:
+        (linear,) = self.layers
+        assert isinstance(linear, nn.Linear), "only of a linear map"
+        return linear
+
+    def _through(
+        self,
+        rows: Rows,
+        before: Mapping[Feature, int],
+        after: Mapping[Feature, int],
+        layers: Callable[[Tensor], Tensor],
+    ) -> Rows:
         parts = _by_feature(rows, before)
-        assert callable(layers)
-        found = layers(self._side_by_side(parts)).split([after[feature] for feature in self.mapped], dim=-1)
-        parts |= dict(zip(self.mapped, found, strict=True))
+        mapped = layers(self._side_by_side(parts)).split([after[feature] for feature in self.mapped], dim=-1)
+        parts |= dict(zip(self.mapped, mapped, strict=True))
         inherent = [part for feature, part in parts.items() if feature in INHERENT]
         return Rows(torch.cat(inherent, dim=-1), {name: part for name, part in parts.items() if name not in INHERENT})
 
     def _side_by_side(self, parts: Mapping[Feature, Tensor]) -> Tensor:
-        """The mapped features' rows; one row for all targets becomes as many as the others are."""
+        """The mapped features' rows in one tensor; a feature with one row for all targets is repeated for each."""
         leading = torch.broadcast_shapes(*[parts[feature].shape[:-1] for feature in self.mapped])
         return torch.cat([parts[feature].expand(*leading, -1) for feature in self.mapped], dim=-1)
 
@@ -90,3 +97,20 @@ def _by_feature(rows: Rows, dims: Mapping[Feature, int]) -> dict[Feature, Tensor
     inherent = [feature for feature in dims if feature in INHERENT]
     parts = rows.inherent.split([dims[feature] for feature in inherent], dim=-1)
     return {**dict(zip(inherent, parts, strict=True)), **rows.cross}
+
+
+class Signature(nn.Module):
+    """The signs of B random projections: rows that point the same way share many of them (SimHash).
+
+    The directions are drawn with the first weights and never trained, so that equal rows keep equal signatures.
+    """
+
+    def __init__(self, dim: int, bits: int) -> None:
+        super().__init__()
+        self.directions = nn.Linear(dim, bits, bias=False).requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, rows_XD: Tensor) -> Tensor:
+        """On which side of each direction's plane a row lies: bool (X, B)."""
+        projected: Tensor = self.directions(rows_XD)
+        return projected > 0

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from embeddings.batch import Batch, Selection
-from embeddings.layers.simhash import Signature
+from embeddings.layers.projections import Signature
 from embeddings.model import SearchPlace
 from embeddings.models.twin import Twin
 from embeddings.search.local import search_by_signature

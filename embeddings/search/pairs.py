@@ -1,7 +1,8 @@
-"""Scores of (target, behaviour) pairs from what small tables say of them.
+"""Scores of (target, behaviour) pairs from small tables, which depend on both and so cannot be a row of either.
 
-T = targets, M = behaviours, W = pairs: all behaviours of the first target's window, then of the second's, ...,
-R = rows of a small table, Q = queries (one, or one a target), d = its dim.
+T = targets, K = behaviours selected of each, M = behaviours of all users, W = pairs: all behaviours of the first
+target's window, then of the second's, ..., R = rows of a small table, d = its dim, Q = queries (one, or one a target),
+D = dim of the inherent features together.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,44 +17,61 @@ CHUNK_PAIRS = 1 << 18
 """So many pairs' rows are side by side at once."""
 
 PRODUCTS_A_PAIR = 32
-"""Where a matrix multiplication makes them, so many cost no more than reading a pair's two rows."""
+"""A matrix multiplication makes so many products in the time in which the two rows of one pair are read."""
 
 
 class Pairs:
-    """All pairs of a target and a behaviour in its window [start, end)."""
+    """All pairs of a target and a behaviour in its window [start_T[t], end_T[t]).
+
+    Args:
+        start_T: int64, where each window begins, counted in M.
+        end_T: int64, where it ends.
+        behaviors: M.
+    """
 
     def __init__(self, start_T: Tensor, end_T: Tensor, behaviors: int) -> None:
         self._length_T, self.device = end_T - start_T, start_T.device
-        self._before_T = before_T = self._length_T.cumsum(0) - self._length_T
+        first_pair_T = self._length_T.cumsum(0) - self._length_T
+        self._offset_T = first_pair_T - start_T
         self.count = int(self._length_T.sum())
+        """W."""
         self._index_W: Tensor | None = None
-        # Of users with one target each, whose windows are whole histories, the pairs are the behaviours.
-        if self.count != behaviors or not torch.equal(start_T, before_T):
-            self._index_W = torch.arange(self.count, device=start_T.device) + self.of_targets(start_T - before_T)
+        # Where users have one target each, whose window is the whole history, the pairs are the behaviours themselves.
+        if self.count != behaviors or not torch.equal(start_T, first_pair_T):
+            self._index_W = torch.arange(self.count, device=start_T.device) + self.of_targets(start_T - first_pair_T)
 
-    def place(self, index_TK: Tensor, start_T: Tensor) -> Tensor:
-        """Where among the W pairs each target's behaviours are, int64 (T, K); anywhere for an empty window."""
-        place_TK = (self._before_T - start_T)[:, None] + index_TK
-        return place_TK.clamp(max=max(0, self.count - 1))
+    def pair_index(self, index_TK: Tensor) -> Tensor:
+        """Which of the W pairs each target is with its selected behaviours.
+
+        Args:
+            index_TK: int64, which of the M behaviours; it must lie within the target's window.
+
+        Returns:
+            int64 (T, K); arbitrary, but within W, for a target whose window is empty.
+        """
+        return (self._offset_T[:, None] + index_TK).clamp(max=max(0, self.count - 1))
 
     def of_targets(self, values_T: Tensor) -> Tensor:
-        """Each pair's target's value, (W,)."""
+        """The value of each pair's target, (W,)."""
         return values_T.repeat_interleave(self._length_T, output_size=self.count)
 
     def of_behaviors(self, values_M: Tensor) -> Tensor:
-        """Each pair's behaviour's value, (W,)."""
+        """The value of each pair's behaviour, (W,)."""
         return values_M if self._index_W is None else values_M.index_select(0, self._index_W)
 
 
 def search_rows(
     inherent_TD: Tensor, target_row: Callable[[Feature], Tensor | None], target_cross: Mapping[Feature, Tensor]
 ) -> Rows:
-    """Targets' rows as scores make queries of them: a cross feature whose row is 0 for all targets has one row, (1, d).
+    """Rows of the targets, from which scores make their queries; features with one row for all targets keep one.
 
     Args:
-        inherent_TD: their item and category rows.
-        target_row: of a cross feature, the targets' rows, integer (T,); None: row 0 for all.
+        inherent_TD: item and category rows of the targets.
+        target_row: takes a cross feature, returns the targets' rows in its table, integer (T,); None: row 0 for all.
         target_cross: all rows of the targets' cross tables.
+
+    Returns:
+        (T, ...); a cross feature whose row is 0 for all targets has one row, (1, d).
     """
     cross = {}
     for feature, rows_Rd in target_cross.items():
@@ -68,12 +86,12 @@ def cross_score(
     behavior_row: Callable[[Feature], Tensor],
     history_cross: Mapping[Feature, Tensor],
 ) -> Tensor:
-    """The cross features' part of each pair's score.
+    """The part of each pair's score that the cross features make.
 
     Args:
         pairs: the W pairs.
         queries: by feature, (T, d), or (1, d) for all targets.
-        behavior_row: of a feature, the behaviours' rows in the pairs, int32 or int64 (W,).
+        behavior_row: takes a cross feature, returns the rows of the pairs' behaviours, int32 or int64 (W,).
         history_cross: all rows of the behaviours' cross tables.
 
     Returns:
@@ -83,6 +101,7 @@ def cross_score(
     for feature, rows_Rd in history_cross.items():
         row_W, query_Qd = behavior_row(feature), queries[feature]
         if len(query_Qd) == 1:
+            # One query for all targets: score each row of the table once, and let the pairs look their scores up.
             part_W = (query_Qd @ rows_Rd.T).flatten().index_select(0, row_W)
         else:
             part_W = small_table_score(pairs, query_Qd, rows_Rd, row_W)
@@ -91,13 +110,18 @@ def cross_score(
 
 
 def small_table_score(pairs: Pairs, query_Td: Tensor, rows_Rd: Tensor, row_W: Tensor) -> Tensor:
-    """``<query, row>`` of each pair, float32 (W,); all products first unless they are far more than the pairs.
+    """The product ``<query, row>`` of each pair.
+
+    Unless they are far more than the pairs, all T x R products are made first, in one matrix multiplication.
 
     Args:
         pairs: the W pairs.
         query_Td: float32, of the targets.
-        rows_Rd: float32, of the behaviours.
-        row_W: int32 or int64, which row a pair's behaviour has.
+        rows_Rd: float32, all rows of the table.
+        row_W: int32 or int64, the row of each pair's behaviour.
+
+    Returns:
+        float32 (W,).
     """
     target_W = pairs.of_targets(torch.arange(len(query_Td), device=query_Td.device))
     if len(query_Td) * len(rows_Rd) <= PRODUCTS_A_PAIR * pairs.count:

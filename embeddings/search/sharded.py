@@ -32,6 +32,7 @@ from embeddings.layers.scoring import DotProduct
 from embeddings.search.messages import LocalWindows, SearchRequest, ShardHistory, ShardTargets
 from embeddings.search.pairs import Pairs, cross_score, search_rows, small_table_score
 from embeddings.search.topk.api import top_k
+from embeddings.search.topk.inputs import TopKInputs
 from embeddings.search.topk.keys import NOTHING, ordered
 from embeddings.tables.collections import CrossRows
 from schemas.model import Feature
@@ -226,13 +227,15 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
                 slot_W = pairs.of_behaviors(slot_R.index_select(0, history.columns["category"].to(torch.int32)))
                 additive_W += small_table_score(pairs, inherent["category"], rows_Cd, slot_W)
             score_GK, index_GK = top_k(
-                self._item.local_Rd,
-                history.columns["item"].to(torch.int32),
-                history.start_G,
-                history.end_G,
-                inherent["item"].contiguous(),
-                additive_W,
-                self._retrieved[name],
+                TopKInputs(
+                    rows_RD=self._item.local_Rd,
+                    ids_M=history.columns["item"].to(torch.int32),
+                    start_T=history.start_G,
+                    end_T=history.end_G,
+                    query_TD=inherent["item"].contiguous(),
+                    additive_W=additive_W,
+                    k=self._retrieved[name],
+                )
             )
             length_G = history.end_G - history.start_G
             found[name] = ShardBest(

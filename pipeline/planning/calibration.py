@@ -28,6 +28,7 @@ from embeddings.models import build_model
 from embeddings.search.pairs import Pairs, cross_score
 from embeddings.search.sharded import ShardedTopK
 from embeddings.search.topk.api import top_k
+from embeddings.search.topk.inputs import TopKInputs
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
 from pipeline.planning.dry_run import dry_run
@@ -191,7 +192,8 @@ def _pairs(bandwidth: float, rate: float) -> dict[str, float]:
     start_T = torch.arange(targets) // (targets // users) * length
     end_T, query_TD = start_T + length, torch.randn(targets, DIM)
     additive_W, ids_M = torch.zeros(targets * length), torch.arange(users * length)
-    search = _ns(lambda: top_k(rows_RD, ids_M, start_T, end_T, query_TD, additive_W, 20)) / len(additive_W)
+    inputs = TopKInputs(rows_RD, ids_M, start_T, end_T, query_TD, additive_W, k=20)
+    search = _ns(lambda: top_k(inputs)) / len(additive_W)
 
     rows: dict[Feature, torch.Tensor] = {"position": rows_RD[: length + 1]}
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -13,44 +14,57 @@ from hypothesis import strategies as st
 
 from embeddings.search.topk import cpu, cpu_kernel, reference
 from embeddings.search.topk.api import TopKImplementation, top_k
+from embeddings.search.topk.inputs import TopKInputs
 from tests.top_k_inputs import DTYPES, assert_same, searches
 
 IMPLEMENTATIONS = [TopKImplementation.REFERENCE, TopKImplementation.CPU]
 
 
-def by_hand(rows_RD, ids_M, start_T, end_T, query_TD, additive_W, k, scale_R=None) -> tuple[torch.Tensor, torch.Tensor]:
-    score_TK = torch.full((len(start_T), k), -math.inf)
-    index_TK = torch.full((len(start_T), k), -1)
+def by_hand(search: TopKInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """One pair after the other, then an ordinary sort: NaN first, then by score, of equals the earlier behaviour."""
+    score_TK = torch.full((len(search.start_T), search.k), -math.inf)
+    index_TK = torch.full((len(search.start_T), search.k), -1)
     pair = 0
-    for target in range(len(start_T)):
+    for target in range(len(search.start_T)):
         scored = []
-        for behavior in range(int(start_T[target]), int(end_T[target])):
-            row = int(ids_M[behavior])
-            scale = 1 if scale_R is None else scale_R[row]
-            scored.append((float(rows_RD[row].float() @ query_TD[target] * scale + additive_W[pair]), behavior))
+        for behavior in range(int(search.start_T[target]), int(search.end_T[target])):
+            row = int(search.ids_M[behavior])
+            score = search.rows_RD[row].float() @ search.query_TD[target]
+            score *= 1 if search.scale_R is None else search.scale_R[row]
+            scored.append((float(score + search.additive_W[pair]), behavior))
             pair += 1
-        scored.sort(key=lambda found: (not math.isnan(found[0]), 0 if math.isnan(found[0]) else -found[0], found[1]))
-        for column, (score, behavior) in enumerate(scored[:k]):
+        scored.sort(key=lambda one: (not math.isnan(one[0]), 0 if math.isnan(one[0]) else -one[0], one[1]))
+        for column, (score, behavior) in enumerate(scored[: search.k]):
             score_TK[target, column], index_TK[target, column] = score, behavior
     return score_TK, index_TK
 
 
 @given(search=searches(), chunk_bytes=st.sampled_from([1, 300, reference.CHUNK_BYTES]))
 @settings(max_examples=100, deadline=None)
-def test_the_reference_keeps_the_best_and_the_earlier_of_equals(search: dict, chunk_bytes: int) -> None:
+def test_the_reference_keeps_the_best_and_the_earlier_of_equals(search: TopKInputs, chunk_bytes: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "CHUNK_BYTES", chunk_bytes)
-        assert_same(top_k(**search, implementation=TopKImplementation.REFERENCE), by_hand(**search))
+        assert_same(top_k(search, TopKImplementation.REFERENCE), by_hand(search))
 
 
-@given(search=searches(longest=100, dims=100, k=40), together=st.sampled_from([1, 3, 64]), block=st.integers(1, 4000))
+@given(
+    search=searches(longest=100, dims=100, k=40),
+    together=st.sampled_from([1, 3, 64]),
+    worth=st.integers(1, 4000),
+    threads=st.sampled_from([1, 3]),
+)
 @settings(max_examples=100, deadline=None)
-def test_the_cpu_agrees_with_the_reference(search: dict, together: int, block: int) -> None:
+def test_the_cpu_agrees_with_the_reference(search: TopKInputs, together: int, worth: int, threads: int) -> None:
+    before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "TARGETS_TOGETHER", together)
-        patch.setattr(cpu, "WORTH_THREADS", block)
-        found = top_k(**search, implementation=TopKImplementation.CPU)
-    assert_same(found, top_k(**search, implementation=TopKImplementation.REFERENCE))
+        patch.setattr(cpu, "WORTH_THREADS", worth)
+        torch.set_num_threads(threads)
+        try:
+            found = top_k(search, TopKImplementation.CPU)
+        finally:
+            torch.set_num_threads(before)
+    assert_same(found, top_k(search, TopKImplementation.REFERENCE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -58,24 +72,24 @@ def test_the_cpu_agrees_with_the_reference(search: dict, together: int, block: i
 def test_large_searches_agree_up_to_rounding(dtype: torch.dtype, dim: int) -> None:
     values = torch.Generator().manual_seed(dim)
     start_T = torch.arange(40) // 4 * 700 + torch.arange(40) % 4 * 30
-    search = {
-        "rows_RD": (torch.randn(500, dim, generator=values) * 20).to(dtype),
-        "ids_M": torch.randint(0, 500, (7000,), generator=values),
-        "start_T": start_T,
-        "end_T": start_T + 600,
-        "query_TD": torch.randn(40, dim, generator=values),
-        "additive_W": torch.randn(24000, generator=values),
-        "k": 100,
-        "scale_R": torch.rand(500, generator=values) if dtype == torch.int8 else None,
-    }
-    score_TK, index_TK = top_k(**search, implementation=TopKImplementation.CPU)
-    expected_TK, _ = top_k(**search, implementation=TopKImplementation.REFERENCE)
+    search = TopKInputs(
+        rows_RD=(torch.randn(500, dim, generator=values) * 20).to(dtype),
+        ids_M=torch.randint(0, 500, (7000,), generator=values),
+        start_T=start_T,
+        end_T=start_T + 600,
+        query_TD=torch.randn(40, dim, generator=values),
+        additive_W=torch.randn(24000, generator=values),
+        k=100,
+        scale_R=torch.rand(500, generator=values) if dtype == torch.int8 else None,
+    )
+    score_TK, index_TK = top_k(search, TopKImplementation.CPU)
+    expected_TK, _ = top_k(search, TopKImplementation.REFERENCE)
     torch.testing.assert_close(score_TK, expected_TK, rtol=1e-5, atol=1e-3)
-    rows_TKD = search["rows_RD"][search["ids_M"][index_TK]].float()
-    if dtype == torch.int8:
-        rows_TKD *= search["scale_R"][search["ids_M"][index_TK]][:, :, None]
+    rows_TKD = search.rows_RD[search.ids_M[index_TK]].float()
+    if search.scale_R is not None:
+        rows_TKD *= search.scale_R[search.ids_M[index_TK]][:, :, None]
     pair_TK = torch.arange(40)[:, None] * 600 + index_TK - start_T[:, None]
-    again_TK = (rows_TKD @ search["query_TD"][:, :, None])[:, :, 0] + search["additive_W"][pair_TK]
+    again_TK = (rows_TKD @ search.query_TD[:, :, None])[:, :, 0] + search.additive_W[pair_TK]
     torch.testing.assert_close(score_TK, again_TK, rtol=1e-5, atol=1e-3)
 
 
@@ -99,17 +113,22 @@ def test_the_gpus_search_agrees_when_interpreted() -> None:
     subprocess.run([sys.executable, "-m", "tests.triton_interpreted"], env=environment, check=True)
 
 
-def one_search(**changes) -> dict:
-    search = {
-        "rows_RD": torch.arange(12).view(4, 3).float(),
-        "ids_M": torch.arange(4),
-        "start_T": torch.tensor([0]),
-        "end_T": torch.tensor([4]),
-        "query_TD": torch.ones(1, 3),
-        "additive_W": torch.zeros(4),
-        "k": 2,
-    }
-    return {**search, **changes}
+def one_search(**changes: object) -> TopKInputs:
+    search = TopKInputs(
+        rows_RD=torch.arange(12).view(4, 3).float(),
+        ids_M=torch.arange(4),
+        start_T=torch.tensor([0]),
+        end_T=torch.tensor([4]),
+        query_TD=torch.ones(1, 3),
+        additive_W=torch.zeros(4),
+        k=2,
+    )
+    return replace(search, **changes)
+
+
+def values_of(search: TopKInputs) -> dict[str, object]:
+    """By field, in the operator's order."""
+    return {field.name: getattr(search, field.name) for field in fields(search)}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -119,15 +138,17 @@ def test_tensors_need_not_be_contiguous(implementation: TopKImplementation) -> N
     for rows_RD in (wide[:, 2:5], wide[:, :6:2], wide[:3].T):
         search = one_search(rows_RD=rows_RD, ids_M=both[:, 1], query_TD=torch.ones(3, 1).T)
         contiguous = {
-            name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in search.items()
+            name: value.clone(memory_format=torch.contiguous_format)
+            for name, value in values_of(search).items()
+            if isinstance(value, torch.Tensor)
         }
-        assert_same(top_k(**search, implementation=implementation), by_hand(**contiguous))
+        assert_same(top_k(search, implementation), by_hand(replace(search, **contiguous)))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradients_stop(implementation: TopKImplementation) -> None:
     search = one_search(rows_RD=torch.randn(4, 3, requires_grad=True), query_TD=torch.randn(1, 3, requires_grad=True))
-    assert not top_k(**search, implementation=implementation)[0].requires_grad
+    assert not top_k(search, implementation)[0].requires_grad
 
 
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, TopKImplementation.CUDA])
@@ -155,7 +176,7 @@ def test_gradients_stop(implementation: TopKImplementation) -> None:
 )
 def test_what_cannot_be_searched_is_refused(implementation: TopKImplementation, message: str, changes: dict) -> None:
     with pytest.raises(ValueError, match=message):
-        top_k(**one_search(**changes), implementation=implementation)
+        top_k(one_search(**changes), implementation)
 
 
 def test_results_do_not_depend_on_threads() -> None:
@@ -174,7 +195,7 @@ def test_results_do_not_depend_on_threads() -> None:
         found = []
         for torch_threads in (1, 2, 3):
             torch.set_num_threads(torch_threads)
-            found.append(top_k(**search))
+            found.append(top_k(search))
     finally:
         torch.set_num_threads(threads)
     assert_same(found[1], found[0])
@@ -183,17 +204,17 @@ def test_results_do_not_depend_on_threads() -> None:
 
 class Searcher(torch.nn.Module):
     def forward(self, rows_RD, ids_M, start_T, end_T, query_TD, additive_W) -> torch.Tensor:
-        score_TK, index_TK = top_k(rows_RD, ids_M, start_T, end_T, query_TD * 2, additive_W, 3)
+        score_TK, index_TK = top_k(TopKInputs(rows_RD, ids_M, start_T, end_T, query_TD * 2, additive_W, 3))
         return score_TK.softmax(1) * index_TK
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_torch_accepts_the_operator(implementation: TopKImplementation) -> None:
-    torch.library.opcheck(torch.ops.dare.top_k.default, (*one_search().values(), None, implementation))
+    torch.library.opcheck(torch.ops.dare.top_k.default, (*values_of(one_search()).values(), implementation))
 
 
 def test_compilation_and_export_see_one_operator() -> None:
-    arguments = tuple(value for value in one_search().values() if isinstance(value, torch.Tensor))
+    arguments = tuple(value for value in values_of(one_search()).values() if isinstance(value, torch.Tensor))
     expected = Searcher()(*arguments)
     compiled = torch.compile(Searcher(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments), expected)

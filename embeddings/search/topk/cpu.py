@@ -1,7 +1,7 @@
-"""Top-K search on the CPU: nothing of size (N, D) or (T, N) is written.
+"""Top-K search on the CPU: the work is cut into units for threads; nothing of size (N, D) or (T, N) is written.
 
-R = rows of the table, D = dim, M = ids of all users, T = targets, W = sum of window lengths, K = kept,
-U = units of work: targets whose windows overlap, up to a limit, so that they share what the caches hold.
+T = targets, K = kept, N = longest window, D = dim, U = units of work: targets whose windows overlap, up to a limit, so
+that they share what the caches hold, P = cuts between parts of the work.
 """
 
 import os
@@ -14,81 +14,72 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embeddings.search.topk import cpu_kernel
+from embeddings.search.topk.inputs import TopKInputs
 
 TARGETS_TOGETHER = 64
-"""Most targets of a unit."""
+"""Most targets of a unit; more would leave threads without work."""
 PARTS_PER_THREAD = 4
-"""So that a thread that the system interrupts does not keep all others waiting."""
+"""Several, so that a thread that the system interrupts does not keep all others waiting."""
 WORTH_THREADS = 1 << 16
-"""Multiplications; fewer are done before another thread has woken up."""
+"""Multiplications that are worth a second thread; fewer are done before it has woken up."""
 
 _AS_INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
 
 
-def top_k_cpu(
-    rows_RD: Tensor,
-    ids_M: Tensor,
-    start_T: Tensor,
-    end_T: Tensor,
-    query_TD: Tensor,
-    additive_W: Tensor,
-    k: int,
-    scale_R: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See `embeddings.search.topk.api.top_k`, which has checked the arguments; as many threads as torch uses."""
-    targets = len(start_T)
-    score_TK = torch.empty(targets, k)
-    index_TK = torch.empty(targets, k, dtype=torch.int64)
-    threads = torch.get_num_threads() if len(additive_W) * rows_RD.shape[1] >= WORTH_THREADS else 1
-    start, end = start_T.numpy(), end_T.numpy()
-    length_T = end - start
-    order_T, unit_U = _units(start, end, min(TARGETS_TOGETHER, -(-targets // threads)))
+def top_k_cpu(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
+    """The search of `embeddings.search.topk.api.top_k`, with as many threads as torch uses; inputs are checked."""
+    rows_RD, scale_R, targets = inputs.rows_RD, inputs.scale_R, len(inputs.start_T)
+    score_TK = torch.empty(targets, inputs.k)
+    index_TK = torch.empty(targets, inputs.k, dtype=torch.int64)
+    threads = torch.get_num_threads() if len(inputs.additive_W) * rows_RD.shape[1] >= WORTH_THREADS else 1
     rows_RD = rows_RD if rows_RD.stride(1) == 1 else rows_RD.contiguous()
-    arguments = (
+    table = cpu_kernel.TableRows(
         rows_RD.view(_AS_INTEGERS.get(rows_RD.dtype, rows_RD.dtype)).numpy(),
         rows_RD.stride(0) * rows_RD.itemsize,
         np.empty(0, np.float32) if scale_R is None else scale_R.contiguous().numpy(),
-        ids_M.contiguous().numpy(),
-        start,
-        end,
-        length_T.cumsum() - length_T,
-        query_TD.float().contiguous().numpy(),
-        additive_W.contiguous().numpy(),
-        order_T,
-        unit_U,
     )
+    windows = cpu_kernel.Windows(
+        inputs.ids_M.contiguous().numpy(),
+        inputs.start_T.numpy(),
+        inputs.end_T.numpy(),
+        inputs.first_pair_T.numpy(),
+        inputs.query_TD.float().contiguous().numpy(),
+        inputs.additive_W.contiguous().numpy(),
+    )
+    units = _units(windows, min(TARGETS_TOGETHER, -(-targets // threads)))
 
-    def search(begin: int, end: int) -> None:
-        cpu_kernel.search(*arguments, begin, end, score_TK.view(torch.int32).numpy(), index_TK.numpy())
+    def search(first_unit: int, end_unit: int) -> None:
+        bits_TK = score_TK.view(torch.int32).numpy()
+        cpu_kernel.search(table, windows, units, first_unit, end_unit, bits_TK, index_TK.numpy())
 
     if threads == 1:
-        search(0, len(unit_U) - 1)
+        search(0, len(units.offset_U) - 1)
     else:
-        cut_P = _parts(length_T[order_T], unit_U, threads * PARTS_PER_THREAD)
+        cut_P = _cuts(units, inputs.length_T.numpy(), threads * PARTS_PER_THREAD)
         list(_pool(os.getpid(), threads).map(search, cut_P[:-1], cut_P[1:]))
     return score_TK, index_TK
 
 
-def _units(
-    start_T: NDArray[np.int64], end_T: NDArray[np.int64], together: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Targets unit by unit, and (U + 1,) where each unit begins; a unit has at most ``together`` targets."""
-    order_T = np.argsort(start_T, kind="stable")
-    place_T = np.arange(len(order_T))
-    alone_T = np.ones(len(order_T), bool)
-    alone_T[1:] = start_T[order_T][1:] >= np.maximum.accumulate(end_T[order_T])[:-1]
-    in_group_T = place_T - np.maximum.accumulate(np.where(alone_T, place_T, 0))
-    return order_T, np.append(place_T[in_group_T % max(together, 1) == 0], len(order_T))
+def _units(windows: cpu_kernel.Windows, most: int) -> cpu_kernel.Units:
+    """Targets whose windows overlap, in units of at most ``most``."""
+    order_T = np.argsort(windows.start_T, kind="stable")
+    start_T, end_T = windows.start_T[order_T], windows.end_T[order_T]
+    rank_T = np.arange(len(order_T))
+    # In order of their starts, a target begins a group if no window before it reaches as far.
+    begins_T = np.ones(len(order_T), bool)
+    begins_T[1:] = start_T[1:] >= np.maximum.accumulate(end_T)[:-1]
+    in_group_T = rank_T - np.maximum.accumulate(np.where(begins_T, rank_T, 0))
+    return cpu_kernel.Units(order_T, np.append(rank_T[in_group_T % max(most, 1) == 0], len(order_T)))
 
 
-def _parts(length_T: NDArray[np.int64], unit_U: NDArray[np.int64], parts: int) -> list[int]:
-    """Cuts between units, such that parts have about as many behaviours each; ``length_T`` is unit by unit."""
-    behaviors_U = np.append(0, length_T.cumsum())[unit_U]
-    shares_P = np.arange(1, parts) * (behaviors_U[-1] / parts)
-    return sorted({0, *np.searchsorted(behaviors_U, shares_P).tolist(), len(unit_U) - 1})
+def _cuts(units: cpu_kernel.Units, length_T: NDArray[np.int64], parts: int) -> list[int]:
+    """Cuts between units, such that about as many behaviours lie between each two of them."""
+    pairs_U = np.append(0, length_T[units.order_T].cumsum())[units.offset_U]
+    shares_P = np.arange(1, parts) * (pairs_U[-1] / parts)
+    return sorted({0, *np.searchsorted(pairs_U, shares_P).tolist(), len(units.offset_U) - 1})
 
 
 @lru_cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """A process has its own: a forked child lacks its parent's threads."""
+    """Threads of this process; ``process`` is its id, because a forked child lacks the threads of its parent."""
     return ThreadPoolExecutor(threads, thread_name_prefix="top-k")

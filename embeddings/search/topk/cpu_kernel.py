@@ -1,32 +1,35 @@
 """The CPU's search loop: gather a row, take its dot product, keep the K best keys. Compiled on first use, kept on disk.
 
-R = rows of the table, D = dim, M = ids of all users, T = targets, W = sum of window lengths, K = kept,
-U = units of work: a few targets each, whose windows overlap if there are several.
-
-All compiled code is in this one file, because the compiler's cache on disk looks only at the file of what it compiles.
+All compiled code of the search is in this one file, because the compiler's cache on disk notices only changes of the
+file of what it compiles, not of what that calls in other files.
 
 Half precision arrives as integers of 16 bits, which the compiler can handle: int16 holds float16, uint16 holds
-bfloat16. Sums are in float32 and in an order that depends on D alone.
+bfloat16. Sums are in float32 and in an order that depends on D alone, so results do not depend on the threads.
+
+R = rows of the table, D = dim, M = behaviours of all users, T = targets, W = (target, behaviour) pairs, K = kept,
+U = units of work: a few targets each, whose windows overlap if there are several, Q = targets of the largest unit,
+X = any number of keys.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 LANES, SUMS = 16, 4
-"""Floats of a vector, and vectors summed independently, so that an addition need not wait for the one before."""
+"""Floats of a vector, and vectors that are summed independently, so that no addition waits for the one before."""
 PREFETCHED_ROWS, PREFETCHED_LINES = 16, 4
-"""Rows asked for ahead, and cache lines of each; the processor finds the lines that follow."""
+"""Rows that are asked for ahead, and cache lines of each; the processor itself finds the lines that follow."""
 SHORT_LINES, SMALL_TABLE_BYTES = 2, 4 << 20
 """Rows of so few lines, in a larger table, are fetched past the second-level cache: a quarter of the time less."""
 LINE_BYTES = 64
 BLOCK_BYTES = 32 << 10
-"""Rows that targets of a unit score in turn, before they move on: they stay in the first-level cache."""
+"""All targets of a unit score so many bytes of rows before any moves on: the rows stay in the first-level cache."""
 
 NOTHING = np.int64(np.iinfo(np.int64).min)
 """Less than any key."""
@@ -37,9 +40,65 @@ _MINUS_INFINITY = np.int32(-0x800000)
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
+_intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic
+Keys = NDArray[np.int64]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-@intrinsic
-def dot(_: Any, rows_RD: Any, address: Any, query_D: Any, dim: Any) -> tuple[Any, Callable]:
+
+def compiled(fastmath: bool | set[str] = False) -> Callable[[Function], Function]:
+    """A decorator that compiles a function and keeps the code on disk where there is a place to write to.
+
+    Args:
+        fastmath: which of LLVM's liberties with floating-point numbers the compiler may take.
+    """
+
+    def decorate(function: Function) -> Function:
+        try:
+            found: Function = njit(nogil=True, cache=True, fastmath=fastmath)(function)
+        except RuntimeError:  # Numba refuses to cache in a read-only installation without a home directory.
+            found = njit(nogil=True, fastmath=fastmath)(function)
+        return found
+
+    return decorate
+
+
+class TableRows(NamedTuple):
+    """The rows that are searched."""
+
+    rows_RD: NDArray[Any]
+    """float32, int16 (float16), uint16 (bfloat16) or int8; neighbours in a row are neighbours in memory."""
+    row_bytes: int
+    """From one row to the next."""
+    scale_R: NDArray[np.float32]
+    """Of each row; empty if all are 1."""
+
+
+class Windows(NamedTuple):
+    """What each target searches. Everything has been checked: ids are rows, windows lie within the behaviours."""
+
+    ids_M: NDArray[Any]
+    """int32 or int64."""
+    start_T: NDArray[np.int64]
+    end_T: NDArray[np.int64]
+    first_pair_T: NDArray[np.int64]
+    """Where in ``additive_W`` a window begins."""
+    query_TD: NDArray[np.float32]
+    additive_W: NDArray[np.float32]
+
+
+class Units(NamedTuple):
+    """Targets that are searched for together."""
+
+    order_T: NDArray[np.int64]
+    """The targets, unit by unit."""
+    offset_U: NDArray[np.int64]
+    """(U + 1,): unit u is ``order_T[offset_U[u]:offset_U[u + 1]]``."""
+
+
+# Numba has no half-precision floats and does not always use vectors for a sum, so the product is written in LLVM's
+# own language.
+@_intrinsic
+def dot(_: Any, rows_RD: Any, address: Any, query_D: Any, dim: Any) -> tuple[Any, Callable[..., ir.Value]]:
     """float32 ``<row, query_D>`` of the row of ``rows_RD``'s type at ``address``.
 
     Vectors of 16 lanes, then of 4, then single floats; on a processor with shorter vectors the compiler splits them.
@@ -57,8 +116,9 @@ def _dot(builder: ir.IRBuilder, kind: types.Type, row: ir.Value, query: ir.Value
     stored = {types.float32: _F32, types.int16: ir.HalfType(), types.uint16: ir.IntType(16), types.int8: ir.IntType(8)}
 
     def load(element: ir.Type, array: ir.Value, at: ir.Value, lanes: int) -> ir.Value:
-        place = builder.gep(array, [at], source_etype=element)
-        return builder.load(place, typ=ir.VectorType(element, lanes), align=1)
+        pointer = builder.gep(array, [at], source_etype=element)
+        # Rows of a slice may begin anywhere: an aligned load would fault.
+        return builder.load(pointer, typ=ir.VectorType(element, lanes), align=1)
 
     def widened(values: ir.Value, lanes: int) -> ir.Value:
         floats, integers = ir.VectorType(_F32, lanes), ir.VectorType(_I32, lanes)
@@ -67,6 +127,7 @@ def _dot(builder: ir.IRBuilder, kind: types.Type, row: ir.Value, query: ir.Value
         if kind == types.int16:
             return builder.fpext(values, floats)
         if kind == types.uint16:
+            # A bfloat16 is the upper half of the float32 of the same value.
             high = builder.shl(builder.zext(values, integers), ir.Constant(integers, [16] * lanes))
             return builder.bitcast(high, floats)
         return builder.sitofp(values, floats)
@@ -78,7 +139,7 @@ def _dot(builder: ir.IRBuilder, kind: types.Type, row: ir.Value, query: ir.Value
         return builder.call(fma, [values, load(_F32, query, at, lanes), total])
 
     def loop(at: ir.Value, totals: list[ir.Value], lanes: int) -> tuple[ir.Value, list[ir.Value]]:
-        """As long as a whole step fits, ``totals`` side by side; where it ended, and the sums."""
+        """Add products to ``totals`` as long as a whole step of them fits; returns where it ended, and the sums."""
         before = builder.block
         head, body, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
         builder.branch(head)
@@ -91,14 +152,16 @@ def _dot(builder: ir.IRBuilder, kind: types.Type, row: ir.Value, query: ir.Value
         following = builder.add(index, _I64(lanes * len(totals)))
         builder.cbranch(builder.icmp_signed("<=", following, dim), body, after)
         builder.position_at_end(body)
-        for place, running in enumerate(sums):
-            running.add_incoming(multiply_add(builder.add(index, _I64(place * lanes)), running, lanes), builder.block)
+        for number, running in enumerate(sums):
+            added = multiply_add(builder.add(index, _I64(number * lanes)), running, lanes)
+            running.add_incoming(added, builder.block)
         index.add_incoming(following, builder.block)
         builder.branch(head)
         builder.position_at_end(after)
         return index, sums
 
     def across(total: ir.Value, lanes: int) -> ir.Value:
+        """The sum of a vector's lanes."""
         add = get_or_insert_function(
             builder.module, ir.FunctionType(_F32, [_F32, total.type]), f"llvm.vector.reduce.fadd.v{lanes}f32"
         )
@@ -115,9 +178,9 @@ def _dot(builder: ir.IRBuilder, kind: types.Type, row: ir.Value, query: ir.Value
     return builder.fadd(across(wide, LANES), rest)
 
 
-def _prefetch(locality: int) -> Callable:
-    @intrinsic
-    def ask(_: Any, address: Any) -> tuple[Any, Callable]:
+def _prefetch(locality: int) -> Any:
+    @_intrinsic
+    def ask(_: Any, address: Any) -> tuple[Any, Callable[..., ir.Value]]:
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
             kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), _I32, _I32, _I32])
             prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -133,8 +196,8 @@ def _prefetch(locality: int) -> Callable:
 _past_second_level, _into_second_level = _prefetch(0), _prefetch(2)
 
 
-@intrinsic
-def _bits(_: Any, number: Any) -> tuple[Any, Callable]:
+@_intrinsic
+def _bits(_: Any, number: Any) -> tuple[Any, Callable[..., ir.Value]]:
     """A float32's bits as int32."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
@@ -143,16 +206,8 @@ def _bits(_: Any, number: Any) -> tuple[Any, Callable]:
     return types.int32(types.float32), generate
 
 
-def _compiled(function: Callable) -> Callable:
-    """Compiled code, kept on disk where there is a place to write to."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        return njit(nogil=True)(function)
-
-
-@_compiled
-def prefetch_row(rows_RD: np.ndarray, address: int, lines: int) -> None:
+@compiled()
+def prefetch_row(rows_RD: NDArray[Any], address: int, lines: int) -> None:
     """Ask for the first cache lines of the row at ``address`` and go on; harmless at any address."""
     if lines <= SHORT_LINES and rows_RD.size * rows_RD.itemsize > SMALL_TABLE_BYTES:
         for line in range(lines):
@@ -162,7 +217,7 @@ def prefetch_row(rows_RD: np.ndarray, address: int, lines: int) -> None:
             _into_second_level(address + line * LINE_BYTES)
 
 
-@_compiled
+@compiled()
 def ordered(score: Any, column: int) -> Any:
     """A key that sorts as (score, earlier column first): the float's bits made monotonic, above the column.
 
@@ -175,9 +230,12 @@ def ordered(score: Any, column: int) -> Any:
     return (np.int64(bits) << 32) | (_LOW - column)
 
 
-@_compiled
-def keep_greatest(keys_X: np.ndarray, size: int, k: int) -> None:
-    """Reorder the first ``size`` keys, all different, such that the k greatest come first and the k-th of them last."""
+@compiled()
+def keep_greatest(keys_X: Keys, size: int, k: int) -> None:
+    """Reorder the first ``size`` keys, all different, such that the k greatest come first and the k-th of them last.
+
+    It is a quickselect with the median of three as its pivot: linear in ``size``, where sorting would not be.
+    """
     low, high = 0, size
     while high - low > 1:
         middle, last = (low + high) >> 1, high - 1
@@ -186,9 +244,10 @@ def keep_greatest(keys_X: np.ndarray, size: int, k: int) -> None:
         at = low if pivot == first_key else (middle if pivot == middle_key else last)
         keys_X[at], keys_X[last] = last_key, pivot
         greater = low
-        for place in range(low, last):  # no branch that could be mispredicted
-            key = keys_X[place]
-            keys_X[place] = keys_X[greater]
+        # Every key is swapped, needed or not: a branch on the comparison would be mispredicted half of the time.
+        for index in range(low, last):
+            key = keys_X[index]
+            keys_X[index] = keys_X[greater]
             keys_X[greater] = key
             greater += key > pivot
         keys_X[last], keys_X[greater] = keys_X[greater], pivot
@@ -200,13 +259,13 @@ def keep_greatest(keys_X: np.ndarray, size: int, k: int) -> None:
             high = greater
 
 
-@_compiled
-def sort_descending(keys_X: np.ndarray, spare_X: np.ndarray, size: int) -> None:
+@compiled()
+def sort_descending(keys_X: Keys, spare_X: Keys, size: int) -> None:
     """Sort the first ``size`` keys: runs of 8 by insertion, then merged in pairs."""
     run = 8
     for begin in range(0, size, run):
-        for place in range(begin + 1, min(begin + run, size)):
-            key, hole = keys_X[place], place
+        for index in range(begin + 1, min(begin + run, size)):
+            key, hole = keys_X[index], index
             while hole > begin and keys_X[hole - 1] < key:
                 keys_X[hole] = keys_X[hole - 1]
                 hole -= 1
@@ -215,71 +274,60 @@ def sort_descending(keys_X: np.ndarray, spare_X: np.ndarray, size: int) -> None:
         for begin in range(0, size - run, 2 * run):
             left, middle, end = begin, begin + run, min(begin + 2 * run, size)
             spare_X[begin:middle] = keys_X[begin:middle]
-            right, place = middle, begin
+            right, out = middle, begin
             while left < middle and right < end:
                 one, other = spare_X[left], keys_X[right]
-                keys_X[place] = max(one, other)
+                keys_X[out] = max(one, other)
                 left += one > other
                 right += one <= other
-                place += 1
+                out += 1
+            # What is left of the right run is in its place already.
             while left < middle:
-                keys_X[place] = spare_X[left]
+                keys_X[out] = spare_X[left]
                 left += 1
-                place += 1
+                out += 1
         run *= 2
 
 
-@_compiled
+@compiled()
 def search(
-    rows_RD: np.ndarray,
-    row_bytes: int,
-    scale_R: np.ndarray,
-    ids_M: np.ndarray,
-    start_T: np.ndarray,
-    end_T: np.ndarray,
-    first_T: np.ndarray,
-    query_TD: np.ndarray,
-    additive_W: np.ndarray,
-    order_T: np.ndarray,
-    unit_U: np.ndarray,
-    begin_unit: int,
+    table: TableRows,
+    windows: Windows,
+    units: Units,
+    first_unit: int,
     end_unit: int,
-    bits_TK: np.ndarray,
-    index_TK: np.ndarray,
+    bits_TK: NDArray[np.int32],
+    index_TK: NDArray[np.int64],
 ) -> None:
-    """Search for the targets of some units. Everything has been checked: ids are rows, windows lie within the ids.
+    """Search for the targets of some units.
 
     Args:
-        rows_RD: float32, int16 (float16), uint16 (bfloat16) or int8; neighbours in a row are neighbours in memory.
-        row_bytes: from one row to the next.
-        scale_R: float32, of each row; empty for all 1.
-        ids_M: int32 or int64.
-        start_T: int64.
-        end_T: int64.
-        first_T: int64, a window's first place in ``additive_W``.
-        query_TD: float32.
-        additive_W: float32.
-        order_T: int64, targets unit by unit.
-        unit_U: int64, (U + 1,), each unit's first place in ``order_T``.
-        begin_unit: the first unit to search for.
+        table: the rows.
+        windows: what each target searches.
+        units: which targets are searched for together.
+        first_unit: the first unit to search for.
         end_unit: the end of them.
-        bits_TK: int32, the float32 scores' bits; written.
-        index_TK: int64; written.
+        bits_TK: the float32 scores' bits; written.
+        index_TK: which behaviours they are of; written.
     """
+    rows_RD, row_bytes, scale_R = table.rows_RD, table.row_bytes, table.scale_R
+    ids_M, start_T, end_T = windows.ids_M, windows.start_T, windows.end_T
+    query_TD, additive_W = windows.query_TD, windows.additive_W
     dim, k = query_TD.shape[1], bits_TK.shape[1]
     base = rows_RD.ctypes.data
     lines = (dim * rows_RD.itemsize + LINE_BYTES - 1) // LINE_BYTES
     block = max(BLOCK_BYTES // (dim * rows_RD.itemsize), PREFETCHED_ROWS) if dim else len(ids_M) + 1
-    together = 0
-    for unit in range(begin_unit, end_unit):
-        together = max(together, unit_U[unit + 1] - unit_U[unit])
-    # Keys that beat the k-th best so far collect behind the k best, until there is no more room.
-    keys_QX = np.empty((together, 2 * k + 32), np.int64)
-    size_Q, worst_Q = np.empty(together, np.int64), np.empty(together, np.int64)
+    most = 0
+    for unit in range(first_unit, end_unit):
+        most = max(most, units.offset_U[unit + 1] - units.offset_U[unit])
+    # Keys that beat the k-th best so far collect behind the k best. Only when there is no more room are the k best
+    # selected anew: a heap would do work for each key.
+    keys_QX = np.empty((most, 2 * k + 32), np.int64)
+    size_Q, worst_Q = np.empty(most, np.int64), np.empty(most, np.int64)
     spare_X = np.empty(k, np.int64)
     room = keys_QX.shape[1]
-    for unit in range(begin_unit, end_unit):
-        targets = order_T[unit_U[unit] : unit_U[unit + 1]]
+    for unit in range(first_unit, end_unit):
+        targets = units.order_T[units.offset_U[unit] : units.offset_U[unit + 1]]
         begin = reach = start_T[targets[0]]
         for slot in range(len(targets)):
             reach = max(reach, end_T[targets[slot]])
@@ -293,10 +341,11 @@ def search(
             for slot in range(len(targets)):
                 target = targets[slot]
                 start = start_T[target]
-                pair = first_T[target] - start
+                pair = windows.first_pair_T[target] - start
                 query_D, keys_X = query_TD[target], keys_QX[slot]
                 size, worst = size_Q[slot], worst_Q[slot]
                 for behavior in range(max(start, block_begin), min(end_T[target], block_begin + block)):
+                    # The first target of a unit asks for the rows ahead; the others find them in the cache.
                     if ahead < reach and ahead <= behavior + PREFETCHED_ROWS:
                         prefetch_row(rows_RD, base + np.int64(ids_M[ahead]) * row_bytes, lines)
                         ahead += 1
@@ -305,6 +354,7 @@ def search(
                     if len(scale_R):
                         score *= scale_R[row]
                     key = ordered(score + additive_W[pair + behavior], behavior - start)
+                    # Written in any case, and kept only if it is good enough: no branch to mispredict.
                     keys_X[size] = key
                     size += key > worst
                     if size == room:
@@ -317,10 +367,10 @@ def search(
                 keep_greatest(keys_X, size, k)
                 size = k
             sort_descending(keys_X, spare_X, size)
-            for place in range(size):
-                high = np.int32(keys_X[place] >> 32)
-                bits_TK[target, place] = high if high >= 0 else high ^ _MAGNITUDE
-                index_TK[target, place] = start_T[target] + _LOW - (keys_X[place] & _LOW)
-            for place in range(size, k):
-                bits_TK[target, place] = _MINUS_INFINITY
-                index_TK[target, place] = -1
+            for rank in range(size):
+                high = np.int32(keys_X[rank] >> 32)
+                bits_TK[target, rank] = high if high >= 0 else high ^ _MAGNITUDE
+                index_TK[target, rank] = start_T[target] + _LOW - (keys_X[rank] & _LOW)
+            for rank in range(size, k):
+                bits_TK[target, rank] = _MINUS_INFINITY
+                index_TK[target, rank] = -1

@@ -1,9 +1,10 @@
 """Top-K search on a GPU: one pass over the rows; up to a K of `BLOCK_N` nothing of size (T, N) is written.
 
-R = rows of the table, D = dim, M = ids of all users, T = targets, W = sum of window lengths, N = longest window,
-K = kept, P = parts of a window.
+R = rows of the table, D = dim, M = behaviours of all users, T = targets, W = (target, behaviour) pairs, N = longest
+window, K = kept, X = keys of a target: those of its whole window, or the best of each part of it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from embeddings.search.topk.inputs import TopKInputs
 from embeddings.search.topk.keys import NOTHING, decoded
 
 BLOCK_N, BLOCK_D = 128, 32
@@ -25,26 +27,18 @@ _LOW = tl.constexpr(0xFFFFFFFF)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _NAN = tl.constexpr(0x7FC00000)
 
+_jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
-def top_k_cuda(
-    rows_RD: Tensor,
-    ids_M: Tensor,
-    start_T: Tensor,
-    end_T: Tensor,
-    query_TD: Tensor,
-    additive_W: Tensor,
-    k: int,
-    scale_R: Tensor | None,
-    longest: int,
-) -> tuple[Tensor, Tensor]:
-    """See `embeddings.search.topk.api.top_k`, which has checked the arguments; ``longest`` is the longest window."""
-    targets, dim = query_TD.shape
+
+def top_k_cuda(inputs: TopKInputs, longest: int) -> tuple[Tensor, Tensor]:
+    """The search of `embeddings.search.topk.api.top_k`; inputs are checked, and ``longest`` is their longest window."""
+    rows_RD, scale_R, start_T, k = inputs.rows_RD, inputs.scale_R, inputs.start_T, inputs.k
+    targets, dim = inputs.query_TD.shape
     if not targets or not longest:
         return decoded(start_T.new_empty(targets, 0), start_T, k)
     rows_RD = rows_RD if rows_RD.stride(1) == 1 else rows_RD.contiguous()
-    length_T = end_T - start_T
-    first_T = length_T.cumsum(0) - length_T
     kept = max(triton.next_power_of_2(min(k, longest)), 2)
+    # A larger K would not stay in registers: then all keys are written, and torch selects the best.
     fused = kept <= BLOCK_N
     parts = min(triton.cdiv(PROGRAMS, targets), triton.cdiv(longest, BLOCK_N)) if fused else 1
     part = triton.cdiv(triton.cdiv(longest, parts), BLOCK_N) * BLOCK_N
@@ -57,13 +51,13 @@ def top_k_cuda(
         _search[(some.stop - begin, parts)](
             rows_RD,
             rows_RD.stride(0),
-            scale_R if scale_R is not None else additive_W,  # not read
-            ids_M.contiguous(),
+            scale_R if scale_R is not None else inputs.additive_W,  # not read: a kernel wants a tensor
+            inputs.ids_M.contiguous(),
             start_T[some].contiguous(),
-            end_T[some].contiguous(),
-            first_T[some],
-            query_TD[some].float().contiguous(),
-            additive_W.contiguous(),
+            inputs.end_T[some].contiguous(),
+            inputs.first_pair_T[some],
+            inputs.query_TD[some].float().contiguous(),
+            inputs.additive_W.contiguous(),
             key_TX,
             columns,
             dim,
@@ -78,7 +72,7 @@ def top_k_cuda(
     return decoded(torch.cat(best), start_T, k)
 
 
-@triton.jit
+@_jit
 def _search(
     rows_RD: Any,
     row_stride: Any,
@@ -86,7 +80,7 @@ def _search(
     ids_M: Any,
     start_T: Any,
     end_T: Any,
-    first_T: Any,
+    first_pair_T: Any,
     query_TD: Any,
     additive_W: Any,
     key_TX: Any,
@@ -99,11 +93,11 @@ def _search(
     block_n: tl.constexpr,
     block_d: tl.constexpr,
 ) -> None:
-    """The keys of one part of one target's window: the ``kept`` best of them, or all, padded with NOTHING."""
+    """Write the keys of one part of one target's window: the ``kept`` best of them, or all, padded with NOTHING."""
     target, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start = tl.load(start_T + target)
     length = tl.load(end_T + target) - start
-    pair = tl.load(first_T + target)
+    pair = tl.load(first_pair_T + target)
     begin = number * part
     written = key_TX + target * columns
     best = tl.full([kept], _NOTHING, tl.int64)
@@ -119,7 +113,7 @@ def _search(
         score += tl.load(additive_W + pair + column, mask=valid, other=0.0)
         key = tl.where(valid, _ordered(score, column), _NOTHING)
         if fused:
-            # After the first blocks most have nothing that is good enough.
+            # After the first blocks most blocks have no key that is good enough, and need no sorting.
             if tl.max(key) > worst:
                 both = tl.reshape(tl.join(best, tl.topk(key, kept)), [2 * kept])
                 best = tl.topk(both, kept)
@@ -130,7 +124,7 @@ def _search(
         tl.store(written + number * kept + tl.arange(0, kept), best)
 
 
-@triton.jit
+@_jit
 def _dot(
     rows_RD: Any,
     row_stride: Any,
@@ -144,19 +138,19 @@ def _dot(
     """Dot products of the rows with the query, float32 (block_n,)."""
     total = tl.zeros([block_n], tl.float32)
     for first in range(0, dim, block_d):
-        place = first + tl.arange(0, block_d)
-        inside = place < dim
-        query = tl.load(query_D + place, mask=inside, other=0.0)
+        d = first + tl.arange(0, block_d)
+        inside = d < dim
+        query = tl.load(query_D + d, mask=inside, other=0.0)
         values = tl.load(
-            rows_RD + row[:, None] * row_stride + place[None, :], mask=valid[:, None] & inside[None, :], other=0
+            rows_RD + row[:, None] * row_stride + d[None, :], mask=valid[:, None] & inside[None, :], other=0
         )
         total += tl.sum(values.to(tl.float32) * query[None, :], axis=1)
     return total
 
 
-@triton.jit
+@_jit
 def _ordered(score: Any, column: Any) -> Any:
-    """As `embeddings.search.topk.keys.ordered`."""
+    """The keys of `embeddings.search.topk.keys.ordered`."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     bits = tl.where(score == score, bits, _NAN)
     monotonic = tl.where(bits < 0, bits ^ _MAGNITUDE, bits)

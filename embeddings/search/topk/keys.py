@@ -1,4 +1,6 @@
-"""Scores and columns as one integer, so that an ordinary top K of integers breaks ties as ours must.
+"""A score and a column as one integer, so that an ordinary top K of integers breaks ties as the search must.
+
+The kernels in `cpu_kernel` and `cuda` make the same keys in languages of their own.
 
 X = any leading shape, K = kept, T = targets.
 """
@@ -27,11 +29,11 @@ def ordered(score_X: Tensor, column_X: Tensor) -> Tensor:
 
 
 def decoded(key_TK: Tensor, start_T: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """What descending keys say, padded to K columns.
+    """The scores and indices of descending keys, padded to K columns.
 
     Args:
         key_TK: int64, at most K columns.
-        start_T: int64, what columns count from.
+        start_T: int64, the index of column 0.
         k: K.
 
     Returns:
@@ -41,13 +43,17 @@ def decoded(key_TK: Tensor, start_T: Tensor, k: int) -> tuple[Tensor, Tensor]:
     targets, kept = key_TK.shape
     score_TK = torch.full((targets, k), -torch.inf, device=key_TK.device)
     index_TK = torch.full((targets, k), -1, dtype=torch.int64, device=key_TK.device)
-    found_TK = key_TK != NOTHING
+    valid_TK = key_TK != NOTHING
     score = _monotonic((key_TK >> 32).to(torch.int32)).view(torch.float32)
-    score_TK[:, :kept] = torch.where(found_TK, score, -torch.inf)
-    index_TK[:, :kept] = torch.where(found_TK, start_T[:, None] + _LOW - (key_TK & _LOW), -1)
+    score_TK[:, :kept] = torch.where(valid_TK, score, -torch.inf)
+    index_TK[:, :kept] = torch.where(valid_TK, start_T[:, None] + _LOW - (key_TK & _LOW), -1)
     return score_TK, index_TK
 
 
 def _monotonic(bits_X: Tensor) -> Tensor:
-    """Bits of floats as integers that sort as the floats do, and back."""
+    """Bits of floats as integers that sort as the floats do, and back: it is its own inverse.
+
+    The bits of positive floats sort as the floats do. Those of negative floats sort the other way round, and turning
+    all their bits but the sign turns their order.
+    """
     return torch.where(bits_X < 0, bits_X ^ 0x7FFFFFFF, bits_X)
