@@ -207,7 +207,7 @@ def _bits(_: Any, number: Any) -> tuple[Any, Callable[..., ir.Value]]:
 
 
 @compiled()
-def prefetch_row(rows_RD: NDArray[Any], address: int, lines: int) -> None:
+def prefetch_row(rows_RD: NDArray[Any], address: int | np.int64, lines: int) -> None:
     """Ask for the first cache lines of the row at ``address`` and go on; harmless at any address."""
     if lines <= SHORT_LINES and rows_RD.size * rows_RD.itemsize > SMALL_TABLE_BYTES:
         for line in range(lines):
