@@ -8,7 +8,7 @@ JOURNEY := data/completejourney
 # One process a GPU, and two on a CPU.
 PROCESSES ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | head -2 | wc -l),2)
 
-.PHONY: demo test test-slow test-spark test-slurm setup lint types format bench clean
+.PHONY: demo test test-slow test-spark test-slurm setup lint types docs examples format bench clean
 
 demo: $(JOURNEY)/manifest.json  ## prepare real histories, train DARE and TWIN on them, compare
 	$(BIN)/dare inspect $(JOURNEY)
@@ -41,6 +41,13 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+docs: $(READY)  ## the site of docs/ and of the docstrings, in site/; warnings are errors
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/docs.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+examples: $(READY)  ## run what the tutorial, add_a_model.md and examples/ show
+	$(BIN)/python -m pytest -m examples
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -64,4 +71,4 @@ $(READY): $(addprefix requirements/,$(addsuffix .txt,common torch $(DEVICE) test
 	@touch $@
 
 clean:
-	rm -rf .venv data runs
+	rm -rf .venv data runs site
