@@ -12,11 +12,9 @@ from jobs.experiment import experiment
 from jobs.planning import plan
 from jobs.runs import compare, models, runs
 from jobs.training import evaluate, score, train
-from jobs.versions import check_versions
-from pipeline.versions import versions
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+from pipeline.errors import INTERRUPTED, error_line, show_trace, tell
+from pipeline.progress import first_rank, log_to_standard_error
+from pipeline.versions import check_versions, versions
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,20 +43,30 @@ def options(
 
 
 def main() -> None:
-    """Run a command; a user's mistake is one line on standard error and exit code 1."""
+    """Run a command.
+
+    A user's mistake is one line on standard error and exit code 1, a fault of the program its trace and exit code 70;
+    see `pipeline.errors`.
+    """
     # Threads that wait for each other sleep instead of spinning: the readers need the cores. OpenMP looks at this when
     # torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    log_to_standard_error()
     try:
         check_versions()
         app(prog_name="dare")
     except SystemExit as end:
-        if end.code == INTERRUPTED:
+        if end.code == INTERRUPTED:  # typer has turned Ctrl-C into it
             print("dare: interrupted", file=sys.stderr)
         raise
-    except (ValueError, OSError) as error:
-        # A launcher's processes all make the same mistake.
-        sys.exit(f"dare: {' '.join(str(error).split())}" if os.environ.get("RANK", "0") == "0" else 1)
+    except (Exception, KeyboardInterrupt) as error:
+        line = error_line(error)
+        if line is None or isinstance(error, KeyboardInterrupt):
+            sys.exit(tell(error))
+        if not first_rank():  # a launcher's processes all make the same mistake
+            sys.exit(1)
+        show_trace(error, fault=False)
+        sys.exit(f"dare: {line}")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def _folders(texts: Sequence[str]) -> dict[str, Path]:
 def _gpus() -> int:
     import torch
 
-    from jobs.versions import fbgemm_has_cuda
+    from pipeline.versions import fbgemm_has_cuda
 
     return torch.cuda.device_count() if fbgemm_has_cuda() else 0
 

@@ -10,8 +10,6 @@ may take as long as computing: SIM (soft) with 64 floats a feature trained 1.6 t
 import ctypes
 import logging
 import os
-import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,15 +21,15 @@ import torch
 import torch.distributed as dist
 
 from embeddings.distributed.process_group import leave, process_group
-from jobs.versions import fbgemm_has_cuda
-from pipeline.errors import error_line
+from pipeline.errors import exit_code, tell
+from pipeline.versions import fbgemm_has_cuda
 
 LINGER_S = 5.0
 """The failing rank that keeps the store waits so long for others that fail for the same reason."""
 
 
 def on_all_ranks(work: Callable[[torch.device], object]) -> NoReturn:
-    """Do ``work`` in a process group and end the process: with 0, or with 1 after one line on standard error.
+    """Do ``work`` in a process group and end the process: with 0, or as `pipeline.errors` says.
 
     Where several ranks fail, the first one tells why and the others keep quiet: mostly they have only lost contact.
 
@@ -46,15 +44,8 @@ def on_all_ranks(work: Callable[[torch.device], object]) -> NoReturn:
         try:
             work(device)
         except BaseException as error:
-            if _fails_first():
-                _tell(error)
-            leave(130 if isinstance(error, KeyboardInterrupt) else 1)
+            leave(tell(error) if _fails_first() else exit_code(error))
     leave(0)
-
-
-def first_rank() -> bool:
-    """Whether this process is the one that speaks for all, by the launcher's environment."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _device() -> torch.device:
@@ -76,14 +67,6 @@ def _fails_first() -> bool:
             sleep(0.05)
         return place == 1
     return True
-
-
-def _tell(error: BaseException) -> None:
-    line = error_line(error)
-    if line is None:
-        traceback.print_exception(error)
-    else:
-        print(f"dare: {line}", file=sys.stderr)
 
 
 def _quieten() -> None:

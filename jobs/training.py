@@ -34,8 +34,9 @@ def train(
 
     import torch
 
-    from jobs.ranks import first_rank, on_all_ranks
+    from jobs.ranks import on_all_ranks
     from pipeline.evaluate.score import score_run
+    from pipeline.progress import first_rank
     from pipeline.train.run import train as train_run
 
     def work(device: torch.device) -> None:
@@ -65,9 +66,10 @@ def evaluate(
 
     import torch
 
-    from jobs.ranks import first_rank, on_all_ranks
+    from jobs.ranks import on_all_ranks
     from pipeline.evaluate.evaluate import as_document
     from pipeline.evaluate.open_run import evaluate_run
+    from pipeline.progress import first_rank
 
     def work(device: torch.device) -> None:
         evaluation = evaluate_run(run, split, checkpoint, data, device)
@@ -91,8 +93,9 @@ def score(
     """Write user, item, label and predicted probability of each target."""
     import torch
 
-    from jobs.ranks import first_rank, on_all_ranks
+    from jobs.ranks import on_all_ranks
     from pipeline.evaluate.score import score_run
+    from pipeline.progress import first_rank
 
     def work(device: torch.device) -> None:
         samples = score_run(run, split, checkpoint, data, out, device, overwrite=overwrite)

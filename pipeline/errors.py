@@ -1,23 +1,109 @@
-"""What a rank's error means to the person who started the run."""
+"""What an error means to the person who started the program: something to mend, or a fault of the program.
 
-import torch.distributed as dist
+This is the one place that decides. A `UserError` can be mended by the user, and so can what the machine refuses: a disk
+that is full or may not be written. Contact with another rank is lost through that rank's error, which that rank tells.
+All else is a fault of the program.
+"""
+
+import errno
+import os
+import sys
+import traceback
+
+from schemas.errors import UserError
+
+FAULT = 70
+"""Exit code after a fault of the program: EX_SOFTWARE of sysexits.h."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+FAULT_LINE = "this is a fault of the program, not of your input; please report it with the lines above"
+
+REFUSALS = frozenset(
+    (
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        *(errno.EACCES, errno.EPERM, errno.EROFS),
+        *(errno.EIO, errno.ESTALE, errno.ENAMETOOLONG),
+    )
+)
+"""Error numbers of what a machine refuses, whatever the program does: space, permission, a disk that works."""
+SPACE = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 
 def error_line(error: BaseException) -> str | None:
-    """One line: what, where, what to do; None: a mistake of the program's, which a trace tells better."""
+    """One line for the user: what, where, what to do. None: a fault of the program, which a trace tells better."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if isinstance(error, ValueError | OSError):
-        return " ".join(str(error).split())
-    if _lost_contact(error):
-        reason = str(error).splitlines()[0].rsplit("] ", 1)[-1].partition(". ")[0]
-        return (
-            f"rank {dist.get_rank()} of {dist.get_world_size()} has lost another one ({reason}); "
-            "what is complete on disk stays; the same command goes on from there"
-        )
+    if isinstance(error, UserError):
+        return _one_line(str(error))
+    if is_refusal(error):
+        assert isinstance(error, OSError)
+        return _one_line(f"{error.filename or 'the disk'}: {refusal_reason(error)}")
+    if is_lost_contact(error):
+        return _lost_contact_line(error)
     return None
 
 
-def _lost_contact(error: BaseException) -> bool:
+def description(error: BaseException) -> str:
+    """One line about any error, for the record of a run."""
+    return error_line(error) or _one_line(f"{type(error).__name__}: {error}")
+
+
+def tell(error: BaseException) -> int:
+    """Tell on standard error what ended the command: a line, or a trace and a line if it is a fault of the program.
+
+    Returns:
+        The exit code.
+    """
+    line = error_line(error)
+    show_trace(error, fault=line is None)
+    print(f"dare: {line or FAULT_LINE}", file=sys.stderr, flush=True)
+    return exit_code(error)
+
+
+def show_trace(error: BaseException, *, fault: bool) -> None:
+    """Print the trace of a fault of the program; with ``DARE_TRACEBACK=1`` in the environment, of any error."""
+    if fault or os.environ.get("DARE_TRACEBACK") == "1":
+        traceback.print_exception(error)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a command that ends with ``error``: 1, `INTERRUPTED` or `FAULT`."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return FAULT if error_line(error) is None else 1
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the machine refused something that is right: no space left, no permission, a broken disk."""
+    return isinstance(error, OSError) and error.errno in REFUSALS
+
+
+def refusal_reason(error: BaseException) -> str:
+    """What the machine said when it refused (`is_refusal`)."""
+    assert isinstance(error, OSError)
+    return "no space left" if error.errno in SPACE else _one_line(str(error.strerror))
+
+
+def is_lost_contact(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone or too late."""
+    if "torch.distributed" not in sys.modules:  # commands that need no torch do not wait for its import
+        return False
+    import torch.distributed as dist
+
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def _lost_contact_line(error: BaseException) -> str:
+    import torch.distributed as dist
+
+    reason = str(error).splitlines()[0].rsplit("] ", 1)[-1].partition(". ")[0]
+    if not dist.is_initialized():
+        return f"the ranks cannot meet ({reason}); are all of them started, and can they reach each other?"
+    return (
+        f"rank {dist.get_rank()} of {dist.get_world_size()} has lost another one ({reason}); "
+        "what is complete on disk stays; the same command goes on from there"
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

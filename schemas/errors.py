@@ -5,5 +5,5 @@ class UserError(ValueError):
     """Something that the user can mend: settings, data, files, a cluster that do not fit.
 
     Its text is one line that says what is wrong, where, and what to do; commands print that line and exit with 1. Any
-    other error is a fault of the program: commands show its trace and exit with 70.
+    other error is a fault of the program: commands show its trace and exit with 70. See `pipeline.errors`.
     """

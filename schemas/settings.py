@@ -78,7 +78,10 @@ def load_settings(
                 raise UserError(f"{override!r}: an override is written key=value")
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([_in_full(override) for override in overrides]))
         content = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except UserError:
+        raise
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        # ValueError: bytes that are no text, and what YAML takes for a date that there is not (2026-13-45).
         raise UserError(f"settings cannot be read: {' '.join(str(error).split())}") from None
     try:
         return kind.model_validate(content)

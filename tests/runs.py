@@ -108,9 +108,10 @@ class Run:
             assert any(process.is_alive() for process in self.processes), self.said()
             time.sleep(0.01)
 
-    def said(self) -> str:
-        """Standard error of all ranks."""
-        return "".join(path.read_text() for path in self._errors if path.exists())
+    def said(self, *ranks: int) -> str:
+        """Standard error of some ranks, or of all."""
+        files = [self._errors[rank] for rank in ranks] or self._errors
+        return "".join(path.read_text() for path in files if path.exists())
 
     def complaint(self) -> str:
         """The one line that tells why it failed."""

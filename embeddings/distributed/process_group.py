@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from schemas.errors import UserError
+
 TIMEOUT = timedelta(minutes=10)
 """A collective that waits longer for another rank is an error."""
 
@@ -23,10 +25,16 @@ def process_group(device: torch.device) -> Iterator[dist.ProcessGroup]:
 
     Under torchrun (``RANK``, ``WORLD_SIZE`` and the like are set) it joins the others; else it is a group of one rank,
     which opens no port. A program that has used it ends by `leave`.
+
+    Raises:
+        UserError: ``WORLD_SIZE`` is set, but another variable of a launcher is missing or wrong.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except ValueError as error:  # a variable that is missing, or not a number
+            raise UserError(f"WORLD_SIZE is set, as by a launcher of ranks, but {error}; use torchrun") from None
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     group = dist.group.WORLD

@@ -10,11 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torchx import specs
-from torchx.specs.finder import ComponentValidationException
 
-
-class JobError(ValueError, ComponentValidationException):
-    """A job that cannot be described as asked; torchx's command line shows these without a traceback."""
+from schemas.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -33,16 +30,16 @@ class Processes:
             gpus: of a node; if processes are not said there is one for each, or two if there are none.
 
         Raises:
-            ValueError: another text, none of something, or more processes than GPUs.
+            UserError: another text, none of something, or more processes than GPUs.
         """
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
         if match is None:
-            raise JobError(f"-j {text}: nodes, or nodes x processes of each, are wanted, such as 2 or 2x8")
+            raise UserError(f"-j {text}: nodes, or nodes x processes of each, are wanted, such as 2 or 2x8")
         nodes, per_node = int(match[1]), int(match[2] or gpus or 2)
         if not nodes or not per_node:
-            raise JobError(f"-j {text}: at least one node and one process are needed")
+            raise UserError(f"-j {text}: at least one node and one process are needed")
         if gpus and per_node > gpus:
-            raise JobError(f"-j {text}: {per_node} processes on nodes of {gpus} GPUs; each needs one of its own")
+            raise UserError(f"-j {text}: {per_node} processes on nodes of {gpus} GPUs; each needs one of its own")
         return cls(nodes, per_node)
 
 
@@ -56,7 +53,7 @@ def check_training(arguments: Sequence[str]) -> None:
     Where a file of settings is not here, nothing is checked: it may be where the job will run.
 
     Raises:
-        ValueError: settings that no run can have.
+        UserError: settings that no run can have.
     """
     import typer.main
 
@@ -70,12 +67,12 @@ def check_training(arguments: Sequence[str]) -> None:
         return
     try:
         name = load_settings(TrainSettings, given["config"] or (), given["overrides"] or ()).model.name
-    except ValueError as error:
-        raise JobError(f"dare train: {error}") from None
+    except UserError as error:
+        raise UserError(f"dare train: {error}") from None
     from embeddings.models import MODELS  # Takes a while to import.
 
     if name not in MODELS:
-        raise JobError(f"dare train: model.name: must be one of {', '.join(sorted(MODELS))} (not {name!r})")
+        raise UserError(f"dare train: model.name: must be one of {', '.join(sorted(MODELS))} (not {name!r})")
 
 
 def node(name: str | None, cores: int, gpus: int, mebibytes: int) -> specs.Resource:
@@ -89,10 +86,10 @@ def node(name: str | None, cores: int, gpus: int, mebibytes: int) -> specs.Resou
     """
     if name is not None:
         if name not in specs.named_resources:
-            raise JobError(f"-h {name}: no such node; the shipped ones are named as the topologies of `dare plan`")
+            raise UserError(f"-h {name}: no such node; the shipped ones are named as the topologies of `dare plan`")
         return specs.named_resources[name]
     if cores < 1 or gpus < 0 or mebibytes < 1:
-        raise JobError(
+        raise UserError(
             f"--cpu {cores} --gpu {gpus} --memMB {mebibytes}: a node has cores and memory, and no less than 0 GPUs"
         )
     return specs.Resource(cores, gpus, mebibytes)
@@ -139,12 +136,12 @@ class Job:
             max_restarts: how often all processes are started again when one dies.
 
         Raises:
-            ValueError: a job that no scheduler would take.
+            UserError: a job that no scheduler would take.
         """
         if not 0 < rdzv_port < 65536:
-            raise JobError(f"--rdzv_port {rdzv_port}: not a port")
+            raise UserError(f"--rdzv_port {rdzv_port}: not a port")
         if max_restarts < 0:
-            raise JobError(f"--max_restarts {max_restarts}: less than none")
+            raise UserError(f"--max_restarts {max_restarts}: less than none")
         count = Processes.parse(processes, self.node.gpu)
         if count.nodes == 1:
             meeting = ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
@@ -171,16 +168,16 @@ class Job:
 
     def _app(self, command: str, line: str, cores: int, nodes: int, ports: dict[str, int]) -> specs.AppDef:
         if not NAME.fullmatch(self.name):
-            raise JobError(
+            raise UserError(
                 f"--name {self.name}: not a name for a job: a letter, then up to 39 letters, digits and dashes, "
                 "all lower case, no dash at the end"
             )
         if self.max_retries < 0:
-            raise JobError(f"--max_retries {self.max_retries}: less than none")
+            raise UserError(f"--max_retries {self.max_retries}: less than none")
         try:
             mounts = specs.parse_mounts(list(self.mounts))
         except (KeyError, ValueError) as error:
-            raise JobError(f"--mounts {','.join(self.mounts)}: {error.args[0]}") from None
+            raise UserError(f"--mounts {','.join(self.mounts)}: {error.args[0]}") from None
         env = _environment(cores) | dict(self.env)
         # Slurm's list of variables ends a value at its first comma: such values travel in the command line.
         with_comma = [f"{key}={value}" for key, value in env.items() if "," in value]

@@ -19,6 +19,7 @@ from embeddings.batch import Batch
 from pipeline.evaluate.evaluate import predictions
 from pipeline.evaluate.open_run import opened_run
 from pipeline.files import output_folder
+from schemas.errors import UserError
 
 COMPRESSION = "zstd"
 
@@ -43,7 +44,7 @@ def score_run(
         Number of predictions over all ranks.
 
     Raises:
-        ValueError: run, checkpoint, data and output do not fit each other.
+        UserError: run, checkpoint, data and output do not fit each other.
     """
     rank = dist.get_rank()
     with opened_run(run, split, which, data, device) as (model, stream), _folder_of_all(out, overwrite) as folder:
@@ -70,7 +71,11 @@ def _table(batch: Batch, logit_T: Tensor, raw_I: pa.Array, schema: pa.Schema) ->
 
 def _raw_items(folder: Path) -> pa.Array:
     """Raw ids by dense id; null for the unknown item 0."""
-    dictionary = pq.read_table(folder / "items.parquet", columns=["id", "raw_id"])
+    file = folder / "items.parquet"
+    try:
+        dictionary = pq.read_table(file, columns=["id", "raw_id"])
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); prepare the data set again") from None
     place_I = np.full(dictionary.num_rows + 1, -1)
     place_I[dictionary["id"].to_numpy()] = np.arange(dictionary.num_rows)
     raw = dictionary["raw_id"].combine_chunks()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from pipeline.errors import error_line
+from pipeline.errors import description
 from pipeline.experiment.cells import Cell, Parameters
 from pipeline.experiment.pairs import Comparison, Pair
 from pipeline.experiment.report import write_report
@@ -132,4 +132,4 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        print(f"results or report cannot be written now: {error_line(error)}", file=sys.stderr, flush=True)
+        print(f"results or report cannot be written now: {description(error)}", file=sys.stderr, flush=True)

@@ -12,9 +12,9 @@ from pipeline.files import output_folder
 from pipeline.ingest import definition
 from pipeline.ingest.catalog import BYTES_PER_ITEM, Catalog, build_catalog
 from pipeline.ingest.engine import Engine
-from pipeline.ingest.progress import stage
 from pipeline.ingest.shards import ShardBuilder, Written
 from pipeline.ingest.sources import Files, feature_files, log_files
+from pipeline.progress import stage
 from schemas.errors import UserError
 from schemas.events import event_schema, impression_schema
 from schemas.manifest import (
@@ -76,7 +76,7 @@ class _Preparation:
         features = None if feature_files is None else engine.read(feature_files)
         with stage("read events") as running:
             raw = engine.read(event_files)
-            events = engine.keep("events", definition.events(raw, settings.events, features), running.share)
+            events = engine.keep("events", definition.events(raw, settings.events, features), running.reach_share)
         assert set(events.columns) == set(
             event_schema(
                 text_category=settings.events.text_category,
@@ -90,7 +90,7 @@ class _Preparation:
             with stage("read impressions") as running:
                 raw = engine.read(impression_files)
                 impressions = definition.impressions(raw, settings.impressions)
-                impressions = engine.keep("impressions", impressions, running.share)
+                impressions = engine.keep("impressions", impressions, running.reach_share)
             assert set(impressions.columns) == set(
                 impression_schema(
                     text_category=settings.impressions.text_category,

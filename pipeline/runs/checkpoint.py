@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
 
+from pipeline.errors import is_lost_contact
 from pipeline.files import read_json, remove_folder
 from schemas.errors import UserError
 
@@ -41,6 +42,8 @@ def checkpoints_in(folder: Path) -> list[Checkpoint]:
     found = []
     for path in sorted(folder.glob("step-*")):
         record = read_json(path / RECORD)
+        if not isinstance(record.get("step"), int) or "score" not in record:
+            raise UserError(f"{path / RECORD} is damaged (no step or no score); remove the folder of this checkpoint")
         found.append(Checkpoint(path, record["step"], record["score"]))
     return found
 
@@ -123,6 +126,8 @@ def load(state: dict[str, Any], checkpoint: Path) -> None:
     try:
         load_in_place(state, checkpoint_id=checkpoint)
     except (CheckpointException, OSError, RuntimeError) as error:
+        if is_lost_contact(error):
+            raise
         raise UserError(f"{checkpoint} cannot be read ({_line(error)}); use another checkpoint") from None
 
 

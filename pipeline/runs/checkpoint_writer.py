@@ -1,9 +1,8 @@
 """Writes checkpoints while training goes on."""
 
-import errno
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +13,9 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from pipeline.errors import is_lost_contact, is_refusal, refusal_reason
 from pipeline.runs.checkpoint import RECORD, final_path, last_checkpoint, partial_path, prune, remove_leftovers
+from schemas.errors import UserError
 
 
 class CheckpointWriter:
@@ -51,7 +52,7 @@ class CheckpointWriter:
             score: see `Checkpoint.score`.
 
         Raises:
-            OSError: the previous one could not be written.
+            UserError: the previous one could not be written: the disk is full, another rank is gone.
         """
         self.wait()
         self._writing = self._thread.submit(self._write, self._copy(state), step, score)
@@ -65,7 +66,7 @@ class CheckpointWriter:
         """Wait until what was begun is whole, on the rank that asks.
 
         Raises:
-            OSError: it could not be written; names the step and the last checkpoint that is whole.
+            UserError: it could not be written; names the step and the last checkpoint that is whole.
         """
         if self._writing is not None:
             writing, self._writing = self._writing, None
@@ -97,24 +98,38 @@ class CheckpointWriter:
                     (partial / name).write_text(content)
                 partial.rename(final)
                 prune(self._folder, self._keep)
-        except (OSError, RuntimeError, CheckpointException) as error:
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(self._explain(error, step)) from error
+            # A disk that is full or another rank that is gone; anything else is a fault of the program.
+            if (reason := _reason(error)) is not None:
+                raise UserError(self._explain(reason, step)) from error
+            raise
 
-    def _explain(self, error: BaseException, step: int) -> str:
+    def _explain(self, reason: str, step: int) -> str:
         last = last_checkpoint(self._folder)
         whole = f"the last one is of step {last.step}" if last else "there is none yet"
-        first = _first_cause(error)
-        reason = "no space left" if getattr(first, "errno", None) == errno.ENOSPC else f"{first}".splitlines()[0]
         return f"{self._folder}: the checkpoint of step {step} cannot be written: {reason}; {whole}"
 
 
-def _first_cause(error: BaseException) -> BaseException:
-    """The error of the file system that is behind an error of torch.distributed.checkpoint, if one is."""
-    if isinstance(error, CheckpointException):
-        for wrapped, _ in error.failures.values():
-            return _first_cause(wrapped)
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return error
+def _reason(error: BaseException) -> str | None:
+    """Why the machine or another rank kept a checkpoint from being written; None: it is a fault of the program."""
+    errors = list(_with_causes(error))
+    for each in errors:
+        if is_refusal(each):
+            return refusal_reason(each)
+    for each in errors:
+        # torch's writer finds out by itself that a file has not become as long as what it wrote.
+        if is_lost_contact(each) or "PytorchStreamWriter" in str(each) or "unexpected pos" in str(each):
+            return str(each).splitlines()[0]
+    return None
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those behind it, also those of other ranks, which torch.distributed.checkpoint has gathered."""
+    while error is not None:
+        yield error
+        if isinstance(error, CheckpointException):
+            for of_rank, _ in error.failures.values():
+                yield from _with_causes(of_rank)
+        error = error.__cause__ or error.__context__

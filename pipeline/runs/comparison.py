@@ -25,6 +25,8 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
         if not run.test_file.is_file():
             raise UserError(f"{folder}: the run is not finished, it has no {run.test_file.name}; `dare train` goes on")
         test = read_json(run.test_file)
+        if not set(METRICS) <= test.keys():
+            raise UserError(f"{run.test_file} is damaged (no {', '.join(METRICS)})")
         found.append({"run": str(folder), "model": settings[-1]["model.name"]} | {name: test[name] for name in METRICS})
     keys = dict.fromkeys(key for values in settings for key in values if key != "model.name")
     differing = [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1]

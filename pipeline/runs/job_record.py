@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import error_line
+from pipeline.errors import description
 from pipeline.files import write_whole
 from pipeline.runs.run_folder import RunFolder
 from pipeline.versions import versions
@@ -50,8 +50,7 @@ def recorded(run: RunFolder, former: list[dict[str, Any]], step: int, device: to
     try:
         yield
     except BaseException as error:
-        reason = error_line(error) or " ".join(f"{type(error).__name__}: {error}".split())
-        _write(run, [*former, start | {"ended": _now(), "how": "failed", "error": reason}])
+        _write(run, [*former, start | {"ended": _now(), "how": "failed", "error": description(error)}])
         raise
     _write(run, [*former, start | {"ended": _now(), "how": "finished" if run.test_file.is_file() else "stopped"}])
 

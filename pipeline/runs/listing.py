@@ -114,10 +114,7 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 def _validation_aucs(run: RunFolder) -> list[float]:
     """Where it is defined."""
-    try:
-        lines = read_step_log(run.validations)
-    except ValueError as error:
-        raise UserError(f"{run.validations} is damaged ({error})") from None
+    lines = read_step_log(run.validations)
     if not all(isinstance(line, dict) and "auc" in line for line in lines):
         raise UserError(f"{run.validations} is damaged (a line without auc)")
     return [line["auc"] for line in lines if line["auc"] is not None]

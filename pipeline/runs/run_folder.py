@@ -91,7 +91,7 @@ class RunFolder:
             )
         try:
             return load_settings(TrainSettings, [self.settings_file])
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{self.settings_file}: {error}") from None
 
     def data_set(self) -> Path:
@@ -100,8 +100,10 @@ class RunFolder:
         Raises:
             UserError: the run does not say.
         """
-        record = read_json(self.data_file)
-        return Path(record["folder"])
+        folder = read_json(self.data_file).get("folder")
+        if not isinstance(folder, str):
+            raise UserError(f"{self.data_file} is damaged (no folder); give --data")
+        return Path(folder)
 
     def starts(self) -> list[dict[str, Any]]:
         """All starts of the run so far, the first one first; none: it has not begun. See `pipeline.runs.job_record`.
@@ -200,11 +202,14 @@ def settings_text(settings: TrainSettings) -> str:
 
 
 class StepLog:
-    """Appends lines. When a run goes on from a checkpoint, what was written after it is cut off.
+    """Appends lines to a log of steps. Where a run goes on from a checkpoint, lines of later steps are cut off first.
 
     Args:
-        path: the file.
-        step: of the checkpoint; 0: from the start.
+        path: the file, JSON lines.
+        step: step of the checkpoint; 0: the run begins.
+
+    Raises:
+        UserError: a line of the file is not of a step.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -212,7 +217,8 @@ class StepLog:
         with path.open("rb+") as former:
             end = 0
             for line in former:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                # A run that was killed may have left half a line.
+                if not line.endswith(b"\n") or _step_of(line, path) > step:
                     break
                 end += len(line)
             former.truncate(end)
@@ -232,6 +238,22 @@ class StepLog:
 
 
 def read_step_log(path: Path) -> list[dict[str, Any]]:
-    """All whole lines."""
+    """All whole lines of a log of steps, in order; none if there is no file.
+
+    Raises:
+        UserError: a line is no JSON.
+    """
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error})") from None
+
+
+def _step_of(line: bytes, path: Path) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{path} is damaged: {line[:40]!r} is not of a step; remove the file, and the run goes on with a new one"
+        ) from None

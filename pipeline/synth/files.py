@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.files import check_output_file, whole_file
-from pipeline.ingest.progress import stage
+from pipeline.progress import stage
 from pipeline.synth.histories import BEHAVIORS, SCENES, Histories, HistoryGenerator
 from pipeline.synth.impressions import BayesAuc, Impressions, draw_impressions
 from schemas.errors import UserError

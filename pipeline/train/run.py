@@ -47,8 +47,8 @@ def train(
         The test's metrics, what ``test.json`` holds; None if the run was asked to stop before its end.
 
     Raises:
-        UserError: settings, data and run folder do not fit each other; a loss that is not finite.
-        OSError: a checkpoint that cannot be written.
+        UserError: settings, data and run folder do not fit each other; a loss that is not finite; a checkpoint that
+            cannot be written.
     """
     run = RunFolder(folder)
     with ExitStack() as stack:
@@ -99,7 +99,7 @@ def _checkpoint_to_resume(run: RunFolder, settings: TrainSettings, data_set: Dat
                 f"{run.path}: the run was begun with other settings: {differences}; "
                 "use the same to go on, or another folder to begin anew"
             )
-        if read_json(run.data_file)["fingerprint"] != data_set.fingerprint:
+        if read_json(run.data_file).get("fingerprint") != data_set.fingerprint:
             raise UserError(
                 f"{run.path}: the run was begun with another data set, {run.data_set()} as it was then, "
                 f"not {data_set.folder}; use the same to go on, or another folder to begin anew"

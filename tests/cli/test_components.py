@@ -516,7 +516,7 @@ def test_a_single_process_job_runs_at_once_in_the_repository(tmp_path: Path) -> 
         text=True,
     )
     assert told.returncode == 1
-    assert "dare: --topology nowhere: unknown" in told.stderr
+    assert "dare: --topology none: unknown" in told.stderr
 
 
 @pytest.fixture(scope="module")

@@ -321,7 +321,7 @@ def test_the_list(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert dare(capsys, "runs", str(tmp_path)) == f"{tmp_path}: no runs\n"
     monkeypatch.setattr(sys, "argv", ["dare", "runs", str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match=r"dare: .*nowhere: no such folder"):
+    with pytest.raises(SystemExit, match=r"dare: .*none: no such folder"):
         main()
 
 

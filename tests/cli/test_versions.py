@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import versions
+from pipeline import versions
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **found: str) -> None:
