@@ -43,7 +43,7 @@ types: $(READY)
 
 docs: $(READY)  ## the site of docs/ and of the docstrings, in site/; warnings are errors
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/docs.txt
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 examples: $(READY)  ## run what the tutorial, add_a_model.md and examples/ show
 	$(BIN)/python -m pytest -m examples

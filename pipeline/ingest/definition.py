@@ -103,7 +103,8 @@ def lines(
         cuts: timestamps at which validation and test begin, for impressions without a split of their own.
 
     Returns:
-        shard, user_key, user_id, timestamp, item[, behavior][, scene][, label, split]; an event's label is -1.
+        shard, user_key, user_id, timestamp, item, and where there are such behavior, scene, label, split; an event's
+        label is -1.
     """
     parts = [_dense(events, item_ids, vocabularies)]
     if impressions is not None:

@@ -93,7 +93,7 @@ class DataSet:
         }
 
     def largest_ids(self) -> dict[str, int]:
-        """The largest id that each kind of id can have: item, category[, behavior][, scene]."""
+        """The largest id that each kind of id can have: item, category; behavior and scene where the data have them."""
         largest = {"item": self.manifest.counts.items, "category": self.manifest.counts.categories}
         if self.manifest.behaviors is not None:
             largest["behavior"] = len(self.manifest.behaviors)

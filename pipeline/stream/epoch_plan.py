@@ -116,7 +116,9 @@ def shuffled_order(user_T: I64, together: int | None, seed: int, epoch: int, blo
     Args:
         user_T: (T,), users of the targets, ascending from 0.
         together: k; None: all targets of a user stay together.
-        seed, epoch, block: decide the order, and nothing else does.
+        seed: of the run.
+        epoch: from 0.
+        block: which filling of the shuffle buffer. Seed, epoch and block decide the order, and nothing else does.
 
     Returns:
         (T,), the targets in their new order.

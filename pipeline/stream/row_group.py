@@ -23,11 +23,11 @@ class RowGroup:
 
     user_id_U: I64
     history_M: dict[str, NDArray]
-    """item, category, timestamp[, behavior][, scene]."""
+    """item, category, timestamp; behavior and scene where the data have them."""
     history_offset_U: I64
     """(U + 1,): user u's behaviours are history_offset_U[u] .. history_offset_U[u + 1]."""
     target_T: dict[str, NDArray]
-    """item, category, timestamp, label, split, history_end[, scene]."""
+    """item, category, timestamp, label, split, history_end; scene where the data have it."""
     target_offset_U: I64
     """(U + 1,): user u's targets."""
 
@@ -37,7 +37,7 @@ class RowGroup:
 
         Args:
             table: the row group.
-            largest_ids: of item, category[, behavior][, scene].
+            largest_ids: of item, category; behavior and scene where the data have them.
 
         Raises:
             UserError: nulls, lists of a user that differ in length, ids or ``history_end`` out of range.

@@ -30,7 +30,7 @@ class Windows:
     """A sequence of each user, flat, and each target's window of it. Offsets and windows count in M."""
 
     columns_M: dict[str, NDArray]
-    """item, category, timestamp[, behavior][, scene]."""
+    """item, category, timestamp; behavior and scene where the data have them."""
     offset_U: I64
     """(U + 1,): user u's behaviours are offset_U[u] .. offset_U[u + 1]."""
     start_T: I64
@@ -93,7 +93,7 @@ class Samples:
     user_id_U: I64
     user_T: I64
     columns_T: dict[str, NDArray]
-    """item, category, timestamp, label[, scene]."""
+    """item, category, timestamp, label; scene where the data have it."""
     sequences: dict[str, Windows]
 
     def __len__(self) -> int:

@@ -45,10 +45,11 @@ def synthesize(
 
     Args:
         settings: how much, and with what structure.
-        events: file to write: ``.parquet`` (user_id, item_id, category_id, timestamp[, behavior][, scene]), or ``.csv``
-            in the format of Taobao's UserBehavior.csv (user, item, category, behaviour type, timestamp; no header).
-        impressions: ``.parquet`` file to write (user_id, item_id, category_id, timestamp, label, click_probability
-            [, scene]).
+        events: file to write: ``.parquet`` (user_id, item_id, category_id, timestamp, and behavior and scene if the
+            settings ask for them), or ``.csv`` in the format of Taobao's UserBehavior.csv (user, item, category,
+            behaviour type, timestamp; no header).
+        impressions: ``.parquet`` file to write (user_id, item_id, category_id, timestamp, label, click_probability, and
+            scene if the settings ask for it).
         overwrite: replace files that are there.
 
     Raises:

@@ -85,3 +85,11 @@ def test_lines_of_prose_are_short(page: Path) -> None:
         elif not code and len(line) > LIMIT and not line.lstrip().startswith("|"):
             long.append(number)
     assert not long, f"lines of more than {LIMIT} characters: {long}"
+
+
+def test_files_of_a_step_are_there() -> None:
+    text = (REPOSITORY / "docs/architecture.md").read_text()
+    files = re.findall(r"^\| (\d+) \| `([\w/.]+)` \|", text, re.MULTILINE)
+    assert [int(number) for number, _ in files] == list(range(1, len(files) + 1))
+    missing = [file for _, file in files if not (REPOSITORY / file).is_file()]
+    assert not missing, f"docs/architecture.md names files that are not there: {missing}"
