@@ -64,14 +64,14 @@ class Progress:
 
     Example::
 
-        with Progress(100, lambda: f"step {progress.done}/100, {duration(progress.seconds_left)} left") as progress:
+        with Progress(100, lambda it: f"step {it.done}/100{time_left(it.seconds_left)}") as progress:
             for _ in range(100):
                 progress.advance()
 
     Args:
         total: amount of work in all.
-        text: what to say at a moment. Of several lines, the first stands beside the bar and the others below it; in a
-            log they are one line. On a terminal it is called from another thread.
+        text: what to say of it at a moment. Of several lines, the first stands beside the bar and the others below it;
+            in a log they are one line. On a terminal it is called from another thread.
         done: amount that was done before.
         every_s: seconds between two log lines, where standard error is no terminal.
         shown: whether anything is shown at all.
@@ -80,7 +80,7 @@ class Progress:
     def __init__(
         self,
         total: float,
-        text: Callable[[], str],
+        text: Callable[["Progress"], str],
         *,
         done: float = 0,
         every_s: float = LINE_EVERY_S,
@@ -94,7 +94,8 @@ class Progress:
         self._began = self._logged = time.monotonic()
         self.live = shown and sys.stderr.isatty()
         """Whether a live line is shown."""
-        self._logs = shown and not self.live
+        self.logs = shown and not self.live
+        """Whether log lines are written."""
         self._live: Live | None = None
 
     def advance(self, amount: float = 1) -> None:
@@ -112,14 +113,14 @@ class Progress:
 
     def tick(self) -> None:
         """Log a line if one is due; for work that takes long between two calls of `advance`."""
-        if self._logs and time.monotonic() - self._logged >= self._every_s:
+        if self.logs and time.monotonic() - self._logged >= self._every_s:
             self.log()
 
     def log(self) -> None:
         """Log a line now, where lines are logged."""
-        if self._logs:
+        if self.logs:
             self._logged = time.monotonic()
-            _LOGGER.info("%s", "; ".join(line.strip() for line in self._text().splitlines()))
+            _LOGGER.info("%s", "; ".join(line.strip() for line in self._text(self).splitlines()))
 
     def pause(self, seconds: float) -> None:
         """Leave ``seconds`` that have just gone by out of all speeds and estimates."""
@@ -155,7 +156,7 @@ class Progress:
             self._live.stop()
 
     def _render(self) -> RenderableType:
-        first, *others = self._text().splitlines()
+        first, *others = self._text(self).splitlines()
         line = Table.grid(padding=(0, 1))
         line.add_row(ProgressBar(total=self.total, completed=self.done, width=24), Text(first))
         return Group(line, *(Text(f"  {other}") for other in others))
@@ -171,13 +172,12 @@ def stage(name: str, total: float = 100, unit: str = "%") -> Iterator[Progress]:
         unit: what is counted; ``%``: shares alone are shown.
     """
 
-    def text() -> str:
+    def text(progress: Progress) -> str:
         share = progress.done / progress.total if progress.total else 1.0
         amount = f"{share:.0%}" if unit == "%" else f"{progress.done:,.0f} of {progress.total:,.0f} {unit}"
         return f"{name}: {amount}{time_left(progress.seconds_left)}"
 
-    progress = Progress(total, text)
-    with progress:
+    with Progress(total, text) as progress:
         yield progress
     _LOGGER.info("%s: %.1f s", name, progress.seconds)
 

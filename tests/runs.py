@@ -137,12 +137,14 @@ def _rank(
     arguments: tuple[Any, ...],
 ) -> None:
     from jobs.ranks import on_all_ranks
+    from pipeline.progress import log_to_standard_error
     from pipeline.train.run import train
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     sys.stderr = errors.open("w", buffering=1)
+    log_to_standard_error()
     if sabotage:
         sabotage(rank, *arguments)
     on_all_ranks(lambda device: train(settings, data, folder, device))

@@ -18,7 +18,7 @@ from pipeline.experiment.cells import Cell
 from pipeline.experiment.child import Child
 from pipeline.experiment.results import seconds_of
 from pipeline.files import read_json
-from pipeline.train.reporting import duration
+from pipeline.progress import duration
 
 _TELLING = 0.05
 """A cell of which less is done says nothing yet: it has mostly started."""

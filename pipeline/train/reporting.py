@@ -1,12 +1,10 @@
-"""How far a run is, for the person who started it: a live line on a terminal, elsewhere a line now and then.
+"""What a run says about itself while it goes: progress, TensorBoard, the logs of losses and validations.
 
-What TensorBoard shows of a run; written by the first rank.
-
-Everything that a run writes about itself while it goes: progress, TensorBoard, losses, validations.
+All ranks have a `RunReport` and call the same methods; the first rank alone shows and writes.
 """
 
 import json
-import sys
+import logging
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -17,90 +15,95 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from pipeline.evaluate.distribution import ScoreDistribution
 from pipeline.evaluate.evaluate import as_document
 from pipeline.evaluate.metrics import Evaluation
 from pipeline.files import write_whole
+from pipeline.progress import Progress, time_left
 from pipeline.runs.run_folder import RunFolder, StepLog
 from pipeline.train.pipeline import Agreement
 
-LINE_EVERY_S = 15.0
-"""Where nobody watches: seconds between two lines."""
+_LOGGER = logging.getLogger("dare.train")
 
 
-class Progress:
-    """Shown on standard error by the first rank.
+class TrainingProgress:
+    """Shows on standard error which step a run is at, its speed, its loss and its last validation.
 
     Args:
         step: steps done before.
         steps: steps in all.
-        shown: show anything at all.
+        shown: whether anything is shown at all.
     """
 
     def __init__(self, step: int, steps: int, shown: bool) -> None:
-        self._live = shown and sys.stderr.isatty()
-        self._plain = shown and not self._live
-        self._bar = tqdm(initial=step, total=steps, unit="step", desc="train", disable=not self._live, smoothing=0.1)
-        self._first, self._step, self._steps = step, step, steps
-        self._began = self._told = time.monotonic()
-        self._samples = self._samples_told = 0
-        self._validation = ""
+        self._progress = Progress(steps, self._text, done=step, shown=shown)
+        self._step, self._steps = step, steps
+        self._samples = 0
+        self._line_s, self._line_samples = 0.0, 0
+        """Seconds and samples at the last log line."""
+        self._loss, self._validation = 0.0, ""
 
     def advance(self, loss: float, targets: int) -> None:
-        """A step is done: its loss, and its targets over all ranks."""
+        """Note that a step is done.
+
+        Args:
+            loss: mean loss of the step.
+            targets: targets of the step over all ranks.
+        """
         self._step += 1
         self._samples += targets
-        now = time.monotonic()
-        if self._live:
-            rate = self.samples_per_s
-            self._bar.set_postfix_str(f"{rate:,.0f} samples/s, loss {loss:.4f}{self._validation}", refresh=False)
-            self._bar.update()
-        elif self._plain and (now - self._told >= LINE_EVERY_S or self._step == self._steps):
-            rate = (self._samples - self._samples_told) / max(now - self._told, 1e-9)
-            left = (now - self._began) / (self._step - self._first) * (self._steps - self._step)
-            self._say(
-                f"step {self._step}/{self._steps}, {rate:,.0f} samples/s, loss {loss:.4f}{self._validation}, "
-                f"{duration(left)} left"
-            )
-            self._told, self._samples_told = now, self._samples
+        self._loss = loss
+        self._progress.advance()
+        if self._step == self._steps:
+            self._progress.log()
 
     def validated(self, auc: float, better: bool, seconds: float) -> None:
-        """A validation is done, which took so long; ``better``: than ever before."""
+        """Note that a validation is done.
+
+        Args:
+            auc: its AUC.
+            better: whether it is the best one so far.
+            seconds: how long it took; speeds are those of training, without it.
+        """
         self._validation = f", validation AUC {auc:.4f}"
-        self._began, self._told = self._began + seconds, self._told + seconds  # the speed is that of training
-        if self._plain:
-            self._say(f"step {self._step}/{self._steps}{self._validation}{', the best so far' if better else ''}")
+        self._progress.pause(seconds)
+        if self._progress.logs:
+            best = ", the best so far" if better else ""
+            _LOGGER.info("step %d/%d%s%s", self._step, self._steps, self._validation, best)
 
     @property
     def samples_per_s(self) -> float:
-        """Of all ranks together since the start, validations left out."""
-        return self._samples / max(time.monotonic() - self._began, 1e-9)
+        """Samples a second of all ranks together since the start, validations left out."""
+        return self._samples / self._progress.seconds
 
     def __enter__(self) -> Self:
+        self._progress.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self._progress.__exit__()
 
-    def _say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """Minutes and seconds, and hours if there are any."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    def _text(self, progress: Progress) -> str:
+        rate = self.samples_per_s
+        if progress.logs:
+            # A line tells the speed since the one before it; a live line is renewed too often for that.
+            seconds = progress.seconds
+            rate = (self._samples - self._line_samples) / max(seconds - self._line_s, 1e-9)
+            self._line_s, self._line_samples = seconds, self._samples
+        return (
+            f"step {self._step}/{self._steps}, {rate:,.0f} samples/s, loss {self._loss:.4f}{self._validation}"
+            f"{time_left(progress.seconds_left)}"
+        )
 
 
 class TensorBoard:
-    """Scalars of steps and validations, score curves, and the run's documents as text.
+    """Writes scalars of steps and validations, score curves, and the run's documents as text, for TensorBoard.
 
     Args:
-        folder: of event files.
-        step: of the checkpoint that the run goes on from; what was written after it is taken back (``purge_step``).
+        folder: folder of event files.
+        step: step of the checkpoint that the run goes on from, or 0. What was written after it is taken back
+            (``purge_step``).
         documents: texts by name.
     """
 
@@ -113,19 +116,19 @@ class TensorBoard:
         self._began, self._samples, self._waited_s = time.monotonic(), 0, 0.0
 
     def count(self, targets: int) -> None:
-        """A step is done, with so many targets over all ranks."""
+        """Note that a step is done, with so many targets over all ranks."""
         self._samples += targets
 
     def step(
         self, step: int, agreed: Agreement, learning_rates: dict[str, float], norms: dict[str, float], waited_s: float
     ) -> None:
-        """A point of the curves.
+        """Add a point to the curves.
 
         Args:
-            step: the step.
-            agreed: of the step.
-            learning_rates: of the dense parameters and of the sets of tables.
-            norms: of gradients.
+            step: number of the step.
+            agreed: what the ranks have agreed on at the step.
+            learning_rates: learning rates of the dense parameters and of the sets of tables, by name.
+            norms: gradient norms of the same.
             waited_s: seconds that this rank has waited for data since it began.
         """
         now = time.monotonic()
@@ -143,7 +146,7 @@ class TensorBoard:
         self._began, self._samples, self._waited_s = now, 0, waited_s
 
     def validation(self, step: int, evaluation: Evaluation, scores: ScoreDistribution, seconds: float) -> None:
-        """A validation, which took so long."""
+        """Add a validation, which took ``seconds``."""
         for name, value in asdict(evaluation).items():
             if isinstance(value, float):
                 self._scalar(f"validation/{name}", value, step)
@@ -164,46 +167,46 @@ class TensorBoard:
 
 
 TELL_EVERY_S = 5.0
-"""Least time between two writes of the progress file."""
+"""Least seconds between two writes of the progress file."""
 
 
-class Report:
-    """All ranks have one; only the first one's says anything.
+class RunReport:
+    """All that a run shows and writes while it goes. All ranks have one; that of the first rank alone does anything.
 
     Args:
-        run: the folder.
-        step: of the checkpoint that the run goes on from, or 0.
-        steps: in all.
+        run: folder of the run.
+        step: step of the checkpoint that the run goes on from, or 0.
+        steps: steps in all.
         documents: texts for TensorBoard, by name.
     """
 
     def __init__(self, run: RunFolder, step: int, steps: int, documents: dict[str, str]) -> None:
         self._open = ExitStack()
         self._speaks = dist.get_rank() == 0
-        self._run, self._step, self._steps, self._told = run, step, steps, time.monotonic()
-        self._progress = self._open.enter_context(Progress(step, steps, self._speaks))
+        self._run, self._step, self._steps, self._written = run, step, steps, time.monotonic()
+        self._progress = self._open.enter_context(TrainingProgress(step, steps, self._speaks))
         if self._speaks:
             self._losses, self._validations = StepLog(run.losses, step), StepLog(run.validations, step)
             self._open.callback(self._losses.close)
             self._open.callback(self._validations.close)
             self._board = self._open.enter_context(TensorBoard(run.tensorboard, step, documents))
-            self._tell()
-            self._open.callback(self._tell)
+            self._write_progress()
+            self._open.callback(self._write_progress)
 
     def step(self, step: int, agreed: Agreement) -> None:
-        """A step is done."""
+        """Note that a step is done."""
         self._step = step
         self._progress.advance(agreed.loss, agreed.targets)
         if self._speaks:
             self._losses.add(step, loss=agreed.loss)
             self._board.count(agreed.targets)
-            if time.monotonic() - self._told > TELL_EVERY_S:
-                self._tell()
+            if time.monotonic() - self._written > TELL_EVERY_S:
+                self._write_progress()
 
     def point(
         self, step: int, agreed: Agreement, learning_rates: dict[str, float], norms: dict[str, float], waited_s: float
     ) -> None:
-        """A point of the curves; see `TensorBoard.step`."""
+        """Add a point to the curves; arguments as for `TensorBoard.step`."""
         if self._speaks:
             self._losses.flush()
             self._board.step(step, agreed, learning_rates, norms, waited_s)
@@ -211,7 +214,7 @@ class Report:
     def validation(
         self, step: int, evaluation: Evaluation, scores: ScoreDistribution, seconds: float, better: bool
     ) -> None:
-        """A validation is done."""
+        """Note a validation, which took ``seconds``; ``better``: it is the best one so far."""
         self._progress.validated(evaluation.auc, better, seconds)
         if self._speaks:
             self._validations.add(step, **as_document(evaluation))
@@ -219,7 +222,7 @@ class Report:
             self._board.validation(step, evaluation, scores, seconds)
 
     def flush(self) -> None:
-        """Let the files say all up to now: a checkpoint is about to."""
+        """Write to the files what was noted up to now; to be called before a checkpoint of it is saved."""
         if self._speaks:
             self._losses.flush()
             self._validations.flush()
@@ -230,8 +233,8 @@ class Report:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def _tell(self) -> None:
+    def _write_progress(self) -> None:
         record = {"step": self._step, "steps": self._steps, "samples_per_s": round(self._progress.samples_per_s, 1)}
-        with suppress(OSError):  # no reason to stop
+        with suppress(OSError):  # A disk that is full is no reason to stop: the next checkpoint finds it out.
             write_whole(self._run.progress_file, json.dumps(record) + "\n")
-        self._told = time.monotonic()
+        self._written = time.monotonic()

@@ -1,7 +1,7 @@
 """A run from its beginning, or from its last checkpoint, to its test."""
 
 import json
-import sys
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from pipeline.runs.plan_file import plan_text, read_plan
 from pipeline.runs.run_folder import RunFolder, settings_text
 from pipeline.stream.data_set import DataSet
 from pipeline.stream.history_stream import HistoryStream
-from pipeline.train.reporting import Report
+from pipeline.train.reporting import RunReport
 from pipeline.train.trainer import StopSignal, Trainer, seed_all
 from schemas.errors import UserError
 from schemas.shards import SPLITS
 from schemas.train import MAY_CHANGE, TrainSettings, differing
+
+_LOGGER = logging.getLogger("dare.train")
+"""Shown by the first rank alone."""
 
 
 def train(
@@ -60,7 +63,7 @@ def train(
         resumed = _checkpoint_to_resume(run, settings, data_set)
         tested = _test_of_finished(run, settings.epochs) if resumed else None
         if tested is not None:
-            _say(f"{folder}: finished already, at step {tested['steps']}; see {run.test_file}")
+            _LOGGER.info("%s: finished already, at step %d; see %s", folder, tested["steps"], run.test_file)
             return tested
         seed_all(settings.seed + dist.get_rank())
         model = sharded_model(settings, data_set.manifest, device, read_plan(plan) if plan else None)
@@ -78,13 +81,17 @@ def train(
             run.begin(documents, data, data_set.fingerprint, data_set.dictionaries())
         stack.enter_context(recorded(run, starts, trainer.step, device))
         if not trainer.done:
-            _say(f"{folder}: {_beginning(resumed)}, {trainer.steps} steps on {dist.get_world_size()} processes")
+            _LOGGER.info(
+                "%s: %s, %d steps on %d processes", folder, _beginning(resumed), trainer.steps, dist.get_world_size()
+            )
             checkpoints = stack.enter_context(CheckpointWriter(run.checkpoints, settings.checkpoint.keep, documents))
-            with Report(run, trainer.step, trainer.steps, documents) as report:
+            with RunReport(run, trainer.step, trainer.steps, documents) as report:
                 trainer.train(checkpoints, report, stop)
             dist.barrier()
             if not trainer.done:
-                _say(f"{folder}: asked to stop, saved at step {trainer.step}; the same command goes on from there")
+                _LOGGER.info(
+                    "%s: asked to stop, saved at step %d; the same command goes on from there", folder, trainer.step
+                )
                 return None
         return _test(run, model, trainer.step, streams["test"], device)
 
@@ -159,8 +166,3 @@ def _test(
 
 def _beginning(resumed: Checkpoint | None) -> str:
     return f"goes on after step {resumed.step}" if resumed else "begins"
-
-
-def _say(line: str) -> None:
-    if dist.get_rank() == 0:
-        print(line, file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.stream.history_stream import HistoryStream
 from pipeline.train.optimizer import DenseOptimizer
 from pipeline.train.pipeline import Agreement, SearchPrefetchPipeline, agree
-from pipeline.train.reporting import Report
+from pipeline.train.reporting import RunReport
 from schemas.train import TrainSettings
 
 
@@ -120,7 +120,7 @@ class Trainer(Stateful):
         """All epochs are."""
         return self.epoch >= self.settings.epochs
 
-    def train(self, checkpoints: CheckpointWriter, report: Report, stop: StopSignal) -> None:
+    def train(self, checkpoints: CheckpointWriter, report: RunReport, stop: StopSignal) -> None:
         """Train to the end, or until a rank was asked to stop; either way the last state is saved.
 
         All ranks must call it.
@@ -170,7 +170,7 @@ class Trainer(Stateful):
         inner.row_hook = watched
         return watched
 
-    def _report(self, report: Report, agreed: Agreement, watched: GradientNorms | None) -> None:
+    def _report(self, report: RunReport, agreed: Agreement, watched: GradientNorms | None) -> None:
         report.step(self.step, agreed)
         if watched is not None:
             model = self.settings.model
@@ -183,7 +183,7 @@ class Trainer(Stateful):
             norms["dense"] = float(self._optimizer.gradient_norm)
             report.point(self.step, agreed, rates, norms, self.stream.waited_s)
 
-    def _validate(self, report: Report) -> bool:
+    def _validate(self, report: RunReport) -> bool:
         """Whether it is the best validation so far."""
         began = time.monotonic()
         metrics = evaluate(self.model, self._validation, self.device)
