@@ -7,7 +7,7 @@ batch and the names of the values.
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from embeddings.batch import Batch, History
 
@@ -27,9 +27,25 @@ class Definition:
     alone: str | None = None
     """The concern whose use of the tables has gradients; None: both have."""
 
+    training = True
+    """Predictions are normalised by the batch's own statistics, else by those of the state."""
+
     def __init__(self, state: dict[str, Tensor], features: tuple[str, ...], retrieved: dict[str, int]) -> None:
         self.state, self.retrieved = state, retrieved
         self.features = [feature for feature in features if feature not in self.left_out]
+        self.statistics: dict[str, Tensor] = {}
+        """Running statistics after the last prediction in training, by name."""
+
+    @staticmethod
+    def of(model: nn.Module) -> "Definition":
+        """The definition of a model, with its values."""
+        learning = {weight.data_ptr() for weight in model.parameters() if weight.requires_grad}
+        leaves: dict[int, Tensor] = {}  # a value that has two names is one leaf
+        state = {}
+        for name, value in model.state_dict().items():
+            leaf = value.detach().double().clone().requires_grad_(value.data_ptr() in learning)
+            state[name] = leaves.setdefault(value.data_ptr(), leaf)
+        return DEFINITIONS[model.settings.name](state, model.settings.features, model.settings.retrieved)
 
     # Embeddings
 
@@ -149,10 +165,19 @@ class Definition:
         return torch.zeros_like(self.joined(v))
 
     def perceptron(self, name: str, x_TI: Tensor) -> Tensor:
-        """In training: the batch's own statistics."""
-        mean, variance = x_TI.mean(0), x_TI.var(0, unbiased=False)
-        x = (x_TI - mean) / torch.sqrt(variance + 1e-5)
-        x = x * self.state[f"{name}.layers.0.weight"] + self.state[f"{name}.layers.0.bias"]
+        first = f"{name}.layers.0"
+        running = {
+            "mean": self.state[f"{first}.running_mean_F"],
+            "variance": self.state[f"{first}.running_variance_F"],
+        }
+        statistics = running
+        if self.training and len(x_TI) > 1:
+            statistics = {"mean": x_TI.mean(0), "variance": x_TI.var(0, unbiased=False)}
+            unbiased = {"mean": x_TI.mean(0), "variance": x_TI.var(0, unbiased=True)}
+            for kind, value in unbiased.items():
+                self.statistics[f"{first}.running_{kind}_F"] = (0.9 * running[kind] + 0.1 * value).detach()
+        x = (x_TI - statistics["mean"]) / torch.sqrt(statistics["variance"] + 1e-5)
+        x = x * self.state[f"{first}.weight"] + self.state[f"{first}.bias"]
         layer = 1
         while f"{name}.layers.{layer + 1}.weight" in self.state:
             x = x @ self.state[f"{name}.layers.{layer}.weight"].T + self.state[f"{name}.layers.{layer}.bias"]
@@ -163,10 +188,10 @@ class Definition:
         return x @ last[0].squeeze(0) + last[1]
 
     def logits(self, batch: Batch) -> list[Tensor]:
-        """The prediction's, and the auxiliary prediction's if there is one."""
+        """The prediction's, and in training the auxiliary prediction's if there is one."""
         found = []
         for name, whole in (("prediction", False), ("auxiliary", True)):
-            if f"{name}.layers.0.weight" in self.state:
+            if f"{name}.layers.0.weight" in self.state and (self.training or not whole):
                 x_TI = torch.stack([self.inputs(batch, t, whole) for t in range(len(batch))])
                 found.append(self.perceptron(name, x_TI))
         return found
