@@ -8,6 +8,7 @@ anything that a mistake would change. Elsewhere the allowance follows from what 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from embeddings.batch import Batch
 from embeddings.model import CtrModel
 from embeddings.models import twin
 from embeddings.search import local
+from embeddings.search.topk.inputs import TopKInputs
 
 LAMBDA = 8.0
 """A bound that holds for n roundings but for a chance of ``2 n exp(-LAMBDA**2 / 2)``: 3e-14 for each."""
@@ -75,6 +77,8 @@ def in_float64() -> Iterator[None]:
         return rounded
 
     def to_float32(value: Any) -> Any:
+        if isinstance(value, TopKInputs):
+            return TopKInputs(**{field.name: to_float32(getattr(value, field.name)) for field in fields(value)})
         return value.to(torch.float32) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     log_counts = in_float32(twin.log_counts)
