@@ -11,10 +11,10 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from pipeline.ingest.engine import Progress
+from pipeline.ingest.engine import ReportLines, ReportShare
 from pipeline.ingest.faults import csv_options, explain, refuse_fractions
-from pipeline.ingest.shards import ShardBuilder, Written
-from pipeline.ingest.sources import Files
+from pipeline.ingest.shards import ShardBuilder, WrittenShard
+from pipeline.ingest.sources import LogFiles
 from schemas.errors import UserError
 
 R = TypeVar("R")
@@ -28,10 +28,10 @@ _BATCH = 200_000
 
 
 class DuckDBEngine:
-    """See ``Engine``.
+    """An `Engine` in this process, which spills to disk what does not fit in memory.
 
     Args:
-        folder: for the database and what does not fit in memory; must exist.
+        folder: for the database and what is spilled; must exist.
         memory_limit: bytes of the whole process.
         threads: None: one for each core.
     """
@@ -44,59 +44,76 @@ class DuckDBEngine:
         }
         if threads is not None:
             settings["threads"] = threads
-        self._ibis = ibis.duckdb.connect(folder / "ingest.duckdb", **settings)
-        self._connection: duckdb.DuckDBPyConnection = self._ibis.con
-        self._files: list[Files] = []
+        self._files: list[LogFiles] = []
         self._memory_limit = memory_limit
+        self._ibis = self._explained(lambda: ibis.duckdb.connect(folder / "ingest.duckdb", **settings))
+        self._connection: duckdb.DuckDBPyConnection = self._ibis.con
 
-    def read(self, files: Files) -> ir.Table:
-        """See ``Engine.read``."""
+    def read(self, files: LogFiles) -> ir.Table:
+        """The log in ``files``, each needed column in its type.
+
+        Raises:
+            UserError: a line of a CSV file cannot be read, among all lines or among the first ones, which DuckDB reads
+                at once; what is wrong further on shows when the expression is computed.
+        """
         self._files.append(files)
         paths = [str(path) for path in files.paths]
         if files.format == "parquet":
-            return self._ibis.read_parquet(paths).select(*files.columns)
+            return self._explained(lambda: self._ibis.read_parquet(paths).select(*files.columns))
         refuse_fractions(files)
-        # DuckDB opens CSV files at once, so a fault in the first lines shows here.
-        return self._told(lambda: self._ibis.read_csv(paths, **csv_options(files)))
+        return self._explained(lambda: self._ibis.read_csv(paths, **csv_options(files)))
 
-    def open(self, path: Path) -> ir.Table:
-        """See ``Engine.open``."""
+    def open_ids(self, path: Path) -> ir.Table:
+        """A Parquet file of dense ids that ingest itself has written."""
         return self._ibis.read_parquet(str(path))
 
-    def leave(self, memory: int) -> None:
-        """See ``Engine.leave``."""
+    def reserve(self, memory: int) -> None:
+        """Lower DuckDB's memory limit by ``memory`` bytes, which the caller needs.
+
+        Raises:
+            UserError: DuckDB cannot work with the rest; says how large the limit must be.
+        """
         rest = self._memory_limit - _OUTSIDE - memory
         if rest < _LEAST:
             needed = -(-(self._memory_limit - rest + _LEAST) >> 20)
             raise UserError(f"memory_limit is too small for the dictionaries of this input; set at least {needed}MiB")
         self._connection.execute(f"SET memory_limit = '{rest}B'")
 
-    def keep(self, name: str, table: ir.Table, progress: Progress) -> ir.Table:
-        """See ``Engine.keep``."""
-        with _Watched(self._connection, progress):
-            return self._told(lambda: self._ibis.create_table(name, table))
+    def materialize(self, name: str, table: ir.Table, report: ReportShare) -> ir.Table:
+        """Compute ``table`` once and keep the result in the database under ``name``.
+
+        Raises:
+            UserError: a line or file of the input cannot be read, or the memory or the disk does not suffice.
+        """
+        with _Watched(self._connection, report):
+            return self._explained(lambda: self._ibis.create_table(name, table))
 
     def fetch(self, table: ir.Table) -> pa.Table:
-        """See ``Engine.fetch``."""
-        return self._told(lambda: self._ibis.to_pyarrow(table))
+        """Compute an expression and hold its result in memory."""
+        return self._explained(lambda: self._ibis.to_pyarrow(table))
 
     def write_shards(
-        self, lines: ir.Table, order: list[str], builder: ShardBuilder, progress: Callable[[int], object]
-    ) -> tuple[list[Written], int]:
-        """See ``Engine.write_shards``."""
+        self, lines: ir.Table, order: list[str], builder: ShardBuilder, report: ReportLines
+    ) -> tuple[list[WrittenShard], int]:
+        """Sort lines by the columns ``order`` and have ``builder`` write them, in this process.
 
-        def write() -> tuple[list[Written], int]:
+        Returns:
+            The files in order of their number, and how many users were seen.
+        """
+
+        def write() -> tuple[list[WrittenShard], int]:
             reader = self._ibis.to_pyarrow_batches(lines.order_by(order), chunk_size=_BATCH)
             with ThreadPoolExecutor(1) as ahead:
-                return builder.write(_ahead(reader, ahead), progress)
+                return builder.write(_ahead(reader, ahead), report)
 
-        return self._told(write)
+        return self._explained(write)
 
     def close(self) -> None:
-        """See ``Engine.close``."""
+        """Close the database; its files stay until their folder is removed."""
         self._ibis.disconnect()
 
-    def _told(self, run: Callable[[], R]) -> R:
+    def _explained(self, run: Callable[[], R]) -> R:
+        """What ``run`` returns; DuckDB's errors become lines for the user."""
         try:
             return run()
         except duckdb.OutOfMemoryException as error:
@@ -114,8 +131,8 @@ class DuckDBEngine:
 class _Watched:
     """Reports the progress of the connection's running query from a thread of its own."""
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, progress: Progress) -> None:
-        self._connection, self._progress = connection, progress
+    def __init__(self, connection: duckdb.DuckDBPyConnection, report: ReportShare) -> None:
+        self._connection, self._report = connection, report
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -129,8 +146,8 @@ class _Watched:
     def _watch(self) -> None:
         while not self._done.wait(0.2):
             share = self._connection.query_progress() / 100
-            if 0 <= share <= 1:
-                self._progress(share)
+            if 0 <= share <= 1:  # It is negative while DuckDB does not know.
+                self._report(share)
 
 
 def _ahead(reader: pa.RecordBatchReader, thread: ThreadPoolExecutor) -> Iterator[pa.RecordBatch]:

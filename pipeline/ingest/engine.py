@@ -1,4 +1,4 @@
-"""What ingest asks of the program that runs its definition."""
+"""What ingest asks of the program that runs its definition: an embedded engine, or a distributed one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,52 +7,54 @@ from typing import Protocol
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from pipeline.ingest.shards import ShardBuilder, Written
-from pipeline.ingest.sources import Files
+from pipeline.ingest.shards import ShardBuilder, WrittenShard
+from pipeline.ingest.sources import LogFiles
 
-Progress = Callable[[float], object]
-"""Called with the share that is done, 0 .. 1."""
+ReportShare = Callable[[float], object]
+"""Called with the share of a computation that is done, 0 .. 1."""
+ReportLines = Callable[[int], object]
+"""Called with the number of lines that are done since the last call."""
 
 
 class Engine(Protocol):
     """Runs Ibis expressions over logs that may be larger than memory."""
 
-    def read(self, files: Files) -> ir.Table:
+    def read(self, files: LogFiles) -> ir.Table:
         """The log in ``files``, each needed column in its type.
 
         Raises:
-            ValueError: when it runs, for a line or file that cannot be read.
+            UserError: a line or file that cannot be read; here, or when the expression is computed.
         """
         ...
 
-    def open(self, path: Path) -> ir.Table:
-        """A Parquet file of ours."""
+    def open_ids(self, path: Path) -> ir.Table:
+        """A Parquet file of dense ids that ingest itself has written."""
         ...
 
-    def keep(self, name: str, table: ir.Table, progress: Progress) -> ir.Table:
-        """Compute ``table`` once, on disk.
+    def materialize(self, name: str, table: ir.Table, report: ReportShare) -> ir.Table:
+        """Compute ``table`` once and keep the result on disk under ``name``.
 
         Raises:
-            ValueError: a line or file of the input cannot be read.
+            UserError: a line or file of the input cannot be read.
         """
         ...
 
-    def leave(self, memory: int) -> None:
-        """From now on leave so many bytes of the memory limit to the caller.
+    def reserve(self, memory: int) -> None:
+        """From now on leave ``memory`` bytes of the memory limit to the caller.
 
         Raises:
-            ValueError: the limit is too small for that.
+            UserError: the limit is too small for that.
         """
         ...
 
     def fetch(self, table: ir.Table) -> pa.Table:
-        """The result of an expression, in memory."""
+        """Compute an expression and hold its result in memory."""
         ...
 
     def write_shards(
-        self, lines: ir.Table, order: list[str], builder: ShardBuilder, progress: Callable[[int], object]
-    ) -> tuple[list[Written], int]:
-        """Sort lines and have ``builder`` write them; ``progress`` is called with numbers of lines.
+        self, lines: ir.Table, order: list[str], builder: ShardBuilder, report: ReportLines
+    ) -> tuple[list[WrittenShard], int]:
+        """Sort lines by the columns ``order`` and have ``builder`` write them.
 
         Returns:
             The files in order of their number, and how many users were seen.

@@ -10,15 +10,15 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from pipeline.ingest.sources import Files, corrupt
+from pipeline.ingest.sources import LogFiles, corrupt
 from schemas.errors import UserError
 
 _TYPES = {"int64": "BIGINT", "string": "VARCHAR", "timestamp": "TIMESTAMP"}
 _KINDS = {"BIGINT": "an integer", "TIMESTAMP": "a date and time"}
 
 
-def csv_options(files: Files) -> dict[str, Any]:
-    """Arguments of DuckDB's CSV reader that leave nothing to guess."""
+def csv_options(files: LogFiles) -> dict[str, Any]:
+    """Arguments of DuckDB's CSV reader that leave nothing for it to guess."""
     return {
         "header": files.header,
         "columns": {name: _TYPES[kind] for name, kind in files.columns.items()},
@@ -29,7 +29,7 @@ def csv_options(files: Files) -> dict[str, Any]:
     }
 
 
-def explain(error: duckdb.Error, inputs: list[Files]) -> str:
+def explain(error: duckdb.Error, inputs: list[LogFiles]) -> str:
     """DuckDB's error as one line for whoever gave the input."""
     text = str(error)
     if "No space left" in text:
@@ -43,7 +43,7 @@ def explain(error: duckdb.Error, inputs: list[Files]) -> str:
     return " ".join(text.split())
 
 
-def first_fault(files: Files) -> str | None:
+def first_fault(files: LogFiles) -> str | None:
     """Read the files to find what another engine stumbled over; None: they can be read."""
     if files.format == "parquet":
         return explain(duckdb.Error(), [files]) or None
@@ -56,7 +56,7 @@ def first_fault(files: Files) -> str | None:
     return None
 
 
-def refuse_fractions(files: Files) -> None:
+def refuse_fractions(files: LogFiles) -> None:
     """Look through a CSV log for numbers that are no integers; DuckDB would round them, and ids could merge.
 
     Raises:
@@ -68,7 +68,8 @@ def refuse_fractions(files: Files) -> None:
     fraction = 'min("{0}") FILTER (try_cast("{0}" AS DOUBLE) % 1 <> 0)'
     with duckdb.connect() as connection:
 
-        def found(path: Path, columns: list[str], expression: str) -> dict[str, Any]:
+        def aggregated(path: Path, columns: list[str], expression: str) -> dict[str, Any]:
+            """The aggregate of each column for which it is neither null nor false."""
             if not columns:
                 return {}
             lines = _lines(connection, files, [path], types)
@@ -80,13 +81,13 @@ def refuse_fractions(files: Files) -> None:
 
         integers = [name for name, kind in files.columns.items() if kind == "int64"]
         for path in files.paths:
-            for name, value in found(path, list(found(path, integers, suspect)), fraction).items():
+            for name, value in aggregated(path, list(aggregated(path, integers, suspect)), fraction).items():
                 line = _line_of(files, path, name, value)
                 raise UserError(f"{path}, line {line}: column {name}: {value!r} is not an integer; correct the file")
 
 
 def _lines(
-    connection: duckdb.DuckDBPyConnection, files: Files, paths: Sequence[Path], types: dict[str, str]
+    connection: duckdb.DuckDBPyConnection, files: LogFiles, paths: Sequence[Path], types: dict[str, str]
 ) -> duckdb.DuckDBPyRelation:
     """The lines of CSV files. DuckDB's Python API has other names for the options than its SQL."""
     options = csv_options(files)
@@ -101,16 +102,16 @@ def _lines(
     )
 
 
-def _line_of(files: Files, path: Path, column: str, value: str) -> int:
+def _line_of(files: LogFiles, path: Path, column: str, value: str) -> int:
     """Number of the first line that has the value in the column."""
-    place = list(files.columns).index(column)
+    index = list(files.columns).index(column)
     with pa.input_stream(str(path), compression="detect") as stream:
         rows = csv.reader(io.TextIOWrapper(stream, newline=""), delimiter=files.delimiter)
-        return next(rows.line_num for row in rows if row and row[place] == value)
+        return next(rows.line_num for row in rows if row and row[index] == value)
 
 
 def _csv_fault(text: str, line: int) -> str:
-    """DuckDB's words on a CSV line that it cannot read, as one line with file and line number."""
+    """One line with file and line number, made of DuckDB's words on a CSV line that it cannot read."""
     file = re.search(r"^\s*file = (.*)$", text, re.MULTILINE)
     where = f"{file[1] if file else 'input'}, line {line}"
     converted = re.search(r'converting column "(.*?)"\. Could not convert string "(.*?)" to \'(\w+)\'', text)

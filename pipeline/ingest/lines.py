@@ -1,4 +1,4 @@
-"""Sorted lines as arrays: whole users, and what follows from the order.
+"""Sorted lines of whole users as arrays, and what follows from their order.
 
 L = lines, U = users. Lines are ordered by (user, timestamp, item, ...): see ``definition.line_order``.
 """
@@ -72,7 +72,9 @@ class Lines:
     @cached_property
     def history_end_L(self) -> I64:
         """Behaviours of the same user strictly earlier than the line's timestamp: equal timestamps never leak."""
-        return self.events_before_L[self.group_start_L] - self.events_before_L[self.user_start_U][self.user_L]
+        before_user_U = self.events_before_L[self.user_start_U]
+        end_L: I64 = self.events_before_L[self.group_start_L] - before_user_U[self.user_L]
+        return end_L
 
     @cached_property
     def behaviors_U(self) -> I64:
@@ -120,7 +122,7 @@ def _lines(batches: list[pa.RecordBatch]) -> Lines:
     )
 
 
-def _run_starts(values: NDArray) -> I64:
+def _run_starts(values: NDArray[Any]) -> I64:
     """Where each run of equal neighbours begins."""
     new = np.empty(len(values), bool)
     new[:1] = True

@@ -1,4 +1,4 @@
-"""Events to a data set: reads, checks, sorts and writes; the data set appears whole or not at all."""
+"""From logs of events to a data set: read, check, sort, write. The data set appears whole or not at all."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.errors import SPACE
 from pipeline.files import output_folder
 from pipeline.ingest import definition
-from pipeline.ingest.catalog import BYTES_PER_ITEM, Catalog, build_catalog
+from pipeline.ingest.dictionaries import BYTES_PER_ITEM, Dictionaries, build_dictionaries
 from pipeline.ingest.engine import Engine
-from pipeline.ingest.shards import ShardBuilder, Written
-from pipeline.ingest.sources import Files, feature_files, log_files
+from pipeline.ingest.shards import ShardBuilder, WrittenShard
+from pipeline.ingest.sources import LogFiles, feature_files, log_files
 from pipeline.progress import stage
 from schemas.errors import UserError
 from schemas.events import event_schema, impression_schema
@@ -45,8 +46,8 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) ->
     The same input and seed give the same bytes, whatever the engine, its threads or the order of the files.
 
     Raises:
-        UserError: a fault of the settings or of the input, with what to do about it.
-        OSError: no space left, no right to write.
+        UserError: a fault of the settings or of the input, or a full disk; says what to do about it.
+        OSError: no right to write.
     """
     skip = settings.on_corrupt == "skip"
     events = log_files("events", settings.events, skip_corrupt=skip)
@@ -63,6 +64,10 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) ->
         engine = _engine(settings, work)
         try:
             return _Preparation(settings, engine, folder, work).run(events, impressions, features)
+        except OSError as error:
+            if error.errno in SPACE:
+                raise UserError(f"no space left on the disk of {out}; free some or choose another --out") from None
+            raise
         finally:
             engine.close()
 
@@ -71,12 +76,14 @@ class _Preparation:
     def __init__(self, settings: PrepareSettings, engine: Engine, folder: Path, work: Path) -> None:
         self._settings, self._engine, self._folder, self._work = settings, engine, folder, work
 
-    def run(self, event_files: Files, impression_files: Files | None, feature_files: Files | None) -> Manifest:
+    def run(self, event_files: LogFiles, impression_files: LogFiles | None, feature_files: LogFiles | None) -> Manifest:
         settings, engine = self._settings, self._engine
         features = None if feature_files is None else engine.read(feature_files)
         with stage("read events") as running:
             raw = engine.read(event_files)
-            events = engine.keep("events", definition.events(raw, settings.events, features), running.reach_share)
+            events = engine.materialize(
+                "events", definition.events(raw, settings.events, features), running.reach_share
+            )
         assert set(events.columns) == set(
             event_schema(
                 text_category=settings.events.text_category,
@@ -90,7 +97,7 @@ class _Preparation:
             with stage("read impressions") as running:
                 raw = engine.read(impression_files)
                 impressions = definition.impressions(raw, settings.impressions)
-                impressions = engine.keep("impressions", impressions, running.reach_share)
+                impressions = engine.materialize("impressions", impressions, running.reach_share)
             assert set(impressions.columns) == set(
                 impression_schema(
                     text_category=settings.impressions.text_category,
@@ -104,19 +111,19 @@ class _Preparation:
                 cuts = _cuts(engine.fetch(definition.timestamp_counts(impressions)), settings.split)
 
         with stage("dictionaries"):
-            catalog, vocabularies = self._dictionaries(events, impressions)
+            dictionaries, vocabularies = self._dictionaries(events, impressions)
         shards = -(-counted["lines"] // settings.shards.behaviors_per_shard)
         lines = definition.lines(
             events,
             impressions,
-            engine.open(self._folder / "items.parquet"),
-            {name: engine.open(self._work / f"{name}.parquet") for name in vocabularies},
+            engine.open_ids(self._folder / "items.parquet"),
+            {name: engine.open_ids(self._work / f"{name}.parquet") for name in vocabularies},
             cuts,
             seed=settings.seed,
             shards=shards,
         )
         builder = ShardBuilder(
-            catalog,
+            dictionaries,
             settings.split,
             settings.shards,
             settings.seed,
@@ -128,18 +135,20 @@ class _Preparation:
         if not written:
             raise UserError(_nothing_left(settings, counted["lines"], users_seen))
         inputs = [files for files in (event_files, impression_files, feature_files) if files is not None]
-        manifest = self._manifest(written, users_seen, catalog, vocabularies, counted, inputs)
+        manifest = self._manifest(written, users_seen, dictionaries, vocabularies, counted, inputs)
         manifest.write(self._folder)
         return manifest
 
-    def _dictionaries(self, events: ir.Table, impressions: ir.Table | None) -> tuple[Catalog, dict[str, list[str]]]:
+    def _dictionaries(
+        self, events: ir.Table, impressions: ir.Table | None
+    ) -> tuple[Dictionaries, dict[str, list[str]]]:
+        """Write the dictionaries of items and categories, and the ids of behaviour types and scenes for the engine."""
         engine = self._engine
-        items = engine.keep("items", definition.items(events, impressions), lambda _: None)
-        engine.leave(BYTES_PER_ITEM * engine.fetch(items.agg(number=items.count()))["number"][0].as_py())
-        found = engine.fetch(items)
-        changed = engine.fetch(definition.changed_categories(events, impressions, items))
-        catalog = build_catalog(found, changed, self._settings.seed)
-        catalog.write(self._folder)
+        items = engine.materialize("items", definition.items(events, impressions), lambda _: None)
+        engine.reserve(BYTES_PER_ITEM * engine.fetch(items.agg(number=items.count()))["number"][0].as_py())
+        changed = definition.changed_categories(events, impressions, items)
+        dictionaries = build_dictionaries(engine.fetch(items), engine.fetch(changed), self._settings.seed)
+        dictionaries.write(self._folder)
         vocabularies = {}
         for name in ("behavior", "scene"):
             if name not in events.columns:
@@ -151,16 +160,16 @@ class _Preparation:
                 pa.table({"value": pa.array(values, pa.string()), "id": ids}), self._work / f"{name}.parquet"
             )
             vocabularies[name] = values
-        return catalog, vocabularies
+        return dictionaries, vocabularies
 
     def _manifest(
         self,
-        written: list[Written],
+        written: list[WrittenShard],
         users_seen: int,
-        catalog: Catalog,
+        dictionaries: Dictionaries,
         vocabularies: dict[str, list[str]],
         counted: dict[str, int],
-        inputs: list[Files],
+        inputs: list[LogFiles],
     ) -> Manifest:
         index = pa.table(
             [
@@ -192,9 +201,9 @@ class _Preparation:
                 users=users,
                 users_left_out=users_seen - users,
                 behaviors=sum(sum(file.behaviors) for file in written),
-                items=len(catalog.items),
-                categories=len(catalog.categories),
-                items_with_changed_category=catalog.changed,
+                items=len(dictionaries.items),
+                categories=len(dictionaries.categories),
+                items_with_changed_category=dictionaries.changed,
                 first_timestamp=counted["first"],
                 last_timestamp=counted["last"],
                 **targets,
@@ -211,7 +220,7 @@ class _Preparation:
             ),
         )
 
-    def _shard(self, file: Written) -> Shard:
+    def _shard(self, file: WrittenShard) -> Shard:
         path = self._folder / file.name
         return Shard(
             path=file.name,
@@ -233,26 +242,26 @@ def _engine(settings: PrepareSettings, work: Path) -> Engine:
     return DuckDBEngine(work, settings.memory_limit, settings.threads)
 
 
-def _check(role: str, files: Files, faults: pa.Table) -> dict[str, int]:
+def _check(role: str, files: LogFiles, faults: pa.Table) -> dict[str, int]:
     """Counts of a log.
 
     Raises:
         UserError: no lines, or lines with a fault.
     """
-    found = faults.to_pylist()[0]
+    counted = faults.to_pylist()[0]
     names = ", ".join(str(path) for path in files.paths[:3]) + (", ..." if len(files.paths) > 3 else "")
-    if not found["lines"]:
+    if not counted["lines"]:
         raise UserError(f"{role}: no lines in {names} (after the filter, if settings have one in events.keep)")
-    for name, number in found.items():
+    for name, number in counted.items():
         kind, _, column = name.partition("_")
         if kind in _FAULTS and number:
-            raise UserError(f"{role}: {number} of {found['lines']} lines in {names} {_FAULTS[kind].format(column)}")
-    if found["first"] < 0 or found["last"] > LATEST:
+            raise UserError(f"{role}: {number} of {counted['lines']} lines in {names} {_FAULTS[kind].format(column)}")
+    if counted["first"] < 0 or counted["last"] > LATEST:
         raise UserError(
-            f"{role}: timestamps in {names} run from {found['first']} to {found['last']} seconds after 1970; "
+            f"{role}: timestamps in {names} run from {counted['first']} to {counted['last']} seconds after 1970; "
             f"set {role}.timestamp_unit=ms or us if they are not seconds"
         )
-    return {name: int(found[name]) for name in ("lines", "first", "last")}
+    return {name: int(counted[name]) for name in ("lines", "first", "last")}
 
 
 _FAULTS = {
@@ -282,13 +291,13 @@ def _nothing_left(settings: PrepareSettings, events: int, users: int) -> str:
     )
 
 
-def _sources(inputs: list[Files]) -> tuple[Source, ...]:
-    found = {
+def _sources(inputs: list[LogFiles]) -> tuple[Source, ...]:
+    sources = {
         Source(name=path.name, bytes=path.stat().st_size, fingerprint=fingerprint(path))
         for files in inputs
         for path in files.paths
     }
-    return tuple(sorted(found, key=lambda source: (source.name, source.fingerprint)))
+    return tuple(sorted(sources, key=lambda source: (source.name, source.fingerprint)))
 
 
 def _without_paths(settings: PrepareSettings) -> dict[str, Any]:

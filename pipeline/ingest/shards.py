@@ -6,6 +6,7 @@ L = lines, U = users, P = positives or impressions, T = targets, J = negatives o
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.ingest.catalog import Catalog
+from pipeline.ingest.dictionaries import Dictionaries
 from pipeline.ingest.lines import I64, Lines, whole_users
 from pipeline.ingest.targets import choose_targets, draw_negatives
 from schemas.prepare import ImpressionSplit, PaperSplit, ShardLayout, TimestampSplit
@@ -21,7 +22,7 @@ from schemas.shards import SPLITS
 
 
 @dataclass
-class Written:
+class WrittenShard:
     """A shard file that was written, and what it holds."""
 
     name: str
@@ -36,9 +37,9 @@ class Written:
 
 @dataclass(frozen=True)
 class ShardBuilder:
-    """Everything that decides what a shard holds; a shard depends on its own lines alone."""
+    """Writes shards. Holds everything that decides what is in one, so that a shard depends on its own lines alone."""
 
-    catalog: Catalog
+    dictionaries: Dictionaries
     split: PaperSplit | TimestampSplit | ImpressionSplit
     layout: ShardLayout
     seed: int
@@ -47,7 +48,7 @@ class ShardBuilder:
 
     def write(
         self, batches: Iterable[pa.RecordBatch], progress: Callable[[int], object] | None = None
-    ) -> tuple[list[Written], int]:
+    ) -> tuple[list[WrittenShard], int]:
         """Write all shards that sorted lines make.
 
         Args:
@@ -57,7 +58,7 @@ class ShardBuilder:
         Returns:
             The files, in order of their number, and how many users were seen.
         """
-        files: list[Written] = []
+        files: list[WrittenShard] = []
         users_seen = 0
         for number, lines_of_shard in _by_shard(whole_users(batches)):
 
@@ -76,17 +77,16 @@ class ShardBuilder:
 
     def build(self, lines: Lines) -> pa.Table:
         """Rows of the users that have a target, in the order of the lines; schema ``history_schema``."""
-        chosen = choose_targets(lines, self.split, self.seed)
-        line_P, split_P = chosen
+        line_P, split_P = choose_targets(lines, self.split, self.seed)
         kept_U = np.zeros(len(lines.user_start_U), bool)
         kept_U[lines.user_L[line_P]] = True
 
         history_L = lines.is_event_L & kept_U[lines.user_L]
         history_offset = _offsets(lines.behaviors_U[kept_U])
         item_M = lines.item_L[history_L]
-        columns: dict[str, NDArray] = {
+        columns: dict[str, NDArray[Any]] = {
             "history_item": item_M,
-            "history_category": self.catalog.category_I[item_M],
+            "history_category": self.dictionaries.category_I[item_M],
             "history_timestamp": lines.timestamp_L[history_L],
         }
         if lines.behavior_L is not None:
@@ -102,14 +102,14 @@ class ShardBuilder:
         else:
             label_T = np.tile(np.arange(per_line) == 0, len(line_P)).astype(np.int8)
             if self.split.negatives:
-                drawn_PJ = draw_negatives(lines, line_P, self.catalog, self.split.negatives, self.seed)
+                drawn_PJ = draw_negatives(lines, line_P, self.dictionaries, self.split.negatives, self.seed)
                 item_TP = np.concatenate([item_TP, drawn_PJ], axis=1)
         item_T = item_TP.reshape(-1).astype(np.int32)
         line_T = np.repeat(line_P, per_line)
         target_offset = _offsets(np.bincount(lines.user_L[line_T], minlength=len(kept_U))[kept_U])
         columns |= {
             "target_item": item_T,
-            "target_category": self.catalog.category_I[item_T],
+            "target_category": self.dictionaries.category_I[item_T],
             "target_timestamp": lines.timestamp_L[line_T],
             "target_label": label_T,
             "target_split": np.repeat(split_P, per_line),
@@ -129,8 +129,8 @@ class ShardBuilder:
             [user_id if name == "user_id" else ragged(name) for name in self.schema.names], schema=self.schema
         )
 
-    def _write_file(self, name: str, tables: Iterable[pa.Table]) -> Written | None:
-        written = Written(name)
+    def _write_file(self, name: str, tables: Iterable[pa.Table]) -> WrittenShard | None:
+        written = WrittenShard(name)
         writer = None
         try:
             for group in _groups(tables, self.layout.users_per_row_group):
@@ -144,7 +144,7 @@ class ShardBuilder:
         return written if written.users else None
 
 
-def shard_encoding(schema: pa.Schema) -> dict:
+def shard_encoding(schema: pa.Schema) -> dict[str, Any]:
     """Arguments of ``ParquetWriter``: plain ids, delta-packed timestamps, zstd; decodes faster than dictionaries."""
     names = {
         name: f"{name}.list.element" if pa.types.is_list(schema.field(name).type) else name for name in schema.names
@@ -162,6 +162,7 @@ def shard_encoding(schema: pa.Schema) -> dict:
 
 def _by_shard(parts: Iterator[Lines]) -> Iterator[tuple[int, Iterator[Lines]]]:
     """Group consecutive lines by shard; a part that spans shards is cut. Each group must be used up before the next."""
+    # At most one piece, read ahead: only the next piece tells that a shard has ended.
     pending: list[Lines] = []
 
     def cut() -> Iterator[Lines]:
@@ -194,10 +195,10 @@ def _groups(tables: Iterable[pa.Table], users: int) -> Iterator[pa.Table]:
     rows = 0
     for table in tables:
         while len(table):
-            taken = table.slice(0, users - rows)
-            table = table.slice(len(taken))
-            held.append(taken)
-            rows += len(taken)
+            head = table.slice(0, users - rows)
+            table = table.slice(len(head))
+            held.append(head)
+            rows += len(head)
             if rows == users:
                 yield pa.concat_tables(held).combine_chunks()
                 held, rows = [], 0
@@ -205,7 +206,7 @@ def _groups(tables: Iterable[pa.Table], users: int) -> Iterator[pa.Table]:
         yield pa.concat_tables(held).combine_chunks()
 
 
-def _count(written: Written, group: pa.Table) -> None:
+def _count(written: WrittenShard, group: pa.Table) -> None:
     split_T = group["target_split"].combine_chunks().flatten().to_numpy()
     label_T = group["target_label"].combine_chunks().flatten().to_numpy()
     written.users.append(len(group))
@@ -215,5 +216,5 @@ def _count(written: Written, group: pa.Table) -> None:
 
 
 def _offsets(lengths: I64) -> NDArray[np.int32]:
-    """Offsets of lists from their lengths; one more."""
+    """Offsets of lists from their lengths: one more than there are lists, the first one 0."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]).astype(np.int32)

@@ -16,24 +16,23 @@ _CSV = (".csv", ".csv.gz", ".csv.zst", ".txt", ".tsv")
 
 
 @dataclass(frozen=True)
-class Files:
-    """Files of one log that share a format and columns.
-
-    ``columns`` maps every column of a CSV, in order, or those needed of Parquet, to "int64", "string" or "timestamp".
-    """
+class LogFiles:
+    """Files of one log, which share a format and columns."""
 
     role: str
     """What the log is, for messages: events, impressions, items."""
     paths: tuple[Path, ...]
     format: Literal["csv", "parquet"]
     columns: dict[str, str]
+    """Every column of a CSV, in order, or those of Parquet that are needed: to "int64", "string" or "timestamp"."""
     header: bool
+    """CSV files begin with a line of column names."""
     delimiter: str
     skipped: tuple[str, ...] = ()
     """Corrupt Parquet files that were left out, with the reason."""
 
 
-def log_files(role: str, log: Events | Impressions, *, skip_corrupt: bool) -> Files:
+def log_files(role: str, log: Events | Impressions, *, skip_corrupt: bool) -> LogFiles:
     """The files of a log of behaviours or impressions.
 
     Raises:
@@ -56,7 +55,7 @@ def log_files(role: str, log: Events | Impressions, *, skip_corrupt: bool) -> Fi
     return _files(role, log.files, wanted, log.header, log.file_columns, log.delimiter, skip_corrupt)
 
 
-def feature_files(features: ItemFeatures, *, text_category: bool, skip_corrupt: bool) -> Files:
+def feature_files(features: ItemFeatures, *, text_category: bool, skip_corrupt: bool) -> LogFiles:
     """The files that say each item's category.
 
     Raises:
@@ -66,17 +65,17 @@ def feature_files(features: ItemFeatures, *, text_category: bool, skip_corrupt: 
     return _files("items", features.files, wanted, True, None, ",", skip_corrupt)
 
 
-def corrupt(files: Files) -> dict[Path, str]:
+def corrupt(files: LogFiles) -> dict[Path, str]:
     """Parquet files whose needed columns cannot be read to the end, with the reason. Reads everything."""
-    found = {}
+    reasons = {}
     for path in files.paths if files.format == "parquet" else ():
         try:
             with pq.ParquetFile(path) as parquet:
                 for _ in parquet.iter_batches(columns=list(files.columns)):
                     pass
         except (OSError, pa.ArrowException) as error:
-            found[path] = _first_line(error)
-    return found
+            reasons[path] = _first_line(error)
+    return reasons
 
 
 def _files(
@@ -87,7 +86,7 @@ def _files(
     file_columns: tuple[str, ...] | None,
     delimiter: str,
     skip_corrupt: bool,
-) -> Files:
+) -> LogFiles:
     paths = tuple(path for pattern in patterns for path in _expand(role, pattern))
     parquet = [path for path in paths if path.suffix in (".parquet", ".parq", ".pq")]
     other = [path for path in paths if path not in parquet]
@@ -101,10 +100,10 @@ def _files(
     names = _csv_columns(role, paths, header, file_columns, delimiter)
     _require(role, paths[0], wanted, names)
     columns = {name: wanted.get(name, "string") for name in names}
-    return Files(role, paths, "csv", columns, header, delimiter)
+    return LogFiles(role, paths, "csv", columns, header, delimiter)
 
 
-def _parquet_files(role: str, paths: tuple[Path, ...], wanted: dict[str, str], skip_corrupt: bool) -> Files:
+def _parquet_files(role: str, paths: tuple[Path, ...], wanted: dict[str, str], skip_corrupt: bool) -> LogFiles:
     good, skipped = [], []
     for path in paths:
         try:
@@ -122,25 +121,28 @@ def _parquet_files(role: str, paths: tuple[Path, ...], wanted: dict[str, str], s
             if not _fits(schema.field(name).type, kind):
                 raise UserError(f"{role}: {path}: column {name} is {schema.field(name).type}, {kind} is needed")
         good.append(path)
-    files = Files(role, tuple(good), "parquet", wanted, True, ",")
+    files = LogFiles(role, tuple(good), "parquet", wanted, True, ",")
     if skip_corrupt:
         bad = corrupt(files)
         good = [path for path in good if path not in bad]
         skipped += [f"{path}: {reason}" for path, reason in bad.items()]
     if not good:
         raise UserError(f"{role}: no file can be read: {skipped[0]}")
-    return Files(role, tuple(good), "parquet", wanted, True, ",", tuple(skipped))
+    return LogFiles(role, tuple(good), "parquet", wanted, True, ",", tuple(skipped))
 
 
 def _expand(role: str, pattern: str) -> list[Path]:
     """Files of a glob; ``package:NAME/path`` is a file inside an installed Python package."""
     if pattern.startswith("package:"):
         package, _, inside = pattern.removeprefix("package:").partition("/")
-        spec = find_spec(package)
+        try:
+            spec = find_spec(package)
+        except (ImportError, ValueError):  # the name is not one of a package, or of one inside a module
+            spec = None
         if spec is None or spec.origin is None:
             raise UserError(f"{role}: the Python package {package} is not installed; run `make setup`")
         return [Path(spec.origin).parent / inside]
-    paths = sorted(Path(found) for found in glob.glob(pattern, recursive=True) if Path(found).is_file())
+    paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
     if not paths:
         raise UserError(f"{role}: {pattern}: no such file")
     return paths
@@ -176,7 +178,7 @@ def _head(role: str, path: Path) -> str:
     if not head:
         raise UserError(f"{role}: {path} is empty")
     try:
-        return head.split(b"\n", 1)[0].rstrip(b"\r").decode("utf-8-sig")
+        return bytes(head).split(b"\n", 1)[0].rstrip(b"\r").decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{role}: {path}: not a text file") from None
 
@@ -188,11 +190,12 @@ def _require(role: str, path: Path, wanted: dict[str, str], names: list[str]) ->
 
 
 def _fits(actual: pa.DataType, kind: str) -> bool:
+    types = pa.types
     if kind == "int64":
-        return pa.types.is_integer(actual)
+        return bool(types.is_integer(actual))
     if kind == "timestamp":
-        return pa.types.is_timestamp(actual) or pa.types.is_date(actual) or pa.types.is_string(actual)
-    return pa.types.is_string(actual) or pa.types.is_large_string(actual) or pa.types.is_integer(actual)
+        return bool(types.is_timestamp(actual) or types.is_date(actual) or types.is_string(actual))
+    return bool(types.is_string(actual) or types.is_large_string(actual) or types.is_integer(actual))
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,10 +14,10 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from pipeline.ingest.engine import Progress
+from pipeline.ingest.engine import ReportLines, ReportShare
 from pipeline.ingest.faults import first_fault
-from pipeline.ingest.shards import ShardBuilder, Written
-from pipeline.ingest.sources import Files
+from pipeline.ingest.shards import ShardBuilder, WrittenShard
+from pipeline.ingest.sources import LogFiles
 from schemas.errors import UserError
 
 try:
@@ -33,7 +33,7 @@ _BATCH = 500_000
 
 
 class SparkEngine:
-    """See ``Engine``.
+    """An `Engine` that runs on a cluster, or on this machine where Spark's configuration names no other master.
 
     Args:
         folder: for tables that are kept; must exist.
@@ -60,10 +60,10 @@ class SparkEngine:
         self._folder = folder
         self._session = builder.getOrCreate()
         self._ibis = ibis.pyspark.connect(self._session)
-        self._files: list[Files] = []
+        self._files: list[LogFiles] = []
 
-    def read(self, files: Files) -> ir.Table:
-        """See ``Engine.read``."""
+    def read(self, files: LogFiles) -> ir.Table:
+        """The log in ``files``, each needed column in its type; faults show when the expression is computed."""
         self._files.append(files)
         paths = [str(path.absolute()) for path in files.paths]
         if files.format == "parquet":
@@ -80,28 +80,36 @@ class SparkEngine:
             )
         return self._view(files.role + "_files", frame)
 
-    def open(self, path: Path) -> ir.Table:
-        """See ``Engine.open``."""
+    def open_ids(self, path: Path) -> ir.Table:
+        """A Parquet file of dense ids that ingest itself has written."""
         return self._view(path.stem + "_ids", self._session.read.parquet(str(path.absolute())))
 
-    def keep(self, name: str, table: ir.Table, progress: Progress) -> ir.Table:
-        """See ``Engine.keep``."""
+    def materialize(self, name: str, table: ir.Table, report: ReportShare) -> ir.Table:
+        """Compute ``table`` once and keep the result as Parquet files under ``name``; nothing is reported meanwhile.
+
+        Raises:
+            UserError: a line or file of the input cannot be read.
+        """
         path = str((self._folder / f"{name}.parquet").absolute())
-        self._told(lambda: self._frame(table).write.parquet(path))
+        self._explained(lambda: self._frame(table).write.parquet(path))
         return self._view(name, self._session.read.parquet(path))
 
-    def leave(self, memory: int) -> None:
-        """See ``Engine.leave``: the executors' memory is of another process."""
+    def reserve(self, memory: int) -> None:
+        """Do nothing: the executors' memory is that of other processes."""
 
     def fetch(self, table: ir.Table) -> pa.Table:
-        """See ``Engine.fetch``."""
-        found = self._told(lambda: self._frame(table).toArrow())
-        return found.cast(table.schema().to_pyarrow())
+        """Compute an expression and hold its result in the memory of the driver."""
+        result = self._explained(lambda: self._frame(table).toArrow())
+        return result.cast(table.schema().to_pyarrow())
 
     def write_shards(
-        self, lines: ir.Table, order: list[str], builder: ShardBuilder, progress: Callable[[int], object]
-    ) -> tuple[list[Written], int]:
-        """See ``Engine.write_shards``; the executors write, each whole shards."""
+        self, lines: ir.Table, order: list[str], builder: ShardBuilder, report: ReportLines
+    ) -> tuple[list[WrittenShard], int]:
+        """Sort lines by the columns ``order`` and have the executors write them, each whole shards.
+
+        Returns:
+            The files in order of their number, and how many users were seen.
+        """
         shared = self._session.sparkContext.broadcast(builder)
 
         def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -111,13 +119,13 @@ class SparkEngine:
             )
 
         frame = self._frame(lines).repartition("shard").sortWithinPartitions(*order)
-        parts = self._told(lambda: frame.mapInArrow(write, "files string, users bigint").toArrow()).to_pylist()
-        files = [Written(**file) for part in parts for file in json.loads(part["files"])]
-        progress(sum(sum(file.behaviors) for file in files))
+        parts = self._explained(lambda: frame.mapInArrow(write, "files string, users bigint").toArrow()).to_pylist()
+        files = [WrittenShard(**file) for part in parts for file in json.loads(part["files"])]
+        report(sum(sum(file.behaviors) for file in files))
         return sorted(files, key=lambda file: file.name), sum(part["users"] for part in parts)
 
     def close(self) -> None:
-        """See ``Engine.close``."""
+        """End the session."""
         self._session.stop()
 
     def _view(self, name: str, frame: DataFrame) -> ir.Table:
@@ -127,11 +135,11 @@ class SparkEngine:
     def _frame(self, table: ir.Table) -> DataFrame:
         return self._session.sql(str(ibis.to_sql(table, dialect="pyspark")))
 
-    def _told(self, run: Callable[[], Any]) -> Any:
+    def _explained(self, run: Callable[[], Any]) -> Any:
         try:
             return run()
         except (PySparkException, Py4JError) as error:
             # Spark's words name neither file nor line: look for the fault with the embedded engine.
-            fault = next((found for files in self._files if (found := first_fault(files)) is not None), None)
+            fault = next((fault for files in self._files if (fault := first_fault(files)) is not None), None)
             text = str(error).strip().splitlines()
             raise UserError(fault or (text or [type(error).__name__])[0]) from None

@@ -1,10 +1,11 @@
-"""Which lines of a user become targets, and in which split.
+"""Targets of users: which lines become positives (or are impressions), in which split, and which negatives they get.
 
-L = lines, U = users, P = positives or impressions (the lines chosen), in line order.
+A split is a rule that looks at one user's lines alone. Negatives are items in proportion to their frequency in the
+whole data, never one that the user touched.
 
-Negatives: items in proportion to their frequency in the whole data, never one that the user touched.
-
-P = positives, J = negatives of a positive, I = dense item ids.
+L = lines, U = users, P = positives or impressions (the lines chosen), in line order, J = negatives of a positive,
+I = dense item ids; inside a function also S = places of the paper's split, G = groups of equal timestamps of a user,
+C = candidate lines.
 """
 
 from typing import NamedTuple, assert_never
@@ -13,21 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.hashing import U64, mix
-from pipeline.ingest.catalog import Catalog
+from pipeline.ingest.dictionaries import Dictionaries
 from pipeline.ingest.lines import I64, Lines
 from schemas.errors import UserError
 from schemas.prepare import ImpressionSplit, PaperSplit, TimestampSplit
 from schemas.shards import Split
 
+_ATTEMPTS = 32
+"""Times that a negative is drawn anew before the items that the user did not touch are listed one by one."""
 
-class Chosen(NamedTuple):
-    """Lines that are targets: their position and their split."""
+
+class ChosenLines(NamedTuple):
+    """Lines that are targets, in line order, and the split of each."""
 
     line_P: I64
     split_P: NDArray[np.int8]
 
 
-def choose_targets(lines: Lines, split: PaperSplit | TimestampSplit | ImpressionSplit, seed: int) -> Chosen:
+def choose_targets(lines: Lines, split: PaperSplit | TimestampSplit | ImpressionSplit, seed: int) -> ChosenLines:
     """Apply the split's rule to every user of ``lines``, then drop users and targets with too little behind them."""
     match split:
         case PaperSplit():
@@ -40,11 +44,12 @@ def choose_targets(lines: Lines, split: PaperSplit | TimestampSplit | Impression
             assert_never(split)
     enough = (lines.behaviors_U >= split.min_behaviors)[lines.user_L[chosen.line_P]]
     enough &= lines.history_end_L[chosen.line_P] >= split.min_history
-    return Chosen(chosen.line_P[enough], chosen.split_P[enough])
+    return ChosenLines(chosen.line_P[enough], chosen.split_P[enough])
 
 
-def _paper(lines: Lines, split: PaperSplit) -> Chosen:
-    """Test T, validation T-1, train T-2-5j (1-based; paper, appendix on data)."""
+def _paper(lines: Lines, split: PaperSplit) -> ChosenLines:
+    """Of T behaviours, number T is for test, T-1 for validation and T-2-5j for training (paper, appendix on data)."""
+    # How far before the end of the user's lines each target is: 1 is the last one.
     back_S = np.concatenate([[1, 2], 3 + split.train_stride * np.arange(split.train_targets)])
     code_S = np.full(len(back_S), Split.TRAIN, np.int8)
     code_S[:2] = Split.TEST, Split.VALIDATION
@@ -54,10 +59,10 @@ def _paper(lines: Lines, split: PaperSplit) -> Chosen:
     line_P = line_US[exists_US]
     split_P = np.broadcast_to(code_S, line_US.shape)[exists_US]
     order = np.argsort(line_P)
-    return Chosen(line_P[order], split_P[order])
+    return ChosenLines(line_P[order], split_P[order])
 
 
-def _by_timestamp(lines: Lines, split: TimestampSplit, seed: int) -> Chosen:
+def _by_timestamp(lines: Lines, split: TimestampSplit, seed: int) -> ChosenLines:
     """A few lines of each of a user's last timestamps (groups), with distinct items, drawn by hash."""
     start_G = np.flatnonzero(lines.group_start_L == np.arange(len(lines)))
     user_G = lines.user_L[start_G]
@@ -71,6 +76,7 @@ def _by_timestamp(lines: Lines, split: TimestampSplit, seed: int) -> Chosen:
     # Only groups with enough behind them compete, which also keeps the sort small.
     line_C = np.flatnonzero(lines.history_end_L >= split.min_history)
     group_C = group_L[line_C]
+    # Keys of what a line says, never of where it stands: the choice must not depend on how lines came in.
     key_C = mix(lines.user_id_L[line_C], seed) ^ mix(lines.timestamp_L[line_C], 2)
     key_C = mix(key_C ^ mix(lines.item_L[line_C], 3), 4)
     order = np.lexsort((line_C, lines.item_L[line_C], key_C, group_C))
@@ -80,27 +86,36 @@ def _by_timestamp(lines: Lines, split: TimestampSplit, seed: int) -> Chosen:
     distinct[1:] = (group_C[1:] != group_C[:-1]) | (item_C[1:] != item_C[:-1])
     line_C, group_C = line_C[distinct], group_C[distinct]
     first_C = np.searchsorted(group_C, group_C)
-    taken = np.arange(len(line_C)) - first_C < split.targets_per_group
-    line_P = np.sort(line_C[taken])
-    return Chosen(line_P, split_G[group_L[line_P]])
+    chosen = np.arange(len(line_C)) - first_C < split.targets_per_group
+    line_P = np.sort(line_C[chosen])
+    return ChosenLines(line_P, split_G[group_L[line_P]])
 
 
-def _impressions(lines: Lines) -> Chosen:
+def _impressions(lines: Lines) -> ChosenLines:
     assert lines.split_L is not None, "impressions carry their split"
     line_P = np.flatnonzero(~lines.is_event_L)
-    return Chosen(line_P, lines.split_L[line_P])
+    return ChosenLines(line_P, lines.split_L[line_P])
 
 
-_ATTEMPTS = 32
+def draw_negatives(
+    lines: Lines, line_P: I64, dictionaries: Dictionaries, per_positive: int, seed: int
+) -> NDArray[np.int32]:
+    """Draw the negatives of each positive. A draw depends on (seed, user id, number among the user's lines, j) alone.
 
+    Args:
+        lines: of whole users.
+        line_P: the positives.
+        dictionaries: say how frequent each item is.
+        per_positive: J.
+        seed: decides the draws.
 
-def draw_negatives(lines: Lines, line_P: I64, catalog: Catalog, per_positive: int, seed: int) -> NDArray[np.int32]:
-    """Dense ids of negatives, (P, J). A draw depends on (seed, user id, position among the user's lines, j) alone.
+    Returns:
+        (P, J), dense item ids.
 
     Raises:
         UserError: a user has touched every item there is.
     """
-    size = len(catalog.cumulative_I)
+    size = len(dictionaries.cumulative_I)
     touched = _touched(lines, size)
     user_P = lines.user_L[line_P]
     position_P = line_P - lines.user_start_U[user_P]
@@ -110,7 +125,7 @@ def draw_negatives(lines: Lines, line_P: I64, catalog: Catalog, per_positive: in
     item = np.zeros(len(key), np.int32)
     pending = np.arange(len(key))
     for attempt in range(_ATTEMPTS):
-        drawn = _draw(mix(key[pending], 6 + attempt), catalog.cumulative_I)
+        drawn = _draw(mix(key[pending], 6 + attempt), dictionaries.cumulative_I)
         refused = _contains(touched, user[pending] * size + drawn)
         item[pending] = drawn
         pending = pending[refused]
@@ -118,7 +133,7 @@ def draw_negatives(lines: Lines, line_P: I64, catalog: Catalog, per_positive: in
             break
     for draw in pending:
         # A user who has touched nearly all there is: draw from what is left, which is what rejection converges to.
-        item[draw] = _draw_from_rest(lines, int(user[draw]), mix(key[draw : draw + 1], 6 + _ATTEMPTS), catalog)
+        item[draw] = _draw_from_rest(lines, int(user[draw]), mix(key[draw : draw + 1], 6 + _ATTEMPTS), dictionaries)
     return item.reshape(len(line_P), per_positive)
 
 
@@ -128,8 +143,8 @@ def _touched(lines: Lines, size: int) -> I64:
 
 
 def _contains(sorted_keys: I64, keys: I64) -> NDArray[np.bool_]:
-    position = np.searchsorted(sorted_keys, keys)
-    return sorted_keys[np.minimum(position, len(sorted_keys) - 1)] == keys
+    index = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
+    return np.equal(sorted_keys[index], keys)
 
 
 def _draw(random: U64, cumulative_I: I64) -> I64:
@@ -137,8 +152,8 @@ def _draw(random: U64, cumulative_I: I64) -> I64:
     return np.searchsorted(cumulative_I, ticket, side="right")
 
 
-def _draw_from_rest(lines: Lines, user: int, random: U64, catalog: Catalog) -> int:
-    frequency_I = np.diff(catalog.cumulative_I, prepend=0)
+def _draw_from_rest(lines: Lines, user: int, random: U64, dictionaries: Dictionaries) -> int:
+    frequency_I = np.diff(dictionaries.cumulative_I, prepend=0)
     frequency_I[np.unique(lines.item_L[lines.user_L == user])] = 0
     cumulative_I = np.cumsum(frequency_I)
     if not cumulative_I[-1]:

@@ -1,4 +1,4 @@
-"""Batches of a planned epoch: row groups fill the shuffle buffer, batches are cut from it.
+"""From a planned epoch to batches: row groups fill the shuffle buffer, and batches are cut from it.
 
 T = targets.
 """
@@ -13,7 +13,7 @@ from pipeline.stream.data_set import DataSet
 from pipeline.stream.epoch_plan import Block, Piece
 from pipeline.stream.reader import RowGroupReader
 from pipeline.stream.row_group import RowGroup
-from pipeline.stream.samples import Cut, Samples, samples_of
+from pipeline.stream.samples import HistorySamples, SequenceCut, samples_of
 from schemas.errors import UserError
 from schemas.shards import Split
 
@@ -21,8 +21,8 @@ I64 = NDArray[np.int64]
 
 
 def read_blocks(
-    data_set: DataSet, split: Split, cuts: Mapping[str, Cut], blocks: tuple[Block, ...], threads: int
-) -> Generator[tuple[Block, Samples], None, None]:
+    data_set: DataSet, split: Split, cuts: Mapping[str, SequenceCut], blocks: tuple[Block, ...], threads: int
+) -> Generator[tuple[Block, HistorySamples], None, None]:
     """Read blocks in order; while one is in use, the reader's threads work on the next.
 
     Raises:
@@ -32,22 +32,23 @@ def read_blocks(
     addresses = [data_set.address(piece.group) for piece in pieces]
     largest_ids = data_set.largest_ids()
 
-    def convert(table: pa.Table, place: int) -> Samples:
+    def convert(table: pa.Table, index: int) -> HistorySamples:
         try:
-            return _samples_of_piece(data_set, split, cuts, pieces[place], RowGroup.from_table(table, largest_ids))
-        except ValueError as error:
-            raise UserError(f"{addresses[place]}: {error}; prepare the data set again") from None
+            return _samples_of_piece(data_set, split, cuts, pieces[index], RowGroup.from_table(table, largest_ids))
+        except UserError as error:
+            raise UserError(f"{addresses[index]}: {error}; prepare the data set again") from None
 
+    # A whole block may wait: otherwise reading would stop while the consumer works through the block before.
     ahead = max(threads, max((len(block.pieces) for block in blocks), default=0))
     with RowGroupReader(addresses, data_set.schema, convert, threads=threads, ahead=ahead) as reader:
         for block in blocks:
-            yield block, Samples.concatenate([next(reader) for _ in block.pieces])
+            yield block, HistorySamples.concatenate([next(reader) for _ in block.pieces])
 
 
 def _samples_of_piece(
-    data_set: DataSet, split: Split, cuts: Mapping[str, Cut], piece: Piece, group: RowGroup
-) -> Samples:
-    """The piece's targets, and of their users' histories what they see."""
+    data_set: DataSet, split: Split, cuts: Mapping[str, SequenceCut], piece: Piece, group: RowGroup
+) -> HistorySamples:
+    """Give the piece's targets, and of their users' histories what they see."""
     chosen_T = np.flatnonzero(group.target_T["split"] == split)
     users, targets = int(data_set.users_G[piece.group]), int(data_set.targets_G[split.name.lower()][piece.group])
     if len(group.user_id_U) != users or len(chosen_T) != targets:
@@ -59,19 +60,20 @@ def _samples_of_piece(
 
 
 def cut_batches(
-    blocks: Iterator[tuple[Block, Samples]],
-    order: Callable[[Block, Samples], I64],
+    blocks: Iterator[tuple[Block, HistorySamples]],
+    order: Callable[[Block, HistorySamples], I64],
     batch_size: int,
     first_target: int,
-) -> Generator[Samples, None, None]:
-    """Batches of exactly ``batch_size`` targets but for the last; what a block leaves over goes on in the next.
+) -> Generator[HistorySamples, None, None]:
+    """Cut batches of exactly ``batch_size`` targets, but for the last one; what a block leaves over goes into the next.
 
     Args:
         blocks: from the block that holds ``first_target`` on.
-        order: order of a block's targets.
+        order: gives the order of a block's targets.
+        batch_size: number of targets.
         first_target: where to begin, counted over all blocks of the rank.
     """
-    parts: list[Samples] = []
+    parts: list[HistorySamples] = []
     missing = batch_size
     for block, samples in blocks:
         order_T = order(block, samples)
@@ -82,8 +84,8 @@ def cut_batches(
             position += len(index_T)
             missing -= len(index_T)
             if not missing:
-                yield Samples.concatenate(parts)
+                yield HistorySamples.concatenate(parts)
                 parts, missing = [], batch_size
-        del samples  # before the next block is put together
+        del samples  # Before the next block is put together, or two of them would be in memory.
     if parts:
-        yield Samples.concatenate(parts)
+        yield HistorySamples.concatenate(parts)

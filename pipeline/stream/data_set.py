@@ -30,11 +30,12 @@ class DataSet:
     fingerprint: str
     """SHA-256 of the manifest, which holds the checksums of all other files."""
     file_G: I64
-    """The shard's place in the manifest."""
+    """The shard's index in the manifest."""
     row_group_G: I64
     """Number of the row group in its shard."""
     users_G: I64
     behaviors_G: I64
+    """Behaviours of the row group's users, all together."""
     targets_G: dict[str, I64]
     """Number of targets, by split."""
 
@@ -77,7 +78,7 @@ class DataSet:
         return history_schema(behavior=self.manifest.behaviors is not None, scene=self.manifest.scenes is not None)
 
     def address(self, group: int) -> RowGroupAddress:
-        """Where row group ``group`` (in file order over all shards) is."""
+        """Say where row group ``group`` (in file order over all shards) is."""
         path = self.folder / self.manifest.shards[self.file_G[group]].path
         return RowGroupAddress(path, int(self.row_group_G[group]))
 

@@ -2,11 +2,11 @@
 
 The row groups of a split are shuffled by (seed, epoch). Their targets, in that order, form one sequence, which is cut
 into ``world`` contiguous ranges that differ by one target at most: every target is in exactly one, and a row group on a
-border is read by both sides. A rank's range is cut into blocks, each the size of the shuffle buffer.
+border is read by both sides. A rank's range is cut into blocks, each the size of the shuffle buffer, and within a block
+the targets are shuffled by (seed, epoch, block).
 
-G = row groups, in file order; O = those that hold targets, in the epoch's order.
-
-The order of targets in a shuffle buffer.
+G = row groups, in file order; O = those that hold targets, in the epoch's order; T = targets of a block and U = their
+users.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from pipeline.hashing import mix
 
 I64 = NDArray[np.int64]
+
+ORDER = 2
+"""Grows when the order of an epoch changes: to resume at a step within an epoch means nothing in another order."""
 
 
 class Piece(NamedTuple):
@@ -35,7 +38,7 @@ class Block(NamedTuple):
     """Targets of the rank before this block."""
     targets: int
     key: int
-    """Targets of all ranks before this block: tells apart the blocks of all ranks."""
+    """Targets of all ranks before this block, which tells the blocks of all ranks apart."""
     pieces: tuple[Piece, ...]
 
 
@@ -45,10 +48,11 @@ class EpochPlan:
 
     blocks: tuple[Block, ...]
     targets: int
+    """Targets of the rank."""
 
 
 def steps_per_epoch(targets: int, world: int, batch_size: int) -> int:
-    """Steps that every rank makes: as many as the largest share needs."""
+    """Give the number of steps that every rank makes: as many as the largest share needs."""
     share = -(-targets // world)
     return -(-share // batch_size)
 
@@ -63,6 +67,10 @@ def plan_epoch(
         bytes_G: room that each row group takes in the shuffle buffer.
         block_bytes: size of the shuffle buffer; a block holds one row group at least.
         shuffle: shuffle the row groups; otherwise they come in file order, a block each.
+        seed: of the shuffle.
+        epoch: from 0; each has a shuffle of its own.
+        rank: which of the ``world`` readers this is.
+        world: number of readers.
     """
     order_O = np.flatnonzero(targets_G)
     if shuffle:
@@ -75,16 +83,16 @@ def plan_epoch(
     pieces: list[Piece] = []
     start = position = begin
     room = block_bytes
-    for place in range(int(np.searchsorted(end_O, begin, side="right")), len(order_O)):
+    for index in range(int(np.searchsorted(end_O, begin, side="right")), len(order_O)):
         if position >= end:
             break
-        group = int(order_O[place])
+        group = int(order_O[index])
         size = int(bytes_G[group])
         if pieces and (not shuffle or size > room):
             blocks.append(Block(start - begin, position - start, start, tuple(pieces)))
             pieces, start, room = [], position, block_bytes
-        before = int(end_O[place]) - int(targets_G[group])
-        last = min(int(end_O[place]), end)
+        before = int(end_O[index]) - int(targets_G[group])
+        last = min(int(end_O[index]), end)
         pieces.append(Piece(group, position - before, last - before))
         position = last
         room -= size
@@ -94,15 +102,11 @@ def plan_epoch(
 
 
 def shuffle_keys(count: int, *salts: int) -> NDArray[np.uint64]:
-    """Pseudo-random keys, (count,): sorting by them shuffles. They depend on ``salts`` alone, on every machine."""
+    """Give pseudo-random keys, (count,), to sort by for a shuffle. They depend on ``salts`` alone, on every machine."""
     keys = np.arange(count, dtype=np.uint64)
     for salt in salts:
         keys = mix(keys, salt)
     return keys
-
-
-ORDER = 2
-"""Grows when `shuffled_order` changes: a place within an epoch means nothing in another order."""
 
 
 def shuffled_order(user_T: I64, together: int | None, seed: int, epoch: int, block: int) -> I64:
@@ -116,23 +120,24 @@ def shuffled_order(user_T: I64, together: int | None, seed: int, epoch: int, blo
     Args:
         user_T: (T,), users of the targets, ascending from 0.
         together: k; None: all targets of a user stay together.
-        seed: of the run.
+        seed: decides the order, together with ``epoch`` and ``block`` and with nothing else.
         epoch: from 0.
-        block: which filling of the shuffle buffer. Seed, epoch and block decide the order, and nothing else does.
+        block: key of the block.
 
     Returns:
         (T,), the targets in their new order.
     """
     users = int(user_T[-1]) + 1 if len(user_T) else 0
-    place_U = np.empty(users, np.int64)
-    place_U[np.argsort(shuffle_keys(users, seed, epoch, block, 1), kind="stable")] = np.arange(users)
+    rank_U = np.empty(users, np.int64)  # of each user in the shuffled order of users
+    rank_U[np.argsort(shuffle_keys(users, seed, epoch, block, 1), kind="stable")] = np.arange(users)
     if together is None:
-        return np.argsort(place_U[user_T], kind="stable")
+        return np.argsort(rank_U[user_T], kind="stable")
     shuffled_T = np.lexsort((shuffle_keys(len(user_T), seed, epoch, block, 2), user_T))
     # Shuffling within users leaves the users where they are: user_T holds for shuffled_T too.
     first_U = np.searchsorted(user_T, np.arange(users))
     targets_U = np.bincount(user_T, minlength=users)
     chunks_U = -(-targets_U // together)
     chunk_T = (np.arange(len(user_T)) - first_U[user_T]) * chunks_U[user_T] // targets_U[user_T]
-    part_T = (chunk_T + place_U[user_T] / users) / chunks_U[user_T]
-    return shuffled_T[np.lexsort((place_U[user_T], part_T))]
+    # Where in the buffer (0 .. 1) a chunk goes; a user's rank is its random beginning within the first n-th.
+    position_T = (chunk_T + rank_U[user_T] / users) / chunks_U[user_T]
+    return shuffled_T[np.lexsort((rank_U[user_T], position_T))]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embeddings.batch import Batch
 from pipeline.stream.batches import cut_batches, read_blocks
@@ -12,7 +13,7 @@ from pipeline.stream.data_set import DataSet
 from pipeline.stream.epoch_plan import ORDER, Block, EpochPlan, plan_epoch, shuffled_order, steps_per_epoch
 from pipeline.stream.prefetch import Prefetch
 from pipeline.stream.row_group import RowGroup
-from pipeline.stream.samples import Samples, resolve_sequences, samples_of
+from pipeline.stream.samples import HistorySamples, resolve_sequences, samples_of
 from schemas.errors import UserError
 from schemas.shards import SPLITS, Split
 from schemas.stream import StreamSettings
@@ -69,15 +70,15 @@ class HistoryStream:
         self.epoch = 0
         """The epoch of the next batch, from 0."""
         self.step = 0
-        """The next batch's place in its epoch, from 0."""
+        """The next batch's number in its epoch, from 0."""
         self._cuts = resolve_sequences(settings, self.data_set.manifest)
         self._seed, self._shuffle, self._rank, self._world = seed, shuffle, rank, world
         self._pin_memory = pin_memory
         self._prefetch: Prefetch[Batch] | None = None
         self._waited_s = 0.0
         if not self.targets:
-            found = ", ".join(f"{name} {int(count_G.sum())}" for name, count_G in self.data_set.targets_G.items())
-            raise UserError(f"{folder}: no targets to stream in split {split} (targets: {found})")
+            counts = ", ".join(f"{name} {int(count_G.sum())}" for name, count_G in self.data_set.targets_G.items())
+            raise UserError(f"{folder}: no targets to stream in split {split} (targets: {counts})")
 
     @property
     def targets(self) -> int:
@@ -137,7 +138,7 @@ class HistoryStream:
         self.epoch, self.step = state["epoch"], state["step"]
 
     def close(self) -> None:
-        """End all threads. The stream keeps its place and can be iterated again."""
+        """End all threads. The stream stays at its step and can be iterated again."""
         if self._prefetch is not None:
             self._prefetch.close()
             self._waited_s += self._prefetch.waited_s
@@ -170,6 +171,7 @@ class HistoryStream:
         return plan_epoch(
             targets_G,
             bytes_G,
+            # One block is in use while the next is read; putting that one together takes as much again.
             self.settings.shuffle_memory // 3,
             shuffle=self._shuffle,
             seed=self._seed,
@@ -184,7 +186,7 @@ class HistoryStream:
         first_target = step * batch_size
         blocks = tuple(block for block in self._plan(epoch).blocks if block.start + block.targets > first_target)
 
-        def order(block: Block, samples: Samples) -> np.ndarray:
+        def order(block: Block, samples: HistorySamples) -> NDArray[np.int64]:
             if not self._shuffle:
                 return np.arange(len(samples))
             together = self.settings.targets_per_user_per_batch
@@ -201,12 +203,12 @@ class HistoryStream:
             yield self._finished(self._nothing(), epoch, step)
             step += 1
 
-    def _nothing(self) -> Samples:
-        """No targets and no users: what a rank gives that has run out before the others."""
+    def _nothing(self) -> HistorySamples:
+        """Give no targets and no users, which is what a rank has that has run out before the others."""
         group = RowGroup.from_table(self.data_set.schema.empty_table(), {})
         return samples_of(group, self._cuts).take(np.zeros(0, np.int64))
 
-    def _finished(self, samples: Samples, epoch: int, step: int) -> Batch:
+    def _finished(self, samples: HistorySamples, epoch: int, step: int) -> Batch:
         batch = samples.batch(
             f"{self.data_set.folder.name} {self.split}, epoch {epoch}, step {step}, rank {self._rank} of {self._world}"
         )

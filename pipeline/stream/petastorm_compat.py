@@ -1,4 +1,4 @@
-"""petastorm beside today's pyarrow. The rest of this program takes petastorm's names from here, never from petastorm.
+"""Makes petastorm work beside today's pyarrow. The rest of this program imports petastorm's names from here alone.
 
 petastorm 0.13.1 does not import with pyarrow >= 16: it asks for ``pyarrow.filesystem`` and ``pyarrow.hdfs``, and its
 Reader opens data sets with the legacy ``ParquetDataset``. The two modules are stood in for while petastorm imports, and
@@ -36,7 +36,7 @@ def _import_petastorm() -> ModuleType:
 
 
 class SchemaOnlyDataset:
-    """What petastorm's Reader asks of a data set. ``source.schema`` is all it learns; of row groups it finds none."""
+    """What petastorm's Reader asks of a data set; it learns ``source.schema`` and sees no row groups."""
 
     metadata = common_metadata = partitions = None
 

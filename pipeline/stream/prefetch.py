@@ -5,17 +5,20 @@ import threading
 import time
 import weakref
 from collections.abc import Generator
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 T = TypeVar("T")
 
 
 class _Failure:
+    """What the items have raised, on its way to the consumer."""
+
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
 
 _END = object()
+"""Comes after the last item."""
 
 
 class Prefetch(Generic[T]):
@@ -29,7 +32,7 @@ class Prefetch(Generic[T]):
     """
 
     def __init__(self, items: Generator[T, None, None], ahead: int) -> None:
-        self._queue: queue.Queue = queue.Queue(ahead)
+        self._queue: queue.Queue[Any] = queue.Queue(ahead)
         stop = threading.Event()
         thread = threading.Thread(target=_produce, args=(items, self._queue, stop), name="prefetch", daemon=True)
         # Also runs when the interpreter exits, while threads still can be waited for.
@@ -50,7 +53,8 @@ class Prefetch(Generic[T]):
         if item is _END or isinstance(item, _Failure):
             self.close()
             raise item.error if isinstance(item, _Failure) else StopIteration
-        return item
+        made: T = item
+        return made
 
     def close(self) -> None:
         """End the thread; nothing more comes."""
@@ -63,7 +67,7 @@ class Prefetch(Generic[T]):
         self.close()
 
 
-def _produce(items: Generator[T, None, None], ready: queue.Queue, stop: threading.Event) -> None:
+def _produce(items: Generator[T, None, None], ready: queue.Queue[Any], stop: threading.Event) -> None:
     # Once `stop` is set, at most one more item is put, and `_stop` has made room for it: this thread cannot block.
     last: object = _END
     try:
@@ -81,7 +85,7 @@ def _produce(items: Generator[T, None, None], ready: queue.Queue, stop: threadin
         ready.put(last)
 
 
-def _stop(ready: queue.Queue, stop: threading.Event, thread: threading.Thread) -> None:
+def _stop(ready: queue.Queue[Any], stop: threading.Event, thread: threading.Thread) -> None:
     stop.set()
     while True:
         try:

@@ -51,7 +51,7 @@ class RowGroupReader(Reader, Generic[R]):
     Args:
         addresses: the row groups, in order.
         schema: columns to read, with the types that they must have.
-        convert: makes a result of (row group as a table, its place in ``addresses``); runs in the reader's threads.
+        convert: makes a result of (row group as a table, its index in ``addresses``); runs in the reader's threads.
         threads: number of threads.
         ahead: results that may wait for the consumer; at least 2 a thread.
 
@@ -85,26 +85,30 @@ class RowGroupReader(Reader, Generic[R]):
         return self
 
     def __next__(self) -> R:
-        return super().__next__()
+        result: R = super().__next__()
+        return result
 
     def cleanup_cache(self) -> None:
-        """Nothing to clean; petastorm's own prints a line."""
+        """Do nothing: there is no cache to clean, and petastorm's own method prints a line."""
 
     def _filter_row_groups(self, *_: object) -> tuple[list[int], None]:
-        """Called by petastorm to choose among the row groups it knows: it knows none, ours are numbered as given."""
+        """Number our row groups as given. petastorm calls this to choose among those that it knows: none."""
         return list(range(self._count)), None
 
     def _create_ventilator(self, row_groups: list[int], *_: object) -> ConcurrentVentilator:
-        """Called by petastorm, whose own hands out a few items and then looks for room every 10 ms. Ours hands out all:
-        they are numbers, and memory is bounded where results wait."""
+        """Hand out all items at once: they are numbers, and memory is bounded where results wait.
+
+        petastorm's own method, which it would call in this one's place, hands out a few and then looks for room every
+        10 ms.
+        """
         return ConcurrentVentilator(
             self._workers_pool.ventilate,
-            [{"place": place} for place in row_groups],
+            [{"index": index} for index in row_groups],
         )
 
 
 class _Results:
-    """petastorm's protocol for what turns a pool's results into what the Reader returns; ours need no turning."""
+    """Gives a pool's results as they are; by petastorm's protocol for what turns them into what the Reader returns."""
 
     batched_output = True
 
@@ -118,18 +122,19 @@ class _Results:
 class _Worker(WorkerBase):
     """Reads row groups; one for each thread. Publishes a failure in place of a result: it is raised in its turn."""
 
-    def __init__(self, worker_id: int, publish_func: Callable[[Any], None], args: tuple) -> None:
+    def __init__(self, worker_id: int, publish_func: Callable[[Any], None], args: tuple[Any, ...]) -> None:
         super().__init__(worker_id, publish_func, args)
-        self._source: _Source = args[1]
+        self._source: _Source[object] = args[1]
         self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
 
     @staticmethod
     def new_results_queue_reader() -> _Results:
         return _Results()
 
-    def process(self, place: int) -> None:
+    def process(self, index: int) -> None:
+        result: object
         try:
-            result = self._source.convert(self._read(self._source.addresses[place]), place)
+            result = self._source.convert(self._read(self._source.addresses[index]), index)
         except Exception as error:
             result = error
         self.publish_func(result)
@@ -153,12 +158,13 @@ class _Worker(WorkerBase):
         return file
 
 
-def _check_columns(path: Path, found: pa.Schema, wanted: pa.Schema) -> None:
+def _check_columns(path: Path, schema: pa.Schema, wanted: pa.Schema) -> None:
     for field in wanted:
-        position = found.get_field_index(field.name)
-        if position < 0:
+        index = schema.get_field_index(field.name)
+        if index < 0:
             raise UserError(f"{path}: column {field.name} is missing; prepare the data set again")
-        kind = found.field(position).type
+        kind = schema.field(index).type
+        # A list's elements may have another name or be nullable: other writers than ours call them so.
         same = kind == field.type
         if pa.types.is_list(kind) and pa.types.is_list(field.type):
             same = kind.value_type == field.type.value_type

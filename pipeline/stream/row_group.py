@@ -6,7 +6,7 @@ U = users, M = behaviours of all users, T = targets of all users and splits.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +22,11 @@ class RowGroup:
     """Columns of a row group, named as in ``history_schema`` without the prefix; they share Arrow's memory."""
 
     user_id_U: I64
-    history_M: dict[str, NDArray]
+    history_M: dict[str, NDArray[Any]]
     """item, category, timestamp; behavior and scene where the data have them."""
     history_offset_U: I64
     """(U + 1,): user u's behaviours are history_offset_U[u] .. history_offset_U[u + 1]."""
-    target_T: dict[str, NDArray]
+    target_T: dict[str, NDArray[Any]]
     """item, category, timestamp, label, split, history_end; scene where the data have it."""
     target_offset_U: I64
     """(U + 1,): user u's targets."""
@@ -42,7 +42,7 @@ class RowGroup:
         Raises:
             UserError: nulls, lists of a user that differ in length, ids or ``history_end`` out of range.
         """
-        flat: dict[str, dict[str, NDArray]] = {"history": {}, "target": {}}
+        flat: dict[str, dict[str, NDArray[Any]]] = {"history": {}, "target": {}}
         offsets: dict[str, I64] = {}
         for name in table.column_names:
             if name == "user_id":
@@ -76,7 +76,7 @@ class RowGroup:
         return np.repeat(np.arange(len(self.user_id_U)), np.diff(self.target_offset_U))
 
 
-def _lists(name: str, column: pa.ChunkedArray) -> tuple[I64, NDArray]:
+def _lists(name: str, column: pa.ChunkedArray) -> tuple[I64, NDArray[Any]]:
     """Offsets, from 0, and values of a list column."""
     array = _array(name, column)
     offset_U = array.offsets.to_numpy().astype(np.int64)

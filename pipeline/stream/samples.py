@@ -1,15 +1,15 @@
 """Targets and the histories they look into, as numpy arrays: what a row group, a shuffle buffer and a batch all are.
 
-U = users, T = targets, M = behaviours of all users.
-
-Sequences cut out of a user's history: the last N behaviours before a target, of all or of some types or scenes.
+A history is stored once for each user. A target sees a window of it: the last N behaviours before the target, out of
+all or out of those of some types or scenes. Each such sequence of the settings is cut out of the history when a row
+group has been read; batches then take targets, and of the sequences what their windows reach.
 
 U = users, M = behaviours of all users, T = targets.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -27,18 +27,20 @@ I64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Windows:
-    """A sequence of each user, flat, and each target's window of it. Offsets and windows count in M."""
+    """A sequence of each user, one after the other, and each target's window of it; both are given as indices in M."""
 
-    columns_M: dict[str, NDArray]
+    columns_M: dict[str, NDArray[Any]]
     """item, category, timestamp; behavior and scene where the data have them."""
     offset_U: I64
     """(U + 1,): user u's behaviours are offset_U[u] .. offset_U[u + 1]."""
     start_T: I64
+    """First behaviour that each target sees."""
     end_T: I64
+    """One after the last behaviour that each target sees."""
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """One after the other; the parts have different users."""
+        """Put parts with different users one after the other."""
         base = np.cumsum([0] + [part.offset_U[-1] for part in parts])
         return cls(
             {name: np.concatenate([part.columns_M[name] for part in parts]) for name in parts[0].columns_M},
@@ -48,7 +50,7 @@ class Windows:
         )
 
     def take(self, index_T: I64, user_T: I64, order_T: I64, first_U: I64) -> Self:
-        """Windows of some targets, and of each user the behaviours between the earliest start and the latest end.
+        """Take the windows of some targets, and of each user the behaviours from the earliest start to the latest end.
 
         Args:
             index_T: the targets.
@@ -60,10 +62,11 @@ class Windows:
         if len(first_U):
             begin_U = np.minimum.reduceat(start_T[order_T], first_U)
             length_U = np.maximum.reduceat(end_T[order_T], first_U) - begin_U
-        else:
+        else:  # reduceat wants at least one user
             begin_U = length_U = np.zeros(0, np.int64)
         offset_U = np.zeros(len(first_U) + 1, np.int64)
         np.cumsum(length_U, out=offset_U[1:])
+        # How far each user's behaviours move towards the front.
         shift_U = begin_U - offset_U[:-1]
         index_M = np.repeat(shift_U, length_U)
         index_M += np.arange(len(index_M))
@@ -72,7 +75,7 @@ class Windows:
         return type(self)(columns_M, offset_U, start_T - shift_T, end_T - shift_T)
 
     def history(self) -> History:
-        """The same as tensors, which share the arrays' memory."""
+        """Give the sequence and the windows as a `History` of tensors, which share the arrays' memory."""
         columns_M = {name: torch.from_numpy(column_M) for name, column_M in self.columns_M.items()}
         return History(
             item_M=columns_M["item"],
@@ -87,21 +90,23 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Samples:
+class HistorySamples:
     """Targets and their users' histories."""
 
     user_id_U: I64
     user_T: I64
-    columns_T: dict[str, NDArray]
+    """The row in U of each target's user."""
+    columns_T: dict[str, NDArray[Any]]
     """item, category, timestamp, label; scene where the data have it."""
     sequences: dict[str, Windows]
+    """By the names that the settings give them."""
 
     def __len__(self) -> int:
         return len(self.user_T)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """One after the other; the parts have different users."""
+        """Put parts with different users one after the other."""
         if len(parts) == 1:
             return parts[0]
         base = np.cumsum([0] + [len(part.user_id_U) for part in parts])
@@ -113,7 +118,7 @@ class Samples:
         )
 
     def take(self, index_T: I64) -> Self:
-        """Some targets, in the order of ``index_T``, with the users and the behaviours that they need, each once."""
+        """Take some targets, in the order of ``index_T``, with the users and behaviours that they need, each once."""
         kept_U, user_T = np.unique(self.user_T[index_T], return_inverse=True)
         order_T = np.argsort(user_T, kind="stable")
         first_U = np.searchsorted(user_T[order_T], np.arange(len(kept_U)))
@@ -125,7 +130,11 @@ class Samples:
         )
 
     def batch(self, origin: str) -> Batch:
-        """The same as a batch, which shares the arrays' memory."""
+        """Give the samples as a `Batch` of tensors, which share the arrays' memory.
+
+        Args:
+            origin: where the batch comes from, for messages.
+        """
         columns_T: dict[str, Tensor] = {name: torch.from_numpy(column_T) for name, column_T in self.columns_T.items()}
         return Batch(
             histories={name: windows.history() for name, windows in self.sequences.items()},
@@ -145,10 +154,11 @@ ONLY_SEQUENCE = "history"
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A sequence of the settings, its names resolved to ids."""
+class SequenceCut:
+    """How a sequence of the settings is cut out of a history, its names of types and scenes resolved to ids."""
 
     length: int
+    """N: a target sees the last N behaviours of the sequence."""
     allowed: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     """For ``behavior`` and ``scene``, as far as they matter: whether an id belongs to the sequence, by id."""
 
@@ -158,7 +168,8 @@ class Cut:
         end_T = offset_U[:-1][group.user_T] + group.target_T["history_end"]
         if self.allowed:
             kept_M = np.logical_and.reduce([allowed[columns_M[name]] for name, allowed in self.allowed.items()])
-            # Behaviours of the sequence before each behaviour: a place in the history to a place in the sequence.
+            # How many behaviours of the sequence come before each behaviour: turns an index in the history into the
+            # index in the sequence.
             before_M = np.zeros(len(kept_M) + 1, np.int64)
             np.cumsum(kept_M, out=before_M[1:])
             columns_M = {name: column_M[kept_M] for name, column_M in columns_M.items()}
@@ -167,20 +178,22 @@ class Cut:
         return Windows(columns_M, offset_U, start_T, end_T)
 
 
-def samples_of(group: RowGroup, cuts: Mapping[str, Cut]) -> Samples:
-    """All targets of a row group, of whatever split, and their users' sequences."""
+def samples_of(group: RowGroup, cuts: Mapping[str, SequenceCut]) -> HistorySamples:
+    """Give all targets of a row group, of whatever split, and their users' sequences."""
     columns_T = {name: column for name, column in group.target_T.items() if name not in ("split", "history_end")}
-    return Samples(group.user_id_U, group.user_T, columns_T, {name: cut.windows(group) for name, cut in cuts.items()})
+    return HistorySamples(
+        group.user_id_U, group.user_T, columns_T, {name: cut.windows(group) for name, cut in cuts.items()}
+    )
 
 
-def resolve_sequences(settings: StreamSettings, manifest: Manifest) -> dict[str, Cut]:
-    """The sequences of the settings, with the data set's ids in place of names.
+def resolve_sequences(settings: StreamSettings, manifest: Manifest) -> dict[str, SequenceCut]:
+    """Look up the ids of the names in the settings' sequences; by the name of the sequence.
 
     Raises:
         UserError: a behaviour type or a scene that the data set does not have.
     """
     if settings.sequences is None:
-        return {ONLY_SEQUENCE: Cut(settings.history_length)}
+        return {ONLY_SEQUENCE: SequenceCut(settings.history_length)}
     cuts = {}
     for name, sequence in settings.sequences.items():
         allowed = {}
@@ -190,7 +203,7 @@ def resolve_sequences(settings: StreamSettings, manifest: Manifest) -> dict[str,
         ):
             if wanted is not None:
                 allowed[kind] = _allowed(f"sequences.{name}.{kind}", wanted, known)
-        cuts[name] = Cut(sequence.length, allowed)
+        cuts[name] = SequenceCut(sequence.length, allowed)
     return cuts
 
 

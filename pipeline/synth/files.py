@@ -1,6 +1,5 @@
 """Generated data to files, a run of users at a time: memory does not grow with the number of events."""
 
-import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.errors import SPACE
 from pipeline.files import check_output_file, whole_file
 from pipeline.progress import stage
 from pipeline.synth.histories import BEHAVIORS, SCENES, Histories, HistoryGenerator
@@ -60,7 +60,7 @@ def synthesize(
     try:
         return _write(settings, events, impressions)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in SPACE:
             names = " and ".join(str(path) for path in (events, impressions) if path)
             raise UserError(f"no space left on the disk for {names}; nothing was kept; set fewer events") from None
         raise

@@ -1,4 +1,9 @@
-"""Dictionaries of items and categories: dense ids in a shuffled order, categories, frequencies."""
+"""Dictionaries of items and categories: a dense id for each raw id, the item's category, and frequencies.
+
+Dense ids are shuffled, so that equal ranges of rows of an embedding table carry equal load. Id 0 is the unknown.
+
+I = items (arrays by dense id have an entry more, for the unknown), C = categories.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,52 +24,51 @@ BYTES_PER_ITEM = 100
 
 
 @dataclass(frozen=True)
-class Catalog:
-    """What the builder of shards must know of items, indexed by dense id (I items and the unknown: I + 1 entries)."""
+class Dictionaries:
+    """Items and categories of a data set, as tables for its readers and as arrays for the builder of shards."""
 
     category_I: NDArray[np.int32]
-    """Dense category."""
+    """(I + 1,): dense category of each item, by dense id."""
     cumulative_I: NDArray[np.int64]
-    """Sum of the frequencies of all items up to and including this one."""
+    """(I + 1,): sum of the frequencies of all items up to and including this one, by dense id."""
     items: pa.Table
-    """The dictionary of items, by raw id."""
+    """The dictionary of items, in the order of raw ids."""
     categories: pa.Table
-    """The dictionary of categories, by raw id."""
+    """The dictionary of categories, in the order of raw ids."""
     changed: int
-    """Items that were seen with several categories."""
+    """Number of items that were seen with several categories."""
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write the dictionaries; returns their paths."""
-        paths = [folder / "items.parquet", folder / "categories.parquet"]
-        for table, path in zip((self.items, self.categories), paths, strict=True):
-            pq.write_table(table, path, compression="zstd", use_dictionary=False)
-        return paths
+    def write(self, folder: Path) -> None:
+        """Write ``items.parquet`` and ``categories.parquet``."""
+        for table, name in ((self.items, "items.parquet"), (self.categories, "categories.parquet")):
+            pq.write_table(table, folder / name, compression="zstd", use_dictionary=False)
 
 
-def build_catalog(found: pa.Table, changed: pa.Table, seed: int) -> Catalog:
+def build_dictionaries(items: pa.Table, changed: pa.Table, seed: int) -> Dictionaries:
     """Give dense ids to items and categories.
 
     Args:
-        found: (item_id, frequency, low, high), in any order.
-        changed: (item_id, category_id) of the items whose ``low`` and ``high`` category differ.
-        seed: of the shuffle.
+        items: (item_id, frequency, smallest category, largest category) as ``definition.items`` has them, in any order.
+        changed: (item_id, category_id) of the items whose smallest and largest category differ.
+        seed: decides the shuffle.
 
     Raises:
         UserError: more items than 32-bit ids can name.
     """
-    if len(found) >= 2**31 - 1:
+    if len(items) >= 2**31 - 1:
         raise UserError(
-            f"{len(found)} items: dense ids are 32-bit, at most {2**31 - 2} items fit; group rare ones before"
+            f"{len(items)} items: dense ids are 32-bit, at most {2**31 - 2} items fit; group rare ones before"
         )
-    found = found.combine_chunks()
-    raw_I = found["item_id"].to_numpy()
-    order = np.argsort(raw_I)
-    raw_I = raw_I[order]
-    frequency_I = found["frequency"].to_numpy()[order].astype(np.int64)
-    raw_category_I = found["low"].take(pa.array(order))
+    # Sorted by raw id: the engines give items in orders of their own, and the shuffle below starts from this one.
+    items = items.select(["item_id", "frequency", "low"]).combine_chunks()
+    order = np.argsort(items["item_id"].to_numpy())
+    items = items.take(pa.array(order))
+    raw_I = items["item_id"].to_numpy()
+    frequency_I = items["frequency"].to_numpy().astype(np.int64)
+    raw_category_I = items["low"]
     if len(changed):
-        position = pc.index_in(found["item_id"].take(pa.array(order)), changed["item_id"].combine_chunks())
-        newer = changed["category_id"].combine_chunks().take(position.combine_chunks())
+        index = pc.index_in(items["item_id"], changed["item_id"].combine_chunks())
+        newer = changed["category_id"].combine_chunks().take(index.combine_chunks())
         raw_category_I = pc.if_else(pc.is_valid(newer), newer, raw_category_I)
 
     names = pc.unique(raw_category_I).drop_null()
@@ -82,7 +86,7 @@ def build_catalog(found: pa.Table, changed: pa.Table, seed: int) -> Catalog:
     by_id_frequency = np.zeros(len(raw_I) + 1, np.int64)
     by_id_frequency[id_I] = frequency_I
     text = not pa.types.is_integer(names.type)
-    return Catalog(
+    return Dictionaries(
         by_id_category,
         np.cumsum(by_id_frequency),
         pa.table([raw_I, id_I, frequency_I, category_I], schema=dictionary_schema(text=False, of_items=True)),
@@ -92,7 +96,7 @@ def build_catalog(found: pa.Table, changed: pa.Table, seed: int) -> Catalog:
 
 
 def _shuffled_ids(count: int, seed: int, salt: int) -> NDArray[np.int32]:
-    """Ids 1 .. count in a shuffled order, so that contiguous ranges of rows (row-wise shards) carry equal load."""
+    """The ids 1 .. count, shuffled: without this, ids given by age or popularity would load one shard most."""
     order = np.argsort(mix(mix(np.arange(count, dtype=np.uint64), seed), salt), kind="stable")
     ids = np.empty(count, np.int32)
     ids[order] = np.arange(1, count + 1, dtype=np.int32)
