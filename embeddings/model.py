@@ -175,14 +175,13 @@ class CtrModel(nn.Module):
 
     def _top_k(self, scoring: DotProduct) -> ShardedTopK:
         """It belongs to the tables as they are sharded now, so it is no part of the model."""
-        sequence = next(iter(self.settings.retrieved))
         return ShardedTopK(
             self.tables.inherent[self.roles.target_attention],
             self.tables.inherent[self.roles.history_attention],
             scoring,
             self.settings.retrieved,
-            self.sizes.lengths,
-            {feature: self.sizes.rows(feature, sequence) for feature in self.tables.cross_features},
+            self.sizes,
+            self.tables.cross_features,
             self.tables.codecs,
         )
 

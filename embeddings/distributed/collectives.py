@@ -1,8 +1,6 @@
-"""Sums and maxima over the ranks of the default process group; without one, a process is alone.
+"""What ranks send to each other: sums over ranks, columns of any types to all at once, and floats with gradients.
 
-Floats as they travel between ranks: as they are, or in 16 bits (TorchRec's codecs).
-
-Columns of any types that travel to the other ranks together, and floats whose gradients come back.
+Without a process group a process is alone, and sums and maxima are its own values.
 
 n = values.
 """
@@ -27,7 +25,7 @@ def ranks() -> int:
 
 
 def max_over_ranks(values: list[int], device: torch.device) -> list[int]:
-    """The largest of each value over all ranks; every rank must call it."""
+    """The largest of each value over all ranks of the default process group; every rank must call it."""
     if ranks() == 1:
         return values
     largest = torch.tensor(values, dtype=torch.int64, device=device)
@@ -51,7 +49,9 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Element-wise sum over all ranks, any shape; every rank must call it, and must go through its backward.
+    """Element-wise sum over all ranks of the default process group, any shape, with gradient.
+
+    Every rank must call it, and must go through its backward pass.
 
     The sum on each rank depends on the values of all of them, so its gradient is summed over ranks too.
     """
@@ -62,11 +62,11 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 WIRE_BYTES: dict[Communication, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
-"""Of a float on its way."""
+"""Bytes of a float on its way between ranks."""
 
 
 def codecs_of(communication: Communication) -> QuantizedCommCodecs:
-    """What encodes and decodes floats (forward) and their gradients (backward).
+    """TorchRec's codecs, which encode and decode floats (forward) and their gradients (backward).
 
     Gradients travel as bfloat16 in both 16-bit settings: those of a mean loss are too small for float16.
     """
@@ -79,7 +79,7 @@ Arriving = TypeVar("Arriving")
 
 
 def narrowest(largest: int) -> torch.dtype:
-    """The narrowest integer type that holds 0 .. ``largest``."""
+    """The narrowest of uint8, uint16, int32 and int64 that holds 0 .. ``largest``."""
     for dtype in (torch.uint8, torch.uint16, torch.int32):
         if largest <= torch.iinfo(dtype).max:
             return dtype
@@ -105,6 +105,7 @@ class ColumnsAllToAll(Awaitable[list[Tensor]]):
         super().__init__()
         self._columns = columns
         ranks = range(group.size())
+        # All columns travel as bytes in one collective: each one of its own would wait for the slowest rank again.
         sizes = [column.values.element_size() * column.values.shape[1:].numel() for column in columns]
         outgoing = [
             column.values.contiguous().flatten().view(torch.uint8).split([count * size for count in column.sent])
@@ -122,9 +123,10 @@ class ColumnsAllToAll(Awaitable[list[Tensor]]):
     def _wait_impl(self) -> list[Tensor]:
         self._work.wait()
         parts = self._incoming.split(self._received)
+        # Parts lie by rank, then by column: every n-th one, from the column's own, is of the same column.
         return [
-            torch.cat(parts[place :: len(self._columns)]).view(column.values.dtype).view(-1, *column.values.shape[1:])
-            for place, column in enumerate(self._columns)
+            torch.cat(parts[number :: len(self._columns)]).view(column.values.dtype).view(-1, *column.values.shape[1:])
+            for number, column in enumerate(self._columns)
         ]
 
 
@@ -142,8 +144,8 @@ class _WithGradient(torch.autograd.Function):
         context.group, context.sent, context.received = group, sent, received
         context.scale, context.codec = scale, codecs.backward
         encoded = map(codecs.forward.encode, values)
-        found = ColumnsAllToAll(group, list(map(Column, encoded, sent, received))).wait()
-        return tuple(map(codecs.forward.decode, found))
+        arrived = ColumnsAllToAll(group, list(map(Column, encoded, sent, received))).wait()
+        return tuple(map(codecs.forward.decode, arrived))
 
     @staticmethod
     @once_differentiable
@@ -172,7 +174,7 @@ def all_to_all_with_gradient(
     Returns:
         Each column's values as they were received, one rank's after the other's.
     """
-    found: tuple[Tensor, ...] = _WithGradient.apply(
+    arrived: tuple[Tensor, ...] = _WithGradient.apply(
         group,
         [column.sent for column in columns],
         [column.received for column in columns],
@@ -180,11 +182,11 @@ def all_to_all_with_gradient(
         codecs or codecs_of("fp32"),
         *(column.values for column in columns),
     )
-    return found
+    return arrived
 
 
 class CountsAllToAll(Awaitable[Arriving]):
-    """How much each rank sends to each, on its way; `wait` starts what these counts are needed for."""
+    """How much each rank sends to each, on its way; `wait` starts the exchange that these counts are needed for."""
 
     def __init__(self, group: dist.ProcessGroup, counts: Tensor, send: Callable[[Tensor], Arriving]) -> None:
         super().__init__()
@@ -197,11 +199,11 @@ class CountsAllToAll(Awaitable[Arriving]):
 
 
 class ReturnedParts(LazyAwaitable[Tensor]):
-    """What the shards have sent home, to be put together when it is asked for."""
+    """Parts that the shards have sent back, to be joined when they are waited for."""
 
-    def __init__(self, parts: tuple[Tensor, ...], put: Callable[[tuple[Tensor, ...]], Tensor]) -> None:
+    def __init__(self, parts: tuple[Tensor, ...], join: Callable[[tuple[Tensor, ...]], Tensor]) -> None:
         super().__init__()
-        self._parts, self._put = parts, put
+        self._parts, self._join = parts, join
 
     def _wait_impl(self) -> Tensor:
-        return self._put(self._parts)
+        return self._join(self._parts)

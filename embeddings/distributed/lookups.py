@@ -1,16 +1,12 @@
-"""Rows of ids, with gradient, from the shards that have them: an id travels once to its shard, its row once back.
+"""Lookups in row-wise shards, with gradient: rows of ids, weighted sums of rows, and all rows of small tables.
 
-B = ids of this rank, U = distinct ids of it, I = ids that a shard was sent by all ranks, S = shards (one a rank),
-F = tables, d = dim of a table.
+An id travels once to the shard that has its row. Of a row, the row travels back once; of a weighted sum, each shard's
+part of the sum, so that D floats travel back for a bag and not a row for each of its ids.
 
-Weighted sums of rows, made on the shards that have the rows: D floats travel home a bag, not a row for each id.
-
-B = bags of this rank, I = ids in them, P = parts: bags that have an id on a shard, of this rank's, one shard's after
-the other's, S = shards (one a rank), F = tables, d = dim of a table, D = dim of all tables together.
-
-All rows of small row-wise tables, on every rank, with gradient: each shard sends what it has to all.
-
-S = shards (one a rank), R = rows of a table, d = its dim, V = values of all tables on a shard.
+B = ids, or bags, of this rank, U = distinct ids of it, I = ids in bags, or ids that a shard was sent by all ranks,
+P = parts: bags of this rank that have an id on a shard, one shard's after the other's, S = shards (one a rank),
+F = tables, R = rows of a table, d = its dim, D = dim of all tables together, V = values of all tables on a shard,
+X = counts for ids of all tables, then for parts of all tables.
 """
 
 from collections.abc import Iterable, Mapping
@@ -49,32 +45,32 @@ class IdsAllToAll(Awaitable[list[Bags]]):
 class ShardedRows(RowWiseModule[RowWiseContext]):
     """Rows of ids in all tables of a collection, side by side.
 
-    A lookup of bags of one in the collection itself ends in a reduce-scatter, where each shard answers for every bag
-    of every rank with zeros for all that it does not have.
+    The collection's own lookup of bags of one would end in a reduce-scatter, in which each shard sends something for
+    every bag of every rank: zeros for all that it does not have.
     """
 
     def create_context(self) -> RowWiseContext:
-        """Of one lookup; ``places``, (B,): which of the distinct ids each id is."""
+        """A context for one lookup; its ``indices``, (B,), say which of the distinct ids each id is."""
         return RowWiseContext()
 
     def input_dist(self, ctx: RowWiseContext, ids: Mapping[str, Tensor]) -> CountsAllToAll[IdsAllToAll]:
         """Send ids to the shards of their rows.
 
         Args:
-            ctx: of this lookup.
+            ctx: a new one for this lookup.
             ids: for each table, int32 or int64 (B,).
         """
         shards, ctx.features = self._group.size(), tuple(ids)
         rows, counts = [], []
         for feature, table in self._lookup.tables.items():
-            # Sorted: so the ids of a shard are together.
+            # `unique` sorts, so that the ids of a shard lie together.
             id_U, slot_B = torch.unique(ids[feature], return_inverse=True)
             first_S = torch.arange(shards, device=id_U.device) * table.block
             end_S = torch.searchsorted(id_U, (first_S + table.block).clamp(max=table.rows).to(id_U.dtype))
             counts.append(torch.diff(end_S, prepend=end_S.new_zeros(1)))
             local_U = id_U - first_S.to(id_U.dtype).repeat_interleave(counts[-1], output_size=len(id_U))
             rows.append(local_U.to(narrowest(table.block - 1)))
-            ctx.places.append(slot_B)
+            ctx.indices.append(slot_B)
         count_SF = torch.stack(counts, dim=1)
         ctx.sent = count_SF.T.tolist()
 
@@ -86,12 +82,13 @@ class ShardedRows(RowWiseModule[RowWiseContext]):
 
     def assemble(self, ctx: RowWiseContext, parts: tuple[Tensor, ...]) -> Iterable[Tensor]:
         """The row of each id, (B, d)."""
-        # Its backward pass adds up the gradients of equal ids in one order, on a GPU too.
-        return map(embedding, ctx.places, parts)
+        # Not `index_select`: the backward pass of `embedding` adds up the gradients of equal ids in a fixed order, on
+        # a GPU too.
+        return map(embedding, ctx.indices, parts)
 
 
 class WeightedBags(NamedTuple):
-    """Of one rank."""
+    """The bags of one rank, whose weighted sums it asks for."""
 
     ids: Mapping[str, Tensor]
     """For each table, int32 or int64 (I,): the first bag's, the second's, ..."""
@@ -103,9 +100,10 @@ class WeightedBags(NamedTuple):
 
 @dataclass
 class PoolingContext(RowWiseContext):
-    """``places``, (P,): the bag that each part belongs to."""
+    """A context whose ``indices``, (P,), say which bag each part belongs to."""
 
     bags: int = 0
+    """B."""
 
 
 class BagsAllToAll(Awaitable[list[Bags]]):
@@ -116,8 +114,8 @@ class BagsAllToAll(Awaitable[list[Bags]]):
         self._columns, self._weights = columns, weights
 
     def _wait_impl(self) -> list[Bags]:
-        found = self._columns.wait()
-        rows, lengths = found[: len(self._weights)], found[len(self._weights) :]
+        columns, tables = self._columns.wait(), len(self._weights)
+        rows, lengths = columns[:tables], columns[tables:]
         return [
             Bags(row_I.to(torch.int32), length_L, weight_I)
             for row_I, length_L, weight_I in zip(rows, lengths, self._weights, strict=True)
@@ -125,14 +123,14 @@ class BagsAllToAll(Awaitable[list[Bags]]):
 
 
 class ShardedWeightedPooling(RowWiseModule[PoolingContext]):
-    """``sum_i w_i e_i`` of bags of ids, with gradients of rows and weights, of all tables side by side.
+    """The sums ``sum_i w_i e_i`` of bags of ids in all tables, side by side, with gradients of rows and weights.
 
-    A lookup in a sharded collection of its own does not give the weights a gradient: they travel without. And it ends
-    in a reduce-scatter, where each shard answers for every bag, though few ids of a bag are on it.
+    A sharded collection's own lookup gives the weights no gradient, because they travel without. And it ends in a
+    reduce-scatter, in which each shard sends something for every bag, though few ids of a bag are on it.
     """
 
     def create_context(self) -> PoolingContext:
-        """Of one pooling."""
+        """A context for one pooling."""
         return PoolingContext()
 
     def input_dist(self, ctx: PoolingContext, features: WeightedBags) -> CountsAllToAll[BagsAllToAll]:
@@ -142,11 +140,12 @@ class ShardedWeightedPooling(RowWiseModule[PoolingContext]):
         id_I = torch.cat([features.ids[feature] for feature in tables])
         blocks = torch.tensor([table.block for table in tables.values()], dtype=id_I.dtype, device=id_I.device)
         length_B = features.length_B.to(id_I.dtype)
-        length_SFB, row_I, _, _, place_I = torch.ops.fbgemm.block_bucketize_sparse_features(
+        length_SFB, row_I, _, _, bucketed_I = torch.ops.fbgemm.block_bucketize_sparse_features(
             length_B.repeat(len(tables)), id_I, False, True, blocks, shards
         )
-        order_I = torch.empty_like(place_I)
-        order_I[place_I.long()] = torch.arange(len(place_I), dtype=place_I.dtype, device=place_I.device)
+        # The bucketing says where each id went; weights need the inverse: which id has come to each slot.
+        order_I = torch.empty_like(bucketed_I)
+        order_I[bucketed_I.long()] = torch.arange(len(bucketed_I), dtype=bucketed_I.dtype, device=bucketed_I.device)
         weight_I = features.weight_I.repeat(len(tables)).index_select(0, order_I)
         length_SFB = length_SFB.view(shards, len(tables), ctx.bags)
         ids_SF = length_SFB.sum(2)
@@ -155,36 +154,38 @@ class ShardedWeightedPooling(RowWiseModule[PoolingContext]):
         row_parts, weight_parts = row_I.split(by_shard), weight_I.split(by_shard)
         id_counts = ids_SF.T.tolist()
         rows, lengths, weights = [], [], []
-        for place, table in enumerate(tables.values()):
-            length_SB = length_SFB[:, place]
+        for number, table in enumerate(tables.values()):
+            length_SB = length_SFB[:, number]
             shard_P, bag_P = length_SB.nonzero(as_tuple=True)
-            ctx.places.append(bag_P)
+            ctx.indices.append(bag_P)
             ctx.sent.append(torch.bincount(shard_P, minlength=shards).tolist())
-            rows.append(torch.cat(row_parts[place :: len(tables)]).to(narrowest(table.block - 1)))
-            weights.append(torch.cat(weight_parts[place :: len(tables)]))
+            rows.append(torch.cat(row_parts[number :: len(tables)]).to(narrowest(table.block - 1)))
+            weights.append(torch.cat(weight_parts[number :: len(tables)]))
             lengths.append(length_SB[shard_P, bag_P].to(torch.int32))
 
         def send(count_SX: Tensor) -> BagsAllToAll:
             counts = count_SX.T.tolist()
             ids_received, ctx.received = counts[: len(tables)], counts[len(tables) :]
             columns = [*map(Column, rows, id_counts, ids_received), *map(Column, lengths, ctx.sent, ctx.received)]
-            # TorchRec divides what comes to a shard by the number of ranks; home wants its own loss's gradient.
+            # The gradients that come to a shard are divided by the number of ranks, as TorchRec divides them. Those
+            # that return to the weights are of the requesting rank's own loss, so the division is undone.
             scale = 1 / self._lookup.gradient_scale
-            travelling = all_to_all_with_gradient(
-                list(map(Column, weights, id_counts, ids_received)), scale, self._group
-            )
-            return BagsAllToAll(ColumnsAllToAll(self._group, columns), travelling)
+            weight_columns = list(map(Column, weights, id_counts, ids_received))
+            received_weights = all_to_all_with_gradient(weight_columns, scale, self._group)
+            return BagsAllToAll(ColumnsAllToAll(self._group, columns), received_weights)
 
         parts_SF = torch.tensor(ctx.sent, device=ids_SF.device).T
         return CountsAllToAll(self._group, torch.cat([ids_SF, parts_SF], dim=1).contiguous(), send)
 
     def assemble(self, ctx: PoolingContext, parts: tuple[Tensor, ...]) -> Iterable[Tensor]:
         """The sum of each bag, (B, d)."""
-        return (_added(part_Pd, bag_P, ctx.bags) for part_Pd, bag_P in zip(parts, ctx.places, strict=True))
+        return (_sums_of_bags(part_Pd, bag_P, ctx.bags) for part_Pd, bag_P in zip(parts, ctx.indices, strict=True))
 
 
-def _added(part_Pd: Tensor, bag_P: Tensor, bags: int) -> Tensor:
-    """The sums of each bag's parts, (B, d); 0 where a bag has none."""
+def _sums_of_bags(part_Pd: Tensor, bag_P: Tensor, bags: int) -> Tensor:
+    """The sum of each bag's parts, (B, d); 0 where a bag has none."""
+    # `embedding_bag` adds a bag's parts up in the order of the shards, each time in the same; `index_add` on a GPU
+    # would not.
     first_B = torch.bincount(bag_P, minlength=bags).cumsum(0)
     first_B = torch.cat([first_B.new_zeros(1), first_B])
     return embedding_bag(bag_P.argsort(stable=True), part_Pd, first_B, mode="sum", include_last_offset=True)
@@ -194,9 +195,9 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, values_V: Tensor, scale: float, group: dist.ProcessGroup) -> Tensor:
         context.scale, context.group = scale, group
-        found = values_V.new_empty(group.size() * len(values_V))
-        dist.all_gather_into_tensor(found, values_V.contiguous(), group=group)
-        return found.view(group.size(), len(values_V))
+        gathered = values_V.new_empty(group.size() * len(values_V))
+        dist.all_gather_into_tensor(gathered, values_V.contiguous(), group=group)
+        return gathered.view(group.size(), len(values_V))
 
     @staticmethod
     @once_differentiable
@@ -207,15 +208,15 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gathered_tables(collection: ShardedEmbeddingBagCollection) -> dict[str, Tensor]:
-    """All rows of all tables; every rank must call it, and must go through its backward pass.
+    """All rows of all tables, on every rank; every rank must call it, and must go through its backward pass.
 
-    A lookup of all rows in the collection itself would be asked of the shards by every rank apart.
+    Each shard sends its rows to all. In the collection's own lookup, every rank would ask every shard for each row.
 
     Args:
         collection: sharded row-wise; its tables are small.
 
     Returns:
-        By the feature that is looked up in a table, (R, d).
+        By the feature that is looked up in a table, (R, d), with gradient.
     """
     lookup = RowWiseLookup(collection)
     shards, device = lookup.group.size(), next(iter(lookup.tables.values())).local_Rd.device

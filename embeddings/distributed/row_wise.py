@@ -1,11 +1,11 @@
-"""Where the rows of row-wise sharded tables are, and how to get at them.
+"""Where the rows of row-wise sharded tables are, how to read them, and what lookups of them with gradient share.
 
-B = ids of this rank, G = ids known to all ranks, S = shards (one a rank), R = local rows, d = dim of a table,
-F = tables of a collection, I = ids in a lookup, L = bags in it, the most of a table.
+In a lookup ids travel to the shards that have their rows, and parts of the result travel back to the rank that has
+asked ("the requesting rank").
 
-What lookups in row-wise shards share: what is asked travels to the shards, parts of the answer travel home.
-
-P = parts that come home, d = dim of a table.
+B = ids of this rank, G = ids known to all ranks, S = shards (one a rank), R = local rows, d = dim of a table, U =
+distinct ids, I = ids in a lookup, L = bags in it, the most of a table, P = parts that travel back, D = dim of all
+tables of a collection together.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,11 +31,11 @@ class Bucketed(NamedTuple):
     """Ids by the shard that has their rows, one shard's after the other's, each shard's in their old order."""
 
     counts: list[int]
-    """Of each of the S shards."""
+    """Ids of each of the S shards."""
     row_B: Tensor
     """int32 or int64: the rows, counted within their shard."""
-    place_B: Tensor
-    """int32 or int64: where each stood among the ids."""
+    index_B: Tensor
+    """int32 or int64: which of the ids, in their old order, each one is."""
 
 
 class RowWiseTable:
@@ -57,30 +57,30 @@ class RowWiseTable:
         return self._local().detach()
 
     def bucketed(self, id_B: Tensor) -> Bucketed:
-        """Ids (int32 or int64) by the shard of their rows."""
+        """Sort ids (int32 or int64) by the shard of their rows; those of a shard keep their order."""
         length = torch.tensor([len(id_B)], dtype=id_B.dtype, device=id_B.device)
         block = torch.tensor([self.block], dtype=id_B.dtype, device=id_B.device)
-        count_S, row_B, _, place_B, _ = torch.ops.fbgemm.block_bucketize_sparse_features(
+        count_S, row_B, _, index_B, _ = torch.ops.fbgemm.block_bucketize_sparse_features(
             length, id_B, True, False, block, self.group.size()
         )
-        return Bucketed(count_S.tolist(), row_B, place_B)
+        return Bucketed(count_S.tolist(), row_B, index_B)
 
     def fetch(self, id_B: Tensor) -> Tensor:
-        """Rows of this rank's ids, (B, d): the ids travel to the shards, the rows travel back; every rank must call."""
-        asked = self.bucketed(id_B)
-        count_S = torch.tensor(asked.counts, device=id_B.device)
-        wanted_S = torch.empty_like(count_S)
-        dist.all_to_all_single(wanted_S, count_S, group=self.group)
-        wanted = wanted_S.tolist()
-        (row_B,) = ColumnsAllToAll(self.group, [Column(asked.row_B, asked.counts, wanted)]).wait()
-        rows_Bd = self.local_Rd.index_select(0, row_B)
-        (found_Bd,) = ColumnsAllToAll(self.group, [Column(rows_Bd, wanted, asked.counts)]).wait()
-        in_order_Bd = torch.empty_like(found_Bd)
-        in_order_Bd[asked.place_B.long()] = found_Bd
-        return in_order_Bd
+        """Fetch the rows of this rank's ids, (B, d), without gradient; every rank must call it, if with no ids."""
+        ids = self.bucketed(id_B)
+        sent_S = torch.tensor(ids.counts, device=id_B.device)
+        received_S = torch.empty_like(sent_S)
+        dist.all_to_all_single(received_S, sent_S, group=self.group)
+        received = received_S.tolist()
+        (local_row_I,) = ColumnsAllToAll(self.group, [Column(ids.row_B, ids.counts, received)]).wait()
+        local_rows_Id = self.local_Rd.index_select(0, local_row_I)
+        (by_shard_Bd,) = ColumnsAllToAll(self.group, [Column(local_rows_Id, received, ids.counts)]).wait()
+        rows_Bd = torch.empty_like(by_shard_Bd)
+        rows_Bd[ids.index_B.long()] = by_shard_Bd
+        return rows_Bd
 
     def gather(self, id_G: Tensor) -> Tensor:
-        """Rows of ids that all ranks know, (G, d) on all of them: each shard sends those that it has to all, once."""
+        """Gather rows of ids that all ranks know, (G, d) on all of them: each shard sends what it has to all, once."""
         id_U, slot_G = torch.unique(id_G.long(), return_inverse=True)  # sorted, so by shard
         owner_U = id_U // self.block
         count_S = torch.bincount(owner_U, minlength=self.group.size())
@@ -92,13 +92,14 @@ class RowWiseTable:
         own[: len(mine)] = local_Rd.index_select(0, mine)
         everyone = own.new_empty(self.group.size() * longest, local_Rd.shape[1])
         dist.all_gather_into_tensor(everyone, own, group=self.group)
+        # Each shard's part is padded to the longest, because the collective needs equal parts.
         first_S = count_S.cumsum(0) - count_S
-        place_U = torch.arange(len(id_U), device=id_U.device) - first_S[owner_U] + owner_U * longest
-        return everyone.index_select(0, place_U[slot_G])
+        index_U = torch.arange(len(id_U), device=id_U.device) - first_S[owner_U] + owner_U * longest
+        return everyone.index_select(0, index_U[slot_G])
 
 
 class Bags(NamedTuple):
-    """Of one table, for its shard on this rank."""
+    """Bags of local rows to be summed, of one table, on this rank's shard of it."""
 
     row_I: Tensor
     """int32 or int64, local rows: the first bag's, the second's, ..."""
@@ -109,9 +110,10 @@ class Bags(NamedTuple):
 
 
 class RowWiseLookup:
-    """The lookup that a sharded collection makes in this rank's shards, made with ids of our own.
+    """The lookup that a sharded collection makes in this rank's shards, with ids of our own choice.
 
-    So gradients reach the rows in the backward pass, where the collection's optimizers take their step.
+    It is the collection's own lookup kernel, so that gradients reach the rows in the backward pass, and the
+    optimizers that are fused into the kernel take their step there.
 
     Args:
         collection: sharded; all its tables are row-wise.
@@ -120,30 +122,32 @@ class RowWiseLookup:
     def __init__(self, collection: ShardedEmbeddingBagCollection) -> None:
         assert is_row_wise(collection), collection._sharding_types
         tables = _tables(collection)
+        # TorchRec has one sharding and one lookup for each sharding type: here the row-wise one alone.
         (sharding,), (self._lookup,) = collection._embedding_shardings, collection._lookups
         self.tables = {feature: tables[feature] for feature in sharding.feature_names()}
         """By the feature that is looked up in them, in the order of the lookup."""
         self.dims = dict(zip(self.tables, sharding.embedding_dims(), strict=True))
         self.group: dist.ProcessGroup = collection._env.process_group
-        # TorchRec means the loss of each rank to be its own, and the step to be for the mean of them.
+        # TorchRec takes each rank's loss for its own, and makes the step for the mean of all ranks' losses.
         self.gradient_scale = 1.0 / self.group.size() if get_gradient_division() else 1.0
         """What the gradients that come to a shard are multiplied by."""
 
     def __call__(self, bags: Sequence[Bags]) -> list[Tensor]:
-        """Weighted sums of local rows.
+        """Sum the local rows of bags, weighted.
 
         Args:
-            bags: of each table.
+            bags: of each table, in the order of ``tables``.
 
         Returns:
-            Of each table, (L, d) for its bags.
+            For each table, the sums of its bags, (bags, d).
         """
         device = bags[0].row_I.device
         lengths = [
             torch.ones(len(row_I), dtype=torch.int32, device=device) if length_L is None else length_L.to(torch.int32)
             for row_I, length_L, _ in bags
         ]
-        # A lookup has as many bags in each table, and at least one: else no gradient would pass through it.
+        # The kernel wants as many bags in each table. At least one: else no gradient would pass through it, and the
+        # backward collectives of this rank, which the others wait for, would not run.
         most = max(1, *map(len, lengths))
         weights = [weight_I for _, _, weight_I in bags if weight_I is not None]
         features = KeyedJaggedTensor(
@@ -159,7 +163,7 @@ class RowWiseLookup:
 
 
 def is_row_wise(collection: torch.nn.Module | None) -> bool:
-    """Whether it is sharded, and all its tables are row-wise."""
+    """Whether a collection is sharded, and all its tables are row-wise."""
     if not isinstance(collection, ShardedEmbeddingBagCollection):
         return False
     return bool(collection._sharding_types == [ShardingType.ROW_WISE.value])
@@ -168,26 +172,27 @@ def is_row_wise(collection: torch.nn.Module | None) -> bool:
 def row_wise_tables(collection: ShardedEmbeddingBagCollection) -> dict[Feature, RowWiseTable]:
     """The tables of inherent features by the feature that is looked up in them, item first; all must be row-wise."""
     assert is_row_wise(collection), collection._sharding_types
-    found = _tables(collection)
-    return {feature: found[feature] for feature in INHERENT if feature in found}
+    tables = _tables(collection)
+    return {feature: tables[feature] for feature in INHERENT if feature in tables}
 
 
 def _tables(collection: ShardedEmbeddingBagCollection) -> dict[str, RowWiseTable]:
-    found = {}
-    for bags in collection._lookups[0]._emb_modules:
-        for place, table in enumerate(bags.config.embedding_tables):
+    tables = {}
+    for kernel in collection._lookups[0]._emb_modules:
+        for number, table in enumerate(kernel.config.embedding_tables):
             (feature,) = table.feature_names
-            found[feature] = RowWiseTable(_local_rows(bags, place), table.num_embeddings, collection._env.process_group)
-    return found
+            local = _local_rows(kernel, number)
+            tables[feature] = RowWiseTable(local, table.num_embeddings, collection._env.process_group)
+    return tables
 
 
-def _local_rows(bags: BatchedFusedEmbeddingBag, place: int) -> Callable[[], Tensor]:
-    cached = bags.config.embedding_tables[place].compute_kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING
+def _local_rows(kernel: BatchedFusedEmbeddingBag, number: int) -> Callable[[], Tensor]:
+    cached = kernel.config.embedding_tables[number].compute_kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING
 
     def local() -> Tensor:
         if cached:
-            bags.flush()  # The newest values of some rows are in the cache alone.
-        rows_Rd: Tensor = bags.split_embedding_weights()[place]
+            kernel.flush()  # The newest values of some rows are in the cache alone.
+        rows_Rd: Tensor = kernel.split_embedding_weights()[number]
         return rows_Rd
 
     return local
@@ -195,21 +200,21 @@ def _local_rows(bags: BatchedFusedEmbeddingBag, place: int) -> Callable[[], Tens
 
 @dataclass
 class RowWiseContext(Multistreamable):
-    """What home remembers of what it asked; of each table, in the order of the lookup."""
+    """What the requesting rank remembers of a lookup; lists have an entry for each table, in the lookup's order."""
 
-    places: list[Tensor] = field(default_factory=list)
-    """int64: how the parts belong to what was asked."""
+    indices: list[Tensor] = field(default_factory=list)
+    """int64: how parts and results belong to each other; each kind of lookup says how."""
     sent: list[list[int]] = field(default_factory=list)
-    """Parts asked of each shard."""
+    """Parts that this rank requests of each shard."""
     received: list[list[int]] = field(default_factory=list)
-    """Parts that each rank asks of this shard."""
+    """Parts that each rank requests of this shard."""
     features: tuple[str, ...] = ()
-    """The order that was asked for."""
+    """The order in which the result has the features side by side."""
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that ``stream`` uses the tensors."""
-        for place in self.places:
-            place.record_stream(stream)
+        for index in self.indices:
+            index.record_stream(stream)
 
 
 C = TypeVar("C", bound=RowWiseContext)
@@ -218,7 +223,7 @@ C = TypeVar("C", bound=RowWiseContext)
 class RowWiseModule(ShardedModule[list[Bags], list[Tensor], Tensor, C]):
     """A lookup in the shards of a collection, with gradient.
 
-    It has no parameters; the rows are those of the collection, and so are their optimizers.
+    It has no parameters: the rows are those of the collection, and so are their optimizers.
 
     Args:
         collection: sharded row-wise.
@@ -233,24 +238,25 @@ class RowWiseModule(ShardedModule[list[Bags], list[Tensor], Tensor, C]):
 
     @property
     def unsharded_module_type(self) -> type[EmbeddingBagCollection]:
-        """What it reads, before sharding."""
-        return EmbeddingBagCollection
+        """The module whose tables it reads, before sharding."""
+        unsharded: type[EmbeddingBagCollection] = EmbeddingBagCollection
+        return unsharded
 
     def compute(self, ctx: C, dist_input: list[Bags]) -> list[Tensor]:
-        """What this shard has of the answers to all ranks: of each table (its parts, d)."""
+        """Make the parts that this shard has of all ranks' results: for each table (parts, d)."""
         return self._lookup(dist_input)
 
     def output_dist(self, ctx: C, output: list[Tensor]) -> ReturnedParts:
-        """Send the parts home."""
+        """Send the parts back to the ranks that have requested them."""
         columns = list(map(Column, output, ctx.received, ctx.sent))
         parts = all_to_all_with_gradient(columns, self._lookup.gradient_scale, self._group, self._codecs)
 
-        def answer(parts: tuple[Tensor, ...]) -> Tensor:
+        def joined(parts: tuple[Tensor, ...]) -> Tensor:
             by_feature = dict(zip(self._lookup.tables, self.assemble(ctx, parts), strict=True))
             return torch.cat([by_feature[feature] for feature in ctx.features], dim=1)
 
-        return ReturnedParts(parts, answer)
+        return ReturnedParts(parts, joined)
 
     def assemble(self, ctx: C, parts: tuple[Tensor, ...]) -> Iterable[Tensor]:
-        """Of each table, in the order of the lookup, what was asked for; made of its parts (P, d)."""
+        """Make the result of each table, (B, d), in the order of the lookup, of its parts (P, d)."""
         raise NotImplementedError

@@ -1,18 +1,15 @@
 """Search where the rows live: behaviours' ids go to the shards of the item table, the K best of each shard come back.
 
+`SearchHandle` is a search of one batch, from its start to its result; `ShardedTopK` is the `ShardedModule` behind it,
+whose steps are TorchRec's: input_dist, compute, output_dist.
+
 T = targets of this rank, G = targets of all ranks, S = shards (one a rank), W = (target, behaviour) pairs, K = kept,
-F = found by all shards for this rank, D = dim of the item and category tables together, C = categories met, R = all
+F = behaviours that the shards have answered with: of shard 0 for the first target, for the second, ..., then of shard
+1, ..., L = most answers for a target, D = dim of the item and category tables together, C = categories met, R = all
 categories, d = their dim.
-
-The K best of what several shards have found.
-
-T = targets, S = shards, F = found: of shard 0 for the first target, for the second, ..., then of shard 1, ...,
-K = kept, C = most that was found for a target.
-
-A search on the shards whose input is on its way, so that other work is done meanwhile.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,29 +26,14 @@ from embeddings.batch import Batch, Selection
 from embeddings.distributed.collectives import Column, ColumnsAllToAll, codecs_of, narrowest
 from embeddings.distributed.row_wise import row_wise_tables
 from embeddings.layers.scoring import DotProduct
-from embeddings.search.messages import LocalWindows, SearchRequest, ShardHistory, ShardTargets
+from embeddings.search.messages import LocalWindows, SearchMessages, SearchSizes, ShardHistory, ShardInput
 from embeddings.search.pairs import Pairs, cross_score, search_rows, small_table_score
 from embeddings.search.topk.api import top_k
 from embeddings.search.topk.inputs import TopKInputs
 from embeddings.search.topk.keys import NOTHING, ordered
+from embeddings.sizes import DataSizes
 from embeddings.tables.collections import CrossRows
 from schemas.model import Feature
-
-
-@dataclass(frozen=True)
-class ShardInput:
-    """All that a shard is asked."""
-
-    targets: ShardTargets
-    histories: Mapping[str, ShardHistory]
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        """Tell the allocator that ``stream`` uses the tensors."""
-        for history in self.histories.values():
-            for tensor in (*history.columns.values(), history.start_G, history.end_G, history.place_G):
-                tensor.record_stream(stream)
-        for tensor in self.targets.columns.values():
-            tensor.record_stream(stream)
 
 
 @dataclass(frozen=True)
@@ -60,29 +42,29 @@ class ShardBest:
 
     score_GK: Tensor
     """float32"""
-    place_GK: Tensor
-    """int64, counted in the part of the window that is on the shard; negative: none."""
+    local_index_GK: Tensor
+    """int64, counted in the part of the window that is on the shard; negative where there are fewer than K."""
     count_G: Tensor
     """int64, how many there are."""
 
 
 @dataclass
 class TopKContext(Multistreamable):
-    """What home remembers of a search."""
+    """What the sample's rank remembers of a search between its steps."""
 
     windows: dict[str, LocalWindows] = field(default_factory=dict)
-    targets: list[int] = field(default_factory=list)
-    """Of each rank."""
+    """By sequence."""
+    sizes: SearchSizes = field(default_factory=lambda: SearchSizes((), {}, 0))
+    """Known when all ranks have sent theirs."""
     target_cross: CrossRows = field(default_factory=dict)
-    """By sequence, all rows of the targets' cross tables, as they are when the search is made."""
+    """By sequence, all rows of the targets' cross tables, as they are when `compute` is called."""
     history_cross: CrossRows = field(default_factory=dict)
-    """The same of the behaviours'."""
+    """By sequence, all rows of the behaviours' cross tables, as they are when `compute` is called."""
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that ``stream`` uses the tensors."""
         for windows in self.windows.values():
-            for tensor in vars(windows).values():
-                tensor.record_stream(stream)
+            windows.record_stream(stream)
 
 
 class BehaviorsAllToAll(Awaitable[ShardInput]):
@@ -111,7 +93,7 @@ class SizesAllGather(Awaitable[BehaviorsAllToAll]):
 
 
 class ScoresAllToAll(LazyAwaitable[dict[str, Selection]]):
-    """The output: scores and places on their way home, where they are merged."""
+    """The output: scores and indices on their way back to the samples' ranks, where they are merged."""
 
     def __init__(self, columns: ColumnsAllToAll, merge: Callable[[list[Tensor]], dict[str, Selection]]) -> None:
         super().__init__()
@@ -127,19 +109,19 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
     It has no parameters of its own: it reads those of sharded collections whose tables are row-wise.
 
     - input_dist: a user's behaviours travel once, whatever the number of the user's targets, to the shards of their
-      items: row, category, place, ..., and each target's window in them;
+      items: row, category, index, ..., and each target's window in them;
     - compute: the shards send each other the targets' item rows, and fetch the rows of the categories that they were
       sent; then each keeps the K best of its own behaviours for each target of all ranks;
-    - output_dist: at most K scores and places a target and shard travel home, where they are merged into K.
+    - output_dist: at most K scores and indices a target and shard travel back, and are merged into K.
 
     Args:
-        targets: sharded tables that targets are looked up in.
-        history: those that behaviours are looked up in, often the same.
+        targets: the sharded collection that targets are looked up in.
+        history: the one that behaviours are looked up in, often the same.
         scoring: the score.
         retrieved: K by sequence.
-        lengths: N by sequence.
-        cross: the cross features, and how many rows their tables have.
-        codecs: of the scores on their way home; None: as they are.
+        sizes: of the data: lengths of the sequences, rows of the tables.
+        cross: the cross features that the score is made of.
+        codecs: of the scores on their way back; None: as they are.
     """
 
     def __init__(
@@ -148,81 +130,74 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         history: ShardedEmbeddingBagCollection,
         scoring: DotProduct,
         retrieved: Mapping[str, int],
-        lengths: Mapping[str, int],
-        cross: Mapping[Feature, int],
+        sizes: DataSizes,
+        cross: Sequence[Feature],
         codecs: QuantizedCommCodecs | None = None,
     ) -> None:
         super().__init__()
         self._codec = (codecs or codecs_of("fp32")).forward
         self._target_tables, history_tables = row_wise_tables(targets), row_wise_tables(history)
-        self._scoring, self._retrieved, self._lengths = scoring, dict(retrieved), dict(lengths)
+        self._scoring, self._retrieved, self._lengths = scoring, dict(retrieved), sizes.lengths
         self._item, self._category = history_tables["item"], history_tables.get("category")
         self._group = self._item.group
-        rows = {**cross, "item": self._item.block}
-        if self._category:
-            rows["category"] = self._category.rows
-        self._request = SearchRequest((*history_tables, *cross), rows, self._item.rows, lengths)
+        self._messages = SearchMessages((*history_tables, *cross), self._item.block, sizes)
 
     @property
     def unsharded_module_type(self) -> type[EmbeddingBagCollection]:
-        """What it reads, before sharding."""
-        return EmbeddingBagCollection
+        """The module whose tables it reads, before sharding."""
+        unsharded: type[EmbeddingBagCollection] = EmbeddingBagCollection
+        return unsharded
 
     def create_context(self) -> TopKContext:
-        """Of one search."""
+        """A context for one search."""
         return TopKContext()
 
     @torch.no_grad()
     def input_dist(self, ctx: TopKContext, batch: Batch) -> SizesAllGather:
         """Send the targets and histories of this rank to the shards."""
-        buckets = {name: self._item.bucketed(batch.histories[name].item_M) for name in self._retrieved}
-        ctx.windows = {name: LocalWindows.of(batch.histories[name], bucket) for name, bucket in buckets.items()}
-        earliest, span = self._request.times(batch)
-        counts = [count for bucket in buckets.values() for count in bucket.counts]
+        for sequence in self._retrieved:
+            history = batch.histories[sequence]
+            ctx.windows[sequence] = LocalWindows.of(history, self._item.bucketed(history.item_M))
+        earliest, span = self._messages.times(batch)
 
-        def send(sizes: Tensor) -> BehaviorsAllToAll:
-            ranks = self._group.size()
-            by_rank = sizes.view(ranks, -1)
-            ctx.targets = by_rank[:, 0].tolist()
-            longest_span = int(by_rank[:, 1].max())
-            to_here = by_rank[:, 2:].view(ranks, len(buckets), ranks)[:, :, self._group.rank()].T.tolist()
-            columns = self._request.target_columns(batch, earliest, ctx.targets)
-            for (name, bucket), behaviors in zip(buckets.items(), to_here, strict=True):
-                columns += self._request.history_columns(
-                    name, batch, bucket, ctx.windows[name], earliest, longest_span, behaviors, ctx.targets
-                )
-            return BehaviorsAllToAll(ColumnsAllToAll(self._group, columns), lambda found: unpack(found, to_here))
+        def send(gathered: Tensor) -> BehaviorsAllToAll:
+            ctx.sizes = sizes = self._sizes(gathered)
+            columns = self._messages.target_columns(batch, earliest, sizes.targets)
+            for sequence, windows in ctx.windows.items():
+                columns += self._messages.history_columns(sequence, batch, windows, earliest, sizes)
+            all_to_all = ColumnsAllToAll(self._group, columns)
+            return BehaviorsAllToAll(all_to_all, lambda received: self._messages.unpack(received, sizes))
 
-        def unpack(found: list[Tensor], to_here: list[list[int]]) -> ShardInput:
-            columns = iter(found)
-            targets = self._request.targets(columns, ctx.targets)
-            return ShardInput(
-                targets,
-                {
-                    name: self._request.history(columns, behaviors, targets)
-                    for name, behaviors in zip(buckets, to_here, strict=True)
-                },
-            )
+        counts = [count for windows in ctx.windows.values() for count in windows.behaviors.counts]
+        return SizesAllGather(self._group, torch.tensor([len(batch), span, *counts], device=batch.item_T.device), send)
 
-        sizes = torch.tensor([len(batch), span, *counts], device=batch.item_T.device)
-        return SizesAllGather(self._group, sizes, send)
+    def _sizes(self, gathered: Tensor) -> SearchSizes:
+        """What all ranks have said of themselves: targets, span, behaviours for each shard of each sequence."""
+        ranks, rank = self._group.size(), self._group.rank()
+        by_rank = gathered.view(ranks, -1)
+        to_this_shard = by_rank[:, 2:].view(ranks, len(self._retrieved), ranks)[:, :, rank].T.tolist()
+        behaviors = dict(zip(self._retrieved, to_this_shard, strict=True))
+        return SearchSizes(by_rank[:, 0].tolist(), behaviors, int(by_rank[:, 1].max()))
 
     @torch.no_grad()
     def compute(self, ctx: TopKContext, dist_input: ShardInput) -> dict[str, ShardBest]:
-        """The K best of this shard, by sequence; the context must have the rows of the cross tables."""
+        """Find the K best of this shard, by sequence; the context must have the rows of the cross tables."""
         targets = dist_input.targets
         rows = [table.gather(targets.columns[feature]).float() for feature, table in self._target_tables.items()]
         target_GD = torch.cat(rows, dim=1)
         categories = self._categories(dist_input.histories)
-        found = {}
-        for name, history in dist_input.histories.items():
-            query = self._scoring.queries(search_rows(target_GD, targets.row, ctx.target_cross[name]))
+        best = {}
+        for sequence, history in dist_input.histories.items():
+            k = self._retrieved[sequence]
+            query = self._scoring.queries(search_rows(target_GD, targets.row, ctx.target_cross[sequence]))
             dims = [part.shape[1] for part in rows]
             inherent = dict(zip(self._target_tables, query.inherent.split(dims, dim=1), strict=True))
             pairs = Pairs(history.start_G, history.end_G, len(history.columns["item"]))
             row = partial(history.row, targets=targets, pairs=pairs)
-            additive_W = cross_score(pairs, query.cross, row, ctx.history_cross[name])
+            additive_W = cross_score(pairs, query.cross, row, ctx.history_cross[sequence])
             if categories:
+                # A behaviour's category row lies on another shard than its item row, so its part of the score is
+                # made of the few rows that were fetched, and added.
                 rows_Cd, slot_R = categories
                 slot_W = pairs.of_behaviors(slot_R.index_select(0, history.columns["category"].to(torch.int32)))
                 additive_W += small_table_score(pairs, inherent["category"], rows_Cd, slot_W)
@@ -234,17 +209,15 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
                     end_T=history.end_G,
                     query_TD=inherent["item"].contiguous(),
                     additive_W=additive_W,
-                    k=self._retrieved[name],
+                    k=k,
                 )
             )
-            length_G = history.end_G - history.start_G
-            found[name] = ShardBest(
-                score_GK, index_GK - history.start_G[:, None], length_G.clamp(max=self._retrieved[name])
-            )
-        return found
+            count_G = (history.end_G - history.start_G).clamp(max=k)
+            best[sequence] = ShardBest(score_GK, index_GK - history.start_G[:, None], count_G)
+        return best
 
     def _categories(self, histories: Mapping[str, ShardHistory]) -> tuple[Tensor, Tensor] | None:
-        """Rows of the categories that were met here, float32, and where among them each category's is."""
+        """Rows of the categories that this shard has met, float32 (C, d), and which of the C each category is, (R,)."""
         if self._category is None:
             return None
         met_R = torch.zeros(self._category.rows, dtype=torch.bool, device=self._item.local_Rd.device)
@@ -254,39 +227,36 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
 
     @torch.no_grad()
     def output_dist(self, ctx: TopKContext, output: dict[str, ShardBest]) -> ScoresAllToAll:
-        """Send what was found home and merge it."""
-        columns, founds = [], {}
-        for name, best in output.items():
-            k = self._retrieved[name]
-            windows = ctx.windows[name]
-            founds[name] = (windows.end_ST - windows.start_ST).clamp(max=k)
-            sent = [int(part.sum()) for part in best.count_G.split(ctx.targets)]
-            received = founds[name].sum(1).tolist()
-            is_there_GK = torch.arange(k, device=best.count_G.device) < best.count_G[:, None]
-            places = best.place_GK[is_there_GK].to(narrowest(self._lengths[name] - 1))
-            scores = self._codec.encode(best.score_GK[is_there_GK])
-            columns += [Column(scores, sent, received), Column(places, sent, received)]
+        """Send the best of this shard back to the samples' ranks, and merge what comes back to this one."""
+        columns, counts = [], {}
+        for sequence, best in output.items():
+            k = self._retrieved[sequence]
+            # How much each shard answers with is known here already: all of a window that it has, up to K.
+            counts[sequence] = ctx.windows[sequence].length_ST.clamp(max=k)
+            sent = [int(part.sum()) for part in best.count_G.split(ctx.sizes.targets)]
+            received = counts[sequence].sum(1).tolist()
+            valid_GK = torch.arange(k, device=best.count_G.device) < best.count_G[:, None]
+            indices = best.local_index_GK[valid_GK].to(narrowest(self._lengths[sequence] - 1))
+            scores = self._codec.encode(best.score_GK[valid_GK])
+            columns += [Column(scores, sent, received), Column(indices, sent, received)]
 
         def merge(columns: list[Tensor]) -> dict[str, Selection]:
-            selected = {}
-            for place, (name, found_ST) in enumerate(founds.items()):
-                score_F, place_F = columns[2 * place : 2 * place + 2]
-                windows = ctx.windows[name]
-                first_F = windows.start_ST.flatten().repeat_interleave(found_ST.flatten())
-                index_F = windows.place_M.index_select(0, first_F + place_F.long()).long()
-                selected[name] = merged(found_ST, self._codec.decode(score_F), index_F, self._retrieved[name])
+            selected, rest = {}, iter(columns)
+            for sequence, count_ST in counts.items():
+                score_F, index_F = next(rest), ctx.windows[sequence].index_of(count_ST, next(rest))
+                selected[sequence] = merged(count_ST, self._codec.decode(score_F), index_F, self._retrieved[sequence])
             return selected
 
         return ScoresAllToAll(ColumnsAllToAll(self._group, columns), merge)
 
 
 def merged(count_ST: Tensor, score_F: Tensor, index_F: Tensor, k: int) -> Selection:
-    """The K best of each target; of equal scores the earlier behaviour wins.
+    """Merge the best of all shards into the K best of each target; of equal scores the earlier behaviour wins.
 
-    Exact, if each shard found its own K best: the best K of a union are among the best K of its parts.
+    It is exact if each shard has answered with its own K best: the best K of a union are among the best K of its parts.
 
     Args:
-        count_ST: int64, how many each shard found for each target.
+        count_ST: int64, with how many each shard has answered for each target.
         score_F: float32.
         index_F: int64, below 2^32.
         k: K.
@@ -294,13 +264,15 @@ def merged(count_ST: Tensor, score_F: Tensor, index_F: Tensor, k: int) -> Select
     S, T = count_ST.shape
     count_T = count_ST.sum(0)
     longest = max(k, int(count_T.max()) if T else 0)
+    # Lay the answers out as (T, L): an answer's column is how many answers of the same target come before it, that is
+    # of earlier shards, plus its rank among the answers of its own shard.
     flat_ST = count_ST.flatten()
     before_F = (count_ST.cumsum(0) - count_ST).flatten() - (flat_ST.cumsum(0) - flat_ST)
     column_F = torch.arange(len(score_F), device=score_F.device) + before_F.repeat_interleave(flat_ST)
     target_F = torch.arange(T, device=score_F.device).repeat(S).repeat_interleave(flat_ST)
-    key_TC = torch.full((T, longest), NOTHING, device=score_F.device)
-    key_TC[target_F, column_F] = ordered(score_F, index_F)
-    key_TK = key_TC.topk(k, dim=1).values
+    key_TL = torch.full((T, longest), NOTHING, device=score_F.device)
+    key_TL[target_F, column_F] = ordered(score_F, index_F)
+    key_TK = key_TL.topk(k, dim=1).values
     valid_TK = key_TK != NOTHING
     return Selection(torch.where(valid_TK, 0xFFFFFFFF - (key_TK & 0xFFFFFFFF), 0), valid_TK)
 
@@ -332,12 +304,13 @@ class SearchHandle:
         """
         self._context.target_cross, self._context.history_cross = target_cross, history_cross
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            asked = self._input.wait()
+            shard_input = self._input.wait()
         if self._stream is not None:
+            # The tensors were made on the other stream: the allocator must not reuse them while this one reads them.
             here = torch.cuda.current_stream()
             here.wait_stream(self._stream)
             self._context.record_stream(here)
-            asked.record_stream(here)
-        best = self._top_k.compute(self._context, asked)
+            shard_input.record_stream(here)
+        best = self._top_k.compute(self._context, shard_input)
         selected: dict[str, Selection] = self._top_k.output_dist(self._context, best).wait()
         return selected

@@ -176,8 +176,8 @@ def _behavior(task: StepTask, link: Link) -> float:
     initialize(shard(model, torch.device("cpu"), make_plan(model, torch.device("cpu"), bags=1)), seed=1)
     batch = made_up_batch(task, seed=dist.get_rank())
     tables = model.tables.inherent["attention"]
-    cross = {feature: task.sizes.rows(feature, "history") for feature in model.tables.cross_features}
-    search = ShardedTopK(tables, tables, ScaledDotProduct(), task.settings.model.retrieved, task.sizes.lengths, cross)
+    retrieved, cross = task.settings.model.retrieved, model.tables.cross_features
+    search = ShardedTopK(tables, tables, ScaledDotProduct(), retrieved, task.sizes, cross)
     ns = _ns(lambda: search.input_dist(search.create_context(), batch).wait().wait(), together=True)
     with Traffic() as traffic:
         search.input_dist(search.create_context(), batch).wait().wait()
