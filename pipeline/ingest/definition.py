@@ -98,9 +98,13 @@ def lines(
     """Events and impressions with dense ids, and the keys that sort them.
 
     Args:
+        events: the log of behaviours, with raw ids.
+        impressions: the log of what was shown, with raw ids; None: there is none.
         item_ids: (raw_id, id).
         vocabularies: for ``behavior`` and ``scene``, as far as the data has them, (value, id).
         cuts: timestamps at which validation and test begin, for impressions without a split of their own.
+        seed: of the order of users.
+        shards: their number.
 
     Returns:
         shard, user_key, user_id, timestamp, item, and where there are such behavior, scene, label, split; an event's

@@ -138,7 +138,7 @@ def draw_negatives(
 
 
 def _touched(lines: Lines, size: int) -> I64:
-    """user * size + item of everything each user touched, sorted."""
+    """Everything that each user touched, sorted: int64, ``user * size + item``."""
     return np.unique(lines.user_L * size + lines.item_L)
 
 

@@ -52,7 +52,7 @@ TINY = ("stream.batch_size=8", "stream.history_length=20", "model.retrieved.hist
 
 
 def calibrated() -> ClusterSettings:
-    """This machine as a cluster of two ranks.
+    """Measure this machine as a cluster of two ranks.
 
     Raises:
         RuntimeError: a process failed.

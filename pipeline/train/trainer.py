@@ -60,8 +60,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """Within the block these signals set ``received`` and do nothing else, but for a second SIGINT, which ends the
-    process at once (`KeyboardInterrupt`). In the main thread only.
+    """Within the block, SIGTERM and SIGINT set ``received`` and do nothing else. In the main thread only.
+
+    A second SIGINT ends the process at once (`KeyboardInterrupt`).
     """
 
     def __init__(self) -> None:

@@ -404,7 +404,7 @@ def test_the_command_line_tells_a_mistake_without_a_traceback(arguments: list[st
 
 @pytest.fixture
 def fresh_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchx remembers, for the life of a process, which options it has seen."""
+    """Let torchx forget: it remembers which options a process has seen."""
     for kind in (torchxconfig, ArgOnceAction):
         monkeypatch.setattr(kind, "called_args", set())
 
