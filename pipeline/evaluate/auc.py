@@ -1,16 +1,15 @@
-"""Area under the ROC curve of scores that are spread over ranks: a sample sort, then counting.
+"""AUC and GAUC of scores that are spread over ranks, exact, without any rank that holds all scores.
 
-W = ranks, P = positives, N = negatives, S = splitters, C = cells = 2 S + 1.
+The AUC is the share of (positive, negative) pairs that the scores put in the right order; an equal pair counts half. It
+comes from a sample sort, then counting. Splitters cut the line of scores into cells, in turn an open interval and a
+single score: (-inf, s_1), {s_1}, (s_1, s_2), {s_2}, ..., (s_S, inf). Pairs in two different cells, and pairs of one
+single score, follow from the counts of the cells. Only for pairs within an interval are scores sent, each interval's to
+one rank. A score that many samples share becomes a splitter, so that it burdens no rank.
 
-The AUC is the share of (positive, negative) pairs that the scores put in the right order; an equal pair counts half.
-Splitters cut the line of scores into cells, in turn an open interval and a single score:
-(-inf, s_1), {s_1}, (s_1, s_2), {s_2}, ..., (s_S, inf). Pairs in two different cells, and pairs of one single score,
-follow from the counts of the cells. Only for pairs within an interval are scores sent, each interval's to one rank. So
-no rank holds all scores, and a score that many samples share, as it becomes a splitter, burdens none.
+The GAUC is the AUC of each user, averaged over users; each user's samples are sent to one rank.
 
-AUC of each user, averaged over users; each user's samples are sent to one rank.
-
-N = samples, W = ranks, U = users, G = runs of samples of one user with one score.
+P = positives, N = negatives in `auc`, samples in `grouped_auc`, S = splitters, C = cells = 2 S + 1, W = ranks,
+U = users, G = runs of samples of one user with one score.
 """
 
 import math
@@ -23,19 +22,21 @@ from torch import Tensor
 from pipeline.evaluate.ranks import Ranks
 
 _DRAWN = 1 << 16
-"""About so many scores over all ranks are looked at to choose splitters."""
+"""About how many scores, over all ranks, splitters are chosen from."""
+_MULTIPLIER = -7046029254386353131
+"""2^64 divided by the golden ratio, as int64: multiplying by it spreads ids that follow a pattern."""
 
 
 def auc(positive_P: Tensor, negative_N: Tensor, ranks: Ranks) -> float:
-    """AUC over all ranks, the same on each: an exact fraction, rounded once.
+    """The AUC over all ranks, the same on each: an exact fraction, rounded once. Every rank must call it.
 
     Args:
         positive_P: (P,) float32, scores of this rank's positive samples, on the ranks' device.
-        negative_N: (N,) float32, scores of its negative samples.
-        ranks: every rank must call this.
+        negative_N: (N,) float32, scores of its negative samples, on the same device.
+        ranks: the ranks whose scores count.
 
     Returns:
-        nan where there are no positives or no negatives.
+        The AUC, in 0 .. 1; nan where there are no positives or no negatives.
     """
     positive_P, negative_N = positive_P.sort().values, negative_N.sort().values
     splitter_S = _splitters(positive_P, negative_N, ranks)
@@ -53,8 +54,8 @@ def auc(positive_P: Tensor, negative_N: Tensor, ranks: Ranks) -> float:
 
 
 def _splitters(positive_P: Tensor, negative_N: Tensor, ranks: Ranks) -> Tensor:
-    """At most W - 1 different scores, ascending, that cut all scores into about equal parts."""
-    if ranks.size == 1:
+    """Return (S,) float32, S < W: different scores, ascending, that cut all scores into about equal parts."""
+    if ranks.size == 1:  # one interval holds everything
         return positive_P[:0]
     total = sum(int(count) for (count,) in ranks.gather_numbers(len(positive_P) + len(negative_N)))
     stride = max(1, total // _DRAWN)
@@ -64,7 +65,7 @@ def _splitters(positive_P: Tensor, negative_N: Tensor, ranks: Ranks) -> Tensor:
 
 
 def _spread(sorted_N: Tensor, splitter_S: Tensor, ranks: Ranks) -> tuple[Sequence[int], Tensor]:
-    """Samples of all ranks in each cell, and the sorted scores of the interval that is this rank's."""
+    """Return the samples of all ranks in each cell, and the sorted scores of the interval that is this rank's."""
     first_S = torch.searchsorted(sorted_N, splitter_S)
     end_S = torch.searchsorted(sorted_N, splitter_S, right=True)
     inner = torch.stack([first_S, end_S], 1).flatten()
@@ -78,38 +79,35 @@ def _spread(sorted_N: Tensor, splitter_S: Tensor, ranks: Ranks) -> tuple[Sequenc
 
 
 def _twice_ordered_pairs(positive_P: Tensor, negative_N: Tensor) -> int:
-    """Twice the pairs in the right order, an equal pair counting one; both sorted."""
+    """Return twice the pairs in the right order, an equal pair counting one; both tensors are sorted."""
     below = torch.searchsorted(negative_N, positive_P).sum()
     below_or_equal = torch.searchsorted(negative_N, positive_P, right=True).sum()
     return int(below + below_or_equal)
 
 
-_MULTIPLIER = -7046029254386353131
-"""2^64 divided by the golden ratio, as int64: multiplying by it spreads ids that follow a pattern."""
-
-
 class GroupedAuc(NamedTuple):
-    """GAUC and the number of different users, with or without an AUC of their own."""
+    """The GAUC, and the number of different users, those without an AUC of their own included."""
 
     gauc: float
     users: int
 
 
 def grouped_auc(user_id_N: Tensor, label_N: Tensor, logit_N: Tensor, ranks: Ranks) -> GroupedAuc:
-    """GAUC over all ranks, the same on each: the mean AUC of users, weighted by their numbers of samples.
+    """The GAUC over all ranks, the same on each: the mean AUC of users, weighted by their numbers of samples.
 
-    Users whose samples are all positive or all negative have no AUC and are left out.
+    Users whose samples are all positive or all negative have no AUC and are left out. Every rank must call it.
 
     Args:
         user_id_N: (N,) int64, on the ranks' device like the others.
         label_N: (N,) bool.
         logit_N: (N,) float32.
-        ranks: every rank must call this.
+        ranks: the ranks whose samples count.
 
     Returns:
-        With nan as GAUC where no user has an AUC.
+        The GAUC, in 0 .. 1 or nan where no user has an AUC, and the number of users.
     """
     if ranks.size > 1:
+        # The upper half of the product: the lower bits of ids that are multiples of W would all choose one rank.
         rank_N = ((user_id_N * _MULTIPLIER) >> 33) % ranks.size
         count_W = rank_N.bincount(minlength=ranks.size).tolist()
         order_N = rank_N.argsort(stable=True)
@@ -123,9 +121,10 @@ def grouped_auc(user_id_N: Tensor, label_N: Tensor, logit_N: Tensor, ranks: Rank
 
 
 def _of_whole_users(user_id_N: Tensor, label_N: Tensor, logit_N: Tensor) -> tuple[float, int, int]:
-    """Sum of AUC times samples, sum of samples, both over users that have an AUC; number of all users."""
+    """Return the sum of AUC times samples and the sum of samples, over users with an AUC, and the number of users."""
     if not len(user_id_N):
         return 0.0, 0, 0
+    # By user, and by logit within a user: a stable sort by the second key, then by the first.
     order_N = logit_N.argsort()
     order_N = order_N[user_id_N[order_N].argsort(stable=True)]
     user_id_N, label_N, logit_N = user_id_N[order_N], label_N[order_N], logit_N[order_N]
@@ -152,11 +151,12 @@ def _of_whole_users(user_id_N: Tensor, label_N: Tensor, logit_N: Tensor) -> tupl
 
 
 def _differs_from_previous(values_N: Tensor) -> Tensor:
+    """Return (N,) bool: whether a value is the first or another than the one before it."""
     new_N = torch.ones_like(values_N, dtype=torch.bool)
     torch.ne(values_N[1:], values_N[:-1], out=new_N[1:])
     return new_N
 
 
 def _borders(new_N: Tensor) -> Tensor:
-    """Where each run begins, and the end of the last."""
+    """Return where each run of equal values begins, and where the last one ends."""
     return torch.cat([new_N.nonzero().flatten(), new_N.new_tensor([len(new_N)], dtype=torch.int64)])

@@ -1,4 +1,4 @@
-"""How scores are distributed, in a size that does not grow with the samples: what TensorBoard draws.
+"""The distribution of scores for TensorBoard, in a size that does not grow with the samples.
 
 C = thresholds of the precision-recall curve, B = buckets of the histogram.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.evaluate.ranks import Ranks
-from pipeline.evaluate.samples import Samples
+from pipeline.evaluate.samples import EvaluatedSamples
 
 THRESHOLDS = 127
 """0, 1/126, ..., 1; TensorBoard takes no more."""
@@ -24,16 +24,19 @@ _LIMIT = torch.arange(-64, 65) / 4
 
 @dataclass(frozen=True)
 class ScoreDistribution:
-    """Keyword arguments for ``SummaryWriter``."""
+    """Precision-recall curve and histograms, as keyword arguments for TensorBoard's ``SummaryWriter``."""
 
     pr_curve: dict[str, NDArray[Any]]
-    """For ``add_pr_curve_raw``: (C,) each. A sample is predicted positive if its probability is >= the threshold."""
+    """Arguments of ``add_pr_curve_raw``, (C,) each, from threshold 0 on.
+
+    A sample is predicted positive if its probability is at least the threshold.
+    """
     histograms: dict[str, dict[str, Any]]
-    """For ``add_histogram_raw``: of the logits of ``positive`` and ``negative`` samples, each where there are any."""
+    """Arguments of ``add_histogram_raw``: logits of ``positive`` and ``negative`` samples, if there are any."""
 
 
-def score_distribution(samples: Samples, ranks: Ranks) -> ScoreDistribution:
-    """The distribution over all ranks, the same on each; every rank must call this."""
+def score_distribution(samples: EvaluatedSamples, ranks: Ranks) -> ScoreDistribution:
+    """Return the distribution over all ranks, the same on each; every rank must call it."""
     curve = {}
     histograms = {}
     for name, label in (("positive", True), ("negative", False)):
@@ -41,6 +44,7 @@ def score_distribution(samples: Samples, ranks: Ranks) -> ScoreDistribution:
         for chunk in samples.chunks():
             counts.add(chunk.logit[chunk.label == label])
         counts = counts.over(ranks)
+        # At or above a threshold are those that reach it or a higher one: a sum from the end.
         curve[name] = counts.threshold_C.numpy()[::-1].cumsum()[::-1]
         if counts.threshold_C.any():
             histograms[name] = counts.histogram()
@@ -48,7 +52,7 @@ def score_distribution(samples: Samples, ranks: Ranks) -> ScoreDistribution:
 
 
 def _pr_curve(positive_C: NDArray[np.int64], negative_C: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """From the numbers of samples at or above each threshold."""
+    """Return the curve from the numbers of samples at or above each threshold."""
     return {
         "true_positive_counts": positive_C,
         "false_positive_counts": negative_C,
@@ -60,16 +64,17 @@ def _pr_curve(positive_C: NDArray[np.int64], negative_C: NDArray[np.int64]) -> d
 
 
 class _Counts:
-    """Of samples of one label."""
+    """Counts, sums and extremes of the logits of one label."""
 
     def __init__(self) -> None:
         self.threshold_C = torch.zeros(THRESHOLDS, dtype=torch.int64)
-        """By the highest threshold that the probability reaches."""
+        """Samples by the highest threshold that their probability reaches."""
         self.bucket_B = torch.zeros(len(_LIMIT) + 1, dtype=torch.int64)
         self.sum = self.sum_squares = 0.0
         self.min, self.max = math.inf, -math.inf
 
     def add(self, logit: Tensor) -> None:
+        """Count logits, float32."""
         if not len(logit):
             return
         exact = logit.double()
@@ -81,6 +86,7 @@ class _Counts:
         self.min, self.max = min(self.min, float(exact.min())), max(self.max, float(exact.max()))
 
     def over(self, ranks: Ranks) -> "_Counts":
+        """Return the counts over all ranks, the same on each."""
         total = _Counts()
         counts = torch.stack(ranks.gather(torch.cat([self.threshold_C, self.bucket_B]))).sum(0).cpu()
         total.threshold_C, total.bucket_B = counts.split([THRESHOLDS, len(self.bucket_B)])
@@ -92,6 +98,7 @@ class _Counts:
         return total
 
     def histogram(self) -> dict[str, Any]:
+        """Return the arguments of ``add_histogram_raw``; there must be a sample."""
         # TensorBoard lets the first bucket begin at the minimum and the last end at the maximum: none may be empty.
         used = self.bucket_B.nonzero().flatten().tolist()
         buckets = slice(used[0], used[-1] + 1)

@@ -1,8 +1,9 @@
-"""A model on a split: predictions, and metrics over all ranks.
+"""Predictions of a model on a split, and their metrics over all ranks.
 
 T = targets of a batch.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -15,9 +16,8 @@ from pipeline.evaluate.metrics import Evaluation, Metrics
 from pipeline.stream.history_stream import HistoryStream
 
 
-@torch.no_grad()
 def predictions(model: nn.Module, stream: HistoryStream, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
-    """An epoch's batches, on the CPU, with their logits, float32 (T,) on ``device``.
+    """Yield an epoch's batches, on the CPU, each with its logits, (T,) float32 on ``device``.
 
     All ranks must call it and take all batches. The model's parameters and its mode are the same afterwards.
     """
@@ -33,7 +33,7 @@ def predictions(model: nn.Module, stream: HistoryStream, device: torch.device) -
 
 
 def evaluate(model: nn.Module, stream: HistoryStream, device: torch.device) -> Metrics:
-    """Predict a split from its start; all ranks must call it, and then compute the metrics."""
+    """Predict a split from its start; all ranks must call it, and then `Metrics.compute` of what it returns."""
     metrics = Metrics()
     stream.set_epoch(0)
     for batch, logit_T in predictions(model, stream, device):
@@ -42,5 +42,5 @@ def evaluate(model: nn.Module, stream: HistoryStream, device: torch.device) -> M
 
 
 def as_document(evaluation: Evaluation) -> dict[str, Any]:
-    """By name, as JSON knows it: None where a metric is not defined."""
-    return {name: None if value != value else value for name, value in asdict(evaluation).items()}
+    """Return the metrics by name as JSON knows them: None in the place of nan, where a metric is not defined."""
+    return {name: None if math.isnan(value) else value for name, value in asdict(evaluation).items()}

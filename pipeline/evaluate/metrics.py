@@ -1,6 +1,4 @@
-"""Sums of log loss and of predictions, in float64 from logits.
-
-The metrics of an evaluation: collected by each rank, computed over all of them.
+"""The metrics of an evaluation: each rank collects its samples, all of them compute the metrics together.
 
 N = samples of a batch.
 """
@@ -17,21 +15,21 @@ from torch.nn import functional
 from pipeline.evaluate.auc import auc, grouped_auc
 from pipeline.evaluate.distribution import ScoreDistribution, score_distribution
 from pipeline.evaluate.ranks import Ranks
-from pipeline.evaluate.samples import Samples
+from pipeline.evaluate.samples import EvaluatedSamples
 from schemas.errors import UserError
 
 
 class Likelihood(NamedTuple):
-    """Sums over all samples of all ranks."""
+    """Sums over all samples of all ranks, in float64."""
 
     log_loss: float
-    """Of -log of the probability that the prediction gave to the label."""
+    """Sum of -log of the probability that the prediction gave to the label, natural logarithm."""
     prediction: float
-    """Of the predicted probabilities."""
+    """Sum of the predicted probabilities."""
 
 
-def likelihood(samples: Samples, ranks: Ranks) -> Likelihood:
-    """The sums, the same on each rank; every rank must call this."""
+def likelihood(samples: EvaluatedSamples, ranks: Ranks) -> Likelihood:
+    """Return the sums, the same on each rank; every rank must call it."""
     losses, predictions = [0.0], [0.0]
     for chunk in samples.chunks():
         logit = chunk.logit.double()
@@ -74,7 +72,7 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self._samples = Samples()
+        self._samples = EvaluatedSamples()
 
     def add(self, user_id_N: Tensor, label_N: Tensor, logit_N: Tensor) -> None:
         """Append a batch of any size, also 0; tensors on any device.
@@ -89,13 +87,13 @@ class Metrics:
         self._samples.add(user_id_N, label_N, logit_N)
 
     def compute(self, group: dist.ProcessGroup | None = None) -> Evaluation:
-        """The metrics over all ranks, the same on each; every rank must call it, also one without samples.
+        """Return the metrics over all ranks, the same on each; every rank must call it, also one without samples.
 
         No rank receives all samples: they are spread anew, by score and by user. More can be added afterwards.
 
         Args:
-            group: gloo, or NCCL, then on the current CUDA device. None: the default group, or without one this
-                process alone.
+            group: gloo, or NCCL on the current CUDA device. None: the default group or, without one, this process
+                alone.
 
         Raises:
             UserError: logits that are not finite or labels other than 0 and 1, on any rank; raised on all ranks.
@@ -107,7 +105,7 @@ class Metrics:
         negative = [chunk.logit[~chunk.label].to(ranks.device) for chunk in chunks]
         none = torch.empty(0, device=ranks.device)
         area = auc(torch.cat([none, *positive]), torch.cat([none, *negative]), ranks)
-        del positive, negative
+        del positive, negative  # as large as the samples themselves: not needed while the users' are sent
         by_user = grouped_auc(*self._columns(ranks.device), ranks)
 
         local = len(self._samples), sum(int(chunk.label.sum()) for chunk in chunks)
@@ -126,13 +124,13 @@ class Metrics:
         )
 
     def distribution(self, group: dist.ProcessGroup | None = None) -> ScoreDistribution:
-        """Precision-recall curve and histograms over all ranks, for TensorBoard; every rank must call it.
+        """Return precision-recall curve and histograms over all ranks, for TensorBoard; every rank must call it.
 
         Args:
-            group: as in `compute`.
+            group: the same as for `compute`.
 
         Raises:
-            UserError: as in `compute`.
+            UserError: logits or labels that `compute` refuses too.
         """
         ranks = Ranks(group)
         self._check(ranks)
@@ -157,6 +155,6 @@ class Metrics:
 
 
 def _entropy(positives: int, samples: int) -> float:
-    """Log loss of always predicting the share of positives; some, but not all, are."""
+    """Return the log loss of always predicting the share of positives, which is above 0 and below 1."""
     share = positives / samples
     return -(share * math.log(share) + (1 - share) * math.log1p(-share))

@@ -1,7 +1,4 @@
-"""A model on a split: predictions, and metrics over all ranks.
-
-T = targets of a batch.
-"""
+"""The model of a run's checkpoint, and the data to evaluate it on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,16 +18,16 @@ from schemas.errors import UserError
 
 
 def choose_checkpoint(run: RunFolder, which: str) -> Checkpoint:
-    """The ``best`` or the ``last`` checkpoint of a run; best is the last one where none was validated.
+    """Return the ``best`` or the ``last`` checkpoint of a run; where none was validated, the last one is the best.
 
     Raises:
         UserError: the run has no checkpoint.
     """
-    found = best_checkpoint(run.checkpoints) if which == "best" else None
-    found = found or last_checkpoint(run.checkpoints)
-    if found is None:
+    checkpoint = best_checkpoint(run.checkpoints) if which == "best" else None
+    checkpoint = checkpoint or last_checkpoint(run.checkpoints)
+    if checkpoint is None:
         raise UserError(f"{run.path}: no checkpoint yet; train first")
-    return found
+    return checkpoint
 
 
 def load_model(model: nn.Module, checkpoint: Path) -> None:
@@ -48,14 +45,14 @@ def load_model(model: nn.Module, checkpoint: Path) -> None:
 def opened_run(
     folder: Path, split: str, which: str, data: Path | None, device: torch.device
 ) -> Iterator[tuple[nn.Module, HistoryStream]]:
-    """The model of a run's checkpoint, and the stream of a split for this rank; all ranks must call it.
+    """Open the model of a run's checkpoint, and the stream of a split for this rank; all ranks must call it.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         split: ``train``, ``validation`` or ``test``.
         which: ``best`` or ``last`` checkpoint.
-        data: the data set; None: the one that the run was trained on.
-        device: of this rank.
+        data: folder of the data set; None: the one that the run was trained on.
+        device: device of this rank.
 
     Raises:
         UserError: run, checkpoint and data do not fit each other.
@@ -80,6 +77,6 @@ def opened_run(
 
 
 def evaluate_run(folder: Path, split: str, which: str, data: Path | None, device: torch.device) -> Evaluation:
-    """The metrics of a run's checkpoint on a split; arguments and errors as `opened_run`."""
+    """Compute the metrics of a run's checkpoint on a split; arguments and errors are those of `opened_run`."""
     with opened_run(folder, split, which, data, device) as (model, stream):
         return evaluate(model, stream, device).compute()

@@ -1,6 +1,6 @@
-"""Collectives that metrics need, over the ranks of a process group or over one process alone.
+"""The collectives that metrics need, over the ranks of a process group or over one process alone.
 
-W = ranks, N = values of this rank.
+N = values of this rank, W = ranks.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ class Ranks:
     """The ranks of a group; every rank must call the same methods in the same order.
 
     Args:
-        group: None: the default group, or, where there is none, this process alone.
+        group: gloo or NCCL. None: the default group, or, where there is none, this process alone.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -27,7 +27,7 @@ class Ranks:
         """Where tensors must be for the group's collectives."""
 
     def gather(self, values_N: Tensor) -> list[Tensor]:
-        """The values of each rank, in the ranks' order; their numbers may differ.
+        """Return the values of each rank, in the ranks' order; their numbers may differ.
 
         Args:
             values_N: (N,), of one dtype on all ranks, on any device.
@@ -39,12 +39,13 @@ class Ranks:
         if self.size == 1:
             return [values_N]
         length_W = [int(length) for length in self._gather_equal(torch.tensor([len(values_N)], device=self.device))]
+        # A gather needs tensors of one length: the longest one's, cut again afterwards.
         padded = values_N.new_zeros(max(length_W))
         padded[: len(values_N)] = values_N
         return [values[:length] for values, length in zip(self._gather_equal(padded), length_W, strict=True)]
 
     def gather_numbers(self, *numbers: int | float) -> list[Sequence[int | float]]:
-        """The numbers of each rank, in the ranks' order: all int (64 bits) or all float."""
+        """Return the numbers of each rank, in the ranks' order: all int (64 bits) or all float."""
         dtype = torch.float64 if isinstance(numbers[0], float) else torch.int64
         return [values.tolist() for values in self.gather(torch.tensor(numbers, dtype=dtype))]
 
@@ -56,7 +57,7 @@ class Ranks:
             count_W: number of values for each rank; their sum is N.
 
         Returns:
-            What this rank was sent, in the order of the senders.
+            The values that this rank was sent, in the order of the senders.
         """
         if self.size == 1:
             return values_N
@@ -69,6 +70,6 @@ class Ranks:
         return result
 
     def _gather_equal(self, values: Tensor) -> list[Tensor]:
-        found = [torch.empty_like(values) for _ in range(self.size)]
-        dist.all_gather(found, values, group=self._group)
-        return found
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(gathered, values, group=self._group)
+        return gathered

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 20
-"""Samples a chunk."""
+"""Samples of a chunk."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Chunk:
         return len(self.label)
 
     def part(self, start: int, end: int) -> "Chunk":
-        """Samples start .. end, sharing memory with these."""
+        """Return the samples start .. end, sharing memory with these."""
         return Chunk(self.user_id[start:end], self.label[start:end], self.logit[start:end])
 
 
-class Samples:
-    """Grows by batches, which it copies to the CPU."""
+class EvaluatedSamples:
+    """User, label and logit of the samples that a rank has evaluated. Grows by batches, which it copies to the CPU."""
 
     def __init__(self) -> None:
         self._chunks: list[Chunk] = []
@@ -47,7 +47,13 @@ class Samples:
         return self._size
 
     def add(self, user_id_N: Tensor, label_N: Tensor, logit_N: Tensor) -> None:
-        """Append a batch, on any device: int64, float32 and float32. Wrong values are counted, not refused."""
+        """Append a batch, on any device. Wrong values are counted, not refused, so that no rank fails alone.
+
+        Args:
+            user_id_N: (N,) int64.
+            label_N: (N,) float32, 0 or 1.
+            logit_N: (N,) float32.
+        """
         assert user_id_N.shape == label_N.shape == logit_N.shape == (len(label_N),)
         assert (user_id_N.dtype, logit_N.dtype) == (torch.int64, torch.float32)
         user_id_N, label_N, logit_N = user_id_N.detach().cpu(), label_N.detach().cpu(), logit_N.detach().cpu()
@@ -60,14 +66,14 @@ class Samples:
             if not filled:
                 self._chunks.append(Chunk(user_id_N.new_empty(CHUNK), batch.label.new_empty(CHUNK), torch.empty(CHUNK)))
             count = min(CHUNK - filled, len(batch) - done)
-            place, source = self._chunks[-1].part(filled, filled + count), batch.part(done, done + count)
-            place.user_id.copy_(source.user_id)
-            place.label.copy_(source.label)
-            place.logit.copy_(source.logit)
+            free, source = self._chunks[-1].part(filled, filled + count), batch.part(done, done + count)
+            free.user_id.copy_(source.user_id)
+            free.label.copy_(source.label)
+            free.logit.copy_(source.logit)
             self._size += count
             done += count
 
     def chunks(self) -> Iterator[Chunk]:
-        """The samples in the order of their coming; no chunk is empty."""
+        """Yield the samples in the order in which they were added; no chunk is empty."""
         for index, chunk in enumerate(self._chunks):
             yield chunk.part(0, min(CHUNK, self._size - index * CHUNK))

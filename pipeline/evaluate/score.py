@@ -1,6 +1,6 @@
-"""The predictions of a checkpoint on a split, written to Parquet: one part a rank.
+"""Writes the predictions of a checkpoint on a split to Parquet, one file a rank.
 
-T = targets of a batch, I = items.
+I = items, T = targets of a batch.
 """
 
 from collections.abc import Iterator
@@ -35,10 +35,10 @@ def score_run(
         run: folder of the run.
         split: ``train``, ``validation`` or ``test``.
         which: ``best`` or ``last`` checkpoint.
-        data: the data set; None: the one that the run was trained on.
+        data: folder of the data set; None: the one that the run was trained on.
         out: folder that appears when all ranks are done.
-        device: of this rank.
-        overwrite: take the place of what is in ``out``.
+        device: device of this rank.
+        overwrite: whether it may take the place of what is in ``out``.
 
     Returns:
         Number of predictions over all ranks.
@@ -70,21 +70,21 @@ def _table(batch: Batch, logit_T: Tensor, raw_I: pa.Array, schema: pa.Schema) ->
 
 
 def _raw_items(folder: Path) -> pa.Array:
-    """Raw ids by dense id; null for the unknown item 0."""
+    """Return (I,) raw ids by dense id; null for the unknown item 0."""
     file = folder / "items.parquet"
     try:
         dictionary = pq.read_table(file, columns=["id", "raw_id"])
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); prepare the data set again") from None
-    place_I = np.full(dictionary.num_rows + 1, -1)
-    place_I[dictionary["id"].to_numpy()] = np.arange(dictionary.num_rows)
+    row_I = np.full(dictionary.num_rows + 1, -1)
+    row_I[dictionary["id"].to_numpy()] = np.arange(dictionary.num_rows)
     raw = dictionary["raw_id"].combine_chunks()
-    return raw.take(pa.array(place_I, mask=place_I < 0))
+    return raw.take(pa.array(row_I, mask=row_I < 0))
 
 
 @contextmanager
 def _folder_of_all(out: Path, overwrite: bool) -> Iterator[Path]:
-    """The first rank makes the folder and lets it appear at the end of the block; all write into it."""
+    """Make a folder that all ranks write into; the first one makes it and lets it appear at the end of the block."""
     if dist.get_rank() > 0:
         message: list[Any] = [None]
         dist.broadcast_object_list(message)
