@@ -130,7 +130,7 @@ def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
         return f"{key}: required, but not set"
     if problem["type"] == "byte_size_unit":
         problem["msg"] = "not a number of bytes with or without a unit, such as 3GiB or 500MB"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = str(problem["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if not key:
         return message

@@ -1,6 +1,7 @@
-"""The checkpoints of a run: which there are, which is the last, which the best, which may go.
+"""The checkpoints of a run: which there are, which may go, and loading one on any number of ranks.
 
-Loads a checkpoint into a state of the same kind, on any number of ranks.
+A checkpoint is a folder that torch.distributed.checkpoint has written, ``step-000000000123``, with `RECORD` in it.
+Names that begin with a dot are of checkpoints that are being written or removed.
 """
 
 import shutil
@@ -21,56 +22,57 @@ from pipeline.files import read_json, remove_folder
 from schemas.errors import UserError
 
 RECORD = "checkpoint.json"
+"""File that says of which step a checkpoint is and how good; see `Checkpoint`."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is whole."""
+    """A checkpoint that is whole: its folder, its step and its score."""
 
     path: Path
     step: int
     score: float | None
-    """The validation's metric where the model was validated at this step, and was better than ever before."""
+    """The metric of the validation at this step if the model was better than ever before, else None."""
 
 
 def checkpoints_in(folder: Path) -> list[Checkpoint]:
-    """All that are whole, by step.
+    """Return all checkpoints that are whole, by step.
 
     Raises:
-        UserError: one is damaged.
+        UserError: the record of one is damaged.
     """
-    found = []
+    checkpoints = []
     for path in sorted(folder.glob("step-*")):
         record = read_json(path / RECORD)
         if not isinstance(record.get("step"), int) or "score" not in record:
             raise UserError(f"{path / RECORD} is damaged (no step or no score); remove the folder of this checkpoint")
-        found.append(Checkpoint(path, record["step"], record["score"]))
-    return found
+        checkpoints.append(Checkpoint(path, record["step"], record["score"]))
+    return checkpoints
 
 
 def last_checkpoint(folder: Path) -> Checkpoint | None:
-    """The latest; None: there is none."""
+    """Return the checkpoint of the latest step, or None if there is none."""
     return next(reversed(checkpoints_in(folder)), None)
 
 
 def best_checkpoint(folder: Path) -> Checkpoint | None:
-    """The one of the best validation; None: no checkpoint has one."""
+    """Return the checkpoint of the best validation, or None if no checkpoint has one."""
     scored = [checkpoint for checkpoint in checkpoints_in(folder) if checkpoint.score is not None]
     return max(scored, key=lambda checkpoint: checkpoint.score or 0.0, default=None)
 
 
 def final_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, once it is whole."""
+    """Return the folder of the checkpoint of a step, once it is whole."""
     return folder / f"step-{step:012}"
 
 
 def partial_path(folder: Path, step: int) -> Path:
-    """Where it is written."""
+    """Return the folder in which the checkpoint of a step is written until it is whole."""
     return folder / f".step-{step:012}.partial"
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the last ``keep`` and the best."""
+    """Remove all checkpoints but the last ``keep`` and the best."""
     kept = {checkpoint.path for checkpoint in checkpoints_in(folder)[-keep:]}
     best = best_checkpoint(folder)
     if best is not None:
@@ -88,16 +90,16 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def keys_in(checkpoint: Path) -> dict[str, tuple[int, ...] | None]:
-    """Shapes by key; None for what is not a tensor.
+    """Return the shapes of a checkpoint's entries by key; None for an entry that is not a tensor.
 
     Raises:
         UserError: the checkpoint is damaged.
     """
     try:
-        found = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     except Exception as error:  # whatever unpickling a damaged file raises
         raise UserError(f"{checkpoint} cannot be read ({_line(error)}); use another checkpoint") from None
-    return {key: tuple(kind.size) if isinstance(kind, TensorStorageMetadata) else None for key, kind in found.items()}
+    return {key: tuple(kind.size) if isinstance(kind, TensorStorageMetadata) else None for key, kind in entries.items()}
 
 
 def load(state: dict[str, Any], checkpoint: Path) -> None:
@@ -105,7 +107,7 @@ def load(state: dict[str, Any], checkpoint: Path) -> None:
 
     Args:
         state: nested dictionaries, some or all of the top-level keys that were saved.
-        checkpoint: of any number of ranks.
+        checkpoint: folder of a checkpoint that any number of ranks have saved.
 
     Raises:
         UserError: the checkpoint has other keys or shapes, all of which are named; it is damaged.

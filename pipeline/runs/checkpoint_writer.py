@@ -28,8 +28,8 @@ class CheckpointWriter:
     All ranks must call the same methods in the same order.
 
     Args:
-        folder: of the run's checkpoints.
-        keep: the last so many stay, and the best.
+        folder: folder of the run's checkpoints.
+        keep: how many of the last checkpoints stay, beside the best one.
         documents: text files to put beside each state, by name.
     """
 
@@ -49,7 +49,7 @@ class CheckpointWriter:
         Args:
             state: nested dictionaries, lists and tuples of tensors, sharded tensors and plain values.
             step: names the checkpoint.
-            score: see `Checkpoint.score`.
+            score: metric of the validation at this step if the model was better than ever before, else None.
 
         Raises:
             UserError: the previous one could not be written: the disk is full, another rank is gone.
@@ -58,12 +58,12 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._write, self._copy(state), step, score)
 
     def check(self) -> None:
-        """Raise what `wait` would, if it is known by now."""
+        """Raise the error that `wait` would raise, if there is one by now; never waits."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until what was begun is whole, on the rank that asks.
+        """Wait until this rank's part of the checkpoint that was begun is written.
 
         Raises:
             UserError: it could not be written; names the step and the last checkpoint that is whole.
@@ -79,6 +79,7 @@ class CheckpointWriter:
         self._thread.shutdown(wait=False)
 
     def _copy(self, value: Any) -> Any:
+        """Copy a state to the CPU: training goes on to change the original while the copy is written."""
         if isinstance(value, Mapping):
             return {key: self._copy(part) for key, part in value.items()}
         if isinstance(value, list | tuple):

@@ -12,12 +12,19 @@ METRICS = ("auc", "gauc", "log_loss")
 
 
 def compare(folders: list[Path]) -> list[dict[str, Any]]:
-    """For each run: its name, model, test metrics, and those settings in which the runs differ.
+    """Return for each run its folder, its model, its test metrics, and those settings in which the runs differ.
+
+    Args:
+        folders: folders of finished runs.
+
+    Returns:
+        For each run ``run``, ``model``, the `METRICS` and ``settings``: values by dotted key, None where a run has no
+        such setting.
 
     Raises:
         UserError: one is not the folder of a run, or not finished.
     """
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     settings = []
     for folder in folders:
         run = RunFolder(folder)
@@ -27,17 +34,17 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
         test = read_json(run.test_file)
         if not set(METRICS) <= test.keys():
             raise UserError(f"{run.test_file} is damaged (no {', '.join(METRICS)})")
-        found.append({"run": str(folder), "model": settings[-1]["model.name"]} | {name: test[name] for name in METRICS})
+        rows.append({"run": str(folder), "model": settings[-1]["model.name"]} | {name: test[name] for name in METRICS})
     keys = dict.fromkeys(key for values in settings for key in values if key != "model.name")
     differing = [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1]
     return [
-        entry | {"settings": {key: values.get(key) for key in differing}}
-        for entry, values in zip(found, settings, strict=True)
+        row | {"settings": {key: values.get(key) for key in differing}}
+        for row, values in zip(rows, settings, strict=True)
     ]
 
 
 def distinct_names(folders: list[Path]) -> list[str]:
-    """Last names of the folders, with as many of those before them as it takes to tell the folders apart."""
+    """Return the last names of the folders, with as many names before them as it takes to tell the folders apart."""
     parts = [folder.absolute().parts for folder in folders]
     length = 1
     while len({names[-length:] for names in parts}) < len(set(parts)):

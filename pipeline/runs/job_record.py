@@ -1,4 +1,4 @@
-"""``job.json`` of a run: for each start of it, when, where, with what program, and how it ended."""
+"""``job.json`` of a run: when it was started, where, with what program, and how each start ended."""
 
 import json
 import os
@@ -29,12 +29,12 @@ def recorded(run: RunFolder, former: list[dict[str, Any]], step: int, device: to
     A process that is killed leaves a start without an end.
 
     Args:
-        run: whose folder is locked.
+        run: a run whose folder this process has locked.
         former: starts of the run before this one, what `RunFolder.starts` returns.
-        step: that the run goes on after, or 0.
-        device: of this rank.
+        step: step that the run goes on after, or 0.
+        device: device of this rank.
     """
-    topology = _topology(device)
+    topology = _topology(device)  # a collective: before the other ranks go on
     if dist.get_rank() > 0:
         yield
         return
@@ -56,12 +56,13 @@ def recorded(run: RunFolder, former: list[dict[str, Any]], step: int, device: to
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """The revision that is checked out in ``folder``, and whether files differ from it; None: not a checkout."""
+    """Return the revision that is checked out in ``folder`` and whether files differ from it; None: no checkout."""
     if not (folder / ".git").exists():
         return None
     try:
         revision, changes = (
             subprocess.run(
+                # Without the locks a run never hinders a person who works in the checkout.
                 ["git", "--no-optional-locks", "-C", str(folder), *command],
                 capture_output=True,
                 text=True,

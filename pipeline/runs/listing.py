@@ -1,4 +1,4 @@
-"""All runs below a folder: how each is doing, told from its files alone."""
+"""How the runs below a folder are doing, as their files alone say: no process is asked, none is disturbed."""
 
 import os
 from dataclasses import dataclass
@@ -17,51 +17,51 @@ _MARKS = {LOCK, "data_set.json", "job.json", "losses.jsonl"}
 
 @dataclass(frozen=True)
 class RunState:
-    """A run; None where its files do not say."""
+    """What the files of a run say about it; None where they do not."""
 
     run: str
-    """Folder."""
+    """Folder of the run."""
     state: State
     """``stopped``: it was asked to; ``failed``: it ended with an error; ``died``: it was killed, or its machine was."""
     model: str | None = None
     step: int | None = None
-    """The last one that was done, some seconds ago if it is running."""
+    """The last step that was done, as of some seconds ago if the run goes on."""
     steps: int | None = None
-    """In all."""
+    """Steps in all."""
     checkpoint_step: int | None = None
-    """Of the last checkpoint, which the same command goes on from."""
+    """Step of the last checkpoint, from which the same command goes on."""
     best_validation_auc: float | None = None
     test_auc: float | None = None
     samples_per_s: float | None = None
-    """Since the last start, of all ranks together, validations left out."""
+    """Samples a second of all ranks together since the last start, validations left out."""
     starts: int | None = None
     started: str | None = None
-    """The last time, UTC."""
+    """Time of the last start, UTC."""
     app: str | None = None
-    """Handle of the torchx job that was the last to start it."""
+    """Handle of the torchx job that has started it last."""
     error: str | None = None
     """Why it failed, or what is damaged."""
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Folders of runs in ``folder``, at any depth, by name.
+    """Return the folders of runs in ``folder``, at any depth, by name.
 
     Raises:
         UserError: no such folder.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = []
+    runs = []
     for path, folders, files in os.walk(folder):
         if _MARKS & set(files):
-            found.append(Path(path))
-            folders.clear()
+            runs.append(Path(path))
+            folders.clear()  # a run has no runs in it, but many folders
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-    return found
+    return runs
 
 
 def run_state(folder: Path) -> RunState:
-    """How the run in ``folder`` is doing. A running one is not disturbed; a damaged one is called so."""
+    """Say how the run in ``folder`` is doing. A running one is not disturbed; a damaged one is called so."""
     run = RunFolder(folder)
     try:
         # Before all else is read: a run that ends meanwhile has then written everything.
@@ -77,6 +77,7 @@ def _read(run: RunFolder, running: bool) -> RunState:
     if not run.settings_file.is_file() and (running or os.listdir(run.path) == [LOCK]):
         # Killed before it had written anything: there is nothing to go on from, and nothing is lost.
         return RunState(str(run.path), "running" if running else "died")
+    # While the run goes on each file is whole, but one may be older than another.
     progress = _read_if_there(run.progress_file)
     test = _read_if_there(run.test_file)
     starts = run.starts()
@@ -113,7 +114,7 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 
 def _validation_aucs(run: RunFolder) -> list[float]:
-    """Where it is defined."""
+    """Return the AUC of the validations in which it is defined."""
     lines = read_step_log(run.validations)
     if not all(isinstance(line, dict) and "auc" in line for line in lines):
         raise UserError(f"{run.validations} is damaged (a line without auc)")

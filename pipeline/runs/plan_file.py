@@ -16,12 +16,12 @@ from schemas.errors import UserError
 
 
 def plan_text(plan: ShardingPlan) -> str:
-    """JSON: for each table of each module its sharding type, kernel, ranks, and shards (offsets, sizes, placement)."""
-    found = {}
+    """Write a plan as JSON: sharding type, kernel, ranks and shards (offsets, sizes, placement) of each table."""
+    by_table = {}
     for module, tables in plan.plan.items():
         for name, sharding in tables.items():
             specification = sharding.sharding_spec
-            found[name] = {
+            by_table[name] = {
                 "module": module,
                 "sharding_type": sharding.sharding_type,
                 "compute_kernel": sharding.compute_kernel,
@@ -38,13 +38,13 @@ def plan_text(plan: ShardingPlan) -> str:
         + ', "shards": [\n'
         + ",\n".join(f"  {json.dumps(part)}" for part in table["shards"])
         + "\n ]}"
-        for name, table in found.items()
+        for name, table in by_table.items()
     ]
     return "{\n" + ",\n".join(tables) + "\n}\n"
 
 
 def read_plan(path: Path) -> ShardingPlan:
-    """The plan in a file that `plan_text` has written.
+    """Read a plan from a file that holds what `plan_text` returns.
 
     Raises:
         UserError: no such file, or not a plan.
@@ -75,30 +75,31 @@ def _sharding(table: dict[str, Any]) -> ParameterSharding:
 
 
 def differences(before: ShardingPlan, after: ShardingPlan) -> list[str]:
-    """What a plan changes against another one, a line for each table and property; empty: the same."""
+    """Return what differs between two plans, a line for each table and property; empty: nothing does."""
     old, new = _summaries(before), _summaries(after)
-    found = []
+    lines = []
     for name in dict.fromkeys([*old, *new]):
         if name not in new:
-            found.append(f"{name}: only in the plan before")
+            lines.append(f"{name}: only in the plan before")
         elif name not in old:
-            found.append(f"{name}: new")
+            lines.append(f"{name}: new")
         else:
-            found += [
+            lines += [
                 f"{name}: {key} {old[name][key]} -> {value}"
                 for key, value in new[name].items()
                 if old[name][key] != value
             ]
-    return found
+    return lines
 
 
 def _summaries(plan: ShardingPlan) -> dict[str, dict[str, Any]]:
-    found = {}
+    """Return what people compare of each table's sharding, by table and property."""
+    summaries = {}
     for tables in plan.plan.values():
         for name, sharding in tables.items():
             shards = sharding.sharding_spec.shards
             ranks = sorted(sharding.ranks)
-            found[name] = {
+            summaries[name] = {
                 "rows": f"{sum(part.shard_sizes[0] for part in shards):,}",
                 "dim": max(part.shard_sizes[1] for part in shards),
                 "sharding type": sharding.sharding_type,
@@ -107,7 +108,7 @@ def _summaries(plan: ShardingPlan) -> dict[str, dict[str, Any]]:
                 "rows of a shard": f"{max(part.shard_sizes[0] for part in shards):,}",
                 "device": str(shards[0].placement).partition("/")[2].partition(":")[0],
             }
-    return found
+    return summaries
 
 
 def _shown(ranks: list[int]) -> str:

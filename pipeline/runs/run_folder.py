@@ -1,6 +1,6 @@
-"""The folder of a run: what is where in it.
+"""The folder of a run: what is where in it, who may write in it, and its logs of steps.
 
-A file with a line for each step: JSON objects that begin with the step, in order.
+A log of steps has a line for each step: JSON objects that begin with the step, in order.
 """
 
 import json
@@ -18,9 +18,9 @@ from schemas.settings import load_settings
 from schemas.train import TrainSettings
 
 LOCK = ".lock"
-"""File of a run's folder that the process holds which trains in it."""
+"""Lock file in a run's folder, held by the process that trains in it."""
 LOOK_S = 1.0
-"""Seconds that a lock must be another's to be that of a training: `RunFolder.is_locked` holds it for a moment."""
+"""Seconds to wait for the lock: `RunFolder.is_locked` holds it for a moment, a training for much longer."""
 
 
 @dataclass(frozen=True)
@@ -31,56 +31,56 @@ class RunFolder:
 
     @property
     def settings_file(self) -> Path:
-        """Settings, YAML; may be given to ``dare train --config``."""
+        """File of the settings, YAML; may be given to ``dare train --config``."""
         return self.path / "settings.yaml"
 
     @property
     def data_file(self) -> Path:
-        """Where the data set is, its fingerprint and its dictionaries; JSON."""
+        """File that says where the data set is, with its fingerprint and its dictionaries; JSON."""
         return self.path / "data_set.json"
 
     @property
     def plan_file(self) -> Path:
-        """The sharding plan of the last start; may be given to ``dare train --plan``."""
+        """File of the sharding plan of the last start; may be given to ``dare train --plan``."""
         return self.path / "plan.json"
 
     @property
     def job_file(self) -> Path:
-        """Each start: when, where, with what program, how it ended; JSON, see `pipeline.runs.job_record`."""
+        """File of all starts: when, where, with what program, how they ended; JSON, see `pipeline.runs.job_record`."""
         return self.path / "job.json"
 
     @property
     def progress_file(self) -> Path:
-        """How far the run is and how fast it goes, as of some seconds ago; JSON."""
+        """File that says how far the run is and how fast it goes, as of some seconds ago; JSON."""
         return self.path / "progress.json"
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of checkpoints."""
+        """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def losses(self) -> Path:
-        """The loss of each step, a line each."""
+        """Log of the steps' losses."""
         return self.path / "losses.jsonl"
 
     @property
     def validations(self) -> Path:
-        """The metrics of each validation, a line each."""
+        """Log of the validations' metrics, with a line for each step that was validated."""
         return self.path / "validations.jsonl"
 
     @property
     def tensorboard(self) -> Path:
-        """Event files."""
+        """Folder of TensorBoard's event files."""
         return self.path / "tensorboard"
 
     @property
     def test_file(self) -> Path:
-        """Metrics of the best checkpoint on the test split; JSON. It is there while the run is finished."""
+        """File of the best checkpoint's metrics on the test split; JSON. It is there only while the run is finished."""
         return self.path / "test.json"
 
     def settings(self) -> TrainSettings:
-        """The settings of the run.
+        """Return the settings of the run.
 
         Raises:
             UserError: not the folder of a run, or its settings are not ones that this program knows.
@@ -95,7 +95,7 @@ class RunFolder:
             raise UserError(f"{self.settings_file}: {error}") from None
 
     def data_set(self) -> Path:
-        """Folder of the data set that the run was trained on.
+        """Return the folder of the data set that the run was trained on.
 
         Raises:
             UserError: the run does not say.
@@ -106,7 +106,7 @@ class RunFolder:
         return Path(folder)
 
     def starts(self) -> list[dict[str, Any]]:
-        """All starts of the run so far, the first one first; none: it has not begun. See `pipeline.runs.job_record`.
+        """Return all starts of the run so far, the first one first; none: it has not begun.
 
         Raises:
             UserError: the record is damaged.
@@ -119,13 +119,13 @@ class RunFolder:
         return starts
 
     def begin(self, documents: Mapping[str, str], data: Path, fingerprint: str, dictionaries: dict[str, Any]) -> None:
-        """Write what the run is about; a former test is not its test any more, and goes.
+        """Write what the run is about. A former test is removed: the run is about to change its model.
 
         Args:
             documents: texts by name: settings.yaml, plan.json.
             data: folder of the data set.
-            fingerprint: of the data set.
-            dictionaries: of the data set, what `DataSet.dictionaries` returns.
+            fingerprint: fingerprint of the data set.
+            dictionaries: dictionaries of the data set, what `DataSet.dictionaries` returns.
         """
         self.test_file.unlink(missing_ok=True)
         for name, text in documents.items():
@@ -134,7 +134,7 @@ class RunFolder:
         write_whole(self.data_file, json.dumps(record, indent=1) + "\n")
 
     def check_dictionaries(self, data: Path, fingerprint: str, dictionaries: dict[str, Any]) -> None:
-        """Ids must mean in a data set what they meant in training. Arguments as of `begin`.
+        """Make sure that ids mean in a data set what they meant in training. Arguments are those of `begin`.
 
         Vocabularies of features that the model does not have may differ.
 
@@ -163,7 +163,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process, until the block or the process ends.
 
-        If it was made for this and is still empty then, it is removed.
+        A folder that was made for this, and is still empty at the end, is removed.
 
         Raises:
             UserError: another process holds it, or the folder is something else.
@@ -173,7 +173,10 @@ class RunFolder:
         if self.path.is_dir() and self._content() and not self.settings_file.is_file():
             raise UserError(f"{self.path} is not empty and not the folder of a run; choose another one")
         made = not self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{self.path}: a part of this path is a file; --run names a folder") from None
         with locked(self._lock_file, f"another process is training in {self.path}; wait for it or stop it", LOOK_S):
             try:
                 yield
@@ -184,7 +187,7 @@ class RunFolder:
                         self.path.rmdir()
 
     def is_locked(self) -> bool:
-        """Whether a process holds the folder. Looking does not hinder one that is about to."""
+        """Whether a process holds the folder. Looking does not hinder one that is about to hold it."""
         return is_locked(self._lock_file)
 
     @property
@@ -197,7 +200,7 @@ class RunFolder:
 
 
 def settings_text(settings: TrainSettings) -> str:
-    """Settings as YAML."""
+    """Return settings as YAML, as they stand in `RunFolder.settings_file`."""
     return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))
 
 
@@ -225,15 +228,15 @@ class StepLog:
         self._stream = path.open("a")
 
     def add(self, step: int, **values: float | None) -> None:
-        """A line; in the file after `flush`."""
+        """Append the line of a step; it is in the file after `flush`."""
         self._stream.write(json.dumps({"step": step, **values}) + "\n")
 
     def flush(self) -> None:
-        """Let others see all lines."""
+        """Write all lines to the file, so that others see them."""
         self._stream.flush()
 
     def close(self) -> None:
-        """Flush, and be done."""
+        """Flush, and close the file."""
         self._stream.close()
 
 
