@@ -230,7 +230,7 @@ class _OnShard:
     @torch.no_grad()
     def search(self, batch: Batch) -> Selection:
         """The K best of each sample."""
-        return self.model.search(batch, self.cross)["history"]
+        return self.model.search(batch, self.cross, self.model.start_search(batch))["history"]
 
 
 class _RowWise(EmbeddingCollectionSharder):

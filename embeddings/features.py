@@ -10,9 +10,9 @@ T = targets, K = behaviours selected of each, M = behaviours of all users, R = r
 X = any shape of (target, behaviour) pairs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -35,13 +35,40 @@ class Rows:
     cross: Mapping[Feature, Tensor]
     """float32 (..., d) each."""
 
+    def parts(self) -> list[Tensor]:
+        """The inherent features' rows, then those of each cross feature."""
+        return [self.inherent, *self.cross.values()]
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "Rows":
         """``function`` of each part."""
         return Rows(function(self.inherent), {feature: function(rows) for feature, rows in self.cross.items()})
 
     def concatenated(self) -> Tensor:
         """All features side by side, (..., E)."""
-        return torch.cat([self.inherent, *self.cross.values()], dim=-1) if self.cross else self.inherent
+        return torch.cat(self.parts(), dim=-1) if self.cross else self.inherent
+
+
+class RowHook(Protocol):
+    """Watches how rows are used, and the gradients that come back to them. It must not change any of it."""
+
+    def __call__(
+        self,
+        role: Role,
+        rows: Sequence[Rows],
+        function: Callable[[Sequence[Rows]], Tensor],
+        output: Tensor,
+        weights: Sequence[Tensor | None],
+    ) -> None:
+        """Called in training, once ``output = function(rows)`` is made.
+
+        Args:
+            role: what the rows are used for.
+            rows: of targets (T, ...) or behaviours (T, K, ...).
+            function: what the model makes of them; it may be called again with other rows of the same shapes.
+            output: what it has made, in the graph of this step.
+            weights: for each of ``rows``: None for rows as they are; (T, K) for sums ``sum_k w_tk e_k`` that were made
+                elsewhere, so that the gradient of row ``e_k`` is ``w_tk`` times that of the sum.
+        """
 
 
 INTERVAL_BUCKETS = 34

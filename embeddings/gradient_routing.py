@@ -5,7 +5,8 @@ L = rows looked up, U = distinct rows of them, X = rows looked up or all rows of
 How strong the gradients are that attention and representation send to the embeddings (DARE, figure 2).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def _sums(id_L: Tensor, gradient_L2d: Tensor) -> tuple[Tensor, Tensor]:
     return id_U, gradient_L2d.new_zeros(len(id_U), *gradient_L2d.shape[1:]).index_add(0, slot_L, gradient_L2d)
 
 
-class _Apart(torch.autograd.Function):
+class _SplitGradients(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, combine: Combine, tables: list[str], ids: Ids, *rows: Tensor) -> tuple[Tensor, ...]:
         context.combine, context.tables, context.ids = combine, tables, ids
@@ -110,44 +111,72 @@ def split_gradients(rows: BatchRows, combine: Combine) -> tuple[BatchRows, Batch
     for part in parts:
         if part.id_L is not None:
             ids.setdefault(part.table, []).append(part.id_L)
-    found = _Apart.apply(combine, [part.table for part in parts], ids, *(part.rows for part in parts))
+    found = _SplitGradients.apply(combine, [part.table for part in parts], ids, *(part.rows for part in parts))
     return rows.replaced(found[: len(parts)]), rows.replaced(found[len(parts) :])
 
 
 class GradientNorms:
-    """A row_hook of a `CtrModel` that measures the gradient of each concern, apart even where they share a table.
+    """A `RowHook` that measures the gradients of attention and of representation, apart even where they share a table.
 
     Example:
-        model.row_hook = GradientNorms()
-        click_loss(model(batch), batch.label_T).backward()
-        model.row_hook.norms()  # {"attention": ..., "representation": ...}
-        model.row_hook = None
+        norms = GradientNorms()
+        click_loss(model(batch, row_hook=norms), batch.label_T).backward()
+        norms.norms()  # {"attention": ..., "representation": ...}
     """
 
     def __init__(self) -> None:
         self._squares: dict[Role, Tensor] = {}
 
-    def __call__(self, concern: Role, rows: Rows) -> Rows:
-        """The same rows; what comes back through them is counted as ``concern``'s."""
+    def __call__(
+        self,
+        role: Role,
+        rows: Sequence[Rows],
+        function: Callable[[Sequence[Rows]], Tensor],
+        output: Tensor,
+        weights: Sequence[Tensor | None],
+    ) -> None:
+        """Count the gradient that comes back to ``rows`` through ``output`` as that of ``role``; see `RowHook`.
 
-        def measured(part: Tensor) -> Tensor:
-            # A view of its own: a hook on the rows themselves would see the gradients of both concerns.
-            view = part.view_as(part)
-            view.register_hook(lambda gradient: self._count(concern, gradient))
-            return view
+        The step's own graph is left alone: views or copies in it, to tell the roles apart, would change the order in
+        which autograd adds up the gradients of a shared row, and with it the last bits of a run. Instead the gradient
+        of ``output`` is taken through ``function`` once more, from detached rows.
+        """
+        if output.requires_grad:
+            output.register_hook(partial(self._count, role, rows, function, weights))
 
-        return rows.map(measured)
-
-    def _count(self, concern: Role, gradient: Tensor) -> None:
-        square = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64).square()
-        self._squares[concern] = self._squares.get(concern, torch.zeros_like(square)) + square
+    def _count(
+        self,
+        role: Role,
+        rows: Sequence[Rows],
+        function: Callable[[Sequence[Rows]], Tensor],
+        weights: Sequence[Tensor | None],
+        gradient: Tensor,
+    ) -> None:
+        with torch.enable_grad():
+            leaves = [part.map(lambda tensor: tensor.detach().requires_grad_()) for part in rows]
+            tensors = [
+                (tensor, weight) for part, weight in zip(leaves, weights, strict=True) for tensor in part.parts()
+            ]
+            gradients = torch.autograd.grad(
+                function(leaves), [tensor for tensor, _ in tensors], gradient, allow_unused=True
+            )
+        for row_gradient, (_, weight_TK) in zip(gradients, tensors, strict=True):
+            if row_gradient is None:
+                continue
+            square = torch.linalg.vector_norm(row_gradient.flatten(1), dim=1, dtype=torch.float64).square()
+            if weight_TK is not None:
+                square = square * weight_TK.detach().double().square().sum(1)
+            self._squares[role] = self._squares.get(role, torch.zeros_like(square[:0].sum())) + square.sum()
 
     def norms(self) -> dict[Role, float]:
-        """Norm of the gradients of the looked-up rows, by concern, over the global batch; every rank must call it."""
-        # A rank's loss is that of the global batch times the number of ranks.
+        """Norms of the gradients of all rows that the global batch looked up, by role; every rank must call it.
+
+        0 for a role whose rows have no gradient.
+        """
         nothing = torch.zeros_like(next(iter(self._squares.values())))  # a model need not learn its attention
         totals = sum_over_ranks(
             torch.stack([self._squares.get("attention", nothing), self._squares.get("representation", nothing)])
         )
+        # A rank's loss is that of the global batch times the number of ranks.
         attention, representation = (totals.sqrt() / ranks()).tolist()
         return {"attention": attention, "representation": representation}

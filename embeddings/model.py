@@ -3,16 +3,17 @@
 T = targets, K = behaviours retrieved of a sequence, H = heads, E = dim of all features together.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from embeddings.batch import Batch, Selection
-from embeddings.features import Role, Rows
+from embeddings.features import RowHook, Rows
 from embeddings.layers.mlp import MLP
 from embeddings.layers.pooling import Representation, history_inputs, pooled
 from embeddings.layers.scoring import DinScore, DotProduct, MappedScore, ScaledDotProduct, attention_weights
@@ -21,10 +22,11 @@ from embeddings.search.sharded import SearchHandle, ShardedTopK
 from embeddings.sizes import DataSizes, check_bounds
 from embeddings.tables.batch_rows import BatchRows, pooled_on_shards
 from embeddings.tables.collections import AllCrossRows, Tables
+from embeddings.tables.specs import TableRoles
 from schemas.errors import UserError
-from schemas.model import INHERENT, Feature, ModelSettings, TableSet
+from schemas.model import INHERENT, Feature, ModelSettings
 
-SearchPlace = Literal["shard", "locally", "ids", "none"]
+SearchPlace = Literal["shard", "local", "ids", "none"]
 
 AUXILIARY_HIDDEN = (200,)
 """Hidden layers of the auxiliary loss's prediction (the authors' code)."""
@@ -38,36 +40,6 @@ class Prediction:
     """float32: log odds of a click."""
     auxiliary_logit_T: Tensor | None = None
     """float32: the same from attention over the whole history; None without ``auxiliary_loss``, and in evaluation."""
-
-    @property
-    def probability_T(self) -> Tensor:
-        """float32, 0 .. 1."""
-        return self.logit_T.sigmoid()
-
-
-@dataclass(frozen=True)
-class TableRoles:
-    """Which set of tables plays which role; roles that name the same set share it."""
-
-    target_attention: str
-    history_attention: str
-    target_representation: str
-    history_representation: str
-
-    def sets(self, settings: ModelSettings) -> dict[str, TableSet]:
-        """The settings of each set, by name.
-
-        Raises:
-            UserError: a set has roles in attention and in representation, whose settings differ.
-        """
-        attention = {self.target_attention, self.history_attention}
-        representation = {self.target_representation, self.history_representation}
-        if attention & representation and settings.attention != settings.representation:
-            raise UserError(
-                f"model.attention: {settings.name} shares one set of tables; it must equal model.representation"
-            )
-        sets = dict.fromkeys(sorted(attention), settings.attention)
-        return sets | dict.fromkeys(sorted(representation), settings.representation)
 
 
 class CtrModel(nn.Module):
@@ -117,10 +89,6 @@ class CtrModel(nn.Module):
             )
         self.tables = Tables(self.settings, sizes, self.roles.sets(settings), table_device)
         self.sizes = sizes
-        self.row_hook: Callable[[Role, Rows], Rows] | None = None
-        """Called in training with the rows of each concern, where it uses them; what it returns is used instead."""
-        self.begun: SearchHandle | None = None
-        """The search of a batch that is to come."""
         self.scoring = self.make_scoring()
         self.make_modules()
         self.prediction = MLP(self._inputs(self.heads), settings.hidden)
@@ -135,43 +103,50 @@ class CtrModel(nn.Module):
     def make_modules(self) -> None:
         """Make what else the model has of its own."""
 
-    def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+    def start_search(self, batch: Batch, stream: torch.cuda.Stream | None = None) -> SearchHandle | None:
+        """Send the ids of a batch to the shards that will search for it; every rank must call it.
+
+        Ids do not depend on weights, so a batch's search may start while the batch before it is still learnt from.
+
+        Args:
+            batch: the very object that `forward` will be given.
+            stream: on a GPU, where to start it (see `SearchHandle`); None: the current stream, or a CPU.
+
+        Returns:
+            What `forward` takes beside the batch; None where this model does not search on the shards.
+
+        Raises:
+            UserError: the batch lacks a sequence or a feature of the settings, or has windows longer than N.
+        """
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            check_bounds(batch, self.sizes)
+        if not self.searches_on_shards:
+            return None
+        assert isinstance(self.scoring, DotProduct)
+        return SearchHandle(self._top_k(self.scoring), batch, stream)
+
+    def search(self, batch: Batch, cross: AllCrossRows, handle: SearchHandle | None) -> dict[str, Selection]:
         """The K behaviours of each target in each sequence that the score ranks highest, without gradient.
 
         Args:
             batch: the targets and their histories.
             cross: all rows of the cross tables.
+            handle: the search that was started for this batch; None: the behaviours are searched on this rank.
 
         Returns:
-            By sequence, in the order of ``model.retrieved``.
+            The selection of each sequence, in the order of ``model.retrieved``.
         """
-        scoring, retrieved = self.scoring, self.settings.retrieved
-        if not isinstance(scoring, DotProduct):
-            return search_by_score(self._all_rows(batch, cross), scoring, retrieved)
-        if not self.searches_on_shards:
-            return search_locally(self._all_rows(batch, cross), scoring, retrieved)
-        begun, self.begun = self.begun, None
-        if begun is None or begun.batch is not batch:
-            begun, self.begun = SearchHandle(self._top_k(scoring), batch), begun
-        return begun.finish(cross[self.roles.target_attention], cross[self.roles.history_attention])
+        if handle is None:
+            return self.search_locally(batch, cross)
+        assert handle.batch is batch, "the search of another batch"
+        return handle.finish(cross[self.roles.target_attention], cross[self.roles.history_attention])
 
-    def begin(self, batch: Batch, stream: torch.cuda.Stream | None = None) -> None:
-        """Send the ids of a batch that `forward` will be given to the shards; every rank must call it.
-
-        Does nothing where no shards are searched. Another batch may be predicted in between.
-
-        Args:
-            batch: the very object that `forward` will be given.
-            stream: of a GPU, see `SearchHandle`.
-
-        Raises:
-            UserError: as `forward`.
-        """
-        if self.searches_on_shards:
-            assert isinstance(self.scoring, DotProduct)
-            with torch.cuda.stream(stream) if stream is not None else nullcontext():
-                check_bounds(batch, self.sizes)
-            self.begun = SearchHandle(self._top_k(self.scoring), batch, stream)
+    def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+        """The same selection, made on the rank that has the targets; arguments and result as of `search`."""
+        rows, retrieved = self._local_rows(batch, cross), self.settings.retrieved
+        if isinstance(self.scoring, DotProduct):
+            return search_locally(rows, self.scoring, retrieved)
+        return search_by_score(rows, self.scoring, retrieved)
 
     def _top_k(self, scoring: DotProduct) -> ShardedTopK:
         """It belongs to the tables as they are sharded now, so it is no part of the model."""
@@ -231,60 +206,53 @@ class CtrModel(nn.Module):
 
     @property
     def pools_on_shards(self) -> bool:
-        """Rows that attention brings home, that are tapped or that are mapped are pooled there."""
-        tapped = self.row_hook is not None and self.training
-        return self.searches_on_shards and self.could_pool_on_shards and not tapped
+        """Whether histories are pooled where their rows are, so that one vector a history travels back."""
+        return self.searches_on_shards and self.could_pool_on_shards
 
     @property
     def could_pool_on_shards(self) -> bool:
-        """Whether representation has tables of its own, whose rows are pooled as they are."""
-        representation = {self.roles.target_representation, self.roles.history_representation}
-        attention = {self.roles.target_attention, self.roles.history_attention}
+        """Whether representation has one set of tables of its own, whose rows are pooled as they are."""
+        attention, representation = self.roles.attention, self.roles.representation
         plain = type(self).represent is CtrModel.represent and type(self).pool is CtrModel.pool
         return plain and len(representation) == 1 and not attention & representation
 
-    def forward(self, batch: Batch) -> Prediction:
+    def forward(self, batch: Batch, handle: SearchHandle | None = None, row_hook: RowHook | None = None) -> Prediction:
         """Predict the targets of ``batch``; every rank must call it, with as few targets as none.
 
         No branch here depends on the batch: a rank that took another one would leave the others in a collective.
 
+        Args:
+            batch: the targets and their histories.
+            handle: what `start_search` returned for this batch; None: the search starts here.
+            row_hook: called in training with the rows of each role, to watch their gradients; changes no number.
+
         Raises:
             UserError: the batch lacks a sequence or a feature of the settings, or has windows longer than N.
         """
-        if self.begun is None or self.begun.batch is not batch:
-            check_bounds(batch, self.sizes)
+        if handle is None:
+            handle = self.start_search(batch)
         cross = self.tables.cross_rows(batch.item_T.device)
-        auxiliary = self.auxiliary is not None and self.training
-        whole = auxiliary or self.attends_all
-        sequences = self.settings.retrieved if whole else ()
-        all_of_it = {name: Selection.everything(batch.histories[name]) for name in sequences}
-        selected = all_of_it if self.attends_all else self.search(batch, cross)
-        pools = self.pools_on_shards
-        attention = {self.roles.target_attention}, {self.roles.history_attention}
-        representation = {self.roles.target_representation}, {self.roles.history_representation}
-        rows = BatchRows(
-            batch,
-            self.tables,
-            cross,
-            attention[0] | (set() if pools else representation[0]),
-            attention[1] | (set() if pools else representation[1]),
-            selected,
-            whole,
-        )
-        attended, represented = self.split_gradients(rows)
-        weights = self._weights(attended, selected, self.attention)
-        if pools:
-            name = self.roles.history_representation
-            histories = pooled_on_shards(batch, self.tables, name, cross[name], selected, weights)
+        predicts_twice = self.auxiliary is not None and self.training
+        looks_up_all = predicts_twice or self.attends_all
+        sequences = self.settings.retrieved if looks_up_all else ()
+        everything = {sequence: Selection.everything(batch.histories[sequence]) for sequence in sequences}
+        selected = everything if self.attends_all else self.search(batch, cross, handle)
+        rows = self._look_up(batch, cross, selected, looks_up_all)
+        attention_rows, representation_rows = self.split_gradients(rows)
+
+        weights = self._attend(attention_rows, selected, self.attention, row_hook)
+        if self.pools_on_shards:
+            input_TI = self._pool_on_shards(batch, cross, selected, weights, row_hook)
         else:
-            histories = self._pooled_locally(represented, selected, weights)
-        logit_T = self.prediction(self._prediction_input(histories))
-        if not auxiliary:
+            input_TI = self._pool_locally(representation_rows, selected, weights, row_hook)
+        logit_T = self.prediction(input_TI)
+        if not predicts_twice:
             return Prediction(logit_T)
+
         assert self.auxiliary is not None
-        weights = self._weights(attended, all_of_it, self.auxiliary_attention)
-        histories = self._pooled_locally(represented, all_of_it, weights)
-        return Prediction(logit_T, self.auxiliary(self._prediction_input(histories)))
+        weights = self._attend(attention_rows, everything, self.auxiliary_attention, row_hook)
+        input_TI = self._pool_locally(representation_rows, everything, weights, row_hook)
+        return Prediction(logit_T, self.auxiliary(input_TI))
 
     def _inputs(self, heads: int) -> int:
         inherent, cross = 0, 0
@@ -293,43 +261,98 @@ class CtrModel(nn.Module):
         parts = (2 if self.target_aware else 1) * heads
         return inherent + len(self.settings.retrieved) * (cross + parts * (inherent + cross))
 
-    def _all_rows(self, batch: Batch, cross: AllCrossRows) -> LocalRows:
-        """Attention rows of all behaviours, brought home."""
+    def _local_rows(self, batch: Batch, cross: AllCrossRows) -> LocalRows:
+        """The attention rows of all targets and behaviours, on this rank and without gradient."""
         target_set, history_set = self.roles.target_attention, self.roles.history_attention
         return LocalRows.look_up(batch, self.tables, cross, target_set, history_set)
 
-    def _weights(
+    def _look_up(
+        self, batch: Batch, cross: AllCrossRows, selected: Mapping[str, Selection], looks_up_all: bool
+    ) -> BatchRows:
+        """The rows that come to this rank, with gradient: representation's only if they are pooled here."""
+        target_sets, history_sets = {self.roles.target_attention}, {self.roles.history_attention}
+        if not self.pools_on_shards:
+            target_sets.add(self.roles.target_representation)
+            history_sets.add(self.roles.history_representation)
+        return BatchRows(batch, self.tables, cross, target_sets, history_sets, selected, looks_up_all)
+
+    def _attend(
         self,
         rows: BatchRows,
         selected: Mapping[str, Selection],
         attention: Callable[[Rows, Rows, Selection], Tensor],
+        row_hook: RowHook | None,
     ) -> dict[str, Tensor]:
+        """The attention weights of each sequence's selected behaviours, (T, K) or (T, H, K)."""
         weights = {}
         for sequence, chosen in selected.items():
-            target = self._hooked("attention", rows.targets(self.roles.target_attention, sequence))
-            behaviors = self._hooked("attention", rows.behaviors(self.roles.history_attention, sequence, chosen))
+            target = rows.targets(self.roles.target_attention, sequence)
+            behaviors = rows.behaviors(self.roles.history_attention, sequence, chosen)
             weights[sequence] = attention(target, behaviors, chosen)
+            if row_hook is not None and self.training:
+
+                def attended(rows: Sequence[Rows], chosen: Selection = chosen) -> Tensor:
+                    target, behaviors = rows
+                    return attention(target, behaviors, chosen)
+
+                row_hook("attention", [target, behaviors], attended, weights[sequence], [None, None])
         return weights
 
-    def _pooled_locally(
-        self, rows: BatchRows, selected: Mapping[str, Selection], weights: Mapping[str, Tensor]
-    ) -> dict[str, Representation]:
-        found = {}
+    def _pool_locally(
+        self,
+        rows: BatchRows,
+        selected: Mapping[str, Selection],
+        weights: Mapping[str, Tensor],
+        row_hook: RowHook | None,
+    ) -> Tensor:
+        """All that a prediction sees, (T, inputs), from representation rows that are on this rank."""
+        looked_up: list[Rows] = []
         for sequence, chosen in selected.items():
-            target = self._hooked("representation", rows.targets(self.roles.target_representation, sequence))
-            shown = rows.behaviors(self.roles.history_representation, sequence, chosen)
-            target, behaviors = self.represent(target, self._hooked("representation", shown))
-            found[sequence] = Representation(target, self.pool(weights[sequence], behaviors))
-        return found
+            looked_up.append(rows.targets(self.roles.target_representation, sequence))
+            looked_up.append(rows.behaviors(self.roles.history_representation, sequence, chosen))
 
-    def _prediction_input(self, represented: Mapping[str, Representation]) -> Tensor:
-        """All that the prediction sees, (T, inputs)."""
+        def pooled_input(looked_up: Sequence[Rows], weights: Iterable[Tensor]) -> Tensor:
+            histories = []
+            for target, behaviors, weight_TK in zip(looked_up[::2], looked_up[1::2], weights, strict=True):
+                target, behaviors = self.represent(target, behaviors)
+                histories.append(Representation(target, self.pool(weight_TK, behaviors)))
+            return self._prediction_input(histories)
+
+        input_TI = pooled_input(looked_up, weights.values())
+        if row_hook is not None and self.training:
+            fixed = [weight_TK.detach() for weight_TK in weights.values()]
+            function = partial(pooled_input, weights=fixed)
+            row_hook("representation", looked_up, function, input_TI, [None] * len(looked_up))
+        return input_TI
+
+    def _pool_on_shards(
+        self,
+        batch: Batch,
+        cross: AllCrossRows,
+        selected: Mapping[str, Selection],
+        weights: Mapping[str, Tensor],
+        row_hook: RowHook | None,
+    ) -> Tensor:
+        """All that the prediction sees, (T, inputs); the behaviours' representation rows stay where they are."""
+        name = self.roles.history_representation
+        histories = pooled_on_shards(batch, self.tables, name, cross[name], selected, weights)
+        input_TI = self._prediction_input(histories.values())
+        if row_hook is not None and self.training:
+
+            def pooled_input(parts: Sequence[Rows]) -> Tensor:
+                return self._prediction_input(map(Representation, parts[::2], parts[1::2]))
+
+            parts = [part for history in histories.values() for part in (history.target, history.pooled)]
+            of_parts = [weight for weight_TK in weights.values() for weight in (None, weight_TK)]
+            row_hook("representation", parts, pooled_input, input_TI, of_parts)
+        return input_TI
+
+    def _prediction_input(self, histories: Iterable[Representation]) -> Tensor:
+        """The target's rows and, for each sequence, the pooled history and its product with the target: (T, inputs)."""
         inputs: list[Tensor] = []
-        for of_sequence in represented.values():
-            inputs += [] if inputs else [of_sequence.target.inherent]
-            inputs += of_sequence.target.cross.values()
-            inputs += history_inputs(of_sequence, self.target_aware)
+        for history in histories:
+            # The inherent rows are the target's own: they are the same seen from every sequence.
+            inputs += [] if inputs else [history.target.inherent]
+            inputs += history.target.cross.values()
+            inputs += history_inputs(history, self.target_aware)
         return torch.cat(inputs, dim=1)
-
-    def _hooked(self, concern: Role, rows: Rows) -> Rows:
-        return self.row_hook(concern, rows) if self.row_hook and self.training else rows

@@ -84,12 +84,12 @@ def constraints(model: CtrModel, device_type: str, ranks: int) -> dict[str, Para
         ranks: in all.
     """
     found, on_shard = {}, _searched_on_shards(model)
-    for name, table, weight in model.tables.weights():
+    for spec, weight in model.tables.weights():
         # Where a rank would have no rows, FBGEMM's backward pass on a CPU takes the next table for this one.
-        small = device_type == "cpu" and name not in on_shard and _leaves_out_a_rank(len(weight), ranks)
+        small = device_type == "cpu" and spec.name not in on_shard and _leaves_out_a_rank(len(weight), ranks)
         kind = ShardingType.TABLE_WISE.value if small else ShardingType.ROW_WISE.value
-        found[name] = ParameterConstraints(
-            sharding_types=[kind], compute_kernels=[KERNELS[table.memory]], pooling_factors=[1.0]
+        found[spec.name] = ParameterConstraints(
+            sharding_types=[kind], compute_kernels=[KERNELS[spec.settings.memory]], pooling_factors=[1.0]
         )
     return found
 
@@ -103,7 +103,7 @@ def _searched_on_shards(model: CtrModel) -> set[str]:
     """Names of the tables that shards search or pool; none if rows travel home."""
     if model.settings.search == "local" or model.searched != "shard":
         return set()
-    return {f"{feature}_{name}" for name in model.tables.inherent for feature in model.tables.inherent_features}
+    return {spec.name for spec in model.tables.specs.values() if spec.inherent}
 
 
 def make_plan(model: CtrModel, device: torch.device, bags: int) -> ShardingPlan:
@@ -129,7 +129,8 @@ def check_tables(model: CtrModel, device: str) -> None:
     """
     if device != "cpu":
         return
-    for name, table, _ in model.tables.weights():
+    for name, spec in model.tables.specs.items():
+        table = spec.settings
         if table.optimizer not in CPU_OPTIMIZERS:
             raise UserError(
                 f"table {name}: optimizer {table.optimizer} needs CUDA; on a CPU: {', '.join(CPU_OPTIMIZERS)}"
@@ -147,7 +148,8 @@ def fuse_optimizers(model: CtrModel, device: torch.device) -> None:
         UserError: as `check_tables`.
     """
     check_tables(model, device.type)
-    for _, table, weight in model.tables.weights():
+    for spec, weight in model.tables.weights():
+        table = spec.settings
         settings = {"lr": table.learning_rate}
         if table.optimizer != "sgd":
             settings["eps"] = table.epsilon
@@ -187,7 +189,7 @@ def shard(model: CtrModel, device: torch.device, plan: ShardingPlan) -> Distribu
 
 def _check_plan(model: CtrModel, device: torch.device, plan: ShardingPlan) -> None:
     planned = {name: sharding for tables in plan.plan.values() for name, sharding in tables.items()}
-    rows = {name: tuple(weight.shape) for name, _, weight in model.tables.weights()}
+    rows = {name: (spec.rows, spec.dim) for name, spec in model.tables.specs.items()}
     if planned.keys() != rows.keys():
         differing = ", ".join(sorted(planned.keys() ^ rows.keys()))
         raise UserError(f"the sharding plan is not of this model: {differing} is only in one of them")

@@ -51,10 +51,7 @@ class TrainSettings(Settings):
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log_every: PositiveInt = 20
-    """Steps between two points of the curves in TensorBoard.
-
-    The gradients of these steps are measured, which changes the order of sums: a run's last bits depend on it.
-    """
+    """Steps between two points of the curves in TensorBoard, where gradients are measured too."""
 
 
 MAY_CHANGE = (
@@ -62,6 +59,7 @@ MAY_CHANGE = (
     "validation.every",
     "checkpoint.every",
     "checkpoint.keep",
+    "log_every",
     "stream.threads",
     "stream.prefetch_batches",
 )

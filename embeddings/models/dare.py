@@ -1,6 +1,7 @@
 """DARE: attention and representation have tables of their own (arXiv 2410.02604), and its variants."""
 
-from embeddings.model import CtrModel, TableRoles
+from embeddings.model import CtrModel
+from embeddings.tables.specs import TableRoles
 
 
 class Dare(CtrModel):

@@ -15,7 +15,7 @@ from embeddings.tables.collections import AllCrossRows
 class Din(Twin):
     """Attention by a perceptron over target and behaviour; search by the same score."""
 
-    searched: ClassVar[SearchPlace] = "locally"
+    searched: ClassVar[SearchPlace] = "local"
     without = frozenset({"position"})
 
     def make_scoring(self) -> nn.Module:
@@ -28,6 +28,6 @@ class DinShort(Din):
 
     searched = "ids"
 
-    def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+    def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
         """The latest; no rows are looked up."""
         return latest(batch, self.settings.retrieved)

@@ -13,7 +13,7 @@ from embeddings.tables.collections import AllCrossRows
 class Eta(Twin):
     """Search by the Hamming distance of ``hash_bits`` random projections' signs, attention as TWIN."""
 
-    searched: ClassVar[SearchPlace] = "locally"
+    searched: ClassVar[SearchPlace] = "local"
 
     def make_modules(self) -> None:
         """The random projections of item and category rows."""
@@ -24,6 +24,6 @@ class Eta(Twin):
         """One for each bit."""
         return self.settings.hash_bits
 
-    def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+    def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
         """The nearest signatures."""
-        return search_by_signature(self._all_rows(batch, cross), self.signature, self.settings.retrieved)
+        return search_by_signature(self._local_rows(batch, cross), self.signature, self.settings.retrieved)

@@ -31,7 +31,7 @@ class SimHard(Twin):
         """Attention's score, of each head."""
         return MultiHeadScore(sum(super().represented_dims().values()), self.heads)
 
-    def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+    def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
         """By category; no rows are looked up."""
         return search_by_category(batch, self.settings.retrieved, filled=False)
 
@@ -39,7 +39,7 @@ class SimHard(Twin):
 class SimSoft(SimHard):
     """Soft search by the product of mapped rows, which learns from an auxiliary prediction on the whole history."""
 
-    searched = "locally"
+    searched = "local"
     needs_categories = False
     auxiliary_always = True
     auxiliary_heads = 1
@@ -50,9 +50,9 @@ class SimSoft(SimHard):
         of_target, of_behavior = (RowsMap(dims, tuple(dims), dims, bias=False) for _ in range(2))
         self.searching = MappedDotProduct(of_target, of_behavior)
 
-    def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+    def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
         """The K best by that score, locally: the auxiliary prediction brings all rows there in training."""
-        return search_locally(self._all_rows(batch, cross), self.searching, self.settings.retrieved)
+        return search_locally(self._local_rows(batch, cross), self.searching, self.settings.retrieved)
 
     def search_products(self, dim: int) -> int:
         """Of the mapped rows."""

@@ -12,12 +12,13 @@ from torch import Tensor
 from embeddings.batch import Batch, History, Selection
 from embeddings.gradient_routing import Combine, added, normalized, split_gradients
 from embeddings.layers.scoring import ScaledDotProduct
-from embeddings.model import CtrModel, TableRoles
+from embeddings.model import CtrModel
 from embeddings.search.by_category import search_by_category
 from embeddings.search.clusters import log_counts
 from embeddings.search.local import search_locally
 from embeddings.tables.batch_rows import BatchRows
 from embeddings.tables.collections import AllCrossRows
+from embeddings.tables.specs import TableRoles
 
 
 class Twin(CtrModel):
@@ -54,7 +55,7 @@ class TwinHard(Twin):
     searched = "ids"
     needs_categories = True
 
-    def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+    def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
         """By category; no rows are looked up."""
         return search_by_category(batch, self.settings.retrieved, filled=True)
 
@@ -67,7 +68,7 @@ class TwinV2(Twin):
     """
 
     scoring: ScaledDotProduct
-    searched = "locally"
+    searched = "local"
 
     def search_products(self, dim: int) -> int:
         """Of the score, and of four passes over the item rows for each split of the longest window."""
@@ -75,9 +76,9 @@ class TwinV2(Twin):
         splits = math.ceil(math.log2(max(1, max(self.sizes.lengths.values()) / self.settings.cluster_size)))
         return dim + 4 * item * splits
 
-    def search(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+    def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
         """The K clusters of the highest score, each by the behaviour that stands for it."""
-        rows = self._all_rows(batch, cross)
+        rows = self._local_rows(batch, cross)
         item = self.tables.inherent_dims(self.roles.history_attention)["item"]
 
         def cluster_weights(rows_MD: Tensor, history: History) -> Tensor:

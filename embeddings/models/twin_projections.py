@@ -67,14 +67,14 @@ class TwinProjectionShared(TwinProjection):
 class TwinMLP1(TwinProjection):
     """Maps with one hidden layer in place of the linear ones."""
 
-    searched = "locally"
+    searched = "local"
     hidden = 1
 
 
 class TwinMLP2(TwinProjection):
     """Maps with two hidden layers."""
 
-    searched = "locally"
+    searched = "local"
     hidden = 2
 
 

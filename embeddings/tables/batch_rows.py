@@ -34,7 +34,7 @@ class LookedUp(NamedTuple):
 
 
 class BatchRows:
-    """Rows of a batch: of the targets, and of either the selected behaviours or all of them.
+    """One lookup of a batch: of its targets, and of either the selected behaviours or all of them.
 
     Args:
         batch: the targets and their histories.
@@ -43,7 +43,7 @@ class BatchRows:
         target_sets: the sets of tables that targets are looked up in.
         history_sets: the sets that behaviours are looked up in.
         selected: by sequence, the behaviours.
-        whole: look up all behaviours, once each, so that any selection can be taken from them; else those selected.
+        looks_up_all: look up every behaviour once, so that any selection can be taken from them; else those selected.
     """
 
     def __init__(
@@ -54,9 +54,10 @@ class BatchRows:
         target_sets: set[str],
         history_sets: set[str],
         selected: Mapping[str, Selection],
-        whole: bool,
+        looks_up_all: bool,
     ) -> None:
-        self._batch, self._cross, self._selected = batch, cross, None if whole else selected
+        self._batch, self._tables, self._cross = batch, tables, cross
+        self._selected = None if looks_up_all else selected
         self._dims = {name: tables.inherent_dims(name) for name in sorted(target_sets | history_sets)}
         self._targets: dict[str, Tensor] = {}
         self._behaviors: dict[str, dict[str, Tensor]] = {}
@@ -67,11 +68,11 @@ class BatchRows:
         item, category, valid = [], [], []
         for name, history in histories.items():
             chosen = selected[name]
-            item.append(history.item_M if whole else gather_or_zeros(history.item_M, chosen.index_TK).flatten())
+            item.append(history.item_M if looks_up_all else gather_or_zeros(history.item_M, chosen.index_TK).flatten())
             category.append(
-                history.category_M if whole else gather_or_zeros(history.category_M, chosen.index_TK).flatten()
+                history.category_M if looks_up_all else gather_or_zeros(history.category_M, chosen.index_TK).flatten()
             )
-            valid.append(torch.ones_like(item[-1], dtype=torch.bool) if whole else chosen.valid_TK.flatten())
+            valid.append(torch.ones_like(item[-1], dtype=torch.bool) if looks_up_all else chosen.valid_TK.flatten())
         counts = [len(ids) for ids in item]
         all_targets = torch.ones_like(batch.item_T, dtype=torch.bool)
         for name in sorted(target_sets | history_sets):
@@ -95,7 +96,10 @@ class BatchRows:
         return Rows(self._targets[name], target_rows(self._batch, self._cross[name][sequence]))
 
     def behaviors(self, name: str, sequence: str, selected: Selection) -> Rows:
-        """Rows (T, K, ...) of selected behaviours in set ``name``; without ``whole``, of the selection looked up."""
+        """Rows (T, K, ...) of the selected behaviours in set ``name``.
+
+        Without ``looks_up_all``, the selection must be the one that was looked up.
+        """
         # Attention and representation often have the same tables: taken once, the gradients of both travel back once.
         last = self._given.get((name, sequence))
         if last is not None and last[0] is selected:
@@ -118,10 +122,13 @@ class BatchRows:
         for name, sequence, looked_up in self._inherent():
             columns = looked_up.split(list(self._dims[name].values()), dim=1)
             for feature, rows in zip(self._dims[name], columns, strict=True):
-                found.append(LookedUp(f"{feature}_{name}", rows, self._ids[name, sequence][feature]))
+                found.append(LookedUp(self._tables.spec(name, feature).name, rows, self._ids[name, sequence][feature]))
         for name in self._dims:
             for sequence, by_feature in self._cross[name].items():
-                found += [LookedUp(f"{sequence}_{feature}_{name}", rows, None) for feature, rows in by_feature.items()]
+                found += [
+                    LookedUp(self._tables.spec(name, feature, sequence).name, rows, None)
+                    for feature, rows in by_feature.items()
+                ]
         return found
 
     def replaced(self, rows: Sequence[Tensor]) -> Self:

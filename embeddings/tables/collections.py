@@ -17,7 +17,8 @@ from embeddings.distributed.collectives import codecs_of, max_over_ranks
 from embeddings.distributed.lookups import ShardedRows, ShardedWeightedPooling, WeightedBags, all_gathered_tables
 from embeddings.distributed.row_wise import is_row_wise
 from embeddings.sizes import DataSizes
-from schemas.model import CROSS, INHERENT, Feature, ModelSettings, Precision, Table, TableSet
+from embeddings.tables.specs import TableSpec, declare_tables
+from schemas.model import CROSS, INHERENT, Feature, ModelSettings, Precision, TableSet
 
 DATA_TYPES: dict[Precision, DataType] = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 
@@ -26,81 +27,62 @@ INITIAL_DEVIATION = 0.01
 
 
 CrossRows = Mapping[str, Mapping[Feature, Tensor]]
-"""All rows of a set's cross tables: by sequence, by feature; float32 (R, d) each."""
+"""All rows of the cross tables of one set: by sequence, then by feature; float32 (R, d) each."""
 
 AllCrossRows = Mapping[str, CrossRows]
-"""The same by set."""
+"""All rows of the cross tables of every set: by set, then as `CrossRows`."""
 
 
 class Tables(nn.Module):
     """All tables of a model, in `EmbeddingBagCollection`s that TorchRec can shard.
 
-    ``sets`` maps the name of each set of tables to its settings; DARE has the two sets ``attention`` and
-    ``representation``, TWIN one. A set has a table for each feature:
-
-    - inherent features (item, category): table ``{feature}_{set}``, one collection a set, looked up by id;
-    - cross features (position, interval, behavior, scene): table ``{sequence}_{feature}_{set}``. They are small, so a
-      step looks up all their rows at once, in one collection, and indexes the result. That leaves their
-      optimizer, sharding and checkpoint to TorchRec, as for all others.
+    - Inherent features (item, category): one collection for each set of tables, looked up by id.
+    - Cross features (position, interval, behavior, scene): one collection for all sets. These tables are small, so a
+      step looks up all their rows at once and indexes the result. That leaves their optimizer, sharding and checkpoint
+      to TorchRec, as for all others.
     """
 
     def __init__(
         self, settings: ModelSettings, sizes: DataSizes, sets: Mapping[str, TableSet], device: torch.device
     ) -> None:
         super().__init__()
+        specs = declare_tables(settings, sizes, sets)
+        self.specs = {spec.name: spec for spec in specs}
+        """Every table's spec, by name."""
+        self._by_identity = {(spec.set, spec.feature, spec.sequence): spec for spec in specs}
+        self.sets = tuple(sets)
         self.inherent_features = tuple(feature for feature in INHERENT if feature in settings.features)
         self.cross_features = tuple(feature for feature in CROSS if feature in settings.features)
         self.sequences = tuple(settings.retrieved)
         self.codecs = codecs_of(settings.communication)
-        """Of floats on their way between ranks."""
-        self._sets = dict(sets)
-        self._settings_of: dict[str, Table] = {}
+        """How floats travel between ranks."""
         self.inherent = nn.ModuleDict()
-        for name, tables in sets.items():
-            inherent = [
-                self._config(f"{feature}_{name}", feature, tables.table(feature), sizes.rows(feature))
-                for feature in self.inherent_features
-            ]
-            self.inherent[name] = EmbeddingBagCollection(inherent, device=device)
-        self._rows = {
-            table: (sizes.rows(feature, sequence), sequence, feature, name)
-            for name in sets
-            for sequence in self.sequences
-            for feature in self.cross_features
-            for table in [f"{sequence}_{feature}_{name}"]
-        }
-        cross = [
-            self._config(table, table, sets[name].table(feature), rows)
-            for table, (rows, _, feature, name) in self._rows.items()
-        ]
-        self.cross = EmbeddingBagCollection(cross, device=device) if cross else None
+        for name in sets:
+            of_set = [spec for spec in specs if spec.inherent and spec.set == name]
+            self.inherent[name] = EmbeddingBagCollection([_config(spec) for spec in of_set], device=device)
+        self._cross_specs = [spec for spec in specs if not spec.inherent]
+        self.cross = None
+        if self._cross_specs:
+            self.cross = EmbeddingBagCollection([_config(spec) for spec in self._cross_specs], device=device)
 
-    def _config(self, name: str, feature: str, table: Table, rows: int) -> EmbeddingBagConfig:
-        self._settings_of[name] = table
-        return EmbeddingBagConfig(
-            name=name,
-            feature_names=[feature],
-            num_embeddings=rows,
-            embedding_dim=table.dim,
-            data_type=DATA_TYPES[table.precision],
-            pooling=PoolingType.SUM,
-            init_fn=partial(nn.init.normal_, std=INITIAL_DEVIATION),
-        )
+    def spec(self, name: str, feature: Feature, sequence: str | None = None) -> TableSpec:
+        """The table of ``feature`` in set ``name``; a cross feature has one for each sequence."""
+        return self._by_identity[name, feature, sequence]
 
-    def weights(self) -> Iterator[tuple[str, Table, nn.Parameter]]:
-        """Name, settings and rows of each table; before sharding only."""
+    def weights(self) -> Iterator[tuple[TableSpec, nn.Parameter]]:
+        """The spec and the rows of each table; before sharding only."""
         for collection in (*self.inherent.values(), *([self.cross] if self.cross else [])):
             assert isinstance(collection, EmbeddingBagCollection)
             for name, bags in collection.embedding_bags.items():
-                yield name, self._settings_of[name], bags.weight
+                yield self.specs[name], bags.weight
 
     def inherent_dims(self, name: str) -> dict[Feature, int]:
         """Dims of the inherent features in set ``name``, in the order in which a row concatenates them."""
-        return {feature: self._sets[name].table(feature).dim for feature in self.inherent_features}
+        return {feature: self.spec(name, feature).dim for feature in self.inherent_features}
 
     def cross_dims(self, name: str) -> dict[Feature, int]:
-        """Dims of the cross features in set ``name``."""
-        return {feature: self._sets[name].table(feature).dim for feature in self.cross_features}
+        """Dims of the cross features in set ``name``; they are the same in all sequences."""
+        return {feature: self.spec(name, feature, self.sequences[0]).dim for feature in self.cross_features}
 
     def inherent_rows(self, name: str, ids: Mapping[Feature, Tensor], valid_B: Tensor) -> Tensor:
         """Rows of the inherent features, concatenated; with gradient. Every rank must call it.
@@ -160,28 +142,43 @@ class Tables(nn.Module):
         return sums_LD.float()
 
     def cross_rows(self, device: torch.device) -> AllCrossRows:
-        """All rows of all cross tables, looked up with the ids on ``device``."""
-        found: dict[str, dict[str, dict[Feature, Tensor]]] = {
-            name: {sequence: {} for sequence in self.sequences} for name in self._sets
+        """All rows of all cross tables, looked up with ids on ``device``; every rank must call it."""
+        by_set: dict[str, dict[str, dict[Feature, Tensor]]] = {
+            name: {sequence: {} for sequence in self.sequences} for name in self.sets
         }
         if self.cross is None:
-            return found
-        whole = all_gathered_tables(self.cross) if is_row_wise(self.cross) else self._all_rows(self.cross, device)
-        for table, (rows, sequence, feature, name) in self._rows.items():
-            found[name][sequence][feature] = whole[table][:rows].float()
-        return found
+            return by_set
+        row_wise = is_row_wise(self.cross)
+        tables = all_gathered_tables(self.cross) if row_wise else self._all_rows(self.cross, device)
+        for spec in self._cross_specs:
+            assert spec.sequence is not None
+            by_set[spec.set][spec.sequence][spec.feature] = tables[spec.name][: spec.rows].float()
+        return by_set
 
     def _all_rows(self, collection: nn.Module, device: torch.device) -> dict[str, Tensor]:
         """A lookup of all rows in the collection itself, padded to the longest table."""
-        counts = torch.tensor([rows for rows, _, _, _ in self._rows.values()], device=device)
+        counts = torch.tensor([spec.rows for spec in self._cross_specs], device=device)
         row_R = torch.arange(int(counts.max()), dtype=torch.int32, device=device)
         present = row_R < counts[:, None]
         features = KeyedJaggedTensor(
-            keys=list(self._rows),
+            keys=[spec.name for spec in self._cross_specs],
             values=row_R.expand_as(present)[present],
             lengths=present.flatten().to(torch.int32),
         )
         return _looked_up(collection, features).to_dict()
+
+
+def _config(spec: TableSpec) -> EmbeddingBagConfig:
+    """A table's declaration for TorchRec; a cross table's only lookup is keyed by its own name."""
+    return EmbeddingBagConfig(
+        name=spec.name,
+        feature_names=[spec.feature if spec.inherent else spec.name],
+        num_embeddings=spec.rows,
+        embedding_dim=spec.dim,
+        data_type=DATA_TYPES[spec.settings.precision],
+        pooling=PoolingType.SUM,
+        init_fn=partial(nn.init.normal_, std=INITIAL_DEVIATION),
+    )
 
 
 def _looked_up(collection: nn.Module, features: KeyedJaggedTensor) -> KeyedTensor:

@@ -149,9 +149,9 @@ class StepModel:
         if self._model.searched == "ids":
             yield self._compute("search", "ids of all behaviours", self._work.pairs * self._cluster.costs.pair)
         elif self._model.searched != "none":
-            yield from self._search_at_home() if place == "local" else self._search_on_shard()
+            yield from self._search_locally() if place == "local" else self._search_on_shard()
 
-    def _search_at_home(self) -> Iterator[Cost]:
+    def _search_locally(self) -> Iterator[Cost]:
         """All behaviours' rows come home (`embeddings.search.local`)."""
         roles, work, costs = self._model.roles, self._work, self._cluster.costs
         together = roles.target_attention == roles.history_attention

@@ -169,14 +169,15 @@ def _bounds(model: CtrModel, work: Workload, search: Search, device_type: str) -
     many as are looked up in it, those of one rank on the mean.
     """
     found = constraints(model, device_type, work.ranks)
-    searched = {model.roles.target_attention, model.roles.history_attention}
+    searched = model.roles.attention
     for name, constraint in found.items():
-        ids = float(model.tables._rows[name][0]) / work.ranks if name in model.tables._rows else 0.0
-        for of_set in model.tables.inherent:
-            if name in {f"{feature}_{of_set}" for feature in model.tables.inherent_features}:
-                local = search == "local" and model.searched in ("shard", "locally") and of_set in searched
-                everything = model.auxiliary is not None or model.attends_all or local
-                ids = work.targets + (work.behaviors if everything else work.selected)
+        spec = model.tables.specs[name]
+        if spec.inherent:
+            local = search == "local" and model.searched in ("shard", "local") and spec.set in searched
+            everything = model.auxiliary is not None or model.attends_all or local
+            ids = work.targets + (work.behaviors if everything else work.selected)
+        else:
+            ids = spec.rows / work.ranks
         constraint.batch_sizes = [max(1, round(ids / work.ranks))]
     return found
 

@@ -1,14 +1,14 @@
 """A table as the planner has placed it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from torchrec.distributed.types import ParameterSharding, ShardingPlan
 
 from embeddings.model import CtrModel
+from embeddings.tables.specs import TableSpec
 from schemas.errors import UserError
-from schemas.model import INHERENT, Feature, Table, TableOptimizer
+from schemas.model import INHERENT, Feature, TableOptimizer
 
 STATE_BYTES: dict[TableOptimizer, tuple[int, int]] = {
     "sgd": (0, 0),
@@ -76,48 +76,34 @@ def planned_tables(model: CtrModel, plan: ShardingPlan) -> tuple[PlannedTable, .
     """
     placed = {name: sharding for tables in plan.plan.values() for name, sharding in tables.items()}
     found = []
-    for name, settings, weight in model.tables.weights():
-        rows, dim = weight.shape
+    for name, spec in model.tables.specs.items():
+        rows, dim = spec.rows, spec.dim
         if name not in placed:
             raise UserError(f"the plan has no table {name}, whose {rows:,} rows the model declares")
         sharding = placed.pop(name)
         _check_cover(name, rows, dim, sharding)
-        feature, of_set = _place(name, model)
-        found.append(_planned(name, of_set, feature, rows, dim, settings, sharding))
+        found.append(_planned(spec, sharding))
     if placed:
         raise UserError(f"the plan has tables that the model does not declare: {', '.join(sorted(placed))}")
     return tuple(found)
 
 
-def _planned(
-    name: str, of_set: str, feature: Feature, rows: int, dim: int, settings: Table, sharding: ParameterSharding
-) -> PlannedTable:
-    of_row, of_value = STATE_BYTES[settings.optimizer]
+def _planned(spec: TableSpec, sharding: ParameterSharding) -> PlannedTable:
+    bytes_a_row, bytes_a_value = STATE_BYTES[spec.settings.optimizer]
     assert sharding.ranks is not None
     return PlannedTable(
-        name=name,
-        set=of_set,
-        feature=feature,
-        rows=rows,
-        dim=dim,
-        value_bytes=VALUE_BYTES[settings.precision],
-        state_bytes=rows * (of_row + of_value * dim),
+        name=spec.name,
+        set=spec.set,
+        feature=spec.feature,
+        rows=spec.rows,
+        dim=spec.dim,
+        value_bytes=VALUE_BYTES[spec.settings.precision],
+        state_bytes=spec.rows * (bytes_a_row + bytes_a_value * spec.dim),
         sharding_type=sharding.sharding_type,
         compute_kernel=sharding.compute_kernel,
         ranks=tuple(sharding.ranks),
         shard_rows=tuple(shard.shard_sizes[0] for shard in sharding.sharding_spec.shards),
     )
-
-
-def _place(name: str, model: CtrModel) -> tuple[Feature, str]:
-    """Feature and set of a table, from its name: ``[{sequence}_]{feature}_{set}``."""
-    features: Sequence[Feature] = (*model.tables.inherent_features, *model.tables.cross_features)
-    for of_set in model.tables.inherent:
-        stem = name.removesuffix(f"_{of_set}")
-        for feature in features:
-            if stem != name and (stem == feature or stem.endswith(f"_{feature}")):
-                return feature, of_set
-    raise AssertionError(name)
 
 
 def _check_cover(name: str, rows: int, dim: int, sharding: ParameterSharding) -> None:

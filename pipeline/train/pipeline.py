@@ -15,8 +15,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel, get_un
 from torchrec.distributed.train_pipeline import TrainPipelineBase
 
 from embeddings.batch import Batch
+from embeddings.features import RowHook
 from embeddings.loss import click_loss
 from embeddings.model import CtrModel
+from embeddings.search.sharded import SearchHandle
 from pipeline.train.optimizer import DenseOptimizer
 from schemas.errors import UserError
 
@@ -38,9 +40,11 @@ class ClickTask(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
-        """Loss with gradient, and what there is to report."""
-        loss = click_loss(self.model(batch), batch.label_T)
+    def forward(
+        self, batch: Batch, handle: SearchHandle | None = None, row_hook: RowHook | None = None
+    ) -> tuple[Tensor, StepOutput]:
+        """The loss with its gradient, and what there is to report; arguments as of `CtrModel.forward`."""
+        loss = click_loss(self.model(batch, handle, row_hook), batch.label_T)
         return loss, StepOutput(loss.detach(), len(batch), batch.origin)
 
 
@@ -111,37 +115,47 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
         assert isinstance(inner, CtrModel)
         self._ctr_model = inner
         self._ids_stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self._handle: SearchHandle | None = None
+        """The search of ``_cur_batch``, started while the batch before it was learnt from."""
 
-    def progress(self, dataloader_iter: Iterator[Batch]) -> StepOutput:
+    def progress(self, dataloader_iter: Iterator[Batch], row_hook: RowHook | None = None) -> StepOutput:
         """Make a step with the next batch.
+
+        Args:
+            dataloader_iter: where batches come from; the same one until `reset`.
+            row_hook: watches the gradients of this step's rows.
 
         Raises:
             StopIteration: there is none.
         """
         if not self._connected:
             self._connect(dataloader_iter)
-        batch = self._cur_batch
+        batch, handle = self._cur_batch, self._handle
         if batch is None:
             raise StopIteration
-        following = self._next_batch(dataloader_iter)
+        next_batch = self._next_batch(dataloader_iter)
         self._optimizer.zero_grad()
         self._wait_for_batch(batch)
-        loss, output = self._model(batch)
-        self._cur_batch = following
-        if following is not None:
-            self._copy_batch_to_gpu(following)
-            self._begin()
+        loss, output = self._model(batch, handle, row_hook)
+        self._cur_batch, self._handle = next_batch, None
+        if next_batch is not None:
+            self._copy_batch_to_gpu(next_batch)
+            self._handle = self._start_search()
+        # The tables' optimizers run in here: ids do not depend on them, so the next batch's may travel meanwhile.
         self._backward(loss)
         self._optimizer.step()
         return output
 
     def reset(self) -> None:
-        """Forget the batch that was to come."""
+        """Forget the batch that was to come, and its search."""
         super().reset()
-        self._ctr_model.begun = None
+        self._handle = None
 
-    def _begin(self) -> None:
+    def _start_search(self) -> SearchHandle | None:
+        """Start the search of the batch that was just copied, where shards search; elsewhere `forward` does it all."""
         assert self._cur_batch is not None
+        if not self._ctr_model.searches_on_shards:
+            return None
         if self._ids_stream is not None and self._memcpy_stream is not None:
             self._ids_stream.wait_stream(self._memcpy_stream)
-        self._ctr_model.begin(self._cur_batch, self._ids_stream)
+        return self._ctr_model.start_search(self._cur_batch, self._ids_stream)

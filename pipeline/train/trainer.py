@@ -18,10 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.stateful import Stateful
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.model_parallel import get_unwrapped_module
 
 from embeddings.gradient_routing import GradientNorms
-from embeddings.model import CtrModel
 from pipeline.evaluate.evaluate import evaluate
 from pipeline.runs.checkpoint import keys_in, load
 from pipeline.runs.checkpoint_writer import CheckpointWriter
@@ -132,16 +130,16 @@ class Trainer(Stateful):
         """
         batches = iter(self.stream)
         while not self.done:
-            watched = self._watch_gradients()
+            norms = GradientNorms() if (self.step + 1) % self.settings.log_every == 0 else None
             try:
-                output = self._pipeline.progress(batches)
+                output = self._pipeline.progress(batches, norms)
             except StopIteration:
                 self._pipeline.reset()
                 batches = iter(self.stream)
                 continue
             agreed = agree(self.step + 1, output, self._optimizer.gradient_norm, stop.received)
             self._advance()
-            self._report(report, agreed, watched)
+            self._report(report, agreed, norms)
             # Items are seen a second time from the next epoch on: models often are at their best right before.
             due = self._is_due(self.settings.validation.every) or self.step_of_epoch == 0
             better = due and self._validate(report)
@@ -162,27 +160,18 @@ class Trainer(Stateful):
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.done
 
-    def _watch_gradients(self) -> GradientNorms | None:
-        """Measure the next step's gradients if it will be a point of the curves."""
-        due = (self.step + 1) % self.settings.log_every == 0
-        inner = get_unwrapped_module(self.model)
-        assert isinstance(inner, CtrModel)
-        watched = GradientNorms() if due else None
-        inner.row_hook = watched
-        return watched
-
-    def _report(self, report: RunReport, agreed: Agreement, watched: GradientNorms | None) -> None:
+    def _report(self, report: RunReport, agreed: Agreement, norms: GradientNorms | None) -> None:
         report.step(self.step, agreed)
-        if watched is not None:
+        if norms is not None:
             model = self.settings.model
             rates = {
                 "dense": self._optimizer.learning_rate,
                 "attention": model.attention.learning_rate,
                 "representation": model.representation.learning_rate,
             }
-            norms = {str(concern): norm for concern, norm in watched.norms().items()}
-            norms["dense"] = float(self._optimizer.gradient_norm)
-            report.point(self.step, agreed, rates, norms, self.stream.waited_s)
+            by_name = {str(role): norm for role, norm in norms.norms().items()}
+            by_name["dense"] = float(self._optimizer.gradient_norm)
+            report.point(self.step, agreed, rates, by_name, self.stream.waited_s)
 
     def _validate(self, report: RunReport) -> bool:
         """Whether it is the best validation so far."""

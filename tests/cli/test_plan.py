@@ -36,7 +36,7 @@ TOO_MANY = DataSizes(items=40_000_000, categories=500, lengths={"history": 100})
 def test_every_declared_row_is_planned_once() -> None:
     run = dry_run(plan_settings(), SIZES)
     declared = {
-        name: tuple(weight.shape) for name, _, weight in build_model(run.settings.model, SIZES, META).tables.weights()
+        spec.name: tuple(weight.shape) for spec, weight in build_model(run.settings.model, SIZES, META).tables.weights()
     }
     assert {table.name: (table.rows, table.dim) for table in run.tables} == declared
     assert all(sum(table.shard_rows) == table.rows for table in run.tables)

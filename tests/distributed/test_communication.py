@@ -61,7 +61,7 @@ def lookups(communication: Communication) -> dict[str, tuple[torch.Tensor, float
     batch = part(toy_batch(1, targets=24, lengths={"history": 12}), dist.get_rank(), dist.get_world_size())
     sharded.eval()
     cross = model.tables.cross_rows(CPU)
-    chosen, sent = counted(lambda: model.search(batch, cross)["history"].index_TK)
+    chosen, sent = counted(lambda: model.search(batch, cross, model.start_search(batch))["history"].index_TK)
     found["best"] = chosen, sent
     sharded.train()
     prediction = sharded(batch)

@@ -59,7 +59,7 @@ def train(name: str) -> dict[str, Any]:
         "losses": losses,
         "start": start,
         "end": parts(sharded),
-        "scores": sharded(batch).probability_T.detach(),
+        "scores": sharded(batch).logit_T.sigmoid().detach(),
     }
 
 

@@ -167,7 +167,7 @@ def longer(settings: PlanSettings, search: str, **sizes: int) -> float:
     return dry_run(settings, DataSizes(**where)).steps[search].bytes_per_sample  # type: ignore[arg-type, index]
 
 
-def test_halving_the_attention_dim_halves_what_search_at_home_moves() -> None:
+def test_halving_the_attention_dim_halves_what_search_locally_moves() -> None:
     wide, narrow = (
         sum(
             cost.within_node

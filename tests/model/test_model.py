@@ -11,13 +11,13 @@ from embeddings.distributed.process_group import process_group
 from embeddings.gradient_routing import GradientNorms
 from embeddings.initialization import initialize
 from embeddings.loss import click_loss
-from embeddings.models import build_model
+from embeddings.models import MODELS, build_model
 from embeddings.sharding import make_plan, shard
 from schemas.model import ModelSettings
 from tests.model.definitions import DEFINITIONS, Definition
 from tests.tolerance import in_float64, largest, rounding, summands
 from tests.toy_batch import toy_batch
-from tests.toy_model import ALL, CPU, META, TWO, batch_of, model_of, settings_of, sizes_of
+from tests.toy_model import ALL, CPU, META, TWO, batch_of, model_of, settings_of, sharded_like, sizes_of
 
 CASES = {
     "dare": settings_of("dare", **TWO),
@@ -128,10 +128,10 @@ def test_a_batch_that_the_model_was_not_built_for_is_refused() -> None:
 def test_gradient_norms_are_told_apart_where_tables_are_shared(name: str) -> None:
     model = model_of(settings_of(name)).double()
     batch, definition = batch_of(model.settings, seed=2), Definition.of(model)
-    model.row_hook = GradientNorms()
+    row_hook = GradientNorms()
     with in_float64():
-        click_loss(model(batch), batch.label_T.double()).backward()
-        norms = model.row_hook.norms()
+        click_loss(model(batch, row_hook=row_hook), batch.label_T.double()).backward()
+        norms = row_hook.norms()
 
     used: dict[str, list[torch.Tensor]] = {"attention": [], "representation": []}
 
@@ -152,3 +152,33 @@ def test_gradient_norms_are_told_apart_where_tables_are_shared(name: str) -> Non
     for role, norm in expected.items():
         assert norms[role] == pytest.approx(norm, abs=allowed(max(expected.values())), rel=0), role
     assert expected["representation"] > expected["attention"] > 1e-3
+
+
+@pytest.mark.parametrize("shape", [TWO, {**TWO, "search": "local", "auxiliary_loss": True}], ids=["plain", "auxiliary"])
+@pytest.mark.parametrize("name", MODELS)
+def test_measuring_changes_no_bit(name: str, shape: dict[str, object]) -> None:
+    if MODELS[name].attends_all and "auxiliary_loss" in shape:
+        pytest.skip("it predicts from the whole history already")
+    settings = settings_of(name, **shape)
+    batch, gradients = batch_of(settings, seed=3), []
+    for row_hook in (None, GradientNorms()):
+        model = model_of(settings)
+        click_loss(model(batch, row_hook=row_hook), batch.label_T).backward()
+        gradients.append({key: weight.grad for key, weight in model.named_parameters() if weight.grad is not None})
+    assert row_hook is not None
+    assert sum(row_hook.norms().values()) > 0
+    for key, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][key]), key
+
+
+def test_norms_are_the_same_wherever_histories_are_pooled() -> None:
+    norms = []
+    for search in ("shard", "local"):
+        with process_group(CPU):
+            settings = settings_of("dare", search=search, **TWO)
+            sharded = sharded_like(model_of(settings))
+            assert sharded.module.pools_on_shards == (search == "shard")
+            batch, row_hook = batch_of(settings, seed=3), GradientNorms()
+            click_loss(sharded(batch, row_hook=row_hook), batch.label_T).backward()
+            norms.append(row_hook.norms())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)

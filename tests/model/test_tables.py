@@ -21,7 +21,7 @@ SIZES = DataSizes(items=50, categories=7, lengths={"history": 12})
 
 
 def shapes(settings: ModelSettings, sizes: DataSizes) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(weight.shape) for name, _, weight in build_model(settings, sizes, META).tables.weights()}
+    return {spec.name: tuple(weight.shape) for spec, weight in build_model(settings, sizes, META).tables.weights()}
 
 
 def test_dare_declares_attention_and_representation_tables_twin_one_set() -> None:

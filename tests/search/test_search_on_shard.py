@@ -72,9 +72,9 @@ def searched(name: str) -> int:
             {"longest": case.get("longest", 30)} | shapes[rank] | ({"targets": 0} if seed % ranks == rank > 0 else {})
         )
         batch = toy_batch(100 * rank + seed, items=case["items"], categories=categories, lengths=lengths, **mine)
-        selected = model.search(batch, model.tables.cross_rows(CPU))
+        selected = model.search(batch, model.tables.cross_rows(CPU), model.start_search(batch))
         cross = alone.tables.cross_rows(CPU)
-        expected = alone.search(batch, cross)
+        expected = alone.search(batch, cross, alone.start_search(batch))
         assert list(selected) == list(expected)
         for sequence, chosen in expected.items():
             where = f"{name}, rank {rank} of {ranks}, seed {seed}, {sequence}"
@@ -94,7 +94,7 @@ def test_any_number_of_ranks_finds_what_one_process_finds(ranks: int) -> None:
         assert min(found.values()) > 50, found
 
 
-def test_auxiliary_loss_needs_search_at_home() -> None:
+def test_auxiliary_loss_needs_search_locally() -> None:
     with pytest.raises(ValueError, match=r"auxiliary_loss needs the rows of all behaviours: set model.search=local"):
         load_settings(ModelSettings, overrides=["auxiliary_loss=true"])
     assert load_settings(ModelSettings, overrides=["auxiliary_loss=true", "search=local"]).search == "local"

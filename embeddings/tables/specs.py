@@ -1,0 +1,102 @@
+"""Which embedding tables a model declares: the identity, shape and settings of each.
+
+A *set* of tables has one table for every feature of the model. DARE has the two sets ``attention`` and
+``representation``; TWIN has the one set ``shared``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from embeddings.sizes import DataSizes
+from schemas.errors import UserError
+from schemas.model import CROSS, INHERENT, Feature, ModelSettings, Table, TableSet
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One embedding table, before it is made, sharded or loaded."""
+
+    set: str
+    """The set of tables that it belongs to."""
+    feature: Feature
+    """What its rows stand for."""
+    sequence: str | None
+    """The sequence whose cross feature it holds; None for an inherent feature, which all sequences share."""
+    rows: int
+    """Number of rows, the unknown id's row 0 included."""
+    settings: Table
+    """Dim, precision, memory and optimizer."""
+
+    @property
+    def name(self) -> str:
+        """The table's name in TorchRec's collections, sharding plans and checkpoints."""
+        return f"{self.feature}_{self.set}" if self.sequence is None else f"{self.sequence}_{self.feature}_{self.set}"
+
+    @property
+    def dim(self) -> int:
+        """Floats of a row."""
+        return self.settings.dim
+
+    @property
+    def inherent(self) -> bool:
+        """Whether its rows are looked up by id (item, category), not by the meeting of behaviour and target."""
+        return self.sequence is None
+
+
+@dataclass(frozen=True)
+class TableRoles:
+    """Which set of tables serves which role; roles that name the same set share its tables."""
+
+    target_attention: str
+    history_attention: str
+    target_representation: str
+    history_representation: str
+
+    @property
+    def attention(self) -> set[str]:
+        """The sets that attention and search read."""
+        return {self.target_attention, self.history_attention}
+
+    @property
+    def representation(self) -> set[str]:
+        """The sets whose rows are pooled and predicted from."""
+        return {self.target_representation, self.history_representation}
+
+    def sets(self, settings: ModelSettings) -> dict[str, TableSet]:
+        """The settings of each set, by name.
+
+        Raises:
+            UserError: a set serves attention and representation, and the settings of the two differ.
+        """
+        if self.attention & self.representation and settings.attention != settings.representation:
+            raise UserError(
+                f"model.attention: {settings.name} shares one set of tables; it must equal model.representation"
+            )
+        sets = dict.fromkeys(sorted(self.attention), settings.attention)
+        return sets | dict.fromkeys(sorted(self.representation), settings.representation)
+
+
+def declare_tables(settings: ModelSettings, sizes: DataSizes, sets: Mapping[str, TableSet]) -> list[TableSpec]:
+    """All tables of a model: those of inherent features, set by set, and then those of cross features.
+
+    Args:
+        settings: the features and the sequences.
+        sizes: how many rows the data needs for each feature.
+        sets: the settings of each set, by name.
+
+    Raises:
+        UserError: a feature that the data does not have.
+    """
+    inherent = [feature for feature in INHERENT if feature in settings.features]
+    cross = [feature for feature in CROSS if feature in settings.features]
+    specs = [
+        TableSpec(name, feature, None, sizes.rows(feature), tables.table(feature))
+        for name, tables in sets.items()
+        for feature in inherent
+    ]
+    return specs + [
+        TableSpec(name, feature, sequence, sizes.rows(feature, sequence), tables.table(feature))
+        for name, tables in sets.items()
+        for sequence in settings.retrieved
+        for feature in cross
+    ]
