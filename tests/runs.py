@@ -1,26 +1,21 @@
 """Real training runs for tests: processes that can be killed, in a folder that can be compared.
 
-They are forked from a server that has imported what they need, and end as `dare train` does.
+They end as `dare train` does; what `Run` calls sabotage makes them slow, stop, or die at a known moment.
 """
 
-import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pipeline.runs.run_folder import read_step_log
 from schemas.settings import load_settings
 from schemas.train import TrainSettings
-from tests.launcher import PRELOADED
+from tests.launcher import PATIENCE_S, start, start_ranks, wait
 
 SMALL = (
     "epochs=2",
@@ -54,35 +49,18 @@ class Run:
         arguments: tuple[Any, ...] = (),
     ) -> None:
         """``sabotage(rank, *arguments)`` is called on each rank before it begins."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self.folder = folder
         self._said = tempfile.TemporaryDirectory()  # not beside the run, whose disk may be full
         self._errors = [Path(self._said.name) / f"{rank}.err" for rank in range(ranks)]
-        self.processes: list[BaseProcess] = [
-            context.Process(
-                target=_rank, args=(rank, ranks, port, self._errors[rank], settings, data, folder, sabotage, arguments)
-            )
-            for rank in range(ranks)
-        ]
-        for process in self.processes:
-            process.start()
+        self.processes = start_ranks(ranks, _train, self._errors, settings, data, folder, sabotage, arguments)
 
-    def wait(self, timeout: float = 100) -> list[int | None]:
+    def wait(self) -> list[int | None]:
         """Exit codes; processes that do not end are killed."""
-        until = time.monotonic() + timeout
-        for process in self.processes:
-            process.join(max(0.0, until - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
-        self.kill()
-        return codes
+        return wait(self.processes)
 
-    def finish(self, timeout: float = 100) -> "Run":
+    def finish(self) -> "Run":
         """Wait for an end without errors."""
-        codes = self.wait(timeout)
+        codes = self.wait()
         assert set(codes) == {0}, (codes, self.said())
         return self
 
@@ -100,11 +78,19 @@ class Run:
         assert self.processes[rank].pid
         os.kill(self.processes[rank].pid, signal.SIGTERM)
 
-    def wait_for_step(self, step: int, timeout: float = 60) -> None:
+    def wait_for_step(self, step: int) -> None:
         """Wait until the log of losses, which is flushed now and then, has reached ``step``."""
-        until = time.monotonic() + timeout
+        until = time.monotonic() + PATIENCE_S
         while not (log := read_step_log(self.folder / "losses.jsonl")) or log[-1]["step"] < step:
             assert time.monotonic() < until, f"step {step} not reached: {self.said()}"
+            assert any(process.is_alive() for process in self.processes), self.said()
+            time.sleep(0.01)
+
+    def wait_for_pause(self, folder: Path) -> None:
+        """Wait until all ranks are where `pause` stops them."""
+        until = time.monotonic() + PATIENCE_S
+        while not all((folder / str(rank)).exists() for rank in range(len(self.processes))):
+            assert time.monotonic() < until, self.said()
             assert any(process.is_alive() for process in self.processes), self.said()
             time.sleep(0.01)
 
@@ -125,11 +111,9 @@ class Run:
         return (self.folder / "losses.jsonl").read_text(), (self.folder / "validations.jsonl").read_text()
 
 
-def _rank(
+def _train(
     rank: int,
-    ranks: int,
-    port: int,
-    errors: Path,
+    errors: Sequence[Path],
     settings: TrainSettings,
     data: Path,
     folder: Path,
@@ -140,32 +124,52 @@ def _rank(
     from pipeline.progress import log_to_standard_error
     from pipeline.train.run import train
 
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    sys.stderr = errors.open("w", buffering=1)
+    sys.stderr = errors[rank].open("w", buffering=1)
     log_to_standard_error()
     if sabotage:
         sabotage(rank, *arguments)
     on_all_ranks(lambda device: train(settings, data, folder, device))
 
 
+def slow_steps(rank: int, stop_at: int | None = None) -> None:
+    """Sabotage: steps take a tenth of a second more; after step ``stop_at`` it is as if SIGTERM had come."""
+    from pipeline.train import trainer
+
+    agree = trainer.agree
+
+    def slowly(step: int, output: Any, gradient_norm: Any, stop: bool) -> Any:
+        time.sleep(0.1)
+        return agree(step, output, gradient_norm, stop or step == stop_at)
+
+    trainer.agree = slowly
+
+
+def pause(rank: int, step: int, folder: Path) -> None:
+    """Sabotage: each rank waits in ``step``, where it writes ``folder/RANK``, until there is ``folder/go``."""
+    from pipeline.train import trainer
+
+    agree = trainer.agree
+
+    def paused(now: int, *arguments: Any) -> Any:
+        if now == step:
+            (folder / str(rank)).touch()
+            while not (folder / "go").exists():
+                time.sleep(0.01)
+        return agree(now, *arguments)
+
+    trainer.agree = paused
+
+
 def run_dare(folder: Path, *arguments: object) -> tuple[int | None, str, str]:
     """`dare` in a process of its own, with files in ``folder``: exit code, standard output, standard error."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     files = folder / "stdout", folder / "stderr"
-    process = context.Process(target=_dare, args=([str(argument) for argument in arguments], *files))
-    process.start()
-    process.join(100)
-    process.kill()
-    return process.exitcode, files[0].read_text(), files[1].read_text()
+    (code,) = wait([start(_dare, [str(argument) for argument in arguments], *files)])
+    return code, files[0].read_text(), files[1].read_text()
 
 
 def _dare(arguments: list[str], output: Path, errors: Path) -> None:
     from jobs.cli import main
 
-    torch.set_num_threads(1)
     sys.argv = ["dare", *arguments]
     sys.stdout, sys.stderr = output.open("w", buffering=1), errors.open("w", buffering=1)
     main()

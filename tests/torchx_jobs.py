@@ -9,6 +9,7 @@ import psutil
 
 from pipeline.runs.run_folder import read_step_log
 from tests.datasets import random_users, write_dataset
+from tests.launcher import PATIENCE_S
 from tests.runs import SMALL
 
 CHECKPOINT_EVERY = 4
@@ -26,11 +27,11 @@ def small_data(folder: Path) -> Path:
     return folder
 
 
-def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+def wait_until(condition: Callable[[], Any], what: str) -> Any:
     """Poll until ``condition`` holds; what it gave."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + PATIENCE_S
     while not (found := condition()):
-        assert time.monotonic() < until, f"waited {seconds} s for {what}"
+        assert time.monotonic() < until, f"waited {PATIENCE_S:.0f} s for {what}"
         time.sleep(0.02)
     return found
 

@@ -27,6 +27,7 @@ from jobs.torchx.launch import Processes
 from jobs.torchx.resources import node
 from pipeline.runs.listing import run_state
 from schemas.cluster import known_clusters
+from tests.launcher import PATIENCE_S
 from tests.torchx_jobs import last_step, past_a_checkpoint, rank_process, small_data, training, wait_until, written
 
 REPOSITORY = Path(__file__).parents[2]
@@ -531,7 +532,7 @@ STEPS = 30
 @pytest.fixture(scope="module")
 def undisturbed(data: Path) -> Path:
     run = data.with_name("undisturbed")
-    subprocess.run(train_locally(data, run), cwd=REPOSITORY, check=True, capture_output=True, timeout=120)
+    subprocess.run(train_locally(data, run), cwd=REPOSITORY, check=True, capture_output=True, timeout=PATIENCE_S)
     assert last_step(run) == STEPS
     return run
 
@@ -542,13 +543,13 @@ def test_after_kill_9_of_a_rank_training_goes_on_to_the_same_end(data: Path, und
     run = data.with_name(f"killed-{attempt}")
     job = subprocess.Popen(train_locally(data, run), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: past_a_checkpoint(run, attempt), 90, "some steps")
+        wait_until(lambda: past_a_checkpoint(run, attempt), "some steps")
         os.kill(rank_process(run, attempt % 2).pid, signal.SIGKILL)
-        _, said = job.communicate(timeout=120)
+        _, said = job.communicate(timeout=PATIENCE_S)
     finally:
         if job.poll() is None:
             job.send_signal(signal.SIGINT)
-            job.wait(30)
+            job.wait(PATIENCE_S)
     assert job.returncode == 0, said
     assert "goes on after step" in said
     assert written(run) == written(undisturbed)
@@ -560,15 +561,15 @@ def test_ctrl_c_of_torchx_lets_training_save(data: Path) -> None:
     run = data.with_name("interrupted")
     job = subprocess.Popen([*train_locally(data, run), "epochs=500"], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: last_step(run), 90, "some steps")
+        wait_until(lambda: last_step(run), "some steps")
         job.send_signal(signal.SIGINT)
-        _, said = job.communicate(timeout=60)
+        _, said = job.communicate(timeout=PATIENCE_S)
     finally:
         job.kill()
     assert job.returncode == 130
     assert said.endswith("torchx: local_cwd: interrupted, and so is the job\n")
     assert "Traceback" not in said
-    wait_until(lambda: run_state(run).state == "stopped", 30, "its checkpoint")
+    wait_until(lambda: run_state(run).state == "stopped", "its checkpoint")
     assert run_state(run).checkpoint_step
 
 

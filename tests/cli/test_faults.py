@@ -77,7 +77,7 @@ def sabotage(rank: int, where: int, fault: Any) -> None:
 @pytest.mark.parametrize(("ranks", "where"), [(1, 0), (2, 0), (2, 1)])
 def test_a_fault_of_a_rank(ranks: int, where: int, data: Path, tmp_path: Path) -> None:
     run = Run(ranks, small_settings(), data, tmp_path / "run", sabotage, (where, zip_unequal))
-    codes = run.wait(60)
+    codes = run.wait()
     assert codes[where] == FAULT
     assert 0 not in codes
     assert is_told_as_a_fault(run.said(where), "ValueError: zip() argument 2 is shorter")
@@ -122,7 +122,7 @@ def test_a_fault_of_a_component(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_trace_of_a_mistake_is_shown_on_demand(ranks: int, data: Path, tmp_path: Path) -> None:
     run = Run(ranks, small_settings("model.name=tree"), data, tmp_path / "run", with_traces)
-    assert set(run.wait(60)) == {1}
+    assert set(run.wait()) == {1}
     assert run.said().count("Traceback (most recent call last)") == 1
     assert run.said().splitlines()[-1].startswith("dare: model.name: must be one of")
     assert FAULT_LINE not in run.said()

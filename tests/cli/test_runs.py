@@ -24,8 +24,8 @@ from pipeline.runs.listing import find_runs, run_state
 from pipeline.runs.run_folder import RunFolder, read_step_log
 from schemas.shards import Split
 from tests.datasets import random_users, write_dataset
-from tests.runs import Run, small_settings
-from tests.train.test_train import slow_steps
+from tests.launcher import PATIENCE_S
+from tests.runs import Run, pause, slow_steps, small_settings
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_each_start_is_appended(data: Path, tmp_path: Path) -> None:
 def test_an_error_is_recorded(ranks: int, data: Path, tmp_path: Path) -> None:
     settings = small_settings("model.attention.learning_rate=1e38", "model.representation.learning_rate=1e38")
     run = Run(ranks, settings, data, tmp_path / "run")
-    assert set(run.wait(60)) == {1}
+    assert set(run.wait()) == {1}
     (start,) = starts_of(run.folder)
     assert start["how"] == "failed"
     assert "loss or gradients are not finite" in start["error"]
@@ -162,7 +162,7 @@ def test_a_running_run_is_shown_and_not_disturbed(data: Path, tmp_path: Path) ->
         assert state.checkpoint_step
         assert state.model == "dare"
         run.terminate(0)
-        run.finish(30)
+        run.finish()
     finally:
         run.kill()
     assert run_state(run.folder).state == "stopped"
@@ -185,7 +185,7 @@ def test_looking_never_hinders_a_start(tmp_path: Path, runs: Path) -> None:
         process.start()
     try:
         for event in ready:
-            assert event.wait(30)
+            assert event.wait(PATIENCE_S)
         for _ in range(200):
             with RunFolder(folder).locked():
                 assert RunFolder(folder).is_locked()
@@ -249,7 +249,7 @@ def test_a_damaged_record_of_starts_is_refused_and_nothing_is_lost(runs: Path, d
     (run / "job.json").write_text("{}")
     before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
     longer = Run(2, small_settings("epochs=2"), data, run)
-    assert set(longer.wait(60)) == {1}
+    assert set(longer.wait()) == {1}
     assert "job.json is damaged" in longer.complaint()
     assert before == {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
 
@@ -345,42 +345,47 @@ def test_ctrl_c_saves_as_sigterm_does(ranks: int, data: Path, tmp_path: Path) ->
     for process in run.processes:
         assert process.pid
         os.kill(process.pid, signal.SIGINT)
-    run.finish(30)
+    run.finish()
     assert "asked to stop, saved at step" in run.said()
     assert run_state(run.folder).state == "stopped"
     assert run_state(run.folder).checkpoint_step == read_step_log(run.folder / "losses.jsonl")[-1]["step"]
 
 
 def test_a_second_ctrl_c_ends_at_once(data: Path, tmp_path: Path) -> None:
-    run = Run(1, small_settings("epochs=50", "checkpoint.every=1000"), data, tmp_path / "run", very_slow_steps)
-    run.wait_for_step(5)
+    settings = small_settings("epochs=50", "checkpoint.every=1000")
+    run = Run(1, settings, data, tmp_path / "run", pause_and_tell_signals, (6, tmp_path))
+    run.wait_for_pause(tmp_path)
     (process,) = run.processes
     assert process.pid
     os.kill(process.pid, signal.SIGINT)
-    time.sleep(0.2)
+    until = time.monotonic() + PATIENCE_S
+    while not (tmp_path / "signal").exists():  # two that come at once would be one
+        assert time.monotonic() < until, run.said()
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
-    assert run.wait(20) == [130]
+    assert run.wait() == [130]
     assert run.said().endswith("dare: interrupted\n")
     assert run_state(run.folder).state == "failed"
 
 
-def very_slow_steps(rank: int) -> None:
-    from pipeline.train import trainer
+def pause_and_tell_signals(rank: int, step: int, folder: Path) -> None:
+    from pipeline.train.trainer import StopSignal
 
-    agree = trainer.agree
+    pause(rank, step, folder)
+    receive = StopSignal._receive
 
-    def slowly(step: int, *arguments: Any) -> Any:
-        time.sleep(30 if step > 5 else 0)
-        return agree(step, *arguments)
+    def told(self: StopSignal, *arguments: Any) -> None:
+        receive(self, *arguments)
+        (folder / "signal").touch()
 
-    trainer.agree = slowly
+    StopSignal._receive = told
 
 
 def test_a_lost_rank_is_recorded(data: Path, tmp_path: Path) -> None:
     run = Run(2, small_settings("epochs=50"), data, tmp_path / "run")
     run.wait_for_step(5)
     run.kill(1)
-    run.wait(60)
+    run.wait()
     state = run_state(run.folder)
     assert state.state == "failed"
     assert state.error

@@ -14,11 +14,11 @@ from torchx.schedulers.api import Stream
 from torchx.specs import AppState, is_terminal, parse_app_handle
 
 from pipeline.runs.listing import run_state
+from tests.launcher import PATIENCE_S
 from tests.torchx_jobs import last_step, past_a_checkpoint, rank_process, small_data, training, wait_until, written
 
 SCRIPTS = Path(__file__).parents[2] / "jobs/slurm"
 DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd")
-UNTIL_ENDED = 240
 
 pytestmark = [
     pytest.mark.slurm,
@@ -38,10 +38,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         # Slurm puts a job's logs where it was submitted.
         patch.chdir(tmp_path_factory.mktemp("jobs"))
         try:
-            subprocess.run([SCRIPTS / "up.sh", folder], env=environment, check=True, timeout=60)
+            subprocess.run([SCRIPTS / "up.sh", folder], env=environment, check=True, timeout=PATIENCE_S)
             yield
         finally:
-            subprocess.run([SCRIPTS / "down.sh", folder], check=True, timeout=60)
+            subprocess.run([SCRIPTS / "down.sh", folder], check=True, timeout=PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def listed(runner: Runner, handle: str) -> AppState:
 
 
 def end_of(runner: Runner, handle: str) -> AppState:
-    wait_until(lambda: is_terminal(state(runner, handle)), UNTIL_ENDED, f"the end of {handle}")
+    wait_until(lambda: is_terminal(state(runner, handle)), f"the end of {handle}")
     return state(runner, handle)
 
 
@@ -95,11 +95,11 @@ def undisturbed(runner: Runner, data: Path) -> Path:
     run, other = data.with_name("undisturbed"), data.with_name("cancelled")
     handle = submit(runner, 29511, training(data, run, "epochs=4"))
     doomed = submit(runner, 29512, training(data, other, "epochs=500"))
-    wait_until(lambda: state(runner, handle) == AppState.RUNNING, 60, "the start")
-    wait_until(lambda: last_step(other), 120, "steps of the other job")
+    wait_until(lambda: state(runner, handle) == AppState.RUNNING, "the start")
+    wait_until(lambda: last_step(other), "steps of the other job")
     runner.cancel(doomed)
     assert end_of(runner, doomed) == listed(runner, doomed) == AppState.CANCELLED
-    wait_until(lambda: "asked to stop, saved" in log_of(runner, doomed, Stream.STDERR), 60, "its checkpoint")
+    wait_until(lambda: "asked to stop, saved" in log_of(runner, doomed, Stream.STDERR), "its checkpoint")
     assert end_of(runner, handle) == AppState.SUCCEEDED
     assert "begins, 20 steps on 2 processes" in log_of(runner, handle, Stream.STDERR)
     assert "test of the best checkpoint" in log_of(runner, handle, Stream.STDOUT)
@@ -118,10 +118,10 @@ def test_a_requeued_job_goes_on_from_its_checkpoint(runner: Runner, data: Path, 
     run = data.with_name("requeued")
     options = ["--max_restarts", "0", "--max_retries", "1"]
     handle = submit(runner, 29513, training(data, run, "epochs=4"), *options)
-    wait_until(lambda: past_a_checkpoint(run), 120, "some steps")
+    wait_until(lambda: past_a_checkpoint(run), "some steps")
     os.kill(rank_process(run, 1).pid, signal.SIGKILL)
-    wait_until(lambda: state(runner, handle) == AppState.PENDING, 60, "the job in the queue again")
-    wait_until(lambda: started_again(runner, handle), 60, "its second start")
+    wait_until(lambda: state(runner, handle) == AppState.PENDING, "the job in the queue again")
+    wait_until(lambda: started_again(runner, handle), "its second start")
     assert end_of(runner, handle) == AppState.SUCCEEDED
     assert "goes on after step" in log_of(runner, handle, Stream.STDERR)
     assert written(run) == written(undisturbed)
@@ -130,7 +130,7 @@ def test_a_requeued_job_goes_on_from_its_checkpoint(runner: Runner, data: Path, 
 def test_ranks_of_several_nodes_are_started_again_in_place(runner: Runner, data: Path, undisturbed: Path) -> None:
     run = data.with_name("restarted")
     handle = submit(runner, 29514, training(data, run, "epochs=4"))
-    wait_until(lambda: past_a_checkpoint(run), 120, "some steps")
+    wait_until(lambda: past_a_checkpoint(run), "some steps")
     os.kill(rank_process(run, 1).pid, signal.SIGKILL)
     assert end_of(runner, handle) == AppState.SUCCEEDED
     assert "goes on after step" in log_of(runner, handle, Stream.STDERR)

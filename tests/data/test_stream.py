@@ -328,7 +328,7 @@ def test_program_that_ends_amid_an_epoch_ends_well(folder: Path) -> None:
         [sys.executable, "-c", program, str(folder)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         cwd=Path(__file__).parents[2],
     )
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr

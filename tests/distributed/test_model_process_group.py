@@ -1,7 +1,6 @@
 """Processes that train on gloo end in order, and with the right exit code."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +10,25 @@ import torch
 import torch.distributed as dist
 
 from embeddings.distributed.process_group import process_group
+from tests.launcher import PATIENCE_S, free_port, rank_environment
 
 ROOT = Path(__file__).parents[2]
 
 TRAIN = """
-import sys
-from embeddings.distributed.process_group import leave, process_group
 import torch
-from tests.distributed.test_model_ranks import train
+from embeddings.distributed.process_group import leave, process_group
+from embeddings.loss import click_loss
+from tests.toy_model import batch_of, model_of, settings_of, sharded_like
 torch.set_num_threads(1)
+settings = settings_of("dare")
 with process_group(torch.device("cpu")):
-    kept = train("dare")
-print("losses", *kept["losses"])
+    model, losses = sharded_like(model_of(settings)), []
+    for step in range(5):
+        batch = batch_of(settings, seed=step)
+        loss = click_loss(model(batch), batch.label_T)
+        loss.backward()
+        losses.append(loss.item())
+print("losses", *losses)
 leave(0)
 """
 
@@ -45,14 +51,11 @@ def test_leaving_runs_exit_functions_flushes_and_keeps_the_code() -> None:
 
 def start(ranks: int) -> list[tuple[int, str]]:
     """Exit code and output of each rank of a short training in fresh interpreters."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    port = free_port()
     running = [
         subprocess.Popen(
             [sys.executable, "-c", TRAIN],
-            env=os.environ | shared | {"RANK": str(rank)},
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | rank_environment(rank, ranks, port),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -60,7 +63,7 @@ def start(ranks: int) -> list[tuple[int, str]]:
         )
         for rank in range(ranks)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in running]
+    outputs = [process.communicate(timeout=PATIENCE_S)[0] for process in running]
     return [(process.returncode, output) for process, output in zip(running, outputs, strict=True)]
 
 

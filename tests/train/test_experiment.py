@@ -24,6 +24,7 @@ from pipeline.experiment.cells import cells_of
 from schemas.experiment import AccuracyFloor
 from schemas.settings import load_settings
 from tests.datasets import random_users, write_dataset
+from tests.launcher import PATIENCE_S
 from tests.runs import run_dare
 
 SETTINGS: dict[str, Any] = {
@@ -78,7 +79,9 @@ def trainers(out: Path) -> list[int]:
     return found
 
 
-def wait_until(condition: Callable[[], Any], runner: subprocess.Popen[bytes], out: Path, timeout: float = 300) -> None:
+def wait_until(
+    condition: Callable[[], Any], runner: subprocess.Popen[bytes], out: Path, timeout: float = PATIENCE_S
+) -> None:
     until = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < until, out.with_name("runner.log").read_text()
@@ -125,7 +128,7 @@ def test_a_killed_runner_leaves_no_trainers_and_the_next_one_goes_on(data: Path,
     shutil.copytree(best, best.with_name("step-999999999999"))
     log = out.with_name("runner.log")
     said = log.stat().st_size
-    assert start(file, out, "--json").wait(300) == 1  # of the broken cells
+    assert start(file, out, "--json").wait(PATIENCE_S) == 1  # of the broken cells
     output = log.read_bytes()[said:].decode()
     assert re.search(r"^dare: 2 of 6 cells failed, the first in \S+: step \d+: loss or gradients", output, re.MULTILINE)
     assert untouched == written()
@@ -187,7 +190,7 @@ def test_a_runner_that_is_asked_to_stop_lets_cells_save(data: Path, tmp_path: Pa
     losses = out / "runs/toy/dare/d4/s1/losses.jsonl"
     wait_until(lambda: losses.exists() and losses.stat().st_size > 1000, runner, out)
     runner.send_signal(number)
-    assert runner.wait(60) == 1
+    assert runner.wait(PATIENCE_S) == 1
     assert "stopped, 0 of 3 cells are finished" in out.with_name("runner.log").read_text()
     assert not trainers(out)
     assert [*losses.parent.glob("checkpoints/step-*")]
