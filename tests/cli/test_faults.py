@@ -16,7 +16,6 @@ from jobs.torchx import launch
 from pipeline.errors import FAULT, FAULT_LINE, error_line
 from pipeline.runs.listing import run_state
 from schemas.errors import UserError
-from tests.datasets import random_users, write_dataset
 from tests.runs import Run, small_settings
 
 CPU = torch.device("cpu")
@@ -24,10 +23,8 @@ EVENTS = "user_id,item_id,category_id,timestamp\n1,2,3,4\n"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faults") / "data"
-    write_dataset(folder, random_users(60))
-    return folder
+def data(few_users: Path) -> Path:
+    return few_users
 
 
 def is_told_as_a_fault(said: str, error: str) -> bool:

@@ -22,23 +22,19 @@ from pipeline.runs.comparison import distinct_names
 from pipeline.runs.job_record import git_state
 from pipeline.runs.listing import find_runs, run_state
 from pipeline.runs.run_folder import RunFolder, read_step_log
-from schemas.shards import Split
-from tests.datasets import random_users, write_dataset
 from tests.launcher import PATIENCE_S
 from tests.runs import Run, pause, slow_steps, small_settings
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "data"
-    write_dataset(folder, random_users(100, splits=(*[Split.TRAIN] * 5, Split.VALIDATION, Split.TEST)))
-    return folder
+def data(many_users: Path) -> Path:
+    return many_users
 
 
 @pytest.fixture(scope="module")
-def runs(data: Path) -> Path:
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run, one that was asked to stop, one that was killed."""
-    folder = data.with_name("runs")
+    folder = tmp_path_factory.mktemp("runs")
     settings = small_settings("epochs=1")
     (folder / "deep/er").mkdir(parents=True)
     Run(2, settings, data, folder / "deep/er/finished", with_variable, ("TORCHX_JOB_ID", "slurm://torchx/17")).finish()
@@ -82,8 +78,8 @@ def test_a_finished_run_says_who_trained_it(runs: Path) -> None:
 
 def test_each_start_is_appended(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    killed = Run(2, small_settings("epochs=50"), data, run)
-    killed.wait_for_step(9)
+    killed = Run(2, small_settings("epochs=50"), data, run, pause, (10, tmp_path))
+    killed.wait_for_pause(tmp_path)
     killed.kill()
     (first,) = starts_of(run)
     assert "ended" not in first
@@ -91,7 +87,7 @@ def test_each_start_is_appended(data: Path, tmp_path: Path) -> None:
     first_again, second = starts_of(run)
     assert first_again == first
     assert second["how"] == "stopped"
-    assert 4 <= second["step"] <= 12  # the last checkpoint that was whole
+    assert second["step"] in (4, 8)  # the last checkpoint that was whole
     Run(2, small_settings("epochs=50"), data, run, slow_steps, (16,)).finish()
     assert [start["step"] for start in starts_of(run)] == [0, second["step"], 14]
 
@@ -280,7 +276,7 @@ def test_progress_is_told_between_points_of_the_curves(data: Path, tmp_path: Pat
     settings = small_settings("epochs=50", "log_every=100000", "checkpoint.every=100000", "validation.every=100000")
     run = Run(1, settings, data, tmp_path / "run", told_at_each_step)
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE_S
         while (run_state(run.folder).step or 0) < 5:
             assert time.monotonic() < until, run.said()
             time.sleep(0.05)

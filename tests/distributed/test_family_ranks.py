@@ -13,7 +13,6 @@ from embeddings.distributed.process_group import process_group
 from embeddings.loss import click_loss
 from embeddings.models import MODELS
 from pipeline.runs.checkpoint_writer import CheckpointWriter
-from tests.datasets import random_users, write_dataset
 from tests.launcher import run_ranks
 from tests.runs import small_settings
 from tests.tolerance import largest, rounding, summands
@@ -72,10 +71,8 @@ def test_two_ranks_train_what_one_trains(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("family") / "data"
-    write_dataset(folder, random_users(60))
-    return folder
+def data(few_users: Path) -> Path:
+    return few_users
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,7 +13,6 @@ from benchmarks import ahead
 from benchmarks.cli import bench_ahead
 from benchmarks.plan_estimates import Size
 from pipeline.train.pipeline import ClickTask, SearchPrefetchPipeline
-from tests.datasets import random_users, write_dataset
 from tests.launcher import run_ranks
 from tests.runs import small_settings
 from tests.toy_batch import part, toy_batch
@@ -65,9 +64,8 @@ def compared(data: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_ids_that_travel_ahead_change_nothing(ranks: int, tmp_path: Path) -> None:
-    write_dataset(tmp_path / "data", random_users(60))
-    run_ranks(ranks, compared, tmp_path / "data")
+def test_ids_that_travel_ahead_change_nothing(ranks: int, few_users: Path) -> None:
+    run_ranks(ranks, compared, few_users)
 
 
 def test_the_benchmarks_last_line_is_json(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

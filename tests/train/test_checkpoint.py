@@ -25,7 +25,6 @@ from pipeline.runs.checkpoint import (
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.stream.data_set import DataSet
 from schemas.train import TrainSettings
-from tests.datasets import random_users, write_dataset
 from tests.launcher import run_ranks
 from tests.runs import Run, small_settings
 from tests.toy_batch import toy_batch
@@ -60,10 +59,8 @@ def next_losses(settings: TrainSettings, data: Path, checkpoint: Path) -> list[f
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "data"
-    write_dataset(folder, random_users(60))
-    return folder
+def data(few_users: Path) -> Path:
+    return few_users
 
 
 def all_of_it(data: Path, folder: Path, checkpoint: Path) -> tuple[list[float], torch.Tensor, list[float]]:

@@ -21,10 +21,8 @@ from tests.runs import Run, pause, slow_steps, small_settings
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("train") / "data"
-    write_dataset(folder, random_users(150, splits=(*[Split.TRAIN] * 5, Split.VALIDATION, Split.TEST)))
-    return folder
+def data(many_users: Path) -> Path:
+    return many_users
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,24 @@
+"""Data sets that tests share; nobody changes them."""
+
+from pathlib import Path
+
+import pytest
+
+from schemas.shards import Split
+from tests.datasets import random_users, write_dataset
+
+
+@pytest.fixture(scope="session")
+def few_users(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 60 users whose targets are in the three splits alike; it takes a moment to train on."""
+    folder = tmp_path_factory.mktemp("few-users") / "data"
+    write_dataset(folder, random_users(60))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def many_users(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 150 users most of whose targets are for training: some dozen global batches an epoch."""
+    folder = tmp_path_factory.mktemp("many-users") / "data"
+    write_dataset(folder, random_users(150, splits=(*[Split.TRAIN] * 5, Split.VALIDATION, Split.TEST)))
+    return folder
