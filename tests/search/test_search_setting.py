@@ -18,6 +18,7 @@ from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
 from schemas.model import ModelSettings, TableSet
 from tests.launcher import run_ranks
+from tests.tolerance import rounding, summands
 from tests.toy_batch import part, toy_batch
 
 CPU = torch.device("cpu")
@@ -89,12 +90,17 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_shard_and_local_have_the_same_losses(ranks: int, alone: dict[str, Any], tmp_path: Path) -> None:
     found = alone if ranks == 1 else run_ranks(ranks, trained, tmp_path)[0]
     for name in ("dare", "twin"):
-        expected = pytest.approx(alone[f"{name} local"], rel=1e-5, abs=1e-6)
+        model = build_model(settings_of(name, "local"), SIZES)
+        added = summands(model, toy_batch(0, targets=24, lengths=dict(SIZES.lengths)))
+        # Each step rounds, in the gradients as in the loss, and the next one begins with what it has changed.
+        losses = alone[f"{name} local"]
+        expected = pytest.approx(losses, rel=0, abs=rounding(len(TARGETS) * added, max(losses)))
         assert len(set(found[f"{name} local"])) == len(TARGETS)
         assert found[f"{name} shard"] == expected
         assert found[f"{name} local"] == expected
         assert found[f"{name} watched"] == found[f"{name} shard"], "measuring gradients changes no bit"
-        later = pytest.approx(alone[f"{name} local after shard"], rel=1e-4, abs=1e-6)
+        losses = alone[f"{name} local after shard"]
+        later = pytest.approx(losses, rel=0, abs=rounding(2 * len(TARGETS) * added, max(losses)))
         assert found[f"{name} shard after local"] == later
         assert found[f"{name} local after shard"] == later
 
