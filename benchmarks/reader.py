@@ -298,10 +298,11 @@ def _users(
 def _items(rng: np.random.Generator, count: int) -> NDArray[np.int32]:
     """Items with frequencies like 1 / rank, ids unrelated to frequency."""
     rank = np.exp(rng.random(count) * np.log(ITEMS)).astype(np.int64)
-    return (rank * 7_368_787 % ITEMS + 1).astype(np.int32)
+    item: NDArray[np.int32] = (rank * 7_368_787 % ITEMS + 1).astype(np.int32)
+    return item
 
 
-def _file(path: Path) -> dict:
+def _file(path: Path) -> dict[str, str | int]:
     return {"path": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
@@ -320,7 +321,7 @@ def _digest(row_groups: Iterator[RowGroup] | Iterator[pa.Table]) -> list[int]:
     return sums
 
 
-def _exhaust(items: Iterator | HistoryStream) -> None:
+def _exhaust(items: Iterator[object] | HistoryStream) -> None:
     for _ in items:
         pass
 

@@ -227,7 +227,7 @@ def _readings(search: Search, pool: ThreadPoolExecutor) -> dict[str, Callable[[]
 
     def reading(ahead: int) -> Callable[[], object]:
         def part(begin: int, end: int) -> float:
-            return _sum_of_rows(rows, ids[begin:end], ones, ahead)
+            return float(_sum_of_rows(rows, ids[begin:end], ones, ahead))
 
         return lambda: sum(pool.map(part, cuts[:-1], cuts[1:]))
 

@@ -176,7 +176,8 @@ def _seconds(work: Callable[[], object]) -> float:
 def _bytes(work: Callable[[], object]) -> float:
     with Traffic() as traffic:
         work()
-    return traffic.bytes
+    sent: float = traffic.bytes
+    return sent
 
 
 def _batch(case: Case, rows: int) -> Batch:

@@ -97,13 +97,15 @@ class Tables(nn.Module):
         """
         place_V = valid_B.nonzero().flatten()
         valid_ids = {feature: ids[feature].index_select(0, place_V) for feature in self.inherent_features}
+        rows_VD: Tensor
         if self.row_wise(name):
             rows_VD = ShardedRows(self.inherent[name], self.codecs)(valid_ids).wait().float()
         else:
             rows_VD = self._bags_of_one(name, valid_ids)
         if len(rows_VD) == len(valid_B):
             return rows_VD
-        return rows_VD.new_zeros(len(valid_B), rows_VD.shape[1]).index_copy(0, place_V, rows_VD)
+        zeros_BD = rows_VD.new_zeros(len(valid_B), rows_VD.shape[1])
+        return zeros_BD.index_copy(0, place_V, rows_VD)
 
     def _bags_of_one(self, name: str, ids: Mapping[Feature, Tensor]) -> Tensor:
         """A lookup in the collection itself, which need not be sharded."""
@@ -165,7 +167,8 @@ class Tables(nn.Module):
             values=row_R.expand_as(present)[present],
             lengths=present.flatten().to(torch.int32),
         )
-        return _looked_up(collection, features).to_dict()
+        rows: dict[str, Tensor] = _looked_up(collection, features).to_dict()
+        return rows
 
 
 def _config(spec: TableSpec) -> EmbeddingBagConfig:

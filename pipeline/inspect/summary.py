@@ -49,7 +49,8 @@ class Histogram:
         if not self.seen:
             return [0] * len(fractions)
         needed = np.maximum(np.ceil(np.asarray(fractions) * self.seen), 1)
-        return np.searchsorted(np.cumsum(self.count_V), needed).tolist()
+        quantiles: list[int] = np.searchsorted(np.cumsum(self.count_V), needed).tolist()
+        return quantiles
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def _behavior(task: StepTask, link: Link) -> float:
     ns = _ns(lambda: search.input_dist(search.create_context(), batch).wait().wait(), together=True)
     with Traffic() as traffic:
         search.input_dist(search.create_context(), batch).wait().wait()
-    sent = traffic.bytes / link.bandwidth + 2 * link.latency * 1e3
+    sent: float = traffic.bytes / link.bandwidth + 2 * link.latency * 1e3
     return max(0.1, (ns - sent) / len(batch.histories["history"].item_M))
 
 

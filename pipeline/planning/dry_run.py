@@ -192,7 +192,8 @@ def _evenly(options: list[ShardingOption]) -> list[ShardingOption]:
 
 
 def _largest(option: ShardingOption) -> int:
-    return max(shard.storage.hbm + shard.storage.ddr for shard in option.shards)
+    largest: int = max(shard.storage.hbm + shard.storage.ddr for shard in option.shards)
+    return largest
 
 
 def _lack(options: list[ShardingOption], settings: PlanSettings, other: int) -> Lack:

@@ -144,7 +144,8 @@ def step_seconds(task: StepTask, ranks: int) -> float:
     Raises:
         RuntimeError: a rank failed or did not end in time.
     """
-    return max(on_gloo_ranks(ranks, measured_step, task))
+    seconds: float = max(on_gloo_ranks(ranks, measured_step, task))
+    return seconds
 
 
 def measured_step(task: StepTask) -> float:

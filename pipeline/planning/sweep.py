@@ -5,6 +5,7 @@ What would make a model fit: changes that are tried with the planner, each alone
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from typing import Any
 
 from embeddings.sizes import DataSizes
 from pipeline.planning.dry_run import DryRun, dry_run
@@ -58,7 +59,7 @@ def sweep(settings: PlanSettings, sizes: DataSizes, axes: Sequence[Axis]) -> Ite
             if name == "ranks":
                 of_point = changed(of_point, {"cluster": _nodes(of_point, value)})
                 continue
-            change: dict = {}
+            change: dict[str, Any] = {}
             place = change
             *outer, last = SHORT[name]
             for key in outer:
@@ -137,7 +138,7 @@ def _dims(failed: DryRun, concerns: tuple[str, ...]) -> Iterator[str]:
     """The largest smaller dim that fits."""
     model: ModelSettings = failed.settings.model
 
-    def change(halved: int) -> tuple[dict, str]:
+    def change(halved: int) -> tuple[dict[str, Any], str]:
         dims = {concern: max(4, getattr(model, concern).dim // halved // 4 * 4) for concern in concerns}
         words = " ".join(f"model.{concern}.dim={dim}" for concern, dim in dims.items())
         return {"model": {concern: {"dim": dim} for concern, dim in dims.items()}}, words
@@ -154,7 +155,7 @@ def _halves(value: int, least: int) -> list[int]:
     return found
 
 
-def _smallest(failed: DryRun, change: Callable[[int], tuple[dict, str]], steps: list[int]) -> Iterator[str]:
+def _smallest(failed: DryRun, change: Callable[[int], tuple[dict[str, Any], str]], steps: list[int]) -> Iterator[str]:
     for step in steps:
         values, words = change(step)
         if _fits(failed, values):
@@ -162,16 +163,16 @@ def _smallest(failed: DryRun, change: Callable[[int], tuple[dict, str]], steps: 
             return
 
 
-def _tried(failed: DryRun, values: dict, words: str) -> Iterator[str]:
+def _tried(failed: DryRun, values: dict[str, Any], words: str) -> Iterator[str]:
     if _fits(failed, values):
         yield words
 
 
-def _fits(failed: DryRun, values: dict) -> bool:
+def _fits(failed: DryRun, values: dict[str, Any]) -> bool:
     return dry_run(changed(failed.settings, values), failed.sizes).feasible
 
 
-def changed(settings: PlanSettings, values: dict) -> PlanSettings:
+def changed(settings: PlanSettings, values: dict[str, Any]) -> PlanSettings:
     """The settings with some of them changed, checked again.
 
     Raises:
@@ -179,7 +180,7 @@ def changed(settings: PlanSettings, values: dict) -> PlanSettings:
     """
     merged = settings.model_dump()
 
-    def merge(into: dict, part: dict) -> None:
+    def merge(into: dict[str, Any], part: dict[str, Any]) -> None:
         for key, value in part.items():
             if isinstance(value, dict) and isinstance(into.get(key), dict):
                 merge(into[key], value)

@@ -99,7 +99,7 @@ class Workload:
     def parts(self) -> float:
         """Shards that have an id of a bag, of all bags of the pooling on shards: targets, and each one's histories."""
         held = (min(sequence.retrieved, sequence.pairs / self.targets) for sequence in self.sequences)
-        return self.targets * (1 + sum(self.ranks * (1 - (1 - 1 / self.ranks) ** ids) for ids in held))
+        return self.targets * (1.0 + sum(self.ranks * float(1 - (1 - 1 / self.ranks) ** ids) for ids in held))
 
 
 def distinct(ids: float, rows: float) -> float:

@@ -104,7 +104,8 @@ def draw_item(catalog: Catalog, category: int, u: float) -> int:
     before = catalog.cumulative_I[first - 1] if first > 0 else 0.0
     ticket = before + u * (catalog.cumulative_I[last] - before)
     # Not past the last one: the ticket may be rounded up.
-    return catalog.item_id_I[min(first + pick(catalog.cumulative_I[first : last + 1], ticket), last)]
+    item_id: int = catalog.item_id_I[min(first + pick(catalog.cumulative_I[first : last + 1], ticket), last)]
+    return item_id
 
 
 @numba.njit(inline="always")

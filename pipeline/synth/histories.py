@@ -92,7 +92,8 @@ class HistoryGenerator:
         low, high, tail = self.settings.min_length, self.settings.max_length + 1, self.settings.length_tail
         uniform_U = (mix(self.keys(user_id_U), _LENGTH) >> np.uint64(11)) * 2.0**-53
         length_U = low * (1 - uniform_U * (1 - (low / high) ** tail)) ** (-1 / tail)
-        return np.clip(length_U.astype(np.int64), low, self.settings.max_length)
+        clipped_U: I64 = np.clip(length_U.astype(np.int64), low, self.settings.max_length)
+        return clipped_U
 
     def count(self) -> tuple[int, int]:
         """Number of users whose behaviours are at least ``settings.events`` together, and of these behaviours."""

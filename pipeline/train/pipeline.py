@@ -136,6 +136,7 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
         next_batch = self._next_batch(dataloader_iter)
         self._optimizer.zero_grad()
         self._wait_for_batch(batch)
+        output: StepOutput
         loss, output = self._model(batch, handle, row_hook)
         self._cur_batch, self._handle = next_batch, None
         if next_batch is not None:

@@ -179,7 +179,7 @@ class Trainer(Stateful):
         metrics = evaluate(self.model, self._validation, self.device)
         evaluation, scores = metrics.compute(), metrics.distribution()
         score = getattr(evaluation, self.settings.validation.metric)
-        better = score > self.best  # never where it is nan
+        better: bool = score > self.best  # never where it is nan
         if better:
             self.best = score
         report.validation(self.step, evaluation, scores, time.monotonic() - began, better)
