@@ -74,7 +74,7 @@ def main() -> None:
         model.eval()
         batch, raw_items = make_batch(data)
         with torch.no_grad():
-            probability_T = model(batch).probability_T
+            probability_T = model(batch).logit_T.sigmoid()
         for user, item, probability in zip(batch.user_T.tolist(), raw_items, probability_T.tolist(), strict=True):
             print(f"user {batch.user_id_U[user]}, item {item}: {probability:.4f}")
     leave(0)
