@@ -1,8 +1,9 @@
-"""One lookup whose rows are used for attention and for representation, with a say in how their gradients meet.
+"""The gradients that attention and representation send to tables that they share: told apart, combined, measured.
 
-L = rows looked up, U = distinct rows of them, X = rows looked up or all rows of a table, d = its dim.
+DARE's argument begins with them: representation's gradients dominate and contradict attention's (figures 2 and 3).
 
-How strong the gradients are that attention and representation send to the embeddings (DARE, figure 2).
+L = rows looked up, U = distinct rows of them, X = rows looked up or all rows of a table, d = dim of a table,
+S = ranks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,18 +20,18 @@ from embeddings.features import Role, Rows
 from embeddings.tables.batch_rows import BatchRows
 
 Gradients = Mapping[str, list[Tensor]]
-"""By table: the gradients of the rows that were looked up in it, (L, d) each, or of all its rows."""
+"""By table name: the gradients of the rows that were looked up in it, (L, d) each, or of all its rows."""
 
 Ids = Mapping[str, list[Tensor]]
-"""By table: the ids of those rows, (L,) each. Gradients of tables that are not here are of all their rows; each rank
-has its part of their sum."""
+"""By table name: the ids of those rows, (L,) each. A table that is not here has gradients of all its rows, and each
+rank has its part of their sum."""
 
 Combine = Callable[[Gradients, Gradients, Ids], Gradients]
-"""The gradient that the tables get, of those of attention and of representation. Every rank calls it."""
+"""Makes the gradient that the tables get of attention's and representation's. Every rank calls it."""
 
 
 def added(attention: Gradients, representation: Gradients, ids: Ids) -> Gradients:
-    """The sum, as if nothing had been told apart."""
+    """The sum of both gradients, which is what autograd gives where nobody tells them apart."""
     return {
         table: [one + other for one, other in zip(parts, representation[table], strict=True)]
         for table, parts in attention.items()
@@ -38,7 +39,7 @@ def added(attention: Gradients, representation: Gradients, ids: Ids) -> Gradient
 
 
 def normalized(attention: Gradients, representation: Gradients, ids: Ids) -> Gradients:
-    """Attention's scaled to the norm of representation's, by table, then the sum (DARE, appendix C).
+    """Attention's gradient scaled to the norm of representation's, table by table, and then the sum (DARE, appendix C).
 
     The norms are of the gradients of whole tables over the global batch: what comes to a row from several places is
     added up first. Where attention has none, nothing is scaled.
@@ -52,15 +53,18 @@ def normalized(attention: Gradients, representation: Gradients, ids: Ids) -> Gra
             squares.append(sum_over_ranks(both_X2d).square().sum((0, 2)) / ranks())
     of_attention, of_representation = sum_over_ranks(torch.stack(squares)).sqrt().unbind(1)
     scale = torch.where(of_attention > 0, of_representation / of_attention, 1).float()
-    scaled = {table: [part * scale[place] for part in parts] for place, (table, parts) in enumerate(attention.items())}
+    scaled = {}
+    for (table, parts), factor in zip(attention.items(), scale, strict=True):
+        scaled[table] = [part * factor for part in parts]
     return added(scaled, representation, ids)
 
 
 def _added_by_id(id_L: Tensor, gradient_L2d: Tensor) -> Tensor:
-    """The gradients of each row, of all ranks: (U, 2, d), of those rows whose sum this rank makes."""
+    """The gradients of rows, added up over all ranks: (U, 2, d) for the rows whose sum is this rank's to make."""
     id_U, gradient_U2d = _sums(id_L, gradient_L2d)
     if ranks() == 1:
         return gradient_U2d
+    # Any rule that all ranks share will do: each row is added up on one rank, and only its norm is wanted.
     owner_U = id_U.long() % ranks()
     order_U = owner_U.argsort(stable=True)
     count_S = torch.bincount(owner_U, minlength=ranks())
@@ -81,6 +85,8 @@ def _sums(id_L: Tensor, gradient_L2d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _SplitGradients(torch.autograd.Function):
+    """The identity, twice; backward hands the gradients of both copies to ``combine``."""
+
     @staticmethod
     def forward(context: Any, combine: Combine, tables: list[str], ids: Ids, *rows: Tensor) -> tuple[Tensor, ...]:
         context.combine, context.tables, context.ids = combine, tables, ids
@@ -101,18 +107,21 @@ class _SplitGradients(torch.autograd.Function):
 
 
 def split_gradients(rows: BatchRows, combine: Combine) -> tuple[BatchRows, BatchRows]:
-    """Two readings of the same rows: for attention and for representation.
+    """Two readings of one lookup, for attention and for representation, whose gradients meet in ``combine``.
 
     Args:
-        rows: looked up once.
-        combine: how the gradients of both meet.
+        rows: the lookup.
+        combine: makes one gradient of the two; see `Combine`.
+
+    Returns:
+        The rows for attention, and the rows for representation.
     """
     parts, ids = rows.parts(), dict[str, list[Tensor]]()
     for part in parts:
         if part.id_L is not None:
             ids.setdefault(part.table, []).append(part.id_L)
-    found = _SplitGradients.apply(combine, [part.table for part in parts], ids, *(part.rows for part in parts))
-    return rows.replaced(found[: len(parts)]), rows.replaced(found[len(parts) :])
+    copies = _SplitGradients.apply(combine, [part.table for part in parts], ids, *(part.rows for part in parts))
+    return rows.replaced(copies[: len(parts)]), rows.replaced(copies[len(parts) :])
 
 
 class GradientNorms:

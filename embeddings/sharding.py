@@ -53,16 +53,16 @@ class TableSharder(EmbeddingBagCollectionSharder):
         super().__init__(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Sharding types on offer."""
+        """The sharding types that the planner may choose from."""
         return [ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value]
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Compute kernels on offer; which one a table gets follows from its settings."""
+        """The compute kernels that tables may have; which one a table gets follows from its settings."""
         return [KERNELS["device"]] if compute_device_type == "cpu" else list(KERNELS.values())
 
 
 def topology(device: torch.device) -> Topology:
-    """The ranks of the default process group, as the planner sees them."""
+    """The default process group as a topology of TorchRec's planner."""
     ranks = dist.get_world_size()
     local = torch.cuda.device_count() if device.type == "cuda" else ranks
     return TopologyFactory.create_topology(
@@ -72,35 +72,38 @@ def topology(device: torch.device) -> Topology:
 
 
 def constraints(model: CtrModel, device_type: str, ranks: int) -> dict[str, ParameterConstraints]:
-    """What the plan must keep to: tables row-wise, an equal part a rank.
+    """What TorchRec's planner must keep to: every table row-wise, in equal parts on all ranks.
 
-    Shards search and pool what is looked up by item and category; rows that travel home travel once, and all rows of
-    cross tables, which each rank needs, come in equal parts from all (`embeddings.tables`). With table-wise tables a
-    rank answers the others for every bag.
+    Shards search and pool the item and category tables; a row that is needed elsewhere travels once; and the cross
+    tables, which every rank needs whole, are gathered in equal parts from all (`embeddings.tables`). With a table-wise
+    table one rank would send a vector for every bag of every other rank.
 
     Args:
         model: not sharded yet.
-        device_type: of the ranks' tables.
-        ranks: in all.
+        device_type: ``cpu`` or ``cuda``, where the tables will be.
+        ranks: number of ranks.
+
+    Returns:
+        The constraints of each table, by its name.
     """
-    found, on_shard = {}, _searched_on_shards(model)
+    by_table, on_shard = {}, _searched_on_shards(model)
     for spec, weight in model.tables.weights():
         # Where a rank would have no rows, FBGEMM's backward pass on a CPU takes the next table for this one.
         small = device_type == "cpu" and spec.name not in on_shard and _leaves_out_a_rank(len(weight), ranks)
         kind = ShardingType.TABLE_WISE.value if small else ShardingType.ROW_WISE.value
-        found[spec.name] = ParameterConstraints(
+        by_table[spec.name] = ParameterConstraints(
             sharding_types=[kind], compute_kernels=[KERNELS[spec.settings.memory]], pooling_factors=[1.0]
         )
-    return found
+    return by_table
 
 
 def _leaves_out_a_rank(rows: int, ranks: int) -> bool:
-    """Whether equal parts of a small table do not suffice for all."""
+    """Whether a table in equal parts (the last ones shorter) has no rows left for the last rank."""
     return ranks > 1 and -(-rows // ranks) * (ranks - 1) >= rows
 
 
 def _searched_on_shards(model: CtrModel) -> set[str]:
-    """Names of the tables that shards search or pool; none if rows travel home."""
+    """Names of the tables that shards search or pool; none where the rows travel to the samples' ranks."""
     if model.settings.search == "local" or model.searched != "shard":
         return set()
     return {spec.name for spec in model.tables.specs.values() if spec.inherent}
@@ -111,18 +114,18 @@ def make_plan(model: CtrModel, device: torch.device, bags: int) -> ShardingPlan:
 
     Args:
         model: not sharded yet.
-        device: of the ranks' tables.
-        bags: rows that a rank looks up in a step, for the planner's estimates.
+        device: where this rank's tables will be.
+        bags: number of rows that a rank looks up in a step, for the planner's estimates.
     """
-    bounds = constraints(model, device.type, dist.get_world_size())
-    planner = EmbeddingShardingPlanner(topology=topology(device), batch_size=bags, constraints=bounds)
+    by_table = constraints(model, device.type, dist.get_world_size())
+    planner = EmbeddingShardingPlanner(topology=topology(device), batch_size=bags, constraints=by_table)
     group = dist.group.WORLD
     assert group is not None, "no process group; see embeddings.distributed.process_group"
     return planner.collective_plan(model, [TableSharder()], group)
 
 
 def check_tables(model: CtrModel, device: str) -> None:
-    """A kind of device, ``cpu`` or ``cuda``, must be able to train the tables as their settings say.
+    """Refuse tables whose settings a kind of device, ``cpu`` or ``cuda``, cannot train.
 
     Raises:
         UserError: an optimizer, a precision or a place in memory that it does not have; names the table.

@@ -1,11 +1,7 @@
-"""One differentiable lookup of targets and chosen behaviours in each set of tables.
+"""The differentiable lookups of a batch: rows that come to this rank, and histories that are pooled on the shards.
 
-T = targets, K = behaviours chosen of each, M = behaviours of all users, D = dim of the inherent features together,
-L = ids of the lookup.
-
-One differentiable lookup of targets and of their pooled histories, pooled on the shards.
-
-T = targets, K = behaviours chosen of each, D = dim of the inherent features together, I = ids in all bags.
+T = targets, K = behaviours selected of each, M = behaviours of all users, D = dim of the inherent features together,
+d = dim of a table, L = rows of a lookup.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,10 +23,11 @@ class LookedUp(NamedTuple):
     """Some rows of a table, as they were looked up."""
 
     table: str
+    """Its name."""
     rows: Tensor
     """float32 (L, d)."""
     id_L: Tensor | None
-    """Their ids, int32; None: they are all rows of the table, in order."""
+    """The ids of the rows, int32 (L,); None: these are all rows of the table, in order."""
 
 
 class BatchRows:
@@ -42,7 +39,7 @@ class BatchRows:
         cross: all rows of the cross tables.
         target_sets: the sets of tables that targets are looked up in.
         history_sets: the sets that behaviours are looked up in.
-        selected: by sequence, the behaviours.
+        selected: the behaviours of each sequence.
         looks_up_all: look up every behaviour once, so that any selection can be taken from them; else those selected.
     """
 
@@ -62,8 +59,9 @@ class BatchRows:
         self._targets: dict[str, Tensor] = {}
         self._behaviors: dict[str, dict[str, Tensor]] = {}
         self._ids: dict[tuple[str, str | None], dict[Feature, Tensor]] = {}
-        """By set and sequence; None: of the targets."""
-        self._given: dict[tuple[str, str], tuple[Selection, Rows]] = {}
+        """The ids that were looked up: by set and sequence, where None stands for the targets."""
+        self._last_taken: dict[tuple[str, str], tuple[Selection, Rows]] = {}
+        """What `behaviors` returned last for a set and a sequence."""
         histories = {name: batch.histories[name] for name in selected}
         item, category, valid = [], [], []
         for name, history in histories.items():
@@ -88,8 +86,8 @@ class BatchRows:
                 self._ids[name, None] = {"item": batch.item_T, "category": batch.category_T}
             if of_history:
                 self._behaviors[name] = dict(zip(histories, parts, strict=False))
-                for place, sequence in enumerate(histories):
-                    self._ids[name, sequence] = {"item": item[place], "category": category[place]}
+                for sequence, item_L, category_L in zip(histories, item, category, strict=True):
+                    self._ids[name, sequence] = {"item": item_L, "category": category_L}
 
     def targets(self, name: str, sequence: str) -> Rows:
         """Rows (T, ...) of the targets in set ``name``, seen from a sequence."""
@@ -101,7 +99,7 @@ class BatchRows:
         Without ``looks_up_all``, the selection must be the one that was looked up.
         """
         # Attention and representation often have the same tables: taken once, the gradients of both travel back once.
-        last = self._given.get((name, sequence))
+        last = self._last_taken.get((name, sequence))
         if last is not None and last[0] is selected:
             return last[1]
         rows = self._behaviors[name][sequence]
@@ -112,29 +110,30 @@ class BatchRows:
             assert selected is self._selected[sequence], "rows of another selection"
             inherent = rows.view(*selected.index_TK.shape, rows.shape[1])
         history = self._batch.histories[sequence]
-        found = Rows(inherent, selected_rows(self._batch, history, selected, self._cross[name][sequence]))
-        self._given[name, sequence] = selected, found
-        return found
+        taken = Rows(inherent, selected_rows(self._batch, history, selected, self._cross[name][sequence]))
+        self._last_taken[name, sequence] = selected, taken
+        return taken
 
     def parts(self) -> list[LookedUp]:
-        """All that was looked up, by table: rows of ids first, then all rows of small tables."""
-        found = []
-        for name, sequence, looked_up in self._inherent():
-            columns = looked_up.split(list(self._dims[name].values()), dim=1)
-            for feature, rows in zip(self._dims[name], columns, strict=True):
-                found.append(LookedUp(self._tables.spec(name, feature).name, rows, self._ids[name, sequence][feature]))
+        """All that was looked up, table by table: rows of ids first, then all rows of small tables."""
+        looked_up: list[LookedUp] = []
+        for name, sequence, rows_LD in self._inherent():
+            columns = rows_LD.split(list(self._dims[name].values()), dim=1)
+            for feature, rows_Ld in zip(self._dims[name], columns, strict=True):
+                table, id_L = self._tables.spec(name, feature).name, self._ids[name, sequence][feature]
+                looked_up.append(LookedUp(table, rows_Ld, id_L))
         for name in self._dims:
             for sequence, by_feature in self._cross[name].items():
-                found += [
-                    LookedUp(self._tables.spec(name, feature, sequence).name, rows, None)
-                    for feature, rows in by_feature.items()
+                looked_up += [
+                    LookedUp(self._tables.spec(name, feature, sequence).name, rows_Rd, None)
+                    for feature, rows_Rd in by_feature.items()
                 ]
-        return found
+        return looked_up
 
     def replaced(self, rows: Sequence[Tensor]) -> Self:
-        """The same with other rows in the place of those that `parts` returns, in their order."""
+        """The lookup with other rows in the place of those that `parts` returns, in their order."""
         other, rest = copy(self), iter(rows)
-        other._given = {}
+        other._last_taken = {}
         joined = iter([torch.cat([next(rest) for _ in self._dims[name]], dim=1) for name, _, _ in self._inherent()])
         other._targets = {name: next(joined) for name in self._targets}
         other._behaviors = {
@@ -150,11 +149,11 @@ class BatchRows:
         return other
 
     def _inherent(self) -> list[tuple[str, str | None, Tensor]]:
-        """By set and sequence (None: the targets'), the rows of the inherent features."""
-        found: list[tuple[str, str | None, Tensor]] = [(name, None, rows) for name, rows in self._targets.items()]
+        """The rows of the inherent features, by set and sequence, where None stands for the targets."""
+        by_use: list[tuple[str, str | None, Tensor]] = [(name, None, rows) for name, rows in self._targets.items()]
         for name, by_sequence in self._behaviors.items():
-            found += [(name, sequence, rows) for sequence, rows in by_sequence.items()]
-        return found
+            by_use += [(name, sequence, rows) for sequence, rows in by_sequence.items()]
+        return by_use
 
 
 def pooled_on_shards(
@@ -165,7 +164,7 @@ def pooled_on_shards(
     selected: Mapping[str, Selection],
     weights: Mapping[str, Tensor],
 ) -> dict[str, Representation]:
-    """What the representation rows say of targets and histories; one bag for each target and for each history.
+    """Targets and pooled histories in representation's tables: one bag for each target and one for each history.
 
     Targets and histories share the lookup, so that the tables' optimizers see one gradient of each row a step.
 
@@ -174,11 +173,11 @@ def pooled_on_shards(
         tables: where the rows are.
         name: the set of tables, sharded row-wise.
         cross: all rows of its cross tables.
-        selected: by sequence, the behaviours.
-        weights: by sequence, float32 (T, K), with gradient; 0 where there is no behaviour.
+        selected: the behaviours of each sequence.
+        weights: float32 (T, K) for each sequence, with gradient; 0 where there is no behaviour.
 
     Returns:
-        By sequence.
+        The representation of targets and histories, for each sequence.
     """
     item, category = [batch.item_T], [batch.category_T]
     weight, length = [torch.ones(len(batch), device=batch.item_T.device)], [torch.ones_like(batch.item_T)]
@@ -192,11 +191,11 @@ def pooled_on_shards(
     target_TD, *pooled = tables.pooled_rows(name, ids, torch.cat(weight), torch.cat(length)).split(
         [len(batch)] * len(length)
     )
-    found = {}
+    histories = {}
     for (sequence, chosen), pooled_TD in zip(selected.items(), pooled, strict=True):
         rows = selected_rows(batch, batch.histories[sequence], chosen, cross[sequence])
         pooled_cross = {feature: weighted_sum(weights[sequence], rows_TKd) for feature, rows_TKd in rows.items()}
-        found[sequence] = Representation(
+        histories[sequence] = Representation(
             Rows(target_TD, target_rows(batch, cross[sequence])), Rows(pooled_TD, pooled_cross)
         )
-    return found
+    return histories

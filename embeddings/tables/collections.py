@@ -1,4 +1,6 @@
-"""The embedding tables of a model: attention and representation, and how rows are looked up in them.
+"""The embedding tables of a model in TorchRec's collections, and how rows are looked up in them.
+
+Tables may be sharded row-wise, sharded in another way, or not at all; who looks rows up here need not know.
 
 B = ids, V = valid ones of them, L = bags of any length, I = ids in them, D = dim of a set's inherent features together,
 R = rows of a small table, d = its dim.

@@ -12,7 +12,7 @@ from schemas.train import DenseSettings
 
 
 class DenseOptimizer(KeyedOptimizerWrapper):
-    """Adam or AdamW over all parameters of ``model`` that have no optimizer in the backward pass."""
+    """Adam or AdamW over the parameters of ``model`` outside of its tables, whose optimizers run in the backward pass."""
 
     def __init__(self, model: nn.Module, settings: DenseSettings) -> None:
         kind = {"adam": Adam, "adamw": AdamW}[settings.optimizer]
@@ -23,16 +23,16 @@ class DenseOptimizer(KeyedOptimizerWrapper):
         self._settings = settings
         self._steps = 0
         self.gradient_norm = torch.zeros(())
-        """Of all gradients together at the last step, before clipping."""
+        """Norm of all dense gradients together at the last step, before clipping; a scalar on their device."""
 
     @property
     def learning_rate(self) -> float:
-        """Of the last step."""
+        """The learning rate of the last step, warm-up included."""
         warmup = self._settings.warmup_steps
         return self._settings.learning_rate * (min(1.0, self._steps / warmup) if warmup else 1.0)
 
     def step(self, closure: Any = None) -> None:
-        """Clip, warm up, and step."""
+        """Clip the gradients, set the learning rate of this step, and make it."""
         self._steps += 1
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
@@ -44,11 +44,14 @@ class DenseOptimizer(KeyedOptimizerWrapper):
         super().step(closure)
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Go on from a state."""
+        """Go on from a saved state; the place in the warm-up is that of Adam's own step count."""
         super().load_state_dict(state_dict)
         self._steps = max((int(state["step"]) for state in self.state.values()), default=0)
 
     def prepare_to_load(self) -> None:
-        """Make the state that is otherwise made by the first step. Parameters change: load them afterwards."""
+        """Make the state that the first step would make, so that a checkpoint can be loaded into it.
+
+        Parameters change: load them afterwards.
+        """
         self.init_state()
         self.zero_grad()

@@ -1,8 +1,6 @@
-"""What a step of training computes, in the form that TorchRec's train pipeline runs.
+"""One step of training: what it computes, in which order, and what the ranks agree on after it.
 
-What the ranks agree on after each step: the loss, whether to go on, and whose numbers are wrong.
-
-The order of a step's parts: while a batch's gradients are computed, the next one is on its way to the shards.
+While the gradients of a batch are computed, the ids of the next one are on their way to the shards.
 """
 
 from collections.abc import Iterator
@@ -24,17 +22,18 @@ from schemas.errors import UserError
 
 
 class StepOutput(NamedTuple):
-    """Of a step, on one rank."""
+    """What one rank knows of a step that it has made."""
 
     loss: Tensor
-    """Scalar, detached: the mean over ranks is the loss of the global batch."""
+    """Scalar, detached; the mean over ranks is the loss of the global batch."""
     targets: int
+    """Number of targets in the rank's batch."""
     origin: str
-    """Of the batch."""
+    """Where the rank's batch comes from, for messages."""
 
 
 class ClickTask(nn.Module):
-    """Loss of a batch; the tables' optimizers run in its backward pass."""
+    """The model with its loss, as TorchRec's pipelines want it; the tables' optimizers run in its backward pass."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -49,24 +48,24 @@ class ClickTask(nn.Module):
 
 
 class Agreement(NamedTuple):
-    """The same on all ranks."""
+    """What all ranks know of a step."""
 
     loss: float
-    """Of the global batch."""
+    """Loss of the global batch."""
     targets: int
-    """Of the global batch."""
+    """Number of targets in the global batch."""
     stop: bool
     """A rank was asked to stop."""
 
 
 def agree(step: int, output: StepOutput, gradient_norm: Tensor, stop: bool) -> Agreement:
-    """One small all-reduce; all ranks must call it after each step.
+    """Exchange what each rank knows of a step, in one small all-reduce; all ranks must call it after each step.
 
     Args:
-        step: for the message.
-        output: this rank's.
-        gradient_norm: of the dense parameters, scalar.
-        stop: this rank was asked to stop.
+        step: number of the step, for the message.
+        output: what this rank has made of it.
+        gradient_norm: norm of the dense parameters' gradients, scalar.
+        stop: whether this rank was asked to stop.
 
     Raises:
         UserError: the loss or the gradients are not finite, on all ranks; names the step and the batch of the ranks
@@ -85,20 +84,20 @@ def agree(step: int, output: StepOutput, gradient_norm: Tensor, stop: bool) -> A
 
 def _raise(step: int, output: StepOutput, sound: bool) -> None:
     origins: list[str | None] = [None] * dist.get_world_size()
-    lost = None if sound else f"{output.origin} (loss {output.loss.item():g})"
-    dist.all_gather_object(origins, lost)
-    found = [origin for origin in origins if origin]
-    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    mine = None if sound else f"{output.origin} (loss {output.loss.item():g})"
+    dist.all_gather_object(origins, mine)
+    unsound = [origin for origin in origins if origin]
+    more = f" and {len(unsound) - 1} more" if len(unsound) > 1 else ""
     raise UserError(
-        f"step {step}: loss or gradients are not finite, in {found[0]}{more}; this step is not saved; "
+        f"step {step}: loss or gradients are not finite, in {unsound[0]}{more}; this step is not saved; "
         "begin a new run, in another folder, with lower learning rates or with dense.clip_norm"
     )
 
 
 class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
-    """TorchRec's pipeline, which copies the next batch to the device, and begins its search besides.
+    """TorchRec's pipeline, which copies the next batch to the device ahead of time, and starts its search besides.
 
-    Ids do not depend on weights, so a step computes what it would compute without. On a GPU the ids travel on a stream
+    Ids do not depend on weights, so a step computes the same numbers as without it. On a GPU the ids travel on a stream
     of their own, beside forward and backward; gloo's threads carry them beside a CPU's backward.
 
     Args:

@@ -1,9 +1,4 @@
-"""The states of this rank's random number generators.
-
-SIGTERM or SIGINT asks to stop after the step: schedulers send the one before they kill, Ctrl-C the other.
-
-The training loop.
-"""
+"""The training loop, what asks it to stop, and the state from which it goes on."""
 
 import math
 import random
@@ -31,14 +26,14 @@ from schemas.train import TrainSettings
 
 
 def seed_all(seed: int) -> None:
-    """Seed all generators."""
+    """Seed the random number generators of Python, numpy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:
-    """States of Python's, numpy's and torch's generators."""
+    """The states of this rank's random number generators: Python's, numpy's and torch's."""
     states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -46,7 +41,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(states: dict[str, Any]) -> None:
-    """Go on from states."""
+    """Let the generators go on from what `random_state` returned."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -55,6 +50,7 @@ def set_random_state(states: dict[str, Any]) -> None:
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""Schedulers send the one some time before they kill, Ctrl-C sends the other."""
 
 
 class StopSignal:
