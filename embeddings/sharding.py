@@ -1,6 +1,6 @@
 """A model's tables over many ranks: TorchRec's planner makes the plan, `DistributedModelParallel` runs it.
 
-The model of a run, sharded over the ranks, as training, evaluation and scoring build it.
+Training, evaluation and scoring all build their model here.
 """
 
 import torch
@@ -226,13 +226,13 @@ def _check_plan(model: CtrModel, device: torch.device, plan: ShardingPlan) -> No
 def sharded_model(
     settings: TrainSettings, manifest: Manifest, device: torch.device, plan: ShardingPlan | None = None
 ) -> DistributedModelParallel:
-    """Plan and shard over the default process group; its weights are arbitrary until they are drawn or loaded.
+    """The model of a run, sharded over the default process group; its weights are arbitrary until drawn or loaded.
 
     Args:
-        settings: of the run.
-        manifest: of the data set, whose sizes decide those of the tables.
-        device: of this rank.
-        plan: to follow, for the same number of ranks; None: one is made.
+        settings: the settings of the run.
+        manifest: the data set, whose sizes decide those of the tables.
+        device: where this rank computes.
+        plan: a plan to follow, for the same number of ranks; None: one is made.
 
     Raises:
         UserError: settings that do not fit the data, the device or each other; a plan that does not fit them.

@@ -12,7 +12,7 @@ from schemas.train import DenseSettings
 
 
 class DenseOptimizer(KeyedOptimizerWrapper):
-    """Adam or AdamW over the parameters of ``model`` outside of its tables, whose optimizers run in the backward pass."""
+    """Adam or AdamW over the parameters of a model outside of its tables, which learn in the backward pass."""
 
     def __init__(self, model: nn.Module, settings: DenseSettings) -> None:
         kind = {"adam": Adam, "adamw": AdamW}[settings.optimizer]
