@@ -38,11 +38,10 @@ def experiment(
     given = _folders(data or [])
 
     from pipeline.experiment.cells import cells_of, check_names, parameters_of, refuse_changed
-    from pipeline.experiment.data_sets import check_sources, opened
-    from pipeline.experiment.floor import below, read_floor
+    from pipeline.experiment.data_sets import check_sources, open_data_sets
     from pipeline.experiment.folder import Documents, held, write_settings
-    from pipeline.experiment.progress import Progress
-    from pipeline.experiment.runner import run_cells
+    from pipeline.experiment.results import below, read_floor
+    from pipeline.experiment.runner import CellProgress, run_cells
 
     out, dare = out.absolute(), [sys.executable, "-m", "jobs.cli"]
     floor = read_floor(check, settings.name) if check else None
@@ -50,16 +49,16 @@ def experiment(
     check_names(cells)
     check_sources(settings.data, given)
     with held(out, settings):
-        sets = opened(settings.data, given, out, dare)
+        data_sets = open_data_sets(settings.data, given, out, dare)
         gpus = _gpus()
-        manifests = {name: found.manifest for name, found in sets.items()}
+        manifests = {name: data_set.manifest for name, data_set in data_sets.items()}
         parameters = parameters_of(cells, manifests, "cuda" if gpus else "cpu")
-        refuse_changed(cells, {name: found.fingerprint for name, found in sets.items()})
+        refuse_changed(cells, {name: data_set.fingerprint for name, data_set in data_sets.items()})
         write_settings(out, settings)
         documents = Documents(out, settings, cells, parameters, shlex.join(["dare", *sys.argv[1:]]))
-        folders = {name: found.folder.absolute() for name, found in sets.items()}
+        folders = {name: data_set.folder.absolute() for name, data_set in data_sets.items()}
         slots = _slots(parallel, gpus)
-        with Progress(cells, len(slots)) as progress:
+        with CellProgress(cells, len(slots)) as progress:
             complete = run_cells(cells, folders, dare, slots, documents.cell_ended, progress)
         results, pairs = documents.write()
     _print(settings, results)
@@ -71,13 +70,16 @@ def experiment(
 
 
 def load_experiment(file: str) -> "tuple[ExperimentSettings, Path | None]":
-    """Settings of an experiment, and the file of its recipe if it has one.
+    """Read the settings of an experiment.
 
     Args:
-        file: path, or name of a shipped one.
+        file: path of a settings file, or the name of a shipped experiment.
+
+    Returns:
+        The settings, and the file of the recipe that all runs share, if they name one.
 
     Raises:
-        UserError: it is not there, or impossible.
+        UserError: a file is not there, or its settings are impossible.
     """
     from schemas.experiment import ExperimentSettings
     from schemas.settings import load_settings
@@ -87,7 +89,7 @@ def load_experiment(file: str) -> "tuple[ExperimentSettings, Path | None]":
         raise UserError(f"{file}: no such settings file, and not a shipped experiment; those are {', '.join(SHIPPED)}")
     try:
         settings = load_settings(ExperimentSettings, _extended(path))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{file}: {error}") from None
     if settings.recipe is None:
         return settings, None
@@ -98,23 +100,26 @@ def load_experiment(file: str) -> "tuple[ExperimentSettings, Path | None]":
 
 
 def _extended(file: Path, below: tuple[Path, ...] = ()) -> list[Path]:
-    """The files that ``file`` extends, those that they extend first, and itself; ``below`` are being laid over it."""
+    """The files that make up ``file``: those that it extends, each behind those that it extends itself, and ``file``.
+
+    ``below`` are the files that lead to it, none of which it may extend.
+    """
     import yaml
 
     if file.resolve() in below:
         raise UserError(f"extends: {file} extends itself, at once or by way of others")
     if not file.is_file():
         return [file]  # what reads it says so
-    with file.open() as stream:  # a stream, so that a mistake names the file
-        try:
+    try:
+        with file.open() as stream:  # A stream: YAML's errors name its file.
             content = yaml.safe_load(stream)
-        except yaml.YAMLError as error:
-            raise UserError(f"cannot be read: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {' '.join(str(error).split())}") from None
     bases = content.get("extends", []) if isinstance(content, dict) else []
     if not isinstance(bases, list):
         raise UserError(f"extends: a list of files is wanted, not {bases!r}, in {file}")
-    found = [_extended(file.parent / str(base), (*below, file.resolve())) for base in bases]
-    return [*(each for files in found for each in files), file]
+    extended = [_extended(file.parent / str(base), (*below, file.resolve())) for base in bases]
+    return [*(each for files in extended for each in files), file]
 
 
 def _folders(texts: Sequence[str]) -> dict[str, Path]:
@@ -136,11 +141,11 @@ def _gpus() -> int:
 
 
 def _slots(parallel: int | None, gpus: int) -> list[Mapping[str, str]]:
-    """The environment of each run at a time: GPUs in turn, where there are some."""
+    """The environment of each of the runs that may run at the same time; with GPUs, one GPU each, in turn."""
     if not gpus:
         return [{}] * (parallel or len(os.sched_getaffinity(0)))
     names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-    return [{"CUDA_VISIBLE_DEVICES": names[place % gpus]} for place in range(parallel or gpus)]
+    return [{"CUDA_VISIBLE_DEVICES": names[slot % gpus]} for slot in range(parallel or gpus)]
 
 
 def _print(settings: "ExperimentSettings", results: "Sequence[Result]") -> None:
@@ -149,17 +154,18 @@ def _print(settings: "ExperimentSettings", results: "Sequence[Result]") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from pipeline.experiment.tables import all_tables
+    from pipeline.experiment.report import all_tables
 
-    auc = all_tables(settings, results, [])[0]
-    table = Table(*auc.header, title=f"{settings.name}: {auc.title}", title_justify="left")
-    for row in auc.rows:
+    section = all_tables(settings, results, [])[0]
+    assert section.table is not None
+    table = Table(*section.table.header, title=f"{settings.name}: {section.title}", title_justify="left")
+    for row in section.table.rows:
         table.add_row(*(Text(entry.text, "bold" if entry.bold else "") for entry in row))
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 
 
 def _end(results: "Sequence[Result]", complete: bool, faults: Sequence[str]) -> None:
-    """Raises where not all is well."""
+    """Raise a `UserError` where the experiment was stopped, a cell has failed, or accuracy is below the floor."""
     finished = sum(result.state == "finished" for result in results)
     if not complete:
         raise UserError(f"stopped, {finished} of {len(results)} cells are finished; the same command goes on")

@@ -1,33 +1,48 @@
-"""The predictions of a run, as `dare score` wrote them.
-
-N = samples, U = users.
-
-Paired bootstrap over users: how sure is it that one model's AUC is above another's.
+"""Pairs of models compared by the paired bootstrap over users: how sure is it that the AUC of one is above the other's.
 
 A replicate draws as many users as there are, with replacement. All models see the same draws, so the difference of two
 is known better than either (Efron and Tibshirani, An Introduction to the Bootstrap, chapters 8 and 16).
 
-N = samples, U = users, R = replicates.
+N = samples, U = users, R = replicates, S = seeds.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numba
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow import ArrowException
+
+from pipeline.experiment.results import Result, grouped
+from pipeline.files import whole_file
+from schemas.errors import UserError
+
+REPLICATES = 2000
+SEED = 20
+"""Of the draws: the same users give the same draws."""
+REPLICATES_FILE = "bootstrap.npz"
+"""In the folder of a run: its AUC in each replicate."""
+_REPLICATES_A_PASS = 128
+"""Replicates that are computed in one pass over the samples."""
+
+F64 = NDArray[np.float64]
+U16 = NDArray[np.uint16]
+I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Samples of a split."""
+    """The samples of a split with their scores, as `dare score` wrote them."""
 
     user_id_U: NDArray[np.int64]
     """Ascending."""
     user_N: NDArray[np.int64]
-    """Place in ``user_id_U``."""
+    """Index of the sample's user in ``user_id_U``."""
     label_N: NDArray[np.bool_]
     score_N: NDArray[np.float32]
 
@@ -38,26 +53,22 @@ class Predictions:
 
     @classmethod
     def read(cls, folder: Path) -> "Predictions":
-        """Read what `pipeline.evaluate.score.score_run` wrote into ``folder``."""
-        table = pq.read_table(folder, columns=["user_id", "label", "score"])
+        """Read what `pipeline.evaluate.score.score_run` wrote into ``folder``.
+
+        Raises:
+            UserError: the folder is not there or holds something else.
+        """
+        try:
+            table = pq.read_table(folder, columns=["user_id", "label", "score"])
+        except (OSError, ArrowException) as error:
+            raise UserError(f"{folder}: no predictions that can be read ({' '.join(str(error).split())})") from None
         user_id_U, user_N = np.unique(table["user_id"].to_numpy(), return_inverse=True)
         return cls(user_id_U, user_N, table["label"].to_numpy().astype(bool), table["score"].to_numpy())
 
 
-REPLICATES = 2000
-SEED = 20
-"""Of the draws: the same users give the same draws."""
-_TOGETHER = 128
-"""Replicates of a pass over the samples."""
-
-F64 = NDArray[np.float64]
-U16 = NDArray[np.uint16]
-I64 = NDArray[np.int64]
-
-
 @dataclass(frozen=True)
 class Difference:
-    """Of the mean AUC of two models over seeds: the first less the second."""
+    """The mean AUC over seeds of one model less that of another one, and how sure it is."""
 
     difference: float
     low: float
@@ -65,42 +76,45 @@ class Difference:
     high: float
     """2.5 % of the replicates are above."""
     p: float
-    """Two-sided: twice the share of replicates on the rarer side of 0, (count + 1) / (R + 1), at most 1."""
+    """Two-sided p value: twice the share of replicates on the rarer side of 0, (count + 1) / (R + 1), at most 1."""
 
 
 def replicated_auc(predictions: Predictions, replicates: int = REPLICATES) -> F64:
-    """AUC in each replicate; equal scores count half.
+    """AUC of a run in each replicate; pairs of equal scores count half.
 
     Args:
-        predictions: of one run. The draws depend on the number of its users alone.
+        predictions: of the run. The draws depend on the number of its users alone.
         replicates: R.
 
     Returns:
-        (R,); nan where a draw has no positives or no negatives.
+        float64 (R,); nan where a draw has no positives or no negatives.
     """
     # Of equal scores the negatives come last in one order and first in the other: half the sum counts a tie as half.
     positive_N = predictions.label_N
     before = np.lexsort((~positive_N, predictions.score_N))
     behind = np.lexsort((positive_N, predictions.score_N))
     rng = np.random.default_rng(SEED)
-    found = []
-    for first in range(0, replicates, _TOGETHER):
-        weight_UR = _draws(rng, predictions.users, min(_TOGETHER, replicates - first))
+    parts = []
+    for first in range(0, replicates, _REPLICATES_A_PASS):
+        weight_UR = _draws(rng, predictions.users, min(_REPLICATES_A_PASS, replicates - first))
         twice_R, pairs_R = np.zeros((2, weight_UR.shape[1]))
         for order_N in (before, behind):
             twice_R += _ordered_pairs(predictions.user_N[order_N], positive_N[order_N], weight_UR, pairs_R)
         with np.errstate(invalid="ignore"):
-            found.append(twice_R / (2 * pairs_R))
-    return np.concatenate(found)
+            parts.append(twice_R / (2 * pairs_R))
+    return np.concatenate(parts)
 
 
 def paired_difference(first_SR: Sequence[F64], second_SR: Sequence[F64], difference: float) -> Difference:
     """Compare two models that were run with the same seeds.
 
     Args:
-        first_SR: for each seed, what `replicated_auc` returned for the one model.
-        second_SR: for the other; the same seeds, the same users.
-        difference: of their mean AUCs over the seeds, on all users.
+        first_SR: for each seed, what `replicated_auc` returned for the first model.
+        second_SR: the same of the second model, for the same seeds and users.
+        difference: the first model's mean AUC over the seeds, on all users, less the second's.
+
+    Returns:
+        The difference with its interval and p value; these are nan where no replicate has both labels.
     """
     assert len(first_SR) == len(second_SR) > 0
     difference_R = np.mean(first_SR, axis=0) - np.mean(second_SR, axis=0)
@@ -123,9 +137,16 @@ def _draws(rng: np.random.Generator, users: int, replicates: int) -> U16:
 
 @numba.njit(cache=True, nogil=True)
 def _ordered_pairs(user_N: I64, positive_N: NDArray[np.bool_], weight_UR: U16, pairs_R: F64) -> F64:
-    """Weighted pairs of a positive and a negative before it, (R,); ``pairs_R`` becomes all pairs.
+    """Number of pairs of a positive and a negative before it, each as often as its two users are drawn.
 
-    All are whole numbers, exact in float64 up to 2^53.
+    Args:
+        user_N: index of each sample's user, in the order to be judged.
+        positive_N: labels in the same order.
+        weight_UR: how often each user is drawn.
+        pairs_R: is overwritten with the number of all pairs of a positive and a negative.
+
+    Returns:
+        (R,), whole numbers: exact in float64 up to 2^53.
     """
     replicates = weight_UR.shape[1]
     positives_R, negatives_R = np.zeros(replicates), np.zeros(replicates)
@@ -142,3 +163,96 @@ def _ordered_pairs(user_N: I64, positive_N: NDArray[np.bool_], weight_UR: U16, p
     for r in range(replicates):
         pairs_R[r] = positives_R[r] * negatives_R[r]
     return ordered_R
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models of a data set and dim; the one of the higher mean AUC is the first."""
+
+    data: str
+    dim: int
+    first: str
+    second: str
+    seeds: int
+    """Number of seeds that both have finished."""
+    of: Difference
+    """``first`` less ``second``."""
+
+
+@dataclass(frozen=True)
+class _Replicates:
+    auc_R: F64
+    users: str
+    """Digest of the users' ids: tells one set of users from another."""
+
+
+class Comparison:
+    """Keeps the replicates of each cell, here and in the folder of its run, so that they are computed once.
+
+    Args:
+        out: folder of the experiment.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._replicates: dict[str, _Replicates] = {}
+
+    def pairs(self, results: Sequence[Result]) -> list[Pair]:
+        """All pairs of models that have a seed in common.
+
+        Args:
+            results: of the cells; those without a test AUC are left out.
+
+        Raises:
+            UserError: predictions of one data set that are not of the same users.
+        """
+        pairs = []
+        for data, dim in dict.fromkeys((result.data, result.dim) for result in results):
+            cells = grouped([result for result in results if (result.data, result.dim) == (data, dim)])
+            by_label = {label: {cell.seed: cell for cell in group} for (label, _), group in cells.items()}
+            labels = sorted(by_label, key=lambda label: -_mean(by_label[label].values()))
+            for index, first in enumerate(labels):
+                for second in labels[index + 1 :]:
+                    seeds = sorted(by_label[first].keys() & by_label[second].keys())
+                    if seeds:
+                        one, other = ([by_label[label][seed] for seed in seeds] for label in (first, second))
+                        pairs.append(Pair(data, dim, first, second, len(seeds), self._difference(one, other)))
+        return pairs
+
+    def _difference(self, one: Sequence[Result], other: Sequence[Result]) -> Difference:
+        ours, theirs = ([self._of(cell) for cell in cells] for cells in (one, other))
+        for each in (*ours, *theirs):
+            if each.users != ours[0].users:
+                raise UserError(
+                    f"{one[0].run} and {other[0].run}: their test predictions are not of the same users; "
+                    "the data set has changed in between: remove what was run before"
+                )
+        return paired_difference(
+            [each.auc_R for each in ours], [each.auc_R for each in theirs], _mean(one) - _mean(other)
+        )
+
+    def _of(self, cell: Result) -> _Replicates:
+        if cell.run not in self._replicates:
+            self._replicates[cell.run] = _replicates(self._out / cell.run)
+        return self._replicates[cell.run]
+
+
+def _replicates(run: Path) -> _Replicates:
+    """The replicates in the folder of a run; computed from its predictions and written there if they are not yet."""
+    file, draws = run / REPLICATES_FILE, [REPLICATES, SEED]
+    if file.is_file():
+        # A file of another number of replicates or of other draws cannot be paired with what is computed today.
+        with np.load(file) as known:
+            if known["draws"].tolist() == draws:
+                return _Replicates(known["auc_R"], str(known["users"]))
+    predictions = Predictions.read(run / "scores")
+    users = hashlib.blake2b(predictions.user_id_U.tobytes(), digest_size=16).hexdigest()
+    replicates = _Replicates(replicated_auc(predictions), users)
+    # A stream, because numpy adds an ending of its own to a name.
+    with whole_file(file) as unfinished, unfinished.open("wb") as stream:
+        np.savez(stream, auc_R=replicates.auc_R, users=users, draws=draws)
+    return replicates
+
+
+def _mean(cells: Iterable[Result]) -> float:
+    return fmean(cell.auc for cell in cells if cell.auc is not None)

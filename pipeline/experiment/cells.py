@@ -1,6 +1,6 @@
 """The cells of an experiment: data set x model x dim x seed, each a run of `dare train` in a folder of its own.
 
-The models of an experiment, built on meta tables: that they can be, and how many parameters they have.
+Before anything runs, the models of the cells are built on meta tables: to see that they can be, and to count parameters.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from embeddings.models import MODELS, build_model
 from embeddings.sharding import check_tables
@@ -27,7 +28,7 @@ MAY_DIFFER = ("checkpoint.every", "checkpoint.keep", "stream.threads", "stream.p
 
 @dataclass(frozen=True)
 class Cell:
-    """One run."""
+    """One training run of an experiment."""
 
     data: str
     label: str
@@ -35,19 +36,19 @@ class Cell:
     seed: int
     settings: TrainSettings
     folder: Path
-    """Of the run; what is known of the cell besides lies in files beside it."""
+    """Folder of the run; what else is known of the cell lies in files beside it."""
 
     def __str__(self) -> str:
         return f"{self.data}, {self.label}, d {self.dim}, seed {self.seed}"
 
     @property
     def run(self) -> RunFolder:
-        """The run."""
+        """The run that is trained in the cell's folder."""
         return RunFolder(self.folder)
 
     @property
     def scores(self) -> Path:
-        """Predictions of the test split."""
+        """Folder of the predictions of the test split."""
         return self.folder / "scores"
 
     @property
@@ -57,22 +58,22 @@ class Cell:
 
     @property
     def log(self) -> Path:
-        """What ``dare train`` said, a start after the other."""
+        """File of what ``dare train`` said, one start after another."""
         return self.folder.with_suffix(".log")
 
     @property
     def record(self) -> Path:
-        """Seconds, memory and the error; JSON."""
+        """JSON file of the cell's seconds, memory and error."""
         return self.folder.with_suffix(".json")
 
     @property
     def finished(self) -> bool:
-        """Tested, and the predictions are there."""
+        """Whether the best checkpoint is tested and the predictions are there."""
         return self.run.test_file.is_file() and self.scores.is_dir()
 
 
 def cells_of(experiment: ExperimentSettings, recipe: Path | None, out: Path) -> list[Cell]:
-    """All cells, whole tables first: every model with the first seed, then with the second.
+    """All cells of an experiment, with seeds outermost: a whole table with the first seed comes before the second.
 
     Args:
         experiment: its settings.
@@ -80,12 +81,12 @@ def cells_of(experiment: ExperimentSettings, recipe: Path | None, out: Path) -> 
         out: folder of the experiment.
 
     Raises:
-        UserError: settings that no run can have; names the row.
+        UserError: settings that no run can have; the message names the row.
     """
     refuse_flat_sections(TrainSettings, experiment.settings, "settings.")
     for label, row in experiment.models.items():
         refuse_flat_sections(TrainSettings, row.settings, f"models.{label}: settings.")
-    found = []
+    cells = []
     for seed in experiment.seeds:
         for data in experiment.data:
             for dim in experiment.dims:
@@ -93,10 +94,10 @@ def cells_of(experiment: ExperimentSettings, recipe: Path | None, out: Path) -> 
                     folder = out / "runs" / data / folder_name(label) / f"d{dim}" / f"s{seed}"
                     try:
                         settings = _settings(experiment, recipe, row, dim, seed)
-                    except ValueError as error:
-                        raise UserError(f"models.{label}, d {dim}: {error}") from None
-                    found.append(Cell(data, label, dim, seed, settings, folder))
-    return found
+                    except (UserError, OmegaConfBaseException) as error:
+                        raise UserError(f"models.{label}, d {dim}: {' '.join(str(error).split())}") from None
+                    cells.append(Cell(data, label, dim, seed, settings, folder))
+    return cells
 
 
 def _settings(experiment: ExperimentSettings, recipe: Path | None, row: ModelRow, dim: int, seed: int) -> TrainSettings:
@@ -112,14 +113,14 @@ def _settings(experiment: ExperimentSettings, recipe: Path | None, row: ModelRow
 
 
 def refuse_changed(cells: list[Cell], fingerprints: dict[str, str]) -> None:
-    """What was run must be what would be run now.
+    """Make sure that the cells that have begun are those that would be run now.
 
     Args:
         cells: of the experiment.
         fingerprints: of the data sets, by name.
 
     Raises:
-        UserError: a cell was begun with other settings or another data set.
+        UserError: a cell has begun with other settings or another data set.
     """
     for cell in cells:
         if not (cell.run.settings_file.is_file() and cell.run.data_file.is_file()):
@@ -140,17 +141,19 @@ def refuse_changed(cells: list[Cell], fingerprints: dict[str, str]) -> None:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of weights."""
+    """How many weights a model has."""
 
     tables: int
+    """Weights of all embedding tables."""
     dense: int
+    """All other weights."""
 
 
 def check_names(cells: Sequence[Cell]) -> None:
-    """All models must be known.
+    """Make sure that the program has the models of all cells.
 
     Raises:
-        UserError: one is not; lists those that are.
+        UserError: it has not; the message lists those that it has.
     """
     for cell in cells:
         if cell.settings.model.name not in MODELS:
@@ -162,27 +165,30 @@ def check_names(cells: Sequence[Cell]) -> None:
 def parameters_of(
     cells: Sequence[Cell], manifests: Mapping[str, Manifest], device: str
 ) -> dict[tuple[str, str, int], Parameters]:
-    """By data set, label and dim.
+    """Count the parameters of all models, and so make sure that each can be built.
 
     Args:
         cells: of the experiment.
         manifests: of the data sets, by name.
         device: that the cells will be trained on, ``cpu`` or ``cuda``.
 
+    Returns:
+        Parameters by data set, label and dim; they do not depend on the seed.
+
     Raises:
-        UserError: a model that does not fit the data, its settings or the device.
+        UserError: a model does not fit the data, its settings or the device.
     """
-    found: dict[tuple[str, str, int], Parameters] = {}
+    parameters: dict[tuple[str, str, int], Parameters] = {}
     for cell in cells:
         key = cell.data, cell.label, cell.dim
-        if key in found:
+        if key in parameters:
             continue
         try:
             sizes = DataSizes.of(manifests[cell.data], cell.settings.stream)
             model = build_model(cell.settings.model, sizes, torch.device("meta"))
             check_tables(model, device)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{cell}: {error}") from None
         tables = sum(weight.numel() for weight in model.tables.parameters())
-        found[key] = Parameters(tables, sum(weight.numel() for weight in model.parameters()) - tables)
-    return found
+        parameters[key] = Parameters(tables, sum(weight.numel() for weight in model.parameters()) - tables)
+    return parameters

@@ -1,50 +1,54 @@
-"""The charts of a report, as SVG: AUC of the models, validation over training, AUC against speed."""
+"""The charts of an experiment's report: AUC of the models, validation over training, AUC against speed.
 
-import io
+Each has a panel for each data set and dim; a model has the same colour in all of them.
+"""
+
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
-from pipeline.experiment.pairs import Column, grouped
-from pipeline.experiment.results import Result
+from pipeline.experiment.results import Column, Result, grouped
+from pipeline.reporting.plots import COUNTS, color, panels, svg
 from pipeline.runs.run_folder import RunFolder, read_step_log
 
-_COLORS = plt.get_cmap("tab20")
 
+def accuracy(results: Sequence[Result], columns: Sequence[Column]) -> Markup:
+    """Mean test AUC of each model as a bar, and that of each seed as a dot.
 
-def accuracy(results: Sequence[Result], columns: Sequence[Column]) -> str:
-    """Mean test AUC of each model and the seeds' as dots, a panel a data set and dim."""
-    labels = list(dict.fromkeys(result.label for result in results))
-    drawing, axes = _panels(columns, 0.8 + 0.28 * len(labels), sharey=True)
+    Args:
+        results: of finished cells.
+        columns: data sets and dims, a panel each.
+    """
+    labels, cells = _labels(results), grouped(results)
+    figure, axes = _panels(columns, 0.8 + 0.28 * len(labels), sharey=True)
     for axis, column in zip(axes, columns, strict=True):
-        cells = grouped(results)
-        for place, label in enumerate(labels):
+        for row, label in enumerate(labels):
             values = [cell.auc for cell in cells.get((label, column), []) if cell.auc is not None]
             if values:
-                axis.plot(values, [place] * len(values), "o", color=_color(place), markersize=4, alpha=0.5)
-                axis.plot(fmean(values), place, "|", color=_color(place), markersize=14, markeredgewidth=2.5)
+                axis.plot(values, [row] * len(values), "o", color=color(row), markersize=4, alpha=0.5)
+                axis.plot(fmean(values), row, "|", color=color(row), markersize=14, markeredgewidth=2.5)
         axis.set_yticks(range(len(labels)), labels)
         axis.set_xlabel("test AUC")
-    axes[0].invert_yaxis()  # the panels share it
-    return _svg(drawing)
+    axes[0].invert_yaxis()  # The panels share it: one call turns all of them.
+    return svg(figure, "accuracy")
 
 
-def convergence(results: Sequence[Result], columns: Sequence[Column], out: Path) -> str:
-    """Validation AUC over steps, the mean over seeds where all have one."""
-    labels = list(dict.fromkeys(result.label for result in results))
-    drawing, axes = _panels(columns, max(4.2, 0.2 * len(labels)))
-    cells = grouped(results)
+def convergence(results: Sequence[Result], columns: Sequence[Column], out: Path) -> Markup:
+    """Validation AUC over steps, the mean over seeds at the steps that all of them have reached.
+
+    Args:
+        results: of finished cells.
+        columns: data sets and dims, a panel each.
+        out: folder of the experiment.
+    """
+    labels, cells = _labels(results), grouped(results)
+    figure, axes = _panels(columns, max(3.6, 0.2 * len(labels)))
     for axis, column in zip(axes, columns, strict=True):
-        for place, label in enumerate(labels):
+        for index, label in enumerate(labels):
             logs = [read_step_log(RunFolder(out / cell.run).validations) for cell in cells.get((label, column), [])]
             by_step: dict[int, list[float]] = {}
             for log in logs:
@@ -54,20 +58,28 @@ def convergence(results: Sequence[Result], columns: Sequence[Column], out: Path)
             steps = [step for step in sorted(by_step) if len(by_step[step]) == len(logs)]
             if steps:
                 means = [fmean(by_step[step]) for step in steps]
-                axis.plot(steps, means, "--" if place >= 10 else "-", color=_color(place), label=label, linewidth=1.4)
+                style = "--" if index >= 10 else "-"  # from there on colours are pale
+                axis.plot(steps, means, style, color=color(index), label=label, linewidth=1.4)
         axis.set_xlabel("step")
-    axes[0].set_ylabel("validation AUC")
-    axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    return _svg(drawing)
+        axis.set_ylabel("validation AUC")
+    lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
+    figure.legend(
+        handles=[lines[label] for label in labels if label in lines], loc="outside right center", frameon=False
+    )
+    return svg(figure, "convergence")
 
 
-def speed(results: Sequence[Result], columns: Sequence[Column]) -> str:
-    """Mean test AUC against samples a second."""
-    labels = list(dict.fromkeys(result.label for result in results))
-    drawing, axes = _panels(columns, 4.0)
-    cells = grouped(results)
+def speed(results: Sequence[Result], columns: Sequence[Column]) -> Markup:
+    """Mean test AUC against mean samples a second.
+
+    Args:
+        results: of finished cells.
+        columns: data sets and dims, a panel each.
+    """
+    labels, cells = _labels(results), grouped(results)
+    figure, axes = _panels(columns, 3.8)
     for axis, column in zip(axes, columns, strict=True):
-        for place, label in enumerate(labels):
+        for index, label in enumerate(labels):
             points = [
                 (cell.samples_per_s, cell.auc)
                 for cell in cells.get((label, column), [])
@@ -75,37 +87,20 @@ def speed(results: Sequence[Result], columns: Sequence[Column]) -> str:
             ]
             if points:
                 x, y = (fmean(values) for values in zip(*points, strict=True))
-                axis.plot(x, y, "o", color=_color(place))
-                axis.annotate(f"  {label}", (x, y), fontsize=7, color="#444444")
+                axis.plot(x, y, "o", color=color(index))
+                axis.annotate(f"  {label}", (x, y), fontsize=8, color="#444444", va="center")
         axis.set_xlabel("samples/s in training")
-        axis.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
-        axis.margins(x=0.25)
+        axis.set_ylabel("test AUC")
+        axis.xaxis.set_major_formatter(COUNTS)
+        axis.margins(x=0.25)  # room for the labels
         axis.set_xlim(0)
-    axes[0].set_ylabel("test AUC")
-    return _svg(drawing)
+    return svg(figure, "speed")
+
+
+def _labels(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(result.label for result in results))
 
 
 def _panels(columns: Sequence[Column], height: float, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    drawing, grid = plt.subplots(
-        1, len(columns), figsize=(max(8.0, 4.2 * len(columns)), height), layout="constrained", squeeze=False,
-        sharey=sharey,
-    )  # fmt: skip
-    for axis, (data, dim) in zip(grid[0], columns, strict=True):
-        axis.set_title(f"{data}, d {dim}")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-        axis.set_axisbelow(True)
-    return drawing, list(grid[0])
-
-
-def _color(place: int) -> tuple[float, ...]:
-    # First the ten strong colours of the map, then their pale companions.
-    return _COLORS((2 * place) % 20 + (place // 10) % 2)
-
-
-def _svg(drawing: Figure) -> str:
-    image = io.StringIO()
-    drawing.savefig(image, format="svg", metadata={"Date": None})
-    plt.close(drawing)
-    text = image.getvalue()
-    return text[text.index("<svg") :]
+    titles = [f"{data}, d {dim}" for data, dim in columns]
+    return panels(len(columns), height=height, titles=titles, sharey=sharey)

@@ -1,20 +1,33 @@
 """A command in a process of its own that ends when this one does, whatever ends it."""
 
-import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+parent, *command = sys.argv[1:]
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of <linux/prctl.h>
+if os.getppid() != int(parent):  # it has died before we asked
+    sys.exit(1)
+os.execvp(command[0], command)
+"""
+"""Program of a process that asks the kernel to be killed when its parent dies, and becomes the command that follows.
+
+The request outlives `exec`. It could be made in `preexec_fn` of `subprocess.Popen`, but that runs Python between fork and
+exec, where another thread's lock may be held for ever; a runner has threads.
+"""
 
 
 class Child:
-    """Starts at once; its output is appended to a file. To be made in the main thread: the child dies with it.
+    """A running command, whose output is appended to a file; it starts at once.
+
+    To be made in the main thread: the kernel counts the end of the thread that starts a process as its parent's death.
 
     Args:
         command: program and arguments.
@@ -25,23 +38,17 @@ class Child:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        parent = os.getpid()
-
-        def die_with_parent() -> None:
-            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it has died before we asked
-                os._exit(1)
-
+        # -I and -S: neither the environment nor installed packages matter to a program of five lines, which starts fast.
+        first = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
         with log.open("ab") as output:
             self._offset = output.tell()
             self._process = subprocess.Popen(
-                command,
+                [*first, *command],
                 env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the parent, which passes on what is to be done.
-                preexec_fn=die_with_parent,
+                start_new_session=True,  # Ctrl-C is for the parent, which then asks its children to stop.
             )
         self._began = time.monotonic()
         self.began = time.time()
@@ -49,7 +56,7 @@ class Child:
         self.seconds = 0.0
         """From start to end."""
         self.peak_bytes = 0
-        """Most resident memory; known at the end. At least this process's at the start: Linux counts what is forked."""
+        """Most resident memory, known at the end; never less than the runner's own, which Linux counts when it forks."""
         self.code: int | None = None
         """Exit code; negative: the signal that ended it."""
 
@@ -57,6 +64,7 @@ class Child:
         """Exit code, or None while it runs."""
         if self.code is None:
             self.seconds = time.monotonic() - self._began
+            # Not `Popen.poll`: it waits too, but throws away how much memory the process had.
             pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
             if pid:
                 self.code = self._process.returncode = os.waitstatus_to_exitcode(status)
@@ -64,7 +72,7 @@ class Child:
         return self.code
 
     def wait(self, timeout_s: float) -> int | None:
-        """As `poll`, but waits for the end."""
+        """Wait for the end, but no longer than so many seconds; exit code, or None if it still runs."""
         until = time.monotonic() + timeout_s
         while self.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
@@ -83,7 +91,7 @@ class Child:
             return log.read().decode(errors="replace")
 
     def complaint(self) -> str:
-        """Why it failed: its last words."""
+        """Why it failed: the last line that it said, that of a command's error where there is one."""
         lines = [line.strip() for line in self.said().splitlines() if line.strip()]
         told = [line.removeprefix("dare: ") for line in lines if line.startswith("dare: ")]
         last = (told or lines or ["it said nothing"])[-1]

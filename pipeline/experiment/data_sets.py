@@ -1,4 +1,4 @@
-"""The data sets of an experiment: found, or made in its folder by `dare synth` and `dare prepare`."""
+"""The data sets of an experiment: those that are there, or made in its folder by `dare synth` and `dare prepare`."""
 
 import json
 import sys
@@ -17,14 +17,14 @@ from schemas.train import flat
 
 
 def check_sources(sources: Mapping[str, DataSource], given: Mapping[str, Path]) -> None:
-    """See early that all data sets are there or can be made.
+    """Make sure that all data sets are there or can be made, before anything is.
 
     Args:
         sources: by name.
         given: folders that take the place of a source.
 
     Raises:
-        UserError: one is not and cannot; says what to do.
+        UserError: one is not there and cannot be made; the message says what to do.
     """
     for name in given:
         if name not in sources:
@@ -43,7 +43,8 @@ def _check_preset(name: str, source: DataSource) -> None:
         raise UserError(f"data.{name}.preset: must be one of {', '.join(PRESETS)} (not {source.preset!r})")
     try:
         load_settings(PrepareSettings, [PRESETS[source.preset]], source.prepare)
-    except ValueError as error:
+    except UserError as error:
+        # All other settings of a preset have values: what lacks is the log itself, which people must bring.
         if "events.files" not in str(error):
             raise UserError(f"data.{name}.prepare: {error}") from None
         raise UserError(
@@ -52,10 +53,10 @@ def _check_preset(name: str, source: DataSource) -> None:
         ) from None
 
 
-def opened(
+def open_data_sets(
     sources: Mapping[str, DataSource], given: Mapping[str, Path], out: Path, dare: Sequence[str]
 ) -> dict[str, DataSet]:
-    """The data sets, by name; those that are to be made and are not there yet are made.
+    """Open all data sets; those that are to be made and are not there yet are made.
 
     Args:
         sources: by name.
@@ -63,14 +64,17 @@ def opened(
         out: folder of the experiment.
         dare: the command, such as ``python -m jobs.cli``.
 
+    Returns:
+        The data sets, by name.
+
     Raises:
-        UserError: one cannot be made, or was made otherwise before.
+        UserError: a data set cannot be made, or was made with other settings before.
     """
-    found = {}
+    data_sets = {}
     for name, source in sources.items():
         folder = given.get(name) or (Path(source.folder) if source.folder else _made(name, source, out / "data", dare))
-        found[name] = DataSet.open(folder)
-    return found
+        data_sets[name] = DataSet.open(folder)
+    return data_sets
 
 
 def _made(name: str, source: DataSource, parent: Path, dare: Sequence[str]) -> Path:
@@ -84,7 +88,7 @@ def _made(name: str, source: DataSource, parent: Path, dare: Sequence[str]) -> P
             )
         return folder
     parent.mkdir(parents=True, exist_ok=True)
-    write_whole(recipe, definition)
+    write_whole(recipe, definition)  # Before the data: a folder without it is not known to be of these settings.
     log = parent / f"{name}.log"
     events: list[str] = []
     if source.synth is not None:

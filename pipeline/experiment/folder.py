@@ -1,7 +1,4 @@
-"""The folder of an experiment: whose it is, and that one runner at a time works in it.
-
-What the folder of an experiment says of its cells: results and report, written anew as cells end.
-"""
+"""The folder of an experiment: whose it is, that one runner at a time works in it, and its results and report."""
 
 import sys
 import time
@@ -13,8 +10,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from pipeline.errors import description
+from pipeline.experiment.bootstrap import Comparison, Pair
 from pipeline.experiment.cells import Cell, Parameters
-from pipeline.experiment.pairs import Comparison, Pair
 from pipeline.experiment.report import write_report
 from pipeline.experiment.results import Result, result_of, write_results
 from pipeline.files import locked, write_whole
@@ -23,16 +20,23 @@ from schemas.experiment import ExperimentSettings
 from schemas.settings import load_settings
 
 SETTINGS = "experiment.yaml"
+"""File of an experiment's folder: its settings."""
 LOCK = ".experiment.lock"
 """File that the process holds which runs the experiment; `.lock` would make the folder that of a run."""
+REPORT_EVERY_S = 60.0
+"""While cells run, the report is written at most so often."""
 
 
 @contextmanager
 def held(out: Path, experiment: ExperimentSettings) -> Iterator[None]:
-    """Hold the folder until the block or the process ends; a new one gets the experiment's settings.
+    """Hold the folder until the block or the process ends, so that no other runner works in it.
+
+    Args:
+        out: folder of the experiment; a new one is made, with the experiment's settings in it.
+        experiment: its settings.
 
     Raises:
-        UserError: another runner holds it, or it is something else's, or another experiment's.
+        UserError: another runner holds the folder, or it is that of something else or of another experiment.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out names a folder")
@@ -41,7 +45,9 @@ def held(out: Path, experiment: ExperimentSettings) -> Iterator[None]:
         raise UserError(f"{out} is not empty and not the folder of an experiment; choose another one")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / LOCK, f"another process is running the experiment in {out}; wait for it or stop it"):
-        begun = file.is_file() and (out / "runs").is_dir()  # else it was refused before anything ran
+        # A folder without runs may hold the settings of an experiment that was refused before anything ran: no reason
+        # to refuse the one that mends it.
+        begun = file.is_file() and (out / "runs").is_dir()
         former = load_settings(ExperimentSettings, [file]).name if begun else experiment.name
         if former != experiment.name:
             raise UserError(f"{out} holds the experiment {former}, not {experiment.name}; choose another folder")
@@ -54,10 +60,6 @@ def write_settings(out: Path, experiment: ExperimentSettings) -> None:
     """Write the experiment's settings into its folder."""
     content = OmegaConf.create(experiment.model_dump(mode="json", exclude_none=True))
     write_whole(out / SETTINGS, OmegaConf.to_yaml(content))
-
-
-REPORT_EVERY_S = 60.0
-"""While cells run, the report is written at most so often."""
 
 
 class Documents:
@@ -89,10 +91,10 @@ class Documents:
     def cell_ended(self) -> None:
         """Write the results, and have a thread write the report if the last one is not new.
 
-        A thread, for the comparison of many users takes a while; and what cannot be written now is told and no more,
-        for other cells run.
+        It is a thread because the comparison of many users takes a while. A file that cannot be written is no reason to
+        stop, for other cells run: standard error says so, and the next time may go better.
         """
-        with _told():
+        with _failure_is_told():
             results = self._results()
             busy = self._writing is not None and not self._writing.done()
             if not busy and time.monotonic() - self._reported > REPORT_EVERY_S:
@@ -100,18 +102,21 @@ class Documents:
                 self._writing = self._thread.submit(self._try_to_report, results)
 
     def write(self) -> tuple[list[Result], list[Pair]]:
-        """Write everything, and return what it says.
+        """Write everything.
+
+        Returns:
+            The results of all cells, and the pairs of models that can be compared.
 
         Raises:
-            OSError: a file that cannot be written.
-            UserError: predictions of one data set that are not of the same users.
+            OSError: a file cannot be written.
+            UserError: predictions of one data set are not of the same users.
         """
         self._thread.shutdown()
         results = self._results()
         return results, self._report(results)
 
     def _try_to_report(self, results: Sequence[Result]) -> None:
-        with _told():
+        with _failure_is_told():
             self._report(results)
 
     def _results(self) -> list[Result]:
@@ -128,7 +133,7 @@ class Documents:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _failure_is_told() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:

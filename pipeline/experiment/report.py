@@ -1,55 +1,104 @@
-"""An experiment for its readers: `report.md`, and `report.html` with charts, one file that needs no network."""
+"""The report of an experiment: `report.md`, and `report.html` with charts, one file that needs no network.
+
+Tables are those of the paper: models as rows, data sets x dims as columns.
+"""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
+from statistics import fmean, stdev
 
 import psutil
 
 from pipeline.experiment import charts
-from pipeline.experiment.pairs import Pair
-from pipeline.experiment.results import Result
-from pipeline.experiment.tables import Entry, Table, all_tables
+from pipeline.experiment.bootstrap import Pair
+from pipeline.experiment.results import Column, Result, grouped
 from pipeline.files import write_whole
+from pipeline.reporting.page import Chart, Entry, Page, ReportTable, Section, html, markdown
 from schemas.experiment import ExperimentSettings
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
-div { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #e4e4e0; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } p { color: #555; font-size: 13px; }
-svg { width: 100%; height: auto; } figure { margin: 1em 0; } figcaption { color: #555; font-size: 13px; }
-"""
+
+@dataclass(frozen=True)
+class _Metric:
+    title: str
+    note: str
+    value: Callable[[Result], float | None]
+    shown: Callable[[float], str]
+    best: Callable[..., float] | None = None
+    """max, min, or None: nothing is marked."""
+    spread: bool = True
+    """Show the standard deviation over seeds."""
+
+
+def number(value: float, digits: int = 4) -> str:
+    """Without the zero before the point, as the paper writes them."""
+    return f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.{digits}f}"
+
+
+_AUC = _Metric("Test AUC", "", lambda cell: cell.auc, number, max)
+_FURTHER = (
+    _Metric(
+        "Test GAUC",
+        "AUC of each user, averaged with the user's samples as weight.",
+        lambda cell: cell.gauc,
+        number,
+        max,
+    ),
+    _Metric("Test log loss", "", lambda cell: cell.log_loss, number, min),
+    _Metric("Best validation AUC", "", lambda cell: cell.validation_auc, number, max),
+    _Metric(
+        "Samples a second",
+        "Of training, a process with one OpenMP thread, and a GPU if there is one, beside the other cells of the time.",
+        lambda cell: cell.samples_per_s,
+        lambda value: f"{value:,.0f}",
+    ),
+    _Metric(
+        "Minutes a cell",
+        "Start, training, validations, test and predictions.",
+        lambda cell: cell.wall_s / 60 if cell.wall_s is not None else None,
+        lambda value: f"{value:.1f}",
+    ),
+    _Metric(
+        "Peak memory, GiB",
+        "Resident, of the process; never less than the runner's own.",
+        lambda cell: cell.peak_bytes / 2**30 if cell.peak_bytes else None,
+        lambda value: f"{value:.2f}",
+        spread=False,
+    ),
+    _Metric("Epoch of the tested checkpoint", "", lambda cell: cell.best_epoch, lambda value: f"{value:.1f}"),
+)
 
 
 def write_report(
     out: Path, experiment: ExperimentSettings, results: Sequence[Result], pairs: Sequence[Pair], command: str
 ) -> None:
-    """Write both files, each whole.
+    """Write `report.md` and `report.html`; each is there with all its content, or as it was before.
 
     Args:
         out: folder of the experiment.
         experiment: its settings.
         results: of all cells.
         pairs: of models.
-        command: that was given.
+        command: the command line that was given.
+
+    Raises:
+        OSError: a file cannot be written.
     """
-    tables = [table for table in all_tables(experiment, results, pairs) if table.rows]
     failed = [result for result in results if result.state == "failed"]
-    head = _head(results, command)
-    failures = [f"{r.data}, {r.label}, d {r.dim}, seed {r.seed}: {r.error}" for r in failed]
-    parts = [f"# {experiment.name}\n", *(f"{line}\n" for line in head)]
-    if failures:
-        parts.append("## Failed\n\n" + "\n".join(f"- {line}" for line in failures) + "\n")
-    parts += map(_markdown, tables)
-    write_whole(out / "report.md", "\n".join(parts))
-    write_whole(out / "report.html", _page(out, experiment, results, tables, head, failures))
+    sections = []
+    if failed:
+        items = [f"{cell.data}, {cell.label}, d {cell.dim}, seed {cell.seed}: {cell.error}" for cell in failed]
+        sections.append(Section("Failed", items=items))
+    auc, *others = all_tables(experiment, results, pairs)
+    sections += [auc, Section(charts=_charts(out, results)), *others]
+    page = Page(experiment.name, _lead(results), sections, command)
+    write_whole(out / "report.md", markdown(page))
+    write_whole(out / "report.html", html(page))
 
 
-def _head(results: Sequence[Result], command: str) -> list[str]:
+def _lead(results: Sequence[Result]) -> list[str]:
     states = [result.state for result in results]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("finished", "failed", "unfinished"))
     machine = f"{psutil.cpu_count()} cores ({platform.machine()}), {psutil.virtual_memory().total / 2**30:.0f} GiB"
@@ -57,65 +106,111 @@ def _head(results: Sequence[Result], command: str) -> list[str]:
     trained = f" Trained by revision {', '.join(revisions)}." if revisions else ""
     if len(revisions) > 1:
         trained += " More than one: what changed in between may be in the differences."
+    return [f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {machine}", f"{len(states)} cells: {counts}.{trained}"]
+
+
+def _charts(out: Path, results: Sequence[Result]) -> list[Chart]:
+    finished = [result for result in results if result.auc is not None]
+    columns = list(dict.fromkeys((result.data, result.dim) for result in finished))
+    if not columns:
+        return []
     return [
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {machine}: `{command}`",
-        f"{len(states)} cells: {counts}.{trained}",
+        Chart(charts.accuracy(finished, columns), "Test AUC: a dot is a seed, the bar their mean."),
+        Chart(charts.convergence(finished, columns, out), "Validation AUC over training, mean over seeds."),
+        Chart(charts.speed(finished, columns), "Test AUC against training speed, mean over seeds."),
     ]
 
 
-def _markdown(table: Table) -> str:
-    def entry(of: Entry) -> str:
-        text = of.text.replace("|", "\\|").replace("\n", "<br>")
-        return f"**{text}**" if of.bold else text
+def all_tables(experiment: ExperimentSettings, results: Sequence[Result], pairs: Sequence[Pair]) -> list[Section]:
+    """The tables of the report: AUC first, then the pairs of each data set and dim, then everything else."""
+    columns = [(data, dim) for data in experiment.data for dim in experiment.dims]
+    seeds = len(experiment.seeds)
+    note = f"Mean ± standard deviation over {seeds} seeds; the best of a column in bold." if seeds > 1 else ""
+    by_column = {column: [pair for pair in pairs if (pair.data, pair.dim) == column] for column in columns}
+    return [
+        _metric_table(experiment, results, columns, _AUC, note),
+        *(_pair_matrix(column, compared) for column, compared in by_column.items() if compared),
+        *(_metric_table(experiment, results, columns, metric, metric.note) for metric in _FURTHER),
+        _parameters(experiment, results, columns),
+    ]
 
-    lines = [table.header, ["---"] * len(table.header), *([entry(of) for of in row] for row in table.rows)]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    note = f"{table.note}\n\n" if table.note else ""
-    return f"## {table.title}\n\n{note}{body}\n"
+
+def _metric_table(
+    experiment: ExperimentSettings, results: Sequence[Result], columns: Sequence[Column], metric: _Metric, note: str
+) -> Section:
+    values = {
+        key: [value for cell in cells if (value := metric.value(cell)) is not None]
+        for key, cells in grouped(results).items()
+    }
+    published = metric is _AUC and any(row.paper for row in experiment.models.values())
+    header, rows = [""], [[Entry(label)] for label in experiment.models]
+    for column in columns:
+        data, dim = column
+        header.append(f"{data}, d {dim}")
+        means = {label: fmean(of_seeds) for label in experiment.models if (of_seeds := values.get((label, column)))}
+        best = metric.best(means.values()) if metric.best and means else None
+        paper = {label: row.paper.get(data, {}).get(dim) for label, row in experiment.models.items()}
+        with_paper = published and any(value is not None for value in paper.values())
+        if with_paper:
+            header.append("paper")
+        for label, entries in zip(experiment.models, rows, strict=True):
+            entries.append(_mean_entry(values.get((label, column), []), metric, len(experiment.seeds), best))
+            if with_paper:
+                figure = paper[label]
+                entries.append(Entry("" if figure is None else number(figure, 5)))
+    return Section(metric.title, note, table=ReportTable(header, rows))
 
 
-def _page(
-    out: Path,
-    experiment: ExperimentSettings,
-    results: Sequence[Result],
-    tables: Sequence[Table],
-    head: Sequence[str],
-    failures: Sequence[str],
-) -> str:
-    finished = [result for result in results if result.auc is not None]
-    columns = list(dict.fromkeys((result.data, result.dim) for result in finished))
-    figures = ""
-    if columns:
-        figures = "\n".join(
-            f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-            for svg, caption in (
-                (charts.accuracy(finished, columns), "Test AUC: a dot is a seed, the bar their mean."),
-                (charts.convergence(finished, columns, out), "Validation AUC over training, mean over seeds."),
-                (charts.speed(finished, columns), "Test AUC against training speed, mean over seeds."),
-            )
-        )
-    errors = "<h2>Failed</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in failures) + "</ul>"
-    title = escape(experiment.name)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n"
-        + "".join(f"<p>{escape(line)}</p>\n" for line in head)
-        + (errors if failures else "")
-        + _html(tables[0])
-        + figures
-        + "".join(map(_html, tables[1:]))
-        + "</body></html>\n"
+def _mean_entry(values: Sequence[float], metric: _Metric, seeds: int, best: float | None) -> Entry:
+    if not values:
+        return Entry("")
+    text = metric.shown(fmean(values))
+    if metric.spread and len(values) > 1:
+        text += f" ± {metric.shown(stdev(values))}"
+    if len(values) < seeds:
+        text += f" ({len(values)} of {seeds})"
+    return Entry(text, fmean(values) == best)
+
+
+def _pair_matrix(column: Column, pairs: Sequence[Pair]) -> Section:
+    data, dim = column
+    # The better model of a pair is its first: without the last row and the first column the matrix has no empty ones.
+    labels = list(dict.fromkeys([*(pair.first for pair in pairs), *(pair.second for pair in pairs)]))
+    by_labels = {(pair.first, pair.second): pair for pair in pairs}
+    rows = [
+        [Entry(first), *(_pair_entry(by_labels.get((first, second))) for second in labels[1:])] for first in labels[:-1]
+    ]
+    return Section(
+        f"Differences of AUC, {data}, d {dim}",
+        "Row less column, of the means over seeds; its 95 % interval and two-sided p from a paired bootstrap over the "
+        "test's users. In bold: the interval does not hold 0. It covers the draw of users, not that of seeds.",
+        table=ReportTable(["", *labels[1:]], rows),
     )
 
 
-def _html(table: Table) -> str:
-    def entry(of: Entry) -> str:
-        text = escape(of.text).replace("\n", "<br>")
-        return f"<td>{f'<b>{text}</b>' if of.bold else text}</td>"
+def _pair_entry(pair: Pair | None) -> Entry:
+    if pair is None:
+        return Entry("")
+    of = pair.of
+    interval = f"{_signed(of.low)} … {_signed(of.high)}"
+    return Entry(f"{_signed(of.difference)}\n{interval}\np {number(of.p)}", of.low > 0 or of.high < 0)
 
-    header = "".join(f"<th>{escape(name)}</th>" for name in table.header)
-    rows = "".join(f"<tr>{''.join(map(entry, row))}</tr>\n" for row in table.rows)
-    return (
-        f"<h2>{escape(table.title)}</h2>\n<p>{escape(table.note)}</p>\n"
-        f"<div><table><tr>{header}</tr>\n{rows}</table></div>\n"
-    )
+
+def _signed(value: float) -> str:
+    return ("-" if value < 0 else "+") + number(abs(value))
+
+
+def _parameters(experiment: ExperimentSettings, results: Sequence[Result], columns: Sequence[Column]) -> Section:
+    cells: Mapping[tuple[str, Column], Result] = {
+        (result.label, (result.data, result.dim)): result for result in results
+    }
+    rows = [
+        [Entry(label)]
+        + [
+            Entry(f"{cells[label, column].table_parameters:,} + {cells[label, column].dense_parameters:,}")
+            for column in columns
+        ]
+        for label in experiment.models
+    ]
+    header = ["", *(f"{data}, d {dim}" for data, dim in columns)]
+    return Section("Parameters", "Of tables + of all else.", table=ReportTable(header, rows))

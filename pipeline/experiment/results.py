@@ -1,10 +1,11 @@
-"""What is known of each cell, as a row of `results.parquet`."""
+"""What is known of each cell, as a row of `results.parquet`, and whether it reaches the accuracy that is expected."""
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import pyarrow as pa
@@ -13,8 +14,14 @@ import pyarrow.parquet as pq
 from pipeline.experiment.cells import Cell, Parameters
 from pipeline.files import read_json, whole_file, write_whole
 from pipeline.runs.run_folder import read_step_log
+from schemas.errors import UserError
+from schemas.experiment import AccuracyFloor
+from schemas.settings import load_settings
 
 State = Literal["finished", "failed", "unfinished"]
+
+Column = tuple[str, int]
+"""Data set and dim: a column of the report's tables."""
 
 SCHEMA = pa.schema(
     [
@@ -127,3 +134,57 @@ def write_results(results: Sequence[Result], file: Path) -> None:
     """Write `results.parquet`, whole."""
     with whole_file(file) as unfinished:
         pq.write_table(pa.Table.from_pylist([asdict(result) for result in results], schema=SCHEMA), unfinished)
+
+
+def grouped(results: Sequence[Result]) -> dict[tuple[str, Column], list[Result]]:
+    """Finished cells by label and column, all seeds together; those whose AUC is not defined are left out."""
+    groups: dict[tuple[str, Column], list[Result]] = {}
+    for result in results:
+        if result.auc is not None:
+            groups.setdefault((result.label, (result.data, result.dim)), []).append(result)
+    return groups
+
+
+def read_floor(file: Path, experiment: str) -> AccuracyFloor:
+    """Read the accuracy that is expected of an experiment, such as `benchmarks/accuracy.json`.
+
+    Args:
+        file: JSON or YAML of an `AccuracyFloor`.
+        experiment: name that the file must have.
+
+    Raises:
+        UserError: the file is not there, is something else, or is of another experiment.
+    """
+    try:
+        floor = load_settings(AccuracyFloor, [file])
+    except UserError as error:
+        raise UserError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from None
+    if floor.experiment != experiment:
+        raise UserError(f"{file}: is of the experiment {floor.experiment}, not of {experiment}")
+    return floor
+
+
+def below(floor: AccuracyFloor, results: Sequence[Result]) -> list[str]:
+    """What is lower than expected, has no result, or is not in the file; a line each."""
+    cells = grouped(results)
+    faults = []
+    for data, by_dim in floor.floors.items():
+        for dim, by_label in by_dim.items():
+            for label, expected in by_label.items():
+                group = cells.get((label, (data, dim)))
+                if group is None:
+                    faults.append(f"{label} on {data}, d {dim}: no result, {expected.auc:.4f} expected")
+                    continue
+                auc = fmean(cell.auc for cell in group if cell.auc is not None)
+                if auc < expected.auc - expected.tolerance:
+                    faults.append(
+                        f"{label} on {data}, d {dim}: AUC {auc:.4f}, {expected.auc:.4f} expected "
+                        f"with a tolerance of {expected.tolerance:g}"
+                    )
+    known = {(label, (data, dim)) for data, dims in floor.floors.items() for dim, of in dims.items() for label in of}
+    faults += [
+        f"{label} on {data}, d {dim}: not in the file"
+        for label, (data, dim) in cells
+        if (label, (data, dim)) not in known
+    ]
+    return faults

@@ -6,17 +6,29 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 from pipeline.experiment.cells import Cell
 from pipeline.experiment.child import Child, stop_all
-from pipeline.experiment.progress import Progress
-from pipeline.experiment.results import add_to_record
-from pipeline.files import remove_folder, write_whole
+from pipeline.experiment.results import add_to_record, seconds_of
+from pipeline.files import read_json, remove_folder, write_whole
 from pipeline.runs.checkpoint import best_checkpoint, checkpoints_in
 from pipeline.runs.run_folder import settings_text
+from pipeline.train.reporting import duration
 from pipeline.train.trainer import StopSignal
 
 POLL_S = 0.2
+LINE_EVERY_S = 30.0
+"""Seconds between two lines about what runs, where nobody watches."""
+RENEWED_EVERY_S = 2.0
+"""Seconds between two of them on a terminal."""
+_TELLING_SHARE = 0.05
+"""A cell of which less is done says nothing about its speed: most of its time went into starting."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,7 @@ def run_cells(
     dare: Sequence[str],
     slots: Sequence[Mapping[str, str]],
     ended: Callable[[], None],
-    progress: Progress,
+    progress: "CellProgress",
 ) -> bool:
     """Run the cells that are not finished. A cell that fails leaves its error in its record; the others go on.
 
@@ -50,7 +62,7 @@ def run_cells(
         Whether all have run; False: SIGTERM or Ctrl-C came first, running cells have saved and stopped.
     """
     for cell in cells:
-        if cell.finished:  # The runner may have been killed right after.
+        if cell.finished:  # A runner may have been killed between the end of the cell and this.
             _keep_the_best(cell)
     waiting = deque(cell for cell in cells if not cell.finished)
     free, running = list(range(len(slots)))[::-1], list[Started]()
@@ -67,7 +79,7 @@ def run_cells(
                     running.remove(started)
                     free.append(started.slot)
                     _end(started, progress)
-                    fill()  # Before what may take a while.
+                    fill()  # Before `ended`, which may take a while.
                     ended()
                 progress.show([(started.cell, started.child) for started in running])
                 if stop.received:
@@ -94,7 +106,7 @@ def _start(
     return Started(cell, Child(command, {"OMP_NUM_THREADS": "1", **slots[slot]}, cell.log), slot)
 
 
-def _end(started: Started, progress: Progress) -> None:
+def _end(started: Started, progress: "CellProgress") -> None:
     cell, child = started.cell, started.child
     error = None
     if child.code:
@@ -108,9 +120,127 @@ def _end(started: Started, progress: Progress) -> None:
 
 
 def _keep_the_best(cell: Cell) -> None:
-    """Of a finished cell the other checkpoints are of no use."""
+    """Remove all checkpoints of a finished cell but the best: nothing reads the others any more."""
     folder = cell.run.checkpoints
     best = best_checkpoint(folder)
     for checkpoint in checkpoints_in(folder):
         if best is not None and checkpoint.path != best.path:
             remove_folder(checkpoint.path)
+
+
+class Estimate:
+    """When an experiment will be done, by how long cells like those that are left have taken.
+
+    Args:
+        parallel: how many run at the same time.
+    """
+
+    def __init__(self, parallel: int) -> None:
+        self._parallel = parallel
+        self._seconds: dict[tuple[str, ...], list[float]] = {}
+
+    def learn(self, cell: Cell, seconds: float) -> None:
+        """Take note that a cell took so many seconds."""
+        for key in _kinds(cell):
+            self._seconds.setdefault(key, []).append(seconds)
+
+    def seconds_left(self, cells: Sequence[Cell], elapsed: Mapping[Path, tuple[float, float]]) -> float | None:
+        """Seconds until the last of ``cells`` ends; None: nothing is known yet.
+
+        Args:
+            cells: those that are left.
+            elapsed: by folder of each cell that runs: its seconds so far, and the share of its steps that is done.
+        """
+        guesses = [seconds / share for seconds, share in elapsed.values() if share > _TELLING_SHARE]
+        total = 0.0
+        for cell in cells:
+            like = next((self._seconds[key] for key in _kinds(cell) if key in self._seconds), guesses)
+            if not like:
+                return None
+            total += max(0.0, fmean(like) - elapsed.get(cell.folder, (0.0, 0.0))[0])
+        return total / min(self._parallel, max(1, len(cells)))
+
+
+def _kinds(cell: Cell) -> list[tuple[str, ...]]:
+    """Keys of cells that take about as long, the most alike first."""
+    data, dim = f"data {cell.data}", f"dim {cell.dim}"
+    return [(data, dim, cell.label), (data, cell.label), (data, dim), (data,), ()]
+
+
+class CellProgress:
+    """How far an experiment is, on standard error: lines that stay for what has ended, and one for what runs.
+
+    On a terminal the line of what runs is renewed in place; elsewhere there is another one now and then.
+
+    Args:
+        cells: all of the experiment.
+        parallel: how many run at the same time.
+    """
+
+    def __init__(self, cells: Sequence[Cell], parallel: int) -> None:
+        self._left = {cell.folder: cell for cell in cells if not cell.finished}
+        self._all, self._failed = len(cells), 0
+        self._estimate = Estimate(parallel)
+        for cell in cells:
+            if cell.finished and (seconds := seconds_of(cell)) is not None:
+                self._estimate.learn(cell, seconds)
+        self._told = time.monotonic()
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._live = Live(console=self._console, auto_refresh=False, transient=True) if sys.stderr.isatty() else None
+
+    def ended(self, cell: Cell, seconds: float, error: str | None) -> None:
+        """A cell is finished, or has failed."""
+        del self._left[cell.folder]
+        if error is None:
+            self._estimate.learn(cell, seconds)
+        self._failed += error is not None
+        outcome = f"failed after {duration(seconds)}: {error}" if error else f"done in {duration(seconds)}"
+        self._say(f"{self._ended}/{self._all} {cell}: {outcome}")
+
+    def show(self, running: Sequence[tuple[Cell, Child]]) -> None:
+        """Show what runs, if the last line is not new; to be called often."""
+        now = time.monotonic()
+        if not running or now - self._told < (RENEWED_EVERY_S if self._live else LINE_EVERY_S):
+            return
+        self._told = now
+        lines, elapsed = [], {}
+        for cell, child in running:
+            share, line = _step(cell, child)
+            elapsed[cell.folder] = (seconds_of(cell) or 0.0) + child.seconds, share
+            lines.append(f"{cell}: {line}")
+        seconds = self._estimate.seconds_left(list(self._left.values()), elapsed)
+        failed = f", {self._failed} failed" if self._failed else ""
+        left = "" if seconds is None else f", {duration(seconds)} left"
+        head = f"{self._ended}/{self._all} cells{failed}{left}"
+        if self._live:
+            self._live.update(Text("\n  ".join([head, *lines])), refresh=True)
+        else:
+            self._say(f"{head}; {'; '.join(lines)}")
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        if self._ended:
+            self._say(f"{self._ended}/{self._all} cells are finished already")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    @property
+    def _ended(self) -> int:
+        return self._all - len(self._left)
+
+    def _say(self, line: str) -> None:
+        self._console.print(Text(line))
+
+
+def _step(cell: Cell, child: Child) -> tuple[float, str]:
+    """Share of the steps that is done, and a line about it."""
+    file = cell.run.progress_file
+    if not file.is_file() or file.stat().st_mtime < child.began:
+        return 0.0, "begins"
+    at = read_json(cell.run.progress_file)
+    rate = f", {at['samples_per_s']:,.0f} samples/s" if at["samples_per_s"] else ""
+    return at["step"] / at["steps"], f"step {at['step']}/{at['steps']}{rate}"

@@ -1,148 +1,121 @@
-"""A dry run as one HTML file: charts and tables, nothing from the network."""
+"""A dry run as an HTML page: charts of memory, of a step and of a sweep, and the plan as text."""
 
-import io
-import re
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
+from markupsafe import Markup
 
 from pipeline.planning.dry_run import DryRun
 from pipeline.planning.text import GIB, SEARCHES, report
 from pipeline.planning.traffic import PHASES
-
-_COLORS = ("#2f6db5", "#e0812b", "#4c9f70", "#b5483a", "#8064a2", "#8c8c8c")
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
-pre { background: #f6f6f4; padding: 1em; overflow-x: auto; font-size: 12px; line-height: 1.45; }
-svg { width: 100%; height: auto; } figcaption { color: #555; font-size: 13px; } figure { margin: 1em 0; }
-"""
+from pipeline.reporting.page import Chart, Page, Section, html
+from pipeline.reporting.plots import PALE_GREY, PALETTE, RED, panels, svg
 
 
 def write_page(file: Path, run: DryRun, points: Sequence[tuple[dict[str, int], DryRun]] = (), table: str = "") -> None:
     """Write the page.
 
     Args:
-        file: to write.
-        run: fits.
-        points: of a sweep, if there was one.
-        table: the sweep's, as text.
+        file: the HTML file to write; its folder is made.
+        run: a dry run that fits.
+        points: the dry runs of a sweep, each with the values of the swept settings; empty: there was no sweep.
+        table: the same sweep as text.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     cluster = run.settings.cluster
-    title = f"{run.settings.model.name} on {cluster.name}"
-    figures = [
-        _figure(lambda axes: _memory(axes, run), 1, 2.6, "Memory of each rank: tables by name, and all else."),
-        _figure(lambda axes: _step(axes, run), 1, 2.6, "Time of a step by phase; nothing is taken to overlap."),
-        _figure(lambda axes: _parts(axes, run), 1, 3.6, f"The longest parts of a step with search={run.search}."),
+    charts = [
+        Chart(_memory(run), "Memory of each rank: the largest tables by name, and all else."),
+        Chart(_step(run), "Time of a step by phase; nothing is taken to overlap."),
+        Chart(_parts(run), f"The longest parts of a step with search={run.search}."),
     ]
+    sections = [Section(charts=charts)]
     if points:
-        figures.append(
-            _figure(lambda axes: _sweep(axes, points), 2, 3.4, "The sweep: time of a step, memory of the fullest rank.")
-        )
-    body = "\n".join(_with_own_ids(figure, place) for place, figure in enumerate(figures))
-    swept = f"<h2>Sweep</h2>\n<pre>{escape(table)}</pre>" if points else ""
-    page = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body>\n<h1>{escape(title)}</h1>\n"
-        f"<p>{cluster.ranks:,} ranks, {run.samples_per_second:,.0f} samples/s by the estimate.</p>\n"
-        f"{body}\n{swept}\n<h2>The plan</h2>\n<pre>{escape(chr(10).join(report(run)))}</pre>\n</body></html>\n"
-    )
+        swept = Chart(_sweep(points), "Time of a step and memory of the fullest rank.")
+        sections.append(Section("Sweep", charts=[swept], text=table))
+    sections.append(Section("The plan", text="\n".join(report(run))))
+    lead = [f"{cluster.ranks:,} ranks, {run.samples_per_second:,.0f} samples/s by the estimate."]
+    page = Page(f"{run.settings.model.name} on {cluster.name}", lead, sections)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page)
+    file.write_text(html(page))
 
 
-def _figure(draw: Callable[[list[Axes]], None], panels: int, height: float, caption: str) -> str:
-    drawing, grid = plt.subplots(1, panels, figsize=(10, height), layout="constrained", squeeze=False)
-    axes = list(grid[0])
-    draw(axes)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-        axis.set_axisbelow(True)
-    image = io.StringIO()
-    drawing.savefig(image, format="svg", metadata={"Date": None})
-    plt.close(drawing)
-    svg = image.getvalue()
-    return f"<figure>{svg[svg.index('<svg') :]}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _with_own_ids(figure: str, place: int) -> str:
-    """The ids of a drawing, and what refers to them, made the only ones of their name on the page."""
-    return re.sub(r'((?<!\w)id="|href="#|url\(#)', rf"\g<1>chart{place}-", figure)
-
-
-def _memory(axes: list[Axes], run: DryRun) -> None:
+def _memory(run: DryRun) -> Markup:
     """Tables' own bytes stacked, the rest (buffers of lookups, search, dense parameters) on top."""
-    (axis,), ranks = axes, run.settings.cluster.ranks
-    on_cpu = run.settings.cluster.device == "cpu"
+    figure, (axis,) = panels(height=2.8)
+    ranks, on_cpu = run.settings.cluster.ranks, run.settings.cluster.device == "cpu"
     total = np.array([rank.host_bytes if on_cpu else rank.device_bytes for rank in run.ranks]) / GIB
     seen = [table for table in run.tables if table.bytes > 0.01 * sum(each.bytes for each in run.tables)]
     largest = sorted(seen, key=lambda table: table.bytes, reverse=True)[:4]
-    place, below = np.arange(ranks), np.zeros(ranks)
-    for table, color in zip(largest, _COLORS, strict=False):
-        held = np.zeros(ranks)
+    rank_R, below_R = np.arange(ranks), np.zeros(ranks)
+    for table, color in zip(largest, PALETTE, strict=False):
+        held_R = np.zeros(ranks)
         if not table.on_host:
             for rank, rows in zip(table.ranks, table.shard_rows, strict=True):
-                held[rank] += rows * (table.bytes / table.rows) / GIB
-        axis.fill_between(place, below, below + held, step="mid", color=color, label=table.name, linewidth=0)
-        below += held
-    axis.fill_between(place, below, np.maximum(total, below), step="mid", color="#c9c9c9", label="buffers and others")
+                held_R[rank] += rows * (table.bytes / table.rows) / GIB
+        axis.fill_between(
+            rank_R, below_R, below_R + held_R, step="mid", color=color, label=table.name, linewidth=0
+        )
+        below_R += held_R
+    rest_R = np.maximum(total, below_R)
+    axis.fill_between(rank_R, below_R, rest_R, step="mid", color=PALE_GREY, label="buffers and others", linewidth=0)
     cluster = run.settings.cluster
     there = cluster.host_memory / cluster.devices_per_node if on_cpu else cluster.device_memory
     if there / GIB < 6 * total.max():
-        axis.axhline(there / GIB, color="#b5483a", linestyle="--", label="memory there is")
+        axis.axhline(there / GIB, color=RED, linestyle="--", label="memory there is")
     if ranks == 1:
         axis.set_xlim(-0.5, 0.5)
     else:
+        # `step="mid"` draws half a rank at both ends; with many ranks that is narrower than a line.
         axis.set_xlim(0 if ranks > 16 else -0.5, ranks - (1 if ranks > 16 else 0.5))
     axis.set_ylim(0)
     axis.set_xlabel("rank")
     axis.set_ylabel("GiB")
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return svg(figure, "memory")
 
 
-def _step(axes: list[Axes], run: DryRun) -> None:
-    (axis,) = axes
+def _step(run: DryRun) -> Markup:
+    figure, (axis,) = panels(height=2.6)
     left = np.zeros(len(SEARCHES))
-    for phase, color in zip(PHASES, _COLORS, strict=True):
-        ms = np.array([run.steps[where].phases()[phase].ms for where in SEARCHES])
+    for phase, color in zip(PHASES, PALETTE, strict=False):
+        ms = np.array([run.steps[search].phases()[phase].ms for search in SEARCHES])
         axis.barh(SEARCHES, ms, left=left, color=color, label=phase)
         left += ms
-    for where, total in zip(SEARCHES, left, strict=True):
-        axis.annotate(f" {total:,.1f} ms", (total, where), va="center")
+    for search, total in zip(SEARCHES, left, strict=True):
+        axis.annotate(f" {total:,.1f} ms", (total, search), va="center")
     axis.invert_yaxis()
     axis.margins(x=0.15)
     axis.set_xlabel("ms")
     axis.set_ylabel("search")
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return svg(figure, "step")
 
 
-def _parts(axes: list[Axes], run: DryRun) -> None:
-    (axis,) = axes
+def _parts(run: DryRun) -> Markup:
+    figure, (axis,) = panels(height=3.8)
     parts: dict[tuple[str, str], float] = {}
     for cost in run.step.costs:
         parts[cost.phase, cost.what] = parts.get((cost.phase, cost.what), 0) + cost.ms
     longest = sorted(parts.items(), key=lambda part: part[1], reverse=True)[:10]
     names = [f"{phase}: {what}" for (phase, what), _ in longest]
-    colors = [_COLORS[PHASES.index(phase)] for (phase, _), _ in longest]
+    phases: tuple[str, ...] = PHASES
+    colors = [PALETTE[phases.index(phase)] for (phase, _), _ in longest]
     axis.barh(names, [ms for _, ms in longest], color=colors)
     for name, (_, ms) in zip(names, longest, strict=True):
         axis.annotate(f" {ms:,.2f}", (ms, name), va="center", fontsize=9)
     axis.invert_yaxis()
     axis.margins(x=0.1)
     axis.set_xlabel("ms")
+    return svg(figure, "parts")
 
 
-def _sweep(axes: list[Axes], points: Sequence[tuple[dict[str, int], DryRun]]) -> None:
-    """A line for each combination of all axes but the first."""
+def _sweep(points: Sequence[tuple[dict[str, int], DryRun]]) -> Markup:
+    """A line for each combination of all swept settings but the first, which is the x axis."""
+    figure, (of_time, of_memory) = panels(2, height=3.6)
     along = next(iter(points[0][0]))
     lines: dict[tuple[tuple[str, int], ...], list[tuple[int, float, float]]] = {}
     for point, run in points:
@@ -151,12 +124,12 @@ def _sweep(axes: list[Axes], points: Sequence[tuple[dict[str, int], DryRun]]) ->
             on_cpu = run.settings.cluster.device == "cpu"
             fullest = max(rank.host_bytes if on_cpu else rank.device_bytes for rank in run.ranks)
             lines.setdefault(rest, []).append((point[along], run.step.ms, fullest / GIB))
-    for (rest, values), color in zip(lines.items(), _COLORS * (len(lines) // len(_COLORS) + 1), strict=False):
+    for (rest, values), color in zip(lines.items(), cycle(PALETTE), strict=False):
         label = ", ".join(f"{name} {value:,}" for name, value in rest) or None
-        where = [value for value, _, _ in values]
-        for axis, column in zip(axes, (1, 2), strict=True):
-            axis.plot(where, [value[column] for value in values], color=color, marker="o", label=label)
-    for axis, name in zip(axes, ("ms a step", "GiB of the fullest rank"), strict=True):
+        x, ms, gib = zip(*values, strict=True)
+        of_time.plot(x, ms, color=color, marker="o", label=label)
+        of_memory.plot(x, gib, color=color, marker="o", label=label)
+    for axis, name in ((of_time, "ms a step"), (of_memory, "GiB of the fullest rank")):
         axis.set_xscale("log", base=2)
         ticks = sorted({point[along] for point, _ in points})
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
@@ -165,4 +138,5 @@ def _sweep(axes: list[Axes], points: Sequence[tuple[dict[str, int], DryRun]]) ->
         axis.set_ylabel(name)
         axis.set_ylim(0)
     if any(rest for rest in lines):
-        axes[-1].legend(frameon=False)
+        of_memory.legend(frameon=False)
+    return svg(figure, "sweep")

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.experiment.floor import below
+from pipeline.experiment.bootstrap import Comparison
 from pipeline.experiment.folder import Documents
-from pipeline.experiment.pairs import Comparison
-from pipeline.experiment.results import Result, write_results
-from pipeline.experiment.tables import Table, all_tables
+from pipeline.experiment.report import all_tables
+from pipeline.experiment.results import Result, below, write_results
+from pipeline.reporting.page import ReportTable
 from schemas.experiment import AccuracyFloor, ExperimentSettings
 
 EXPERIMENT = ExperimentSettings.model_validate(
@@ -49,12 +49,12 @@ RESULTS = [
 ]
 
 
-def texts(table: Table) -> list[list[str]]:
+def texts(table: ReportTable) -> list[list[str]]:
     return [[("*" if entry.bold else "") + entry.text for entry in row] for row in table.rows]
 
 
 def test_tables_have_means_deviations_and_the_papers_figures() -> None:
-    tables = {table.title: table for table in all_tables(EXPERIMENT, RESULTS, [])}
+    tables = {section.title: section.table for section in all_tables(EXPERIMENT, RESULTS, []) if section.table}
     auc = tables["Test AUC"]
     assert auc.header == ["", "shop, d 16", "paper", "shop, d 64"]
     assert texts(auc) == [
@@ -81,7 +81,7 @@ def test_pairs_are_of_common_seeds_and_the_better_one_is_first(tmp_path: Path) -
     assert (pair.first, pair.second, pair.seeds) == ("C", "A|B", 2)
     assert pair.of.difference == pytest.approx((0.71 + 0.75) / 2 - (0.70 + 0.72) / 2)
     assert -0.05 < pair.of.low < pair.of.high < 0.05  # the scores are alike, whatever the results claim
-    titles = [table.title for table in all_tables(EXPERIMENT, RESULTS, pairs) if table.rows]
+    titles = [section.title for section in all_tables(EXPERIMENT, RESULTS, pairs)]
     assert titles[:2] == ["Test AUC", "Differences of AUC, shop, d 16"]
 
 

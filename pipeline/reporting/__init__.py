@@ -1,0 +1,1 @@
+"""What an HTML page of this program looks like, and the charts on it."""
