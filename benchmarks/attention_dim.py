@@ -41,12 +41,10 @@ def measure(rows: int, rounds: int) -> list[AttentionDim]:
 
 def draw(figures: list[AttentionDim], path: Path) -> None:
     """Draw the figures as a PNG beside the line that the paper states."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     axes.plot(DIMS, [dim / 128 for dim in DIMS], color="0.6", linestyle="--", label="in proportion to K_A")
     for dtype, marker in (("float32", "o"), ("bfloat16", "s")):
         axes.plot(DIMS, [one.time_vs_128 for one in figures if one.dtype == dtype], marker=marker, label=dtype)

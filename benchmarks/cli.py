@@ -1,16 +1,7 @@
-"""`dare bench reader`: speed and size of the stream and of what it reads.
+"""`dare bench`: timings of parts, as ratios of two sides that compute the same thing.
 
-`dare bench search`: speed of top-K search.
-
-`dare bench shard-search`: search on the shards against a stock lookup of all behaviours.
-
-`dare bench plan`: estimated training steps beside measured ones.
-
-`dare bench ahead`: training steps with and without the next batch's ids on their way.
-
-`dare bench attention-dim`: search time against K_A.
-
-`dare bench`: timings of parts, as ratios of two sides that compute the same thing.
+The program finds these commands through the entry point `bench` of the group `dare.commands`. Each loads what it
+measures when it is called: this file is read by `dare --help`, which must not wait for torch.
 """
 
 import json as json_format
@@ -30,7 +21,7 @@ def bench_reader(
     json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
 ) -> None:
     """Measure the stream: row groups against plain pyarrow, batches per second, bytes against rows of samples."""
-    from benchmarks.reader import as_dict, measure  # Loads torch, which takes a while.
+    from benchmarks.reader import as_dict, measure
 
     figures = as_dict(measure(users, rounds, threads, history_length, batch_size))
     if json:
@@ -46,7 +37,7 @@ def bench_search(
     json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
 ) -> None:
     """Measure top-K search: against gather + bmm + topk in torch, and against the reading of memory."""
-    from benchmarks.search import measure  # compiled code is loaded by those who need it
+    from benchmarks.search import measure
 
     figures = [asdict(case) for case in measure(rows, rounds)]
     if json:
@@ -63,7 +54,7 @@ def bench_shard_search(
     json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
 ) -> None:
     """Measure search on the shards against TorchRec's way, after checking that both find the same."""
-    from benchmarks.shard_search import measure  # Loads torch, which takes a while.
+    from benchmarks.shard_search import measure
 
     figures = measure(ranks, rows, rounds)
     if json:
@@ -82,44 +73,44 @@ def bench_plan(
 ) -> None:
     """Compare the steps that `dare plan` estimates with steps of two processes on this machine."""
     from benchmarks.plan_estimates import measure
-    from pipeline.planning.calibration import calibrated  # Loads torch, which takes a while.
+    from pipeline.planning.calibration import calibrated
     from schemas.cluster import ClusterSettings
     from schemas.settings import load_settings
 
     cluster = load_settings(ClusterSettings, [topology]) if topology else calibrated()
     print(f"{cluster.device_name}; {cluster.measured}")
     print(f"{'search':8}{'targets':>8}{'N':>7}{'dim':>5}{'K':>4}{'estimated ms':>14}{'measured ms':>13}{'ratio':>7}")
-    found = []
+    steps = []
     for step in measure(cluster):
-        found.append(step)
+        steps.append(step)
         print(
             f"{step.search:8}{step.targets:>8,}{step.length:>7,}{step.dim:>5}{step.retrieved:>4}"
             f"{step.estimated_ms:>14,.1f}{step.measured_ms:>13,.1f}{step.ratio:>7.2f}",
             flush=True,
         )
-    worst = max(max(step.ratio, 1 / step.ratio) for step in found)
+    worst = max(max(step.ratio, 1 / step.ratio) for step in steps)
     print(f"off by a factor of {worst:.2f} at most")
     if json:
-        print(json_format.dumps({"steps": [asdict(step) for step in found], "worst": round(worst, 3)}))
+        print(json_format.dumps({"steps": [asdict(step) for step in steps], "worst": round(worst, 3)}))
 
 
-def bench_ahead(
+def bench_prefetch(
     json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
 ) -> None:
-    """Compare steps of two processes on this machine that begin the next batch's search with steps that do not."""
-    from benchmarks.ahead import measure  # Loads torch, which takes a while.
+    """Compare steps of two processes on this machine that prefetch the next batch's search with steps that do not."""
+    from benchmarks.prefetch import measure
 
-    print(f"{'targets':>8}{'N':>7}{'dim':>5}{'plain ms':>10}{'ahead ms':>10}{'ratio':>7}")
-    found = []
+    print(f"{'targets':>8}{'N':>7}{'dim':>5}{'plain ms':>10}{'prefetch ms':>12}{'ratio':>7}")
+    steps = []
     for step in measure():
-        found.append(step)
+        steps.append(step)
         print(
-            f"{step.targets:>8,}{step.length:>7,}{step.dim:>5}{step.plain_ms:>10,.1f}{step.ahead_ms:>10,.1f}"
+            f"{step.targets:>8,}{step.length:>7,}{step.dim:>5}{step.plain_ms:>10,.1f}{step.prefetch_ms:>12,.1f}"
             f"{step.ratio:>7.2f}",
             flush=True,
         )
     if json:
-        print(json_format.dumps({"steps": [asdict(step) for step in found]}))
+        print(json_format.dumps({"steps": [asdict(step) for step in steps]}))
 
 
 def bench_attention_dim(
@@ -129,7 +120,7 @@ def bench_attention_dim(
     json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
 ) -> None:
     """Measure how search time falls with K_A."""
-    from benchmarks.attention_dim import draw, measure  # Compiled code is loaded by those who need it.
+    from benchmarks.attention_dim import draw, measure
 
     figures = measure(rows, rounds)
     for one in figures:
@@ -145,5 +136,5 @@ bench.command("reader")(bench_reader)
 bench.command("search")(bench_search)
 bench.command("shard-search")(bench_shard_search)
 bench.command("plan")(bench_plan)
-bench.command("ahead")(bench_ahead)
+bench.command("prefetch")(bench_prefetch)
 bench.command("attention-dim")(bench_attention_dim)

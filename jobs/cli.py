@@ -2,11 +2,11 @@
 
 import os
 import sys
+from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
 
-from benchmarks.cli import bench
 from jobs.data import inspect, prepare, stream, synth
 from jobs.experiment import experiment
 from jobs.planning import plan
@@ -23,7 +23,10 @@ app = typer.Typer(
 )
 for command in (prepare, synth, inspect, stream, plan, train, evaluate, score, compare, experiment, runs, models):
     app.command()(command)
-app.add_typer(bench, name="bench")
+# Extensions declare a `typer.Typer` in this group. It is loaded at once, because the help lists it: its module must be
+# light, and load what its commands need when they are called.
+for extension in sorted(entry_points(group="dare.commands"), key=lambda point: point.name):
+    app.add_typer(extension.load(), name=extension.name)
 
 
 def show_versions(wanted: bool) -> None:

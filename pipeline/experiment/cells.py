@@ -1,6 +1,6 @@
 """The cells of an experiment: data set x model x dim x seed, each a run of `dare train` in a folder of its own.
 
-Before anything runs, the models of the cells are built on meta tables: to see that they can be, and to count parameters.
+Before anything runs, the models of the cells are built on meta tables, to see that they can be and to count parameters.
 """
 
 from collections.abc import Mapping, Sequence

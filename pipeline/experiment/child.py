@@ -19,8 +19,8 @@ os.execvp(command[0], command)
 """
 """Program of a process that asks the kernel to be killed when its parent dies, and becomes the command that follows.
 
-The request outlives `exec`. It could be made in `preexec_fn` of `subprocess.Popen`, but that runs Python between fork and
-exec, where another thread's lock may be held for ever; a runner has threads.
+The request outlives `exec`. It could be made in `preexec_fn` of `subprocess.Popen`, but that runs Python between fork
+and exec, where a lock of another thread may be held for ever; a runner has threads.
 """
 
 
@@ -38,7 +38,7 @@ class Child:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        # -I and -S: neither the environment nor installed packages matter to a program of five lines, which starts fast.
+        # With -I and -S Python reads neither its environment nor the installed packages, and starts in milliseconds.
         first = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
         with log.open("ab") as output:
             self._offset = output.tell()
@@ -56,7 +56,7 @@ class Child:
         self.seconds = 0.0
         """From start to end."""
         self.peak_bytes = 0
-        """Most resident memory, known at the end; never less than the runner's own, which Linux counts when it forks."""
+        """Most resident memory, known at the end; at least the runner's own, which Linux counts when it forks."""
         self.code: int | None = None
         """Exit code; negative: the signal that ended it."""
 

@@ -2,28 +2,20 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 from pipeline.files import whole_file
 from pipeline.inspect.summary import Histogram, Popularity, Summary, read_popularity
+from pipeline.reporting.plots import BLUE, COUNTS, GREY, ORANGE, panels
 
 RANGES = 16
 """Row-wise shards whose load is shown."""
 
-_BLUE, _ORANGE, _GREY = "#2f6db5", "#e0812b", "#8c8c8c"
-_COUNTS = EngFormatter(places=0, sep="")
-
 
 def draw_figure(folder: Path, summary: Summary, figure: Path) -> None:
-    """Write a PNG.
+    """Draw a data set as a PNG file, which appears whole or not at all.
 
     Args:
         folder: the data set; its dictionaries are read.
@@ -35,26 +27,19 @@ def draw_figure(folder: Path, summary: Summary, figure: Path) -> None:
     """
     items = read_popularity(folder / "items.parquet", summary.counts.items, RANGES)
     categories = read_popularity(folder / "categories.parquet", summary.counts.categories, RANGES)
-    drawing, axes = plt.subplots(2, 2, figsize=(12, 8), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
-    _lengths(axes[0, 0], summary.lengths)
-    _targets(axes[0, 1], summary)
-    _popularity(axes[1, 0], items, categories)
-    _load(axes[1, 1], items)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.25)
-        axis.set_axisbelow(True)
+    drawing, (lengths, targets, popularity, load) = panels(4, height=4, columns=2, grid="y")
+    _lengths(lengths, summary.lengths)
+    _targets(targets, summary)
+    _popularity(popularity, items, categories)
+    _load(load, items)
     counts = summary.counts
     drawing.suptitle(
         f"{folder.resolve().name}: {counts.users:,} users, {counts.behaviors:,} behaviours, "
         f"{counts.items:,} items in {counts.categories:,} categories"
     )
     figure.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with whole_file(figure) as unfinished:
-            drawing.savefig(unfinished, dpi=120, format="png", metadata={"Software": None})
-    finally:
-        plt.close(drawing)
+    with whole_file(figure) as unfinished:
+        drawing.savefig(unfinished, dpi=120, format="png", metadata={"Software": None})
 
 
 def _lengths(axis: Axes, lengths: Histogram) -> None:
@@ -66,34 +51,34 @@ def _lengths(axis: Axes, lengths: Histogram) -> None:
     if len(length_V):
         low, high = max(length_V[0], 1), max(length_V[-1], 1) + 1
         edges = np.unique(np.geomspace(low, high, 41).round()).tolist()
-        axis.hist(np.maximum(length_V, 1), edges, weights=users_V, color=_BLUE)
+        axis.hist(np.maximum(length_V, 1), edges, weights=users_V, color=BLUE)
         median, tail = lengths.quantiles([0.5, 0.99])
         # One below the other: they may be close, or the same.
         for value, name, height in ((median, "median", 0.97), (tail, "99 %", 0.9)):
-            axis.axvline(value, color=_ORANGE, linestyle="--")
+            axis.axvline(value, color=ORANGE, linestyle="--")
             axis.annotate(
                 f"{name} {value:,}",
                 (value, height),
                 xytext=(4, 0),
                 xycoords=("data", "axes fraction"),
                 textcoords="offset points",
-                color=_ORANGE,
+                color=ORANGE,
                 va="top",
                 bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
             )
         axis.set_xscale("log")
         axis.set_xlim(low / 1.3, high * 1.3)
-        axis.xaxis.set_major_formatter(_COUNTS)
-        axis.xaxis.set_minor_formatter(_COUNTS if high < 3 * low else NullFormatter())
-    axis.yaxis.set_major_formatter(_COUNTS)
+        axis.xaxis.set_major_formatter(COUNTS)
+        axis.xaxis.set_minor_formatter(COUNTS if high < 3 * low else NullFormatter())
+    axis.yaxis.set_major_formatter(COUNTS)
 
 
 def _targets(axis: Axes, summary: Summary) -> None:
     names = list(summary.splits)
     targets = np.array([split.targets for split in summary.splits.values()])
     positives = np.array([split.positives for split in summary.splits.values()])
-    axis.bar(names, positives, color=_ORANGE, label="label 1")
-    axis.bar(names, targets - positives, bottom=positives, color=_BLUE, label="label 0")
+    axis.bar(names, positives, color=ORANGE, label="label 1")
+    axis.bar(names, targets - positives, bottom=positives, color=BLUE, label="label 0")
     for position, (total, positive) in enumerate(zip(targets, positives, strict=True)):
         rate = f"\n{positive / total:.1%} positive" if total else ""
         axis.annotate(f"{total:,}{rate}", (position, total), ha="center", va="bottom")
@@ -101,11 +86,11 @@ def _targets(axis: Axes, summary: Summary) -> None:
     axis.set_ylabel("targets")
     axis.margins(y=0.18)
     axis.legend(frameon=False)
-    axis.yaxis.set_major_formatter(_COUNTS)
+    axis.yaxis.set_major_formatter(COUNTS)
 
 
 def _popularity(axis: Axes, items: Popularity, categories: Popularity) -> None:
-    for popularity, color, name in ((items, _BLUE, "items"), (categories, _ORANGE, "categories")):
+    for popularity, color, name in ((items, BLUE, "items"), (categories, ORANGE, "categories")):
         seen = popularity.frequency_F > 0
         last_rank_F = np.cumsum(popularity.ids_F[seen])
         first_rank_F = last_rank_F - popularity.ids_F[seen] + 1
@@ -122,12 +107,12 @@ def _popularity(axis: Axes, items: Popularity, categories: Popularity) -> None:
 
 def _load(axis: Axes, items: Popularity) -> None:
     share_W = items.load_W / max(items.load_W.sum(), 1)
-    axis.bar(np.arange(RANGES), share_W * 100, color=_BLUE)
-    axis.axhline(100 / RANGES, color=_GREY, linestyle="--", label="equal load")
+    axis.bar(np.arange(RANGES), share_W * 100, color=BLUE)
+    axis.axhline(100 / RANGES, color=GREY, linestyle="--", label="equal load")
     if len(items.frequency_F) and items.load_W.any():
         # No order of ids can balance what one item asks for.
         hottest = items.frequency_F[0] / items.load_W.sum() * 100
-        axis.axhline(hottest, color=_ORANGE, linestyle=":", label=f"most frequent item alone, {hottest:.2g} %")
+        axis.axhline(hottest, color=ORANGE, linestyle=":", label=f"most frequent item alone, {hottest:.2g} %")
     axis.set_title(f"Item look-ups of {RANGES} row-wise shards: largest {items.imbalance:.2f} x mean")
     axis.set_xlabel("shard")
     axis.set_ylabel("% of events")

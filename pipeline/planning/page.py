@@ -56,9 +56,7 @@ def _memory(run: DryRun) -> Markup:
         if not table.on_host:
             for rank, rows in zip(table.ranks, table.shard_rows, strict=True):
                 held_R[rank] += rows * (table.bytes / table.rows) / GIB
-        axis.fill_between(
-            rank_R, below_R, below_R + held_R, step="mid", color=color, label=table.name, linewidth=0
-        )
+        axis.fill_between(rank_R, below_R, below_R + held_R, step="mid", color=color, label=table.name, linewidth=0)
         below_R += held_R
     rest_R = np.maximum(total, below_R)
     axis.fill_between(rank_R, below_R, rest_R, step="mid", color=PALE_GREY, label="buffers and others", linewidth=0)

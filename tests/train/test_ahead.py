@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torchrec.distributed.train_pipeline import TrainPipelineBase
 
-from benchmarks import ahead
-from benchmarks.cli import bench_ahead
+from benchmarks import prefetch
+from benchmarks.cli import bench_prefetch
 from benchmarks.plan_estimates import Size
 from pipeline.train.pipeline import ClickTask, SearchPrefetchPipeline
 from tests.launcher import run_ranks
@@ -69,7 +69,7 @@ def test_ids_that_travel_ahead_change_nothing(ranks: int, few_users: Path) -> No
 
 
 def test_the_benchmarks_last_line_is_json(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "SIZES", [Size(targets=8, length=20, dim=4, retrieved=4)])
-    bench_ahead(json=True)
+    monkeypatch.setattr(prefetch, "SIZES", [Size(targets=8, length=20, dim=4, retrieved=4)])
+    bench_prefetch(json=True)
     (step,) = json.loads(capfd.readouterr().out.splitlines()[-1])["steps"]
-    assert min(step["plain_ms"], step["ahead_ms"]) > 0
+    assert min(step["plain_ms"], step["prefetch_ms"]) > 0

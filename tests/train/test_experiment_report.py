@@ -1,5 +1,6 @@
 """Tables, comparisons and the accuracy floor of an experiment, from results that are made up."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.experiment import charts
 from pipeline.experiment.bootstrap import Comparison
 from pipeline.experiment.folder import Documents
-from pipeline.experiment.report import all_tables
+from pipeline.experiment.report import all_tables, write_report
 from pipeline.experiment.results import Result, below, write_results
 from pipeline.reporting.page import ReportTable
 from schemas.experiment import AccuracyFloor, ExperimentSettings
@@ -132,3 +134,29 @@ def test_replicates_are_computed_once(tmp_path: Path) -> None:
     first = Comparison(tmp_path).pairs(results)
     (scores / "part-0.parquet").unlink()
     assert Comparison(tmp_path).pairs(results) == first
+
+
+def test_the_page_escapes_texts_and_has_ids_of_its_own(tmp_path: Path) -> None:
+    failed = result("C", 3, None, state="failed", error="<script>alert(1)</script>")
+    for each in RESULTS[:5]:
+        (tmp_path / each.run).mkdir()
+        (tmp_path / each.run / "validations.jsonl").write_text('{"step": 10, "auc": 0.6}\n{"step": 20, "auc": 0.7}\n')
+    write_report(tmp_path, EXPERIMENT, [*RESULTS[:5], failed, *RESULTS[6:]], [], "dare experiment <x>")
+    page = (tmp_path / "report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "<script" not in page
+    assert "shop, C, d 16, seed 3: &lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<code>dare experiment &lt;x&gt;</code>" in page
+    assert page.count("<svg") == 3
+    ids = re.findall(r'(?<!\w)id="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) > 3
+    assert {one or other for one, other in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page)} <= set(ids)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| A\\|B | .7200 ± .0200 | .90000 |  |" in markdown
+    assert "| C | **.7300 ± .0283 (2 of 3)** |  |  |" in markdown
+
+
+def test_the_same_results_give_the_same_charts() -> None:
+    columns = [("shop", 16)]
+    assert charts.accuracy(RESULTS[:5], columns) == charts.accuracy(RESULTS[:5], columns)
+    assert charts.accuracy(RESULTS[:5], columns) != charts.accuracy(RESULTS[:4], columns)

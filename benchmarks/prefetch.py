@@ -1,4 +1,4 @@
-"""Training steps with and without the next batch's ids on their way, side by side on two gloo ranks."""
+"""Training steps with and without prefetch of the next batch's search, side by side on two gloo ranks."""
 
 import time
 from collections.abc import Iterator
@@ -21,19 +21,19 @@ ROUNDS, STEPS = 5, 6
 
 
 @dataclass(frozen=True)
-class AheadFigures:
-    """Of a size of step."""
+class PrefetchFigures:
+    """Times of steps of one size, medians of the slower rank."""
 
     targets: int
     length: int
     dim: int
     plain_ms: float
-    ahead_ms: float
+    prefetch_ms: float
     ratio: float
-    """Plain over ahead: above 1, ahead is faster."""
+    """Plain over prefetch: above 1, prefetch is faster."""
 
 
-def measure() -> Iterator[AheadFigures]:
+def measure() -> Iterator[PrefetchFigures]:
     """Time a step of each size.
 
     Raises:
@@ -51,14 +51,16 @@ def measure() -> Iterator[AheadFigures]:
             ],
         )
         sizes = DataSizes(items=1_000_000, categories=10_000, lengths={"history": size.length})
-        plain, ahead = (max(times) * 1e3 for times in zip(*on_gloo_ranks(RANKS, _step, settings, sizes), strict=True))
-        yield AheadFigures(
-            size.targets, size.length, size.dim, round(plain, 1), round(ahead, 1), round(plain / ahead, 3)
+        plain, prefetch = (
+            max(times) * 1e3 for times in zip(*on_gloo_ranks(RANKS, _step, settings, sizes), strict=True)
+        )
+        yield PrefetchFigures(
+            size.targets, size.length, size.dim, round(plain, 1), round(prefetch, 1), round(plain / prefetch, 3)
         )
 
 
 def _step(settings: TrainSettings, sizes: DataSizes) -> tuple[float, float]:
-    """Median seconds of a plain step and of one with ids ahead; all ranks must call it."""
+    """Median seconds of a plain step and of one with prefetch; all ranks must call it."""
     from embeddings.initialization import initialize
     from embeddings.models import build_model
     from embeddings.sharding import make_plan, shard
@@ -66,15 +68,15 @@ def _step(settings: TrainSettings, sizes: DataSizes) -> tuple[float, float]:
     from pipeline.train.pipeline import ClickTask, SearchPrefetchPipeline
 
     device, task = torch.device("cpu"), StepTask(settings, sizes)
-    batches = [made_up_batch(task, seed=10 * dist.get_rank() + place) for place in range(STEPS)]
+    batches = [made_up_batch(task, seed=10 * dist.get_rank() + step) for step in range(STEPS)]
     sides = []
-    for ahead in (False, True):
+    for prefetch in (False, True):
         model = build_model(settings.model, sizes, torch.device("meta"))
         sharded = shard(model, device, make_plan(model, device, bags=1))
         initialize(sharded, seed=1)
         optimizer = DenseOptimizer(sharded, settings.dense)
-        kind = SearchPrefetchPipeline if ahead else TrainPipelineBase
-        sides.append(kind(sharded if ahead else ClickTask(sharded), optimizer, device))
+        kind = SearchPrefetchPipeline if prefetch else TrainPipelineBase
+        sides.append(kind(sharded if prefetch else ClickTask(sharded), optimizer, device))
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(1 + ROUNDS):
         losses: tuple[list[float], list[float]] = ([], [])
