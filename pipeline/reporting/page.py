@@ -31,7 +31,7 @@ class Chart:
     """A drawing with the line below it. Markdown leaves it out."""
 
     svg: Markup
-    """As `pipeline.reporting.plots.svg` returns it."""
+    """The element that `pipeline.reporting.plots.svg` returns."""
     caption: str
 
 
