@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline.errors import FAULT_LINE
+
 _DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 parent, *command = sys.argv[1:]
@@ -91,9 +93,12 @@ class Child:
             return log.read().decode(errors="replace")
 
     def complaint(self) -> str:
-        """Why it failed: the last line that it said, that of a command's error where there is one."""
+        """Why it failed, in one line: what the command says of its error, or else the last line of its output."""
         lines = [line.strip() for line in self.said().splitlines() if line.strip()]
         told = [line.removeprefix("dare: ") for line in lines if line.startswith("dare: ")]
+        if told and told[-1] == FAULT_LINE:
+            # Behind a fault of the program stands its trace, whose last line says what it was.
+            told = [line for line in lines if not line.startswith("dare: ")]
         last = (told or lines or ["it said nothing"])[-1]
         if self.code is not None and self.code < 0:
             return f"ended by {signal.Signals(-self.code).name}; last line: {last}"

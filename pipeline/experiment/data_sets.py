@@ -1,7 +1,7 @@
 """The data sets of an experiment: those that are there, or made in its folder by `dare synth` and `dare prepare`."""
 
 import json
-import sys
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from schemas.experiment import DataSource
 from schemas.prepare import PRESETS, PrepareSettings
 from schemas.settings import load_settings
 from schemas.train import flat
+
+_LOGGER = logging.getLogger("dare.experiment")
 
 
 def check_sources(sources: Mapping[str, DataSource], given: Mapping[str, Path]) -> None:
@@ -94,10 +96,10 @@ def _made(name: str, source: DataSource, parent: Path, dare: Sequence[str]) -> P
     if source.synth is not None:
         file = parent / f"{name}.parquet"
         settings = [f"{key}={value}" for key, value in flat(source.synth).items()]
-        print(f"{name}: generating behaviours", file=sys.stderr, flush=True)
+        _LOGGER.info("%s: generating behaviours", name)
         _do(name, [*dare, "synth", "--out", str(file), "--overwrite", *settings], log)
         events = ["--events", str(file)]
-    print(f"{name}: preparing {folder}", file=sys.stderr, flush=True)
+    _LOGGER.info("%s: preparing %s", name, folder)
     preset = source.preset or "generic"
     _do(name, [*dare, "prepare", "--preset", preset, *events, "--out", str(folder), *source.prepare], log)
     return folder

@@ -1,6 +1,6 @@
 """The folder of an experiment: whose it is, that one runner at a time works in it, and its results and report."""
 
-import sys
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -137,4 +137,4 @@ def _failure_is_told() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        print(f"results or report cannot be written now: {description(error)}", file=sys.stderr, flush=True)
+        logging.getLogger("dare.experiment").error("results or report cannot be written now: %s", description(error))

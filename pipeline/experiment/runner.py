@@ -1,6 +1,6 @@
 """Runs the cells that are missing, several at a time, each by `dare train` in a process of its own."""
 
-import sys
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -9,24 +9,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Self
 
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
-
 from pipeline.experiment.cells import Cell
 from pipeline.experiment.child import Child, stop_all
 from pipeline.experiment.results import add_to_record, seconds_of
 from pipeline.files import read_json, remove_folder, write_whole
+from pipeline.progress import Progress, duration, time_left
 from pipeline.runs.checkpoint import best_checkpoint, checkpoints_in
 from pipeline.runs.run_folder import settings_text
-from pipeline.train.reporting import duration
 from pipeline.train.trainer import StopSignal
 
+_LOGGER = logging.getLogger("dare.experiment")
+
 POLL_S = 0.2
+"""Seconds between two looks at the cells that run."""
 LINE_EVERY_S = 30.0
-"""Seconds between two lines about what runs, where nobody watches."""
-RENEWED_EVERY_S = 2.0
-"""Seconds between two of them on a terminal."""
+"""Seconds between two lines about what runs, where standard error is no terminal."""
 _TELLING_SHARE = 0.05
 """A cell of which less is done says nothing about its speed: most of its time went into starting."""
 
@@ -87,7 +84,7 @@ def run_cells(
                 time.sleep(POLL_S)
         finally:
             if running:
-                print(f"stopping {len(running)} running cells", file=sys.stderr, flush=True)
+                _LOGGER.info("stopping %s running cells", len(running))
             stop_all([started.child for started in running])
             for started in running:
                 add_to_record(started.cell, started.child.seconds, started.child.peak_bytes, None)
@@ -168,9 +165,7 @@ def _kinds(cell: Cell) -> list[tuple[str, ...]]:
 
 
 class CellProgress:
-    """How far an experiment is, on standard error: lines that stay for what has ended, and one for what runs.
-
-    On a terminal the line of what runs is renewed in place; elsewhere there is another one now and then.
+    """How far an experiment is, on standard error: a line for each cell that has ended, and what runs now.
 
     Args:
         cells: all of the experiment.
@@ -184,9 +179,8 @@ class CellProgress:
         for cell in cells:
             if cell.finished and (seconds := seconds_of(cell)) is not None:
                 self._estimate.learn(cell, seconds)
-        self._told = time.monotonic()
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._live = Live(console=self._console, auto_refresh=False, transient=True) if sys.stderr.isatty() else None
+        self._running: Sequence[tuple[Cell, Child]] = ()
+        self._progress = Progress(self._all, self._text, done=self._ended, every_s=LINE_EVERY_S)
 
     def ended(self, cell: Cell, seconds: float, error: str | None) -> None:
         """A cell is finished, or has failed."""
@@ -195,45 +189,36 @@ class CellProgress:
             self._estimate.learn(cell, seconds)
         self._failed += error is not None
         outcome = f"failed after {duration(seconds)}: {error}" if error else f"done in {duration(seconds)}"
-        self._say(f"{self._ended}/{self._all} {cell}: {outcome}")
+        _LOGGER.info("%s/%s %s: %s", self._ended, self._all, cell, outcome)
 
     def show(self, running: Sequence[tuple[Cell, Child]]) -> None:
-        """Show what runs, if the last line is not new; to be called often."""
-        now = time.monotonic()
-        if not running or now - self._told < (RENEWED_EVERY_S if self._live else LINE_EVERY_S):
-            return
-        self._told = now
+        """Show these cells as running; to be called often."""
+        self._running = running
+        if running:
+            self._progress.reach(self._ended)
+
+    def __enter__(self) -> Self:
+        self._progress.__enter__()
+        if self._ended:
+            _LOGGER.info("%s/%s cells are finished already", self._ended, self._all)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.__exit__(*error)
+
+    def _text(self) -> str:
         lines, elapsed = [], {}
-        for cell, child in running:
+        for cell, child in self._running:
             share, line = _step(cell, child)
             elapsed[cell.folder] = (seconds_of(cell) or 0.0) + child.seconds, share
             lines.append(f"{cell}: {line}")
         seconds = self._estimate.seconds_left(list(self._left.values()), elapsed)
         failed = f", {self._failed} failed" if self._failed else ""
-        left = "" if seconds is None else f", {duration(seconds)} left"
-        head = f"{self._ended}/{self._all} cells{failed}{left}"
-        if self._live:
-            self._live.update(Text("\n  ".join([head, *lines])), refresh=True)
-        else:
-            self._say(f"{head}; {'; '.join(lines)}")
-
-    def __enter__(self) -> Self:
-        if self._live:
-            self._live.start()
-        if self._ended:
-            self._say(f"{self._ended}/{self._all} cells are finished already")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
+        return "\n".join([f"{self._ended}/{self._all} cells{failed}{time_left(seconds)}", *lines])
 
     @property
     def _ended(self) -> int:
         return self._all - len(self._left)
-
-    def _say(self, line: str) -> None:
-        self._console.print(Text(line))
 
 
 def _step(cell: Cell, child: Child) -> tuple[float, str]:

@@ -112,13 +112,11 @@ def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["results.parquet"]
 
 
-def test_what_cannot_be_written_beside_running_cells_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_written_beside_running_cells_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     documents = Documents(tmp_path, EXPERIMENT, [], {}, "dare experiment")
     (tmp_path / "results.parquet").mkdir()
     documents.cell_ended()
-    (told,) = capsys.readouterr().err.splitlines()
+    (told,) = caplog.messages
     assert told.startswith("results or report cannot be written now: ")
     assert "results.parquet" in told
     with pytest.raises(OSError):
