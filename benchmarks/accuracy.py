@@ -26,7 +26,7 @@ def floors(out: Path) -> dict[str, Any]:
     """Mean test AUC over seeds of all that is finished in the folder of an experiment, in the order of its table."""
     experiment = load_settings(ExperimentSettings, [out / SETTINGS])
     rows = pq.read_table(out / "results.parquet").to_pylist()
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    reached: dict[str, dict[str, dict[str, Any]]] = {}
     for data in experiment.data:
         for dim in experiment.dims:
             for label in experiment.models:
@@ -36,8 +36,8 @@ def floors(out: Path) -> dict[str, Any]:
                     auc = fmean(values)
                     tolerance = min(TOLERANCE, max(MARGIN, auc - 0.5) / 2)
                     floor = {"auc": round(auc, 4), "tolerance": round(tolerance, 4)}
-                    found.setdefault(data, {}).setdefault(str(dim), {})[label] = floor
-    return {"experiment": experiment.name, "floors": found}
+                    reached.setdefault(data, {}).setdefault(str(dim), {})[label] = floor
+    return {"experiment": experiment.name, "floors": reached}
 
 
 if __name__ == "__main__":

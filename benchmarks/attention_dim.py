@@ -29,14 +29,14 @@ def measure(rows: int, rounds: int) -> list[AttentionDim]:
         rows: of the table.
         rounds: repetitions of each timing.
     """
-    found = []
+    figures = []
     for dtype in (torch.float32, torch.bfloat16):
         speeds = {
             dim: measure_case(Case(dim, 2000, 100, dtype), rows, rounds, torch.device("cpu")).rows_per_s for dim in DIMS
         }
         name = str(dtype).removeprefix("torch.")
-        found += [AttentionDim(dim, name, speed, round(speeds[128] / speed, 3)) for dim, speed in speeds.items()]
-    return found
+        figures += [AttentionDim(dim, name, speed, round(speeds[128] / speed, 3)) for dim, speed in speeds.items()]
+    return figures
 
 
 def draw(figures: list[AttentionDim], path: Path) -> None:

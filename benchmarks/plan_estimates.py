@@ -7,11 +7,12 @@ from pipeline.planning.calibration import RANKS, plan_settings
 from pipeline.planning.dry_run import dry_run
 from pipeline.planning.measuring import StepTask, step_seconds
 from schemas.cluster import ClusterSettings
+from schemas.errors import UserError
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a step."""
+    """The size of a training step."""
 
     targets: int
     length: int
@@ -47,11 +48,11 @@ def measure(cluster: ClusterSettings, searches: tuple[str, ...] = ("local", "sha
     """Estimate and measure a step of each size.
 
     Raises:
-        ValueError: a cluster that is not this machine's.
+        UserError: a cluster that is not this machine's.
         RuntimeError: a process failed.
     """
     if cluster.device != "cpu" or cluster.ranks != RANKS:
-        raise ValueError(
+        raise UserError(
             f"{cluster.name}: steps are measured on {RANKS} ranks of a CPU; `dare plan --calibrate` makes its file"
         )
     for search in searches:

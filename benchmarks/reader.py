@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from threading import local
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -53,19 +53,19 @@ class ReaderFigures:
     vs_pyarrow: float
     """Rows per second of the petastorm row-group reader over plain pyarrow's: same columns, same threads, in turns."""
     vs_pyarrow_checked: float
-    """The same with every value checked and taken out of Arrow's lists, as the stream does in the reader's threads."""
+    """Row groups read with every value checked and taken out of Arrow's lists, as the stream does in its threads."""
     rows_per_s: float
     pyarrow_rows_per_s: float
     samples_per_s: float
     """Targets per second as batches, all of a user's targets together."""
     samples_per_s_spread: float
-    """The same with at most 3 targets of a user in a batch."""
+    """Targets per second as batches, with at most 3 targets of a user in a batch."""
     samples_per_s_scattered: float
-    """The same with 1 target of a user in a batch: every target brings its own N behaviours."""
+    """Targets per second as batches, with 1 target of a user in a batch: each brings its own N behaviours."""
     storage_vs_samples: float
     """Bytes of one row a target, each with its own N behaviours, in shuffled order, over bytes of the shards."""
     storage_vs_samples_by_user: float
-    """The same with the rows of a user side by side, where the compressor sees their likeness."""
+    """This ratio with the rows of a user side by side, where the compressor sees their likeness."""
 
 
 def measure(users: int, rounds: int, threads: int, history_length: int, batch_size: int) -> ReaderFigures:
@@ -78,8 +78,8 @@ def measure(users: int, rounds: int, threads: int, history_length: int, batch_si
         history_length: N.
         batch_size: targets a batch.
     """
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "data"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "data"
         folder.mkdir()
         _say(f"writing {users} users")
         write_dataset(folder, users, seed=0)
@@ -146,7 +146,7 @@ def read_petastorm(data_set: DataSet, order: NDArray[np.int64], threads: int) ->
 
 
 def read_checked(data_set: DataSet, order: NDArray[np.int64], threads: int) -> Iterator[RowGroup]:
-    """The same as flat arrays, every value checked."""
+    """Row groups in ``order`` as the stream reads them: flat arrays, every value checked."""
     largest_ids = data_set.largest_ids()
     yield from _read(data_set, order, threads, lambda table, _: RowGroup.from_table(table, largest_ids))
 
@@ -298,16 +298,16 @@ def _users(
 def _items(rng: np.random.Generator, count: int) -> NDArray[np.int32]:
     """Items with frequencies like 1 / rank, ids unrelated to frequency."""
     rank = np.exp(rng.random(count) * np.log(ITEMS)).astype(np.int64)
-    item: NDArray[np.int32] = (rank * 7_368_787 % ITEMS + 1).astype(np.int32)
-    return item
+    items: NDArray[np.int32] = (rank * 7_368_787 % ITEMS + 1).astype(np.int32)
+    return items
 
 
-def _file(path: Path) -> dict[str, str | int]:
+def _file(path: Path) -> dict[str, Any]:
     return {"path": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _digest(row_groups: Iterator[RowGroup] | Iterator[pa.Table]) -> list[int]:
-    """Sums of each row group's values weighted by their place: tells if anything is lost, doubled or out of order."""
+    """Sums of each row group's values weighted by their index: tells if anything is lost, doubled or out of order."""
     sums = []
     for group in row_groups:
         if isinstance(group, RowGroup):
@@ -321,7 +321,7 @@ def _digest(row_groups: Iterator[RowGroup] | Iterator[pa.Table]) -> list[int]:
     return sums
 
 
-def _exhaust(items: Iterator[object] | HistoryStream) -> None:
+def _exhaust(items: Iterator[Any] | HistoryStream) -> None:
     for _ in items:
         pass
 

@@ -79,7 +79,7 @@ class SearchFigures:
     cost_vs_one_target: float
     """Time over the time for as many users with one target each."""
     exact: bool
-    """The same K scores as gather + bmm + topk has, and the same behaviours as the reference."""
+    """Whether the K scores are those of gather + bmm + topk, and the behaviours those of the reference."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Search:
         return score_TK, inputs.start_T[:, None] + column_TK
 
     def one_target_each(self) -> "Search":
-        """The same search with the first target of each user alone."""
+        """This search with the first target of each user alone."""
         start_T = self.inputs.start_T
         first_T = torch.cat([start_T.new_ones(1, dtype=torch.bool), start_T.diff() > 1])
         alone = replace(
@@ -147,9 +147,9 @@ def measure_case(case: Case, rows: int, rounds: int, device: torch.device) -> Se
     shown = f"D {case.dim}, N {case.length}, K {case.k}, {dtype}, {case.targets_per_user} target(s) a user"
     print(f"{shown}: {rows} rows", file=sys.stderr, flush=True)
     search = make_search(case, rows, device)
-    found, plain, reference = search.ours(), search.plain(), search.ours(TopKImplementation.REFERENCE)
-    exact = torch.equal(found[0], plain[0]) and torch.equal(found[1], reference[1])
-    del found, plain, reference
+    ours, plain, reference = search.ours(), search.plain(), search.ours(TopKImplementation.REFERENCE)
+    exact = torch.equal(ours[0], plain[0]) and torch.equal(ours[1], reference[1])
+    del ours, plain, reference
 
     sides: dict[str, Callable[[], object]] = {"ours": search.ours, "plain": search.plain}
     if case.targets_per_user > 1:
@@ -237,10 +237,10 @@ def _readings(search: Search, pool: ThreadPoolExecutor) -> dict[str, Callable[[]
 @njit(nogil=True)
 def _sum_of_rows(rows_RD: np.ndarray, ids_M: np.ndarray, ones_D: np.ndarray, ahead: int) -> float:
     base, row_bytes, total = rows_RD.ctypes.data, rows_RD.strides[0], np.float32(0)
-    for place in range(len(ids_M)):
-        if ahead and place + ahead < len(ids_M):
-            prefetch_row(rows_RD, base + np.int64(ids_M[place + ahead]) * row_bytes, (row_bytes + 63) // 64)
-        total += dot(rows_RD, base + np.int64(ids_M[place]) * row_bytes, ones_D, len(ones_D))
+    for index in range(len(ids_M)):
+        if ahead and index + ahead < len(ids_M):
+            prefetch_row(rows_RD, base + np.int64(ids_M[index + ahead]) * row_bytes, (row_bytes + 63) // 64)
+        total += dot(rows_RD, base + np.int64(ids_M[index]) * row_bytes, ones_D, len(ones_D))
     return float(total)
 
 

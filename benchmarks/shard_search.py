@@ -1,4 +1,6 @@
-"""Search on the shards against TorchRec's way: all rows come home, `torch.bmm`, `torch.topk`; on several gloo ranks.
+"""Search on the shards against TorchRec's way, on several gloo ranks.
+
+TorchRec's way: the sample's rank fetches the rows of all behaviours, and searches with `torch.bmm` and `torch.topk`.
 
 B = samples of a rank, N = behaviours of each, K = kept, D = dim, R = rows.
 """
@@ -32,7 +34,7 @@ from embeddings.model import CtrModel
 from embeddings.models import build_model
 from embeddings.sharding import make_plan, shard, topology
 from embeddings.sizes import DataSizes
-from pipeline.planning.measuring import Traffic
+from pipeline.planning.measuring import TrafficCounter
 from schemas.model import ModelSettings, TableSet
 
 CPU = torch.device("cpu")
@@ -46,7 +48,7 @@ class Case(NamedTuple):
     length: int
     k: int
     samples: int
-    """Of each rank."""
+    """Targets of each rank."""
 
 
 CASES = (
@@ -60,7 +62,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class ShardSearchFigures:
-    """Of a size; times are medians over the rounds."""
+    """What a size took; times are medians over the rounds."""
 
     dim: int
     length: int
@@ -70,9 +72,9 @@ class ShardSearchFigures:
     vs_stock: float
     """Stock's time over ours."""
     bytes_vs_stock: float
-    """The same of the bytes that a rank sends, counted."""
+    """Bytes that a rank sends in stock's way, counted, over those that it sends in ours."""
     exact: bool
-    """The same behaviours, but for scores that differ by rounding alone."""
+    """Whether both find the same behaviours, but for scores that differ by rounding alone."""
     ms: float
     stock_ms: float
     bytes_per_sample: float
@@ -98,19 +100,19 @@ def measure(ranks: int, rows: int, rounds: int, cases: tuple[Case, ...] = CASES)
     for process in processes:
         process.start()
     sender.close()
-    found = []
+    figures_of_cases = []
     try:
         for case in cases:
             figures = receiver.recv()
             print(f"{case}: {figures.stock_ms:.0f} ms -> {figures.ms:.0f} ms", file=sys.stderr)
-            found.append(asdict(figures))
+            figures_of_cases.append(asdict(figures))
     except EOFError:
         raise RuntimeError("a rank has failed; see above") from None
     finally:
         for process in processes:
             process.join(10)
             process.kill()
-    return found
+    return figures_of_cases
 
 
 def _rank(
@@ -174,10 +176,9 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _bytes(work: Callable[[], object]) -> float:
-    with Traffic() as traffic:
+    with TrafficCounter() as traffic:
         work()
-    sent: float = traffic.bytes
-    return sent
+    return float(traffic.bytes)
 
 
 def _batch(case: Case, rows: int) -> Batch:
@@ -273,8 +274,8 @@ class _Stock:
         ids_BN = batch.histories["history"].item_M.view(samples, -1)
         ids = torch.cat([ids_BN, batch.item_T[:, None]], dim=1).flatten()
         lengths = torch.full((samples,), ids_BN.shape[1] + 1, dtype=torch.int32)
-        found = self.collection(KeyedJaggedTensor(keys=["item"], values=ids, lengths=lengths))
-        rows_BND = found.wait()["item"].values().view(samples, -1, self.case.dim)
+        lookup = self.collection(KeyedJaggedTensor(keys=["item"], values=ids, lengths=lengths))
+        rows_BND = lookup.wait()["item"].values().view(samples, -1, self.case.dim)
         query_BD = rows_BND[:, -1] * self.case.dim**-0.5
         score_BN = torch.bmm(rows_BND[:, :-1], query_BD.unsqueeze(2)).squeeze(2) + self.additive_N
         return score_BN, torch.topk(score_BN, self.case.k)

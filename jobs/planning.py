@@ -54,6 +54,7 @@ def plan(
     from pipeline.files import check_output_file
     from pipeline.planning.sweep import NAMES
 
+    # A dry run can take a minute: what cannot be written is better known before.
     for file in (save, html):
         if file is not None:
             check_output_file(file)
@@ -73,7 +74,8 @@ def plan(
     if points:
         print(f"\n{table}")
         result["sweep"] = [
-            point | {k: v for k, v in as_dict(found).items() if k != "tables"} for point, found in points
+            point | {key: value for key, value in as_dict(at_point).items() if key != "tables"}
+            for point, at_point in points
         ]
     if run.plan is not None:
         if before is not None:
@@ -145,11 +147,11 @@ def _settings(
 def _swept(
     settings: "PlanSettings", sizes: "DataSizes", texts: list[str]
 ) -> tuple[list[tuple[dict[str, int], "DryRun"]], str]:
-    """The dry runs of a sweep, and a table of them."""
+    """The dry runs of a sweep with the values that each is of, and a table of them."""
     if not texts:
         return [], ""
     from pipeline.planning.sweep import axis, sweep
-    from pipeline.planning.text import GIB, aligned
+    from pipeline.planning.text import GIB, SEARCHES, aligned
 
     points = list(sweep(settings, sizes, [axis(text) for text in texts]))
     rows = [[*points[0][0], "fits", "GiB", "ms: shard", "local", "KiB/sample: shard", "local", "samples/s"]]
@@ -157,7 +159,7 @@ def _swept(
         row = [f"{value:,}" for value in point.values()]
         if run.feasible:
             fullest = max(max(rank.device_bytes, rank.host_bytes) for rank in run.ranks)
-            steps = [run.steps[where] for where in ("shard", "local")]
+            steps = [run.steps[search] for search in SEARCHES]
             row += ["yes", f"{fullest / GIB:,.1f}", *(f"{step.ms:,.1f}" for step in steps)]
             row += [*(f"{step.bytes_per_sample / 1024:,.1f}" for step in steps), f"{run.samples_per_second:,.0f}"]
         else:
@@ -167,9 +169,10 @@ def _swept(
 
 
 def _calibrate(file: Path) -> None:
+    from pipeline.files import check_output_file, write_whole
     from pipeline.planning.calibration import calibrated, cluster_text
 
+    check_output_file(file)
     cluster = calibrated()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(cluster_text(cluster))
+    write_whole(file, cluster_text(cluster))
     print(f"{file}: {cluster.device_name}, {cluster.measured}")

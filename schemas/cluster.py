@@ -41,7 +41,7 @@ class Costs(Settings):
     pair: NonNegativeFloat = 0.1
     """Scoring and ranking a (target, behaviour) pair locally, the products aside."""
     scan: NonNegativeFloat = 0.05
-    """The same in the fused search on a shard."""
+    """Scoring and ranking a pair in the fused search on a shard, the products aside."""
     cross: NonNegativeFloat = 0.05
     """The score of a cross feature of a pair."""
     input: NonNegativeFloat = 0.05
@@ -59,9 +59,9 @@ class ClusterSettings(Settings):
     nodes: PositiveInt
     devices_per_node: PositiveInt
     device_memory: ByteSize = Field(ByteSize(0), ge=0)
-    """Of a device; 0 on ``cpu``."""
+    """Memory of a device; 0 on ``cpu``."""
     host_memory: ByteSize = Field(gt=0)
-    """Of a node."""
+    """Memory of a node's host."""
     cores: PositiveInt | None = None
     """CPU cores of a node, which its jobs ask for; a plan needs none."""
     memory_bandwidth: PositiveFloat
@@ -77,7 +77,7 @@ class ClusterSettings(Settings):
     reserved: float = Field(0.15, ge=0, lt=1)
     """Share of the memory that a plan leaves free: the allocator, NCCL, the batches to come."""
     price: PositiveFloat | None = None
-    """Of a device-hour, in any currency."""
+    """Price of a device-hour, in any currency."""
     measured: str | None = None
     """When and where the figures were measured; None: from data sheets."""
 
@@ -88,5 +88,9 @@ class ClusterSettings(Settings):
 
 
 def known_clusters(folder: Path) -> dict[str, Path]:
-    """Settings files of the clusters in ``folder``, by name."""
+    """Find the settings files of clusters in a folder.
+
+    Returns:
+        Files by the name of the cluster, which is that of the file.
+    """
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}

@@ -10,10 +10,10 @@ from schemas.settings import Settings
 from schemas.synth import SynthSettings
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-"""Of an experiment or a data set: also the name of a folder."""
+"""The name of an experiment or of a data set, and of its folder."""
 
 Paper = dict[Name, dict[int, float]]
-"""Data set -> dim -> test AUC that was published."""
+"""Published test AUC, by data set and dim."""
 
 
 class DataSource(Settings):
@@ -57,13 +57,13 @@ class ExperimentSettings(Settings):
     """Settings files, sought beside this one, that this one is laid over."""
     data: dict[Name, DataSource] = Field(min_length=1)
     recipe: str | None = None
-    """Settings of ``dare train`` that all share: a shipped recipe, or a file, sought beside the experiment's."""
+    """A shipped recipe of ``dare train``, or a file that is sought beside the experiment's; all runs share it."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """The same, written here; they win over the recipe."""
+    """Settings of ``dare train`` that all runs share, nested as in a file; they win over the recipe."""
     models: dict[str, ModelRow] = Field(min_length=1)
-    """Label -> row, in the order of the table."""
+    """Rows by label, in the order of the table."""
     dims: tuple[Dim, ...] = Field(min_length=1)
-    """Each is ``model.attention.dim`` and ``model.representation.dim``, of every feature."""
+    """Each of them in turn is ``model.attention.dim`` and ``model.representation.dim``, of every feature."""
     seeds: tuple[NonNegativeInt, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -71,7 +71,7 @@ class ExperimentSettings(Settings):
         folders = [folder_name(label) for label in self.models]
         named = ("dims", self.dims), ("seeds", self.seeds), ("the labels of models, as folders,", folders)
         for key, values in named:
-            twice = [value for place, value in enumerate(values) if value in values[:place]]
+            twice = [value for index, value in enumerate(values) if value in values[:index]]
             if twice:
                 raise ValueError(f"{key} must not repeat {twice[0]!r}")
         if not all(folders):
@@ -88,12 +88,14 @@ class Floor(Settings):
     """What a model is expected to reach."""
 
     auc: float = Field(gt=0, le=1)
+    """Test AUC, the mean over seeds."""
     tolerance: float = Field(gt=0, lt=1)
-    """The mean over seeds may be lower by so much."""
+    """How much lower it may be."""
 
 
 class AccuracyFloor(Settings):
-    """Expected test AUC: data set -> dim -> label -> floor."""
+    """The test AUC that an experiment is expected to reach."""
 
     experiment: Name
     floors: dict[Name, dict[int, dict[str, Floor]]]
+    """Floors by data set, dim and label."""

@@ -24,7 +24,7 @@ from schemas.errors import UserError
 
 REPLICATES = 2000
 SEED = 20
-"""Of the draws: the same users give the same draws."""
+"""Seed of the draws: equal numbers of users give equal draws."""
 REPLICATES_FILE = "bootstrap.npz"
 """In the folder of a run: its AUC in each replicate."""
 _REPLICATES_A_PASS = 128

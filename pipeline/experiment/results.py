@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Result:
-    """A cell; None: not known, or not defined."""
+    """A row of `results.parquet`: what is known of a cell. None: not known, or not defined."""
 
     data: str
     label: str
@@ -51,33 +51,45 @@ class Result:
     seed: int
     state: State
     auc: float | None
-    """Of the test, like gauc and log_loss."""
+    """AUC of the test."""
     gauc: float | None
+    """GAUC of the test."""
     log_loss: float | None
+    """Log loss of the test."""
     validation_auc: float | None
-    """The best."""
+    """The best AUC of a validation."""
     steps: int | None
+    """Steps of the whole training."""
     best_step: int | None
-    """Of the checkpoint that was tested."""
+    """Step of the checkpoint that was tested."""
     best_epoch: int | None
-    """Counted from 1."""
+    """Epoch of that step, counted from 1."""
     samples_per_s: float | None
-    """Of training alone, since the last start."""
+    """Speed of training alone, since the last start."""
     wall_s: float | None
-    """From start to end, over all starts that ended; training, validation, test and predictions."""
+    """Seconds of all starts that ended, each from start to end: training, validation, test and predictions."""
     peak_bytes: int | None
-    """Most resident memory."""
+    """Most resident memory of the process."""
     table_parameters: int
     dense_parameters: int
     revision: str | None
-    """Of the program that trained it last, with a + where files differed from it; None: not run from a checkout."""
+    """Revision of the program that trained it last, with a + where files differed; None: not run from a checkout."""
     error: str | None
     run: str
-    """Folder, relative to the experiment's."""
+    """Folder of the run, relative to the experiment's."""
 
 
 def result_of(cell: Cell, parameters: Parameters, out: Path) -> Result:
-    """What the files of a cell say."""
+    """Read what the files of a cell say.
+
+    Args:
+        cell: finished, failed or not begun.
+        parameters: of its model.
+        out: folder of the experiment.
+
+    Raises:
+        UserError: a file is damaged.
+    """
     record = read_json(cell.record) if cell.record.is_file() else {}
     test = read_json(cell.run.test_file) if cell.finished else {}
     progress = read_json(cell.run.progress_file) if cell.run.progress_file.is_file() else {}
@@ -115,7 +127,14 @@ def _revision(cell: Cell) -> str | None:
 
 
 def add_to_record(cell: Cell, seconds: float, peak_bytes: int, error: str | None) -> None:
-    """A start of a cell has ended."""
+    """Note in the record of a cell that a start of it has ended.
+
+    Args:
+        cell: of the experiment.
+        seconds: of this start; the record adds up those of all starts.
+        peak_bytes: most resident memory of this start; the record keeps the most of all starts.
+        error: why it failed; None: it did not fail.
+    """
     before = read_json(cell.record) if cell.record.is_file() else {}
     record = {
         "wall_s": round(before.get("wall_s", 0.0) + seconds, 2),
@@ -126,18 +145,22 @@ def add_to_record(cell: Cell, seconds: float, peak_bytes: int, error: str | None
 
 
 def seconds_of(cell: Cell) -> float | None:
-    """What `add_to_record` has summed up."""
+    """Seconds of all starts of a cell that have ended; None: none has."""
     return read_json(cell.record).get("wall_s") if cell.record.is_file() else None
 
 
 def write_results(results: Sequence[Result], file: Path) -> None:
-    """Write `results.parquet`, whole."""
+    """Write results as a Parquet file, which is there with all its content or as it was before.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     with whole_file(file) as unfinished:
         pq.write_table(pa.Table.from_pylist([asdict(result) for result in results], schema=SCHEMA), unfinished)
 
 
 def grouped(results: Sequence[Result]) -> dict[tuple[str, Column], list[Result]]:
-    """Finished cells by label and column, all seeds together; those whose AUC is not defined are left out."""
+    """Finished cells by label and column; each group has one result a seed. Cells without an AUC are left out."""
     groups: dict[tuple[str, Column], list[Result]] = {}
     for result in results:
         if result.auc is not None:

@@ -1,4 +1,7 @@
-"""The figures of this machine that a dry run needs, measured on two processes at the same time."""
+"""`dare plan --calibrate`: the figures of this machine that a dry run needs, measured on two processes at a time.
+
+B = ids of a lookup, T = targets, W = (target, behaviour) pairs, M = behaviours, R = rows, D = dim.
+"""
 
 import os
 import platform
@@ -32,7 +35,14 @@ from embeddings.search.topk.inputs import TopKInputs
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
 from pipeline.planning.dry_run import dry_run
-from pipeline.planning.measuring import TARGETS_PER_USER, StepTask, Traffic, made_up_batch, measured_step, on_gloo_ranks
+from pipeline.planning.measuring import (
+    TARGETS_PER_USER,
+    StepTask,
+    TrafficCounter,
+    made_up_batch,
+    measured_step,
+    on_gloo_ranks,
+)
 from pipeline.planning.traffic import FLOAT
 from schemas.cluster import ClusterSettings, CollectiveShares, Costs, Link
 from schemas.model import Feature
@@ -86,7 +96,7 @@ def calibrated() -> ClusterSettings:
     settings, sizes = plan_settings(cluster, LONG)
     behavior = median(on_gloo_ranks(RANKS, _behavior, StepTask(settings, sizes), cluster.within_node))
     cluster = cluster.model_copy(update={"costs": cluster.costs.model_copy(update={"behavior": behavior})})
-    # What a step of next to nothing takes longer than its parts.
+    # What a step of next to nothing takes longer than the sum of its parts is what any step costs.
     settings, sizes = plan_settings(cluster, TINY)
     seconds = max(on_gloo_ranks(RANKS, measured_step, StepTask(settings, sizes, steps=15)))
     rest = seconds * 1e9 - dry_run(settings, sizes).step.ms * 1e6
@@ -94,7 +104,12 @@ def calibrated() -> ClusterSettings:
 
 
 def plan_settings(cluster: ClusterSettings, overrides: tuple[str, ...]) -> tuple[PlanSettings, DataSizes]:
-    """Settings of a dry run of the steps that `pipeline.planning.measuring` times."""
+    """Settings and sizes of a dry run of the steps that `pipeline.planning.measuring` times.
+
+    Args:
+        cluster: to plan for.
+        overrides: other settings, as ``key=value``.
+    """
     settings = load_settings(
         PlanSettings,
         [],
@@ -105,7 +120,7 @@ def plan_settings(cluster: ClusterSettings, overrides: tuple[str, ...]) -> tuple
 
 
 def cluster_text(cluster: ClusterSettings) -> str:
-    """YAML for ``dare plan --topology``."""
+    """A cluster as the YAML file that ``dare plan --topology`` reads, with figures of three digits."""
     values = cluster.model_dump(mode="json", exclude_none=True)
 
     def rounded(value: Any) -> Any:
@@ -117,7 +132,7 @@ def cluster_text(cluster: ClusterSettings) -> str:
 
 
 def _figures() -> dict[str, float]:
-    """Of this rank, while the other one measures too."""
+    """What this rank measures while the other one measures the same."""
     bandwidth = _memory_bandwidth()
     rate = _dense_rate()
     return {
@@ -157,7 +172,7 @@ def _lookups(bandwidth: float) -> dict[str, float]:
     with torch.no_grad():
         forward_full, forward_empty = _ns(lambda: table(row_B, full)), _ns(lambda: table(none, empty))
     backward_full, backward_empty = _ns(both(row_B, full)) - forward_full, _ns(both(none, empty)) - forward_empty
-    # An id's way to its shard, and its row's to its place.
+    # What an id costs beside the lookup: finding which are equal, and giving each id the row that came back.
     narrow_B, rows_BD = row_B.to(torch.int32), torch.randn(BAGS, DIM, requires_grad=True)
     _, slot_B = torch.unique(narrow_B, return_inverse=True)
     there = _ns(lambda: torch.unique(narrow_B, return_inverse=True))
@@ -179,10 +194,10 @@ def _behavior(task: StepTask, link: Link) -> float:
     retrieved, cross = task.settings.model.retrieved, model.tables.cross_features
     search = ShardedTopK(tables, tables, ScaledDotProduct(), retrieved, task.sizes, cross)
     ns = _ns(lambda: search.input_dist(search.create_context(), batch).wait().wait(), together=True)
-    with Traffic() as traffic:
+    with TrafficCounter() as traffic:
         search.input_dist(search.create_context(), batch).wait().wait()
-    sent: float = traffic.bytes / link.bandwidth + 2 * link.latency * 1e3
-    return max(0.1, (ns - sent) / len(batch.histories["history"].item_M))
+    sent = traffic.bytes / link.bandwidth + 2 * link.latency * 1e3
+    return max(0.1, float(ns - sent) / len(batch.histories["history"].item_M))
 
 
 def _pairs(bandwidth: float, rate: float) -> dict[str, float]:
@@ -219,18 +234,18 @@ def _collectives() -> dict[str, float]:
             "all_to_all": lambda: dist.all_to_all_single(outcome, both),
             "reduce_scatter": lambda: dist.reduce_scatter_tensor(one, both),
             "all_gather": lambda: dist.all_gather_into_tensor(outcome, one),
-            # Of R values each, 2 (R - 1) are sent.
+            # A rank of two sends as many bytes as the tensor has: half of them to be added up, and half of the sums.
             "all_reduce": lambda: dist.all_reduce(one),
         }[name]
 
-    found = {"latency": _ns(collective("all_to_all", 8), together=True) / 1e3}
+    figures = {"latency": _ns(collective("all_to_all", 8), together=True) / 1e3}
     for name in ("all_to_all", "reduce_scatter", "all_gather", "all_reduce"):
         speeds = []
         for sent in SENT:
             ns = _ns(collective(name, sent // 4), together=True)
-            speeds.append(sent / max(1.0, ns - found["latency"] * 1e3))
-        found[name] = geometric_mean(speeds)
-    return found
+            speeds.append(sent / max(1.0, ns - figures["latency"] * 1e3))
+        figures[name] = geometric_mean(speeds)
+    return figures
 
 
 def _dense_rate() -> float:
@@ -242,17 +257,21 @@ def _dense_rate() -> float:
 def _input(rate: float) -> float:
     """Nanoseconds of an input of the prediction, the products aside."""
     inputs, targets = 192, 512
-    perceptron, values = MLP(inputs, (200, 80)), torch.randn(targets, inputs, requires_grad=True)
-    parameters = sum(weight.numel() for weight in perceptron.parameters())
+    mlp, values = MLP(inputs, (200, 80)), torch.randn(targets, inputs, requires_grad=True)
+    parameters = sum(weight.numel() for weight in mlp.parameters())
     # Its sums over ranks are counted as traffic: here they are small.
-    whole = _ns(lambda: perceptron(values).sum().backward(), together=True)
-    return max(1.0, (whole - 3 * 2 * parameters * targets / (rate * 1e3)) / (inputs * targets))
+    all_ns = _ns(lambda: mlp(values).sum().backward(), together=True)
+    return max(1.0, (all_ns - 3 * 2 * parameters * targets / (rate * 1e3)) / (inputs * targets))
 
 
 def _ns(work: Callable[[], object], together: bool = False) -> float:
-    """Nanoseconds: the median of rounds that are long enough to suffer from what else runs, as a training step does.
+    """Nanoseconds of a piece of work: the median of rounds, which all ranks begin together.
 
-    All ranks begin together; ``together``: they do the same number of times, as collectives need it.
+    A round is long enough to suffer from what else runs on the machine, as a training step does.
+
+    Args:
+        work: to be timed.
+        together: all ranks do the work equally often, as collectives need it.
     """
     work()
     dist.barrier()

@@ -16,8 +16,8 @@ from pipeline.planning.traffic import (
     Phase,
     Traffic,
     all_rows,
+    best_of_shard,
     dense_gradients,
-    found_on_shard,
     pooling_on_shard,
     rows_lookup,
     search_on_shard,
@@ -31,16 +31,17 @@ PASSES = 10
 PAIR_PASSES = 3
 """Times that category rows of (target, behaviour) pairs are read or written on a shard."""
 
-WAY_PASSES = 6
-"""Times that a row that travels is read or written: taken out of the answer, packed, unpacked."""
+TRAVEL_PASSES = 6
+"""Times that a row that travels is read or written: taken out of the shard's answer, packed, unpacked."""
 
-HOME_PASSES = 4
-"""The same locally, where each id takes its row, and features are put side by side."""
+LOCAL_PASSES = 4
+"""Times that a row is read or written on the sample's rank, where each id takes its row and features are put side by
+side."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one part of a step, on a rank."""
+    """What one part of a step costs a rank."""
 
     phase: Phase
     what: str
@@ -53,7 +54,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """A step of a rank."""
+    """What a training step costs a rank."""
 
     search: Search
     targets: int
@@ -66,7 +67,7 @@ class StepEstimate:
 
     @property
     def sent(self) -> float:
-        """Bytes that a rank sends."""
+        """Bytes that a rank sends in the step."""
         return sum(cost.within_node + cost.between_nodes for cost in self.costs)
 
     @property
@@ -106,7 +107,8 @@ class StepModel:
             name: [table for table in tables if table.set == name and table.inherent] for name in model.tables.inherent
         }
         self._cross = [table for table in tables if not table.inherent]
-        self.whole = model.auxiliary is not None or model.attends_all
+        self.looks_up_all = model.auxiliary is not None or model.attends_all
+        """All behaviours are looked up with gradient, not only those that the search has selected."""
         self._wire = WIRE_BYTES[model.settings.communication]
         dense = [(name, weight) for name, weight in model.named_parameters() if ".embedding_bags." not in name]
         self.dense_parameters = sum(weight.numel() for _, weight in dense)
@@ -114,11 +116,11 @@ class StepModel:
 
     def estimate(self, search: Search) -> StepEstimate:
         """A step with search on the shard or locally; the same where the model leaves no choice."""
-        place = search if self._model.searched == "shard" else "local"
+        search_place = search if self._model.searched == "shard" else "local"
         costs = [
             *self._cross_rows(),
-            *self._search(place),
-            *self._winners(place),
+            *self._search(search_place),
+            *self._selected(search_place),
             *self._dense(),
             Cost("step", "whatever its size", 0, 0, self._cluster.costs.step / 1e6),
         ]
@@ -132,7 +134,7 @@ class StepModel:
         if search == "shard" and self._model.searched == "shard":
             return behaviors * 32 + pairs * 24
         dim = self._dim(self._model.roles.history_attention)
-        return behaviors * dim * FLOAT * HOME_PASSES + pairs * 24
+        return behaviors * dim * FLOAT * LOCAL_PASSES + pairs * 24
 
     def _cross_rows(self) -> Iterator[Cost]:
         """All rows of all cross tables."""
@@ -141,18 +143,18 @@ class StepModel:
                 yield self._sent(traffic)
             held = [max(table.shard_rows) for table in self._cross]
             ns = self._on_shard(self._cross, held, held, gradient=True)
-            # Every rank copies what all have sent, and adds up its gradients.
-            whole = sum(table.rows * table.dim for table in self._cross) * FLOAT * HOME_PASSES * 2
-            yield self._compute("lookups", "cross tables", ns + whole / self._bandwidth)
+            # Every rank copies the rows that all have sent, and adds up their gradients.
+            copied = sum(table.rows * table.dim for table in self._cross) * FLOAT * LOCAL_PASSES * 2
+            yield self._compute("lookups", "cross tables", ns + copied / self._bandwidth)
 
-    def _search(self, place: Search) -> Iterator[Cost]:
+    def _search(self, search: Search) -> Iterator[Cost]:
         if self._model.searched == "ids":
             yield self._compute("search", "ids of all behaviours", self._work.pairs * self._cluster.costs.pair)
         elif self._model.searched != "none":
-            yield from self._search_locally() if place == "local" else self._search_on_shard()
+            yield from self._search_locally() if search == "local" else self._search_on_shard()
 
     def _search_locally(self) -> Iterator[Cost]:
-        """All behaviours' rows come home (`embeddings.search.local`)."""
+        """Search on the sample's rank, which fetches the rows of all behaviours (`embeddings.search.local`)."""
         roles, work, costs = self._model.roles, self._work, self._cluster.costs
         together = roles.target_attention == roles.history_attention
         ids = work.behaviors + work.targets * together
@@ -164,7 +166,7 @@ class StepModel:
         yield self._compute("search", "scores of all behaviours", self._scores(dim, costs.pair))
 
     def _search_on_shard(self) -> Iterator[Cost]:
-        """Ids go out, scores come back (`embeddings.search.sharded`)."""
+        """Search where the rows are: ids go out, scores come back (`embeddings.search.sharded`)."""
         roles, work, costs = self._model.roles, self._work, self._cluster.costs
         tables = self._inherent[roles.history_attention]
         categories = next((table.rows for table in tables if table.feature == "category"), 1)
@@ -178,15 +180,16 @@ class StepModel:
         if "category" in by_feature:
             yield self._compute("search", "scores of categories", self._category_scores(by_feature["category"]))
         merged = sum(
-            work.targets * work.ranks * found_on_shard(sequence.pairs / work.targets, sequence.retrieved, work.ranks)
+            work.targets * work.ranks * best_of_shard(sequence.pairs / work.targets, sequence.retrieved, work.ranks)
             for sequence in work.sequences
         )
         yield self._compute("search", "merging", merged * costs.pair)
 
     def _category_scores(self, table: PlannedTable) -> float:
-        """Nanoseconds, on a shard (`small_table_score` in `embeddings.search.pairs`)."""
+        """Nanoseconds of the category scores on a shard (`small_table_score` in `embeddings.search.pairs`)."""
         work, costs = self._work, self._cluster.costs
         products = work.targets * work.ranks * distinct(work.behaviors, table.rows)
+        # The search chooses by the same rule: score each target with each category, or look up each pair's category.
         if products <= PRODUCTS_A_PAIR * work.pairs:
             return work.pairs * costs.cross + products * 2 * table.dim / self._rate
         return work.pairs * (2 * costs.row + table.dim * FLOAT * PAIR_PASSES / self._bandwidth)
@@ -197,13 +200,13 @@ class StepModel:
         products = self._model.search_products(dim)
         return self._work.pairs * (2 * products / self._rate + pair + crosses * self._cluster.costs.cross)
 
-    def _winners(self, search: Search) -> Iterator[Cost]:
-        """Targets and what was retrieved, with gradient (`embeddings.tables.batch_rows`)."""
+    def _selected(self, search: Search) -> Iterator[Cost]:
+        """Rows of targets and of the selected behaviours, with gradient (`embeddings.tables.batch_rows`)."""
         roles, work = self._model.roles, self._work
         targets = {roles.target_attention, roles.target_representation}
         history = {roles.history_attention, roles.history_representation}
-        ids = work.behaviors if self.whole else work.kept
-        different = work.behaviors if self.whole else work.selected
+        ids = work.behaviors if self.looks_up_all else work.kept
+        different = work.behaviors if self.looks_up_all else work.selected
         for name in sorted(targets | history):
             if search == "shard" and self._model.could_pool_on_shards and name == roles.history_representation:
                 yield from self._pooling(f"histories, {name}", self._inherent[name])
@@ -223,14 +226,14 @@ class StepModel:
         for traffic in pooling_on_shard(what, tables, ids, work.parts, work.ranks, self._wire):
             yield self._sent(traffic)
         ns = self._on_shard(tables, [ids] * len(tables), [work.parts] * len(tables), gradient=True)
-        passes = work.parts * WAY_PASSES + work.targets * (1 + len(work.sequences)) * HOME_PASSES
+        passes = work.parts * TRAVEL_PASSES + work.targets * (1 + len(work.sequences)) * LOCAL_PASSES
         copied = passes * sum(table.dim for table in tables) * FLOAT * 2 / self._bandwidth
         yield self._compute("lookups", what, ns + copied + len(tables) * ids * costs.id)
 
     def _dense(self) -> Iterator[Cost]:
         """Attention, pooling, prediction, and the gradients of the dense parameters."""
         work, costs = self._work, self._cluster.costs
-        kept = work.pairs if self.whole else work.kept
+        kept = work.pairs if self.looks_up_all else work.kept
         crosses = sum(table.dim for table in self._cross)
         dim = sum(self._dim(name) for name in self._inherent) + crosses / max(1, len(work.sequences))
         attended = kept * dim * FLOAT * PASSES / self._bandwidth
@@ -244,13 +247,13 @@ class StepModel:
     def _lookup(
         self, what: str, tables: Sequence[PlannedTable], ids: float, different: float, gradient: bool
     ) -> Iterator[Cost]:
-        """Rows of ids.
+        """A lookup of rows by id.
 
         Args:
-            what: is looked up.
+            what: what is looked up, for people.
             tables: row-wise.
             ids: of a rank.
-            different: of them, as far as the workload says it.
+            different: how many of them differ, as far as the workload says it.
             gradient: a backward pass follows.
         """
         for traffic in rows_lookup(what, tables, different, self._work.ranks, gradient, self._wire):
@@ -258,7 +261,7 @@ class StepModel:
         asked = [distinct(different, table.rows) for table in tables]
         ns = self._on_shard(tables, asked, asked, gradient)
         travelling = sum(count * table.dim for count, table in zip(asked, tables, strict=True))
-        passes = ids * sum(table.dim for table in tables) * HOME_PASSES + travelling * WAY_PASSES
+        passes = ids * sum(table.dim for table in tables) * LOCAL_PASSES + travelling * TRAVEL_PASSES
         copied = passes * FLOAT * (1 + gradient) / self._bandwidth
         yield self._compute("lookups", what, ns + copied + len(tables) * ids * self._cluster.costs.id)
 
@@ -283,7 +286,7 @@ class StepModel:
         share = 1.0 if traffic.collective == "all_to_all" else getattr(cluster.collectives, traffic.collective)
         link = cluster.between_nodes if inter_node_peers else cluster.within_node
         us = traffic.collectives * link.latency
-        # Both links are busy at the same time.
+        # Both links are busy at the same time: the slower one decides.
         us += (
             traffic.to_each
             / share

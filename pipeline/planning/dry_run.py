@@ -1,6 +1,6 @@
-"""The planner's run on tables that do not exist.
+"""TorchRec's planner on tables that do not exist, and what a step of the planned model costs.
 
-A cluster's settings as the planner's topology.
+Nothing is measured and no GPU is needed: the model is built on the meta device, and the cluster is a settings file.
 """
 
 import logging
@@ -35,23 +35,23 @@ from schemas.cluster import ClusterSettings
 from schemas.plan import PlanSettings
 
 DENSE_COPIES = 5
-"""Of the dense parameters: weights, gradients, DDP's buckets, Adam's two averages."""
+"""Copies of the dense parameters in memory: weights, gradients, DDP's buckets, Adam's two averages."""
 
 
 @dataclass(frozen=True)
 class Lack:
-    """What does not fit."""
+    """Which memory is too small for a model that does not fit."""
 
     memory: str
     """``device`` or ``host``."""
     needed: int
-    """Bytes of a rank, if all were spread as evenly as can be."""
+    """Bytes that a rank would need if everything were spread as evenly as can be."""
     usable: int
-    """Bytes of a rank."""
+    """Bytes that a rank may plan with."""
     table: str
     """The table that takes most of it."""
     table_bytes: int
-    """What it takes on a rank."""
+    """Bytes that this table takes on a rank."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class RankLoad:
 
 @dataclass(frozen=True)
 class DryRun:
-    """A model on a cluster."""
+    """A model planned on a cluster, or the memory that it lacks."""
 
     settings: PlanSettings
     sizes: DataSizes
     seconds: float
-    """That the planner took."""
+    """How long the planner took."""
     search: Search
-    """That the memory is planned for."""
+    """Where the search is whose memory is planned for."""
     steps: dict[Search, StepEstimate]
     plan: ShardingPlan | None
     """None: it does not fit."""
@@ -88,17 +88,17 @@ class DryRun:
 
     @property
     def feasible(self) -> bool:
-        """It fits."""
+        """Whether the model fits."""
         return self.plan is not None
 
     @property
     def step(self) -> StepEstimate:
-        """With the search that it is planned for."""
+        """The step with the search that the memory is planned for."""
         return self.steps[self.search]
 
     @property
     def samples_per_second(self) -> float:
-        """Of all ranks."""
+        """Samples that all ranks together train on in a second."""
         return self.settings.cluster.ranks * self.step.targets / self.step.ms * 1e3
 
 
@@ -109,21 +109,25 @@ def dry_run(settings: PlanSettings, sizes: DataSizes) -> DryRun:
         settings: the model, the stream, the cluster.
         sizes: of the data.
 
+    Returns:
+        The plan and its costs; where the model does not fit, what memory lacks.
+
     Raises:
-        ValueError: settings that do not fit each other.
+        UserError: settings that do not fit each other.
     """
     cluster = settings.cluster
     model = build_model(settings.model, sizes, torch.device("meta"))
     search: Search = settings.model.search if model.searched == "shard" else "local"
     fuse_optimizers(model, torch.device(cluster.device))
     work = Workload.of(settings, sizes)
-    stand_in = StepModel(model, (), work, cluster)
-    dense = stand_in.dense_parameters * 4 * DENSE_COPIES + stand_in.inputs * work.targets * 4 * 12
-    kept = (work.pairs if stand_in.whole else work.targets * work.retrieved) * sum(
+    # The memory beside the tables does not depend on where the planner puts them, so it is known before the plan.
+    unplanned = StepModel(model, (), work, cluster)
+    dense = unplanned.dense_parameters * 4 * DENSE_COPIES + unplanned.inputs * work.targets * 4 * 12
+    kept = (work.pairs if unplanned.looks_up_all else work.targets * work.retrieved) * sum(
         sum((model.tables.inherent_dims(name) | model.tables.cross_dims(name)).values())
         for name in model.tables.inherent
     )
-    other = round(dense + kept * 4 * 4 + stand_in.search_bytes(search))
+    other = round(dense + kept * 4 * 4 + unplanned.search_bytes(search))
     bounds = _bounds(model, work, search, cluster.device)
     topology = cluster_topology(cluster, other)
     began = time.perf_counter()
@@ -131,7 +135,8 @@ def dry_run(settings: PlanSettings, sizes: DataSizes) -> DryRun:
         topology=topology,
         constraints=bounds,
         storage_reservation=FixedPercentageStorageReservation(0.0),
-        # A grid search over all combinations takes minutes with a thousand ranks, and finds no better.
+        # TorchRec's default adds a grid search over all combinations: it takes minutes with a thousand ranks, and finds
+        # no better plan.
         proposer=[GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()],
         stats=[],
         debug=False,
@@ -139,7 +144,7 @@ def dry_run(settings: PlanSettings, sizes: DataSizes) -> DryRun:
     with _quiet():
         try:
             plan = planner.plan(model, [TableSharder()])
-            chosen = planner._best_plan
+            chosen = planner._best_plan  # with the memory of each shard, which the plan itself does not say
         except PlannerError:
             plan, chosen = None, None
         seconds = time.perf_counter() - began
@@ -163,14 +168,14 @@ def dry_run(settings: PlanSettings, sizes: DataSizes) -> DryRun:
 
 
 def _bounds(model: CtrModel, work: Workload, search: Search, device_type: str) -> dict[str, ParameterConstraints]:
-    """What the plan must keep to, with what is looked up in each table.
+    """What the plan must keep to, with the number of ids that are looked up in each table.
 
     The planner thinks of a lookup of bags, where a shard answers for the bags of all ranks; here it answers for as
     many as are looked up in it, those of one rank on the mean.
     """
-    found = constraints(model, device_type, work.ranks)
+    bounds = constraints(model, device_type, work.ranks)
     searched = model.roles.attention
-    for name, constraint in found.items():
+    for name, constraint in bounds.items():
         spec = model.tables.specs[name]
         if spec.inherent:
             local = search == "local" and model.searched in ("shard", "local") and spec.set in searched
@@ -179,11 +184,11 @@ def _bounds(model: CtrModel, work: Workload, search: Search, device_type: str) -
         else:
             ids = spec.rows / work.ranks
         constraint.batch_sizes = [max(1, round(ids / work.ranks))]
-    return found
+    return bounds
 
 
 def _evenly(options: list[ShardingOption]) -> list[ShardingOption]:
-    """Of each table the option whose shards take least of the fullest rank."""
+    """The option of each table whose largest shard is the smallest: how the tables would be spread if all fitted."""
     best: dict[str, ShardingOption] = {}
     for option in options:
         if option.name not in best or _largest(option) < _largest(best[option.name]):
@@ -192,8 +197,7 @@ def _evenly(options: list[ShardingOption]) -> list[ShardingOption]:
 
 
 def _largest(option: ShardingOption) -> int:
-    largest: int = max(shard.storage.hbm + shard.storage.ddr for shard in option.shards)
-    return largest
+    return max(int(shard.storage.hbm + shard.storage.ddr) for shard in option.shards)
 
 
 def _lack(options: list[ShardingOption], settings: PlanSettings, other: int) -> Lack:
@@ -242,7 +246,7 @@ def _loads(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The planner's remarks about itself are not for the users of a dry run."""
+    """Silence the planner's log lines and warnings about itself, which tell the users of a dry run nothing."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -254,7 +258,7 @@ def _quiet() -> Iterator[None]:
 
 
 _PER_MS = 1e6
-"""GB/s -> bytes/ms, the planner's unit."""
+"""Bytes/ms, the planner's unit of bandwidth, in a GB/s."""
 
 
 def usable_memory(cluster: ClusterSettings) -> tuple[int, int]:
@@ -264,11 +268,11 @@ def usable_memory(cluster: ClusterSettings) -> tuple[int, int]:
 
 
 def cluster_topology(cluster: ClusterSettings, taken: int = 0) -> Topology:
-    """The planner's view of the cluster, made by its factory.
+    """The cluster as TorchRec's planner sees it.
 
     Args:
         cluster: the machines.
-        taken: bytes of a rank's memory (device, or host on a CPU) that are not for tables.
+        taken: bytes of a rank's memory (device memory, or host memory on a CPU) that are not for tables.
     """
     device_bytes, host_bytes = usable_memory(cluster)
     on_cpu = cluster.device == "cpu"

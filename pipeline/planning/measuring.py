@@ -1,10 +1,8 @@
-"""Runs a function in fresh processes that form a gloo group, one thread each.
+"""What a step really takes on gloo ranks of this machine: its time, and the bytes that a rank sends.
 
-Bytes that a rank sends to others, counted collective by collective.
+Steps are made on made-up batches of a known shape, in fresh processes of one thread each.
 
-Time of training steps on gloo ranks, on made-up batches of a known shape.
-
-T = targets, M = behaviours of all users.
+T = targets, M = behaviours of all users, U = users, N = behaviours of a user.
 """
 
 import multiprocessing
@@ -28,7 +26,7 @@ from schemas.train import TrainSettings
 
 
 def on_gloo_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300) -> list[Any]:
-    """``function(*arguments)`` on each rank.
+    """Call ``function(*arguments)`` on each rank of a gloo group of new processes.
 
     Args:
         ranks: number of processes.
@@ -83,18 +81,22 @@ def _rank(
     leave(0)
 
 
-class Traffic(TorchDispatchMode):
-    """Counts while it is active, as the best algorithms of each collective would send.
+class TrafficCounter(TorchDispatchMode):
+    """Counts the bytes that this rank sends to others while it is active.
 
-    Example:
-        with Traffic() as traffic:
+    A collective counts as what its best algorithm sends: gloo's own may send more.
+
+    Example::
+
+        with TrafficCounter() as traffic:
             model(batch)
-        traffic.bytes
+        print(traffic.bytes)
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0.0
+        """Bytes so far."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: Sequence[Any] = (), keywords: Mapping[str, Any] | None = None
@@ -109,7 +111,7 @@ def _sent(collective: str, arguments: Sequence[Any]) -> float:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     if collective == "alltoall_base_":
         source, splits = arguments[1], list(arguments[4])
-        own = splits[rank] / max(1, sum(splits)) if splits else 1 / ranks
+        own = splits[rank] / max(1, sum(splits)) if splits else 1 / ranks  # the part that stays on this rank
         return _bytes(source) * (1 - own)
     if collective == "_allgather_base_":
         return _bytes(arguments[1]) * (ranks - 1)
@@ -135,21 +137,30 @@ class StepTask:
     settings: TrainSettings
     sizes: DataSizes
     steps: int = 8
+    """Steps that are timed."""
     warmup: int = 2
+    """Steps before them, in which kernels are compiled and buffers made."""
 
 
 def step_seconds(task: StepTask, ranks: int) -> float:
-    """Median seconds of a step, of the slower rank.
+    """Time training steps on gloo ranks of this machine.
+
+    Args:
+        task: the step.
+        ranks: number of processes.
+
+    Returns:
+        Median seconds of a step, of the slowest rank.
 
     Raises:
         RuntimeError: a rank failed or did not end in time.
     """
-    seconds: float = max(on_gloo_ranks(ranks, measured_step, task))
-    return seconds
+    seconds: list[float] = on_gloo_ranks(ranks, measured_step, task)
+    return max(seconds)
 
 
 def measured_step(task: StepTask) -> float:
-    """Median seconds of a step; all ranks must call it."""
+    """Median seconds of a training step on this rank; all ranks must call it."""
     from embeddings.initialization import initialize
     from embeddings.loss import click_loss
     from embeddings.models import build_model
@@ -175,7 +186,12 @@ def measured_step(task: StepTask) -> float:
 
 
 def made_up_batch(task: StepTask, seed: int) -> Batch:
-    """Random ids; `TARGETS_PER_USER` targets of a user see the same window of N behaviours."""
+    """A batch of random ids, in which `TARGETS_PER_USER` targets of a user see the same window of N behaviours.
+
+    Args:
+        task: says how many targets and behaviours there are.
+        seed: of the ids.
+    """
     draw = torch.Generator().manual_seed(seed)
     targets = task.settings.stream.batch_size
     users = -(-targets // TARGETS_PER_USER)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
+from pipeline.files import write_whole
 from pipeline.planning.dry_run import DryRun
 from pipeline.planning.text import GIB, SEARCHES, report
 from pipeline.planning.traffic import PHASES
@@ -18,7 +19,7 @@ def write_page(file: Path, run: DryRun, points: Sequence[tuple[dict[str, int], D
     """Write the page.
 
     Args:
-        file: the HTML file to write; its folder is made.
+        file: the HTML file to write.
         run: a dry run that fits.
         points: the dry runs of a sweep, each with the values of the swept settings; empty: there was no sweep.
         table: the same sweep as text.
@@ -39,8 +40,7 @@ def write_page(file: Path, run: DryRun, points: Sequence[tuple[dict[str, int], D
     sections.append(Section("The plan", text="\n".join(report(run))))
     lead = [f"{cluster.ranks:,} ranks, {run.samples_per_second:,.0f} samples/s by the estimate."]
     page = Page(f"{run.settings.model.name} on {cluster.name}", lead, sections)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(html(page))
+    write_whole(file, html(page))
 
 
 def _memory(run: DryRun) -> Markup:

@@ -1,4 +1,4 @@
-"""A table as the planner has placed it."""
+"""The tables of a model as a plan places them, and whether a plan holds every row of them once."""
 
 from dataclasses import dataclass
 from math import prod
@@ -17,59 +17,64 @@ STATE_BYTES: dict[TableOptimizer, tuple[int, int]] = {
     "adam": (0, 8),
     "rowwise_adam": (4, 4),
 }
-"""Bytes of optimizer state: of a row, and of a value."""
+"""Bytes of optimizer state, for a row and for each of its values."""
 
 VALUE_BYTES = {"fp32": 4, "fp16": 2}
+"""Bytes of a value of a row."""
 
 
 @dataclass(frozen=True)
 class PlannedTable:
-    """Declared by the model, placed by the planner."""
+    """A table that the model declares and the planner has placed."""
 
     name: str
     set: str
-    """Of tables: ``attention``, ``representation``, or the model's own."""
+    """The set of tables that it belongs to: ``attention``, ``representation``, or a set of the model's own."""
     feature: Feature
     rows: int
     dim: int
     value_bytes: int
     state_bytes: int
-    """Optimizer state, all of it."""
+    """Bytes of the optimizer state of all rows."""
     sharding_type: str
     compute_kernel: str
     ranks: tuple[int, ...]
-    """Of each shard."""
+    """The rank of each shard."""
     shard_rows: tuple[int, ...]
-    """Of each shard."""
+    """The number of rows of each shard."""
 
     @property
     def weight_bytes(self) -> int:
-        """Of the rows."""
+        """Bytes of all rows."""
         return self.rows * self.dim * self.value_bytes
 
     @property
     def bytes(self) -> int:
-        """Rows and optimizer state."""
+        """Bytes of all rows and of their optimizer state."""
         return self.weight_bytes + self.state_bytes
 
     @property
     def row_bytes(self) -> int:
-        """Of a row."""
+        """Bytes of a row."""
         return self.dim * self.value_bytes
 
     @property
     def on_host(self) -> bool:
-        """Its rows are in the host's memory of a GPU machine."""
+        """Whether its rows are in the host's memory of a machine with GPUs."""
         return "uvm" in self.compute_kernel
 
     @property
     def inherent(self) -> bool:
-        """Looked up by id."""
+        """Whether rows are looked up by id, as those of items and categories are."""
         return self.feature in INHERENT
 
 
 def planned_tables(model: CtrModel, plan: ShardingPlan) -> tuple[PlannedTable, ...]:
-    """All tables of a model, as ``plan`` places them.
+    """All tables of a model, as a plan places them.
+
+    Args:
+        model: before sharding.
+        plan: of its tables.
 
     Raises:
         UserError: the plan lacks a table, has one that the model has not, or does not hold exactly its rows.

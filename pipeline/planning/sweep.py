@@ -1,7 +1,4 @@
-"""Dry runs over combinations of a few settings.
-
-What would make a model fit: changes that are tried with the planner, each alone, from small to large.
-"""
+"""Dry runs with changed settings: over combinations of a few of them, and in search of what makes a model fit."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -12,6 +9,7 @@ from pipeline.planning.dry_run import DryRun, dry_run
 from schemas.errors import UserError
 from schemas.model import ModelSettings
 from schemas.plan import PlanSettings
+from schemas.settings import load_settings
 
 SHORT: dict[str, tuple[str, ...]] = {
     "attention_dim": ("model", "attention", "dim"),
@@ -26,13 +24,17 @@ SHORT: dict[str, tuple[str, ...]] = {
 NAMES = ("ranks", *SHORT)
 
 Axis = tuple[str, tuple[int, ...]]
+"""The short name of a setting, and its values in a sweep."""
+
+Changes = dict[str, Any]
+"""Settings that change, nested by section."""
 
 
 def axis(text: str) -> Axis:
-    """``name=1,2,3`` as a name and its values.
+    """Read an axis that is written ``name=1,2,3``.
 
     Raises:
-        UserError: another form, an unknown name, no whole numbers above 0.
+        UserError: it is written otherwise, its name is unknown, or a value is no whole number above 0.
     """
     name, equals, values = text.partition("=")
     if name not in NAMES:
@@ -47,10 +49,18 @@ def axis(text: str) -> Axis:
 
 
 def sweep(settings: PlanSettings, sizes: DataSizes, axes: Sequence[Axis]) -> Iterator[tuple[dict[str, int], DryRun]]:
-    """A dry run of each combination.
+    """Make a dry run of each combination of the axes' values; the last axis changes fastest.
+
+    Args:
+        settings: of everything that no axis changes.
+        sizes: of the data.
+        axes: at least one.
+
+    Yields:
+        The value of each axis by its name, and the dry run.
 
     Raises:
-        UserError: a combination that is not possible.
+        UserError: a combination is not possible.
     """
     for values in product(*(numbers for _, numbers in axes)):
         point = dict(zip((name for name, _ in axes), values, strict=True))
@@ -59,12 +69,6 @@ def sweep(settings: PlanSettings, sizes: DataSizes, axes: Sequence[Axis]) -> Ite
             if name == "ranks":
                 of_point = changed(of_point, {"cluster": _nodes(of_point, value)})
                 continue
-            change: dict[str, Any] = {}
-            place = change
-            *outer, last = SHORT[name]
-            for key in outer:
-                place = place.setdefault(key, {})
-            place[last] = value
             if name == "items":
                 of_sizes = DataSizes(**{**vars(of_sizes), "items": value})
                 continue
@@ -72,12 +76,15 @@ def sweep(settings: PlanSettings, sizes: DataSizes, axes: Sequence[Axis]) -> Ite
                 if settings.stream.sequences:
                     raise UserError("--sweep history_length: the stream has sequences with lengths of their own")
                 of_sizes = DataSizes(**{**vars(of_sizes), "lengths": {"history": value}})
+            change: Changes = {SHORT[name][-1]: value}
+            for section in reversed(SHORT[name][:-1]):
+                change = {section: change}
             of_point = changed(of_point, change)
         yield point, dry_run(of_point, of_sizes)
 
 
 def _nodes(settings: PlanSettings, ranks: int) -> dict[str, int]:
-    """So many ranks: on as many nodes as they fill, or on a part of one."""
+    """Settings of a cluster of so many ranks: on as many nodes as they fill, or on a part of one."""
     each = settings.cluster.devices_per_node
     if ranks <= each:
         return {"nodes": 1, "devices_per_node": ranks}
@@ -87,14 +94,17 @@ def _nodes(settings: PlanSettings, ranks: int) -> dict[str, int]:
 
 
 MOST_NODES = 64
-"""Times the nodes of the cluster that are tried."""
+"""Remedies have at most so many times the nodes of the cluster."""
 
 
 def remedies(failed: DryRun) -> Iterator[str]:
-    """Changes that fit, as settings to give to ``dare plan``; from each kind the smallest one.
+    """Changes with which a model fits, each alone; of each kind the smallest one.
 
     Args:
         failed: a dry run that does not fit.
+
+    Yields:
+        Settings as they are given to ``dare plan``.
     """
     settings, model = failed.settings, failed.settings.model
     yield from _more_nodes(failed)
@@ -107,8 +117,8 @@ def remedies(failed: DryRun) -> Iterator[str]:
     yield from _dims(failed, ("attention", "representation"))
     if settings.cluster.device == "cuda":
         for key, value in (("precision", "fp16"), ("memory", "host")):
-            changes = {concern: {key: value} for concern in ("attention", "representation")}
-            words = " ".join(f"model.{concern}.{key}={value}" for concern in changes)
+            changes = {role: {key: value} for role in ("attention", "representation")}
+            words = " ".join(f"model.{role}.{key}={value}" for role in changes)
             yield from _tried(failed, {"model": changes}, words)
     yield from _smallest(
         failed,
@@ -118,7 +128,7 @@ def remedies(failed: DryRun) -> Iterator[str]:
 
 
 def _more_nodes(failed: DryRun) -> Iterator[str]:
-    """The fewest nodes that hold it: doubled until they do, then halved in on."""
+    """The fewest nodes that hold the model, to a sixteenth: doubled until they do, then bisected."""
     had = failed.settings.cluster.nodes
     low, high = had, had
     while high < had * MOST_NODES:
@@ -134,58 +144,61 @@ def _more_nodes(failed: DryRun) -> Iterator[str]:
     yield f"cluster.nodes={high} ({high * failed.settings.cluster.devices_per_node:,} ranks)"
 
 
-def _dims(failed: DryRun, concerns: tuple[str, ...]) -> Iterator[str]:
-    """The largest smaller dim that fits."""
+def _dims(failed: DryRun, roles: tuple[str, ...]) -> Iterator[str]:
+    """The least halving of the dims of these roles that fits."""
     model: ModelSettings = failed.settings.model
 
-    def change(halved: int) -> tuple[dict[str, Any], str]:
-        dims = {concern: max(4, getattr(model, concern).dim // halved // 4 * 4) for concern in concerns}
-        words = " ".join(f"model.{concern}.dim={dim}" for concern, dim in dims.items())
-        return {"model": {concern: {"dim": dim} for concern, dim in dims.items()}}, words
+    def change(divisor: int) -> tuple[Changes, str]:
+        # FBGEMM takes dims that are multiples of 4.
+        dims = {role: max(4, getattr(model, role).dim // divisor // 4 * 4) for role in roles}
+        words = " ".join(f"model.{role}.dim={dim}" for role, dim in dims.items())
+        return {"model": {role: {"dim": dim} for role, dim in dims.items()}}, words
 
-    largest = max(getattr(model, concern).dim for concern in concerns)
-    yield from _smallest(failed, change, [halved for halved in (2, 4, 8, 16) if largest // halved >= 4])
+    largest = max(getattr(model, role).dim for role in roles)
+    yield from _smallest(failed, change, [divisor for divisor in (2, 4, 8, 16) if largest // divisor >= 4])
 
 
 def _halves(value: int, least: int) -> list[int]:
-    found = []
+    halves = []
     while value // 2 >= least:
         value //= 2
-        found.append(value)
-    return found
+        halves.append(value)
+    return halves
 
 
-def _smallest(failed: DryRun, change: Callable[[int], tuple[dict[str, Any], str]], steps: list[int]) -> Iterator[str]:
-    for step in steps:
-        values, words = change(step)
-        if _fits(failed, values):
+def _smallest(failed: DryRun, change: Callable[[int], tuple[Changes, str]], values: list[int]) -> Iterator[str]:
+    """The words of the first change that fits; ``values`` are tried in order."""
+    for value in values:
+        changes, words = change(value)
+        if _fits(failed, changes):
             yield words
             return
 
 
-def _tried(failed: DryRun, values: dict[str, Any], words: str) -> Iterator[str]:
-    if _fits(failed, values):
+def _tried(failed: DryRun, changes: Changes, words: str) -> Iterator[str]:
+    if _fits(failed, changes):
         yield words
 
 
-def _fits(failed: DryRun, values: dict[str, Any]) -> bool:
-    return dry_run(changed(failed.settings, values), failed.sizes).feasible
+def _fits(failed: DryRun, changes: Changes) -> bool:
+    return dry_run(changed(failed.settings, changes), failed.sizes).feasible
 
 
-def changed(settings: PlanSettings, values: dict[str, Any]) -> PlanSettings:
+def changed(settings: PlanSettings, changes: Changes) -> PlanSettings:
     """The settings with some of them changed, checked again.
+
+    Args:
+        settings: to begin with; they stay as they are.
+        changes: of some of them.
 
     Raises:
         UserError: they do not fit each other.
     """
-    merged = settings.model_dump()
+    return load_settings(PlanSettings, values=_merged(settings.model_dump(mode="json"), changes))
 
-    def merge(into: dict[str, Any], part: dict[str, Any]) -> None:
-        for key, value in part.items():
-            if isinstance(value, dict) and isinstance(into.get(key), dict):
-                merge(into[key], value)
-            else:
-                into[key] = value
 
-    merge(merged, values)
-    return PlanSettings.model_validate(merged)
+def _merged(values: Changes, changes: Changes) -> Changes:
+    return values | {
+        key: _merged(values[key], value) if isinstance(value, dict) and isinstance(values.get(key), dict) else value
+        for key, value in changes.items()
+    }

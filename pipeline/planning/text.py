@@ -1,4 +1,4 @@
-"""A dry run for people and programs to read."""
+"""A dry run as lines of text for people, and as a JSON object for programs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,12 +9,12 @@ from pipeline.planning.workload import Search
 GIB = 1 << 30
 SEARCHES: tuple[Search, ...] = ("shard", "local")
 LARGEST_ID = 2**31 - 1
-"""Dense ids travel as int32."""
+"""The largest id of a data set, whose ids are int32."""
 
 
 def as_dict(run: DryRun) -> dict[str, Any]:
-    """The dry run as JSON has it."""
-    found: dict[str, Any] = {
+    """The dry run as the object of ``dare plan --json``; see docs/planning.md."""
+    document: dict[str, Any] = {
         "feasible": run.feasible,
         "ranks": run.settings.cluster.ranks,
         "seconds": round(run.seconds, 3),
@@ -32,7 +32,7 @@ def as_dict(run: DryRun) -> dict[str, Any]:
         ],
     }
     if run.lack is not None:
-        return found | {
+        return document | {
             "lack": vars(run.lack),
             "max_device_gib": None,
             "step_ms": None,
@@ -40,7 +40,7 @@ def as_dict(run: DryRun) -> dict[str, Any]:
         }
     hours = device_hours(run)
     price = run.settings.cluster.price
-    return found | {
+    return document | {
         "rows": sum(table.rows for table in run.tables),
         "max_device_gib": round(max(rank.device_bytes for rank in run.ranks) / GIB, 3),
         "max_host_gib": round(max(rank.host_bytes for rank in run.ranks) / GIB, 3),
@@ -63,7 +63,7 @@ def device_hours(run: DryRun) -> float:
 
 
 def lack_text(lack: Lack) -> str:
-    """What does not fit, in a line."""
+    """Which memory lacks how much, in one line."""
     return (
         f"a rank lacks {_size(lack.needed - lack.usable)} of {lack.memory} memory: it needs {_size(lack.needed)} of "
         f"{_size(lack.usable)} usable, most of it for table {lack.table} ({_size(lack.table_bytes)} a rank)"
@@ -71,7 +71,11 @@ def lack_text(lack: Lack) -> str:
 
 
 def report(run: DryRun) -> Iterator[str]:
-    """Lines of text: tables, memory, a step, and what training takes."""
+    """Lines of text about a dry run: its tables, memory, a step, and what training takes.
+
+    Args:
+        run: one that does not fit gives the lines about the memory that lacks alone.
+    """
     cluster, settings = run.settings.cluster, run.settings
     nodes = f"{cluster.nodes:,} nodes" if cluster.nodes > 1 else "1 node"
     yield (
@@ -159,10 +163,10 @@ def _step(run: DryRun) -> Iterator[str]:
             _size(sum(cost.between_nodes for cost in costs)),
         ]
     yield from aligned([*rows, totals])
-    shard, home = (run.steps[where] for where in SEARCHES)
+    shard, local = (run.steps[where] for where in SEARCHES)
     yield (
-        f"sent for a sample: {_size(shard.bytes_per_sample)} with search=shard, {_size(home.bytes_per_sample)} with "
-        f"search=local; a step of search=local takes {home.ms / shard.ms:.1f} x as long"
+        f"sent for a sample: {_size(shard.bytes_per_sample)} with search=shard, {_size(local.bytes_per_sample)} with "
+        f"search=local; a step of search=local takes {local.ms / shard.ms:.1f} x as long"
     )
     if run.searched != "shard":
         yield f"{run.settings.model.name} searches {run.searched}: search=shard changes nothing"
@@ -190,7 +194,12 @@ def _remarks(run: DryRun) -> Iterator[str]:
 
 
 def aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> Iterator[str]:
-    """Rows of cells as lines, columns aligned to the right but for those in ``left``."""
+    """Lines of a text table, with columns aligned to the right.
+
+    Args:
+        rows: of equally many cells.
+        left: columns that are aligned to the left.
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [

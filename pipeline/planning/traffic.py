@@ -23,15 +23,16 @@ COUNT, ID, LENGTH, FLOAT = 8, 4, 4, 4
 
 @dataclass(frozen=True)
 class Traffic:
-    """One collective, or several alike."""
+    """What a rank sends in one collective, or in several of a kind."""
 
     phase: Phase
     what: str
+    """What is sent, for people."""
     collective: Collective
     to_each: float
     """Bytes that a rank sends to each other rank."""
     collectives: int = 1
-    """Whose latency it costs."""
+    """How many collectives' latency it costs; 0: it travels with another one."""
 
 
 def narrowest(largest: float) -> int:
@@ -42,12 +43,12 @@ def narrowest(largest: float) -> int:
 def rows_lookup(
     what: str, tables: Sequence[PlannedTable], ids: float, ranks: int, gradient: bool, wire: int = FLOAT
 ) -> Iterator[Traffic]:
-    """Rows of ids (`embeddings.distributed.lookups`): of equal ids one travels.
+    """A lookup of rows by id (`embeddings.distributed.lookups`): of equal ids one travels.
 
     Args:
-        what: is looked up.
+        what: what is looked up, for people.
         tables: of a collection, row-wise, one a feature.
-        ids: of a rank.
+        ids: that a rank looks up.
         ranks: in all.
         gradient: a backward pass follows.
         wire: bytes of a float of a row on its way.
@@ -89,8 +90,8 @@ def search_on_shard(
         behavior = sum(widths[feature] for feature in features)
         yield Traffic("input dist", "behaviours", "all_to_all", sequence.behaviors / ranks * behavior, 0)
         yield Traffic("input dist", "windows", "all_to_all", targets * (ID + wide), 0)
-        found = found_on_shard(sequence.pairs / targets, sequence.retrieved, ranks)
-        yield Traffic("output dist", "best of each shard", "all_to_all", targets * found * (wire + wide))
+        answers = best_of_shard(sequence.pairs / targets, sequence.retrieved, ranks)
+        yield Traffic("output dist", "best of each shard", "all_to_all", targets * answers * (wire + wide))
     target = ID + known + sum({"position": 4, "interval": 4, "scene": 1}.get(feature, 0) for feature in features)
     yield Traffic("input dist", "targets", "all_to_all", targets * target, 2)
     for table in inherent:
@@ -110,7 +111,7 @@ def pooling_on_shard(
     """Weighted bags, pooled where the rows are (`embeddings.distributed.lookups`); the weights' gradients come back.
 
     Args:
-        what: is pooled.
+        what: what is pooled, for people.
         tables: row-wise.
         ids: of a rank, in each feature.
         parts: of a rank's bags, on all shards together.
@@ -127,13 +128,25 @@ def pooling_on_shard(
     yield Traffic("output dist", f"weights' gradients of {what}", "all_to_all", features * ids / ranks * FLOAT)
 
 
-def found_on_shard(behaviors: float, k: int, ranks: int) -> float:
-    """How many of a target's behaviours a shard sends home: its part of them, but no more than K."""
+def best_of_shard(behaviors: float, k: int, ranks: int) -> float:
+    """How many of a target's behaviours a shard sends back: its part of them, but no more than K.
+
+    Args:
+        behaviors: of the target's history, on all shards.
+        k: K.
+        ranks: in all, a shard each.
+    """
     return min(behaviors / ranks, k)
 
 
 def dense_gradients(parameters: int, statistics: int, ranks: int) -> Iterator[Traffic]:
-    """All-reduce of the dense gradients, and of batch normalisation's sums forwards and backwards."""
+    """All-reduce of the dense gradients, and of batch normalisation's sums forwards and backwards.
+
+    Args:
+        parameters: dense ones.
+        statistics: values of which batch normalisation sums the mean and the square.
+        ranks: in all.
+    """
     # An all-reduce is a reduce-scatter and an all-gather of equal parts.
     yield Traffic("dense", "dense gradients", "all_reduce", 2 * parameters * FLOAT / ranks)
     yield Traffic("dense", "batch statistics", "all_reduce", 2 * 2 * statistics * 8 / ranks, 2)

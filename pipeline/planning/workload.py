@@ -1,4 +1,7 @@
-"""What a rank does in a step, in numbers: so many targets, behaviours, pairs, rows to look up."""
+"""What a rank does in a step, in numbers: targets, behaviours, pairs, rows to look up.
+
+N = behaviours of a target's window, M = behaviours of all users, K = retrieved ones of a target.
+"""
 
 from dataclasses import dataclass
 from math import exp
@@ -9,27 +12,32 @@ from schemas.manifest import Manifest
 from schemas.plan import PlanSettings
 
 Search = Literal["shard", "local"]
+"""Where behaviours are compared with targets: on the shards of the rows, or on the sample's rank."""
 
 
 def with_load_of(settings: PlanSettings, manifest: Manifest) -> PlanSettings:
-    """Settings whose workload is that of a data set's training split, but for what they set themselves.
+    """Settings with the workload of a data set's training split; what the settings say themselves stays.
 
-    Means over users, all behaviours counted in every sequence: the manifest knows no more.
+    Its figures are means over users, and all behaviours are counted in every sequence: a manifest knows no more.
+
+    Args:
+        settings: of the dry run.
+        manifest: of the data set.
     """
     counts, stream, load = manifest.counts, settings.stream, settings.workload
     longest = max((part.length for part in (stream.sequences or {}).values()), default=stream.history_length)
     together = min(stream.targets_per_user_per_batch or stream.batch_size, stream.batch_size)
-    found = {
+    measured = {
         "targets_per_user": max(1.0, min(counts.train.targets / max(1, counts.users), together)),
         "filled": max(0.001, min(1.0, counts.behaviors / max(1, counts.users) / longest)),
     }
-    own = {name: value for name, value in found.items() if name not in load.model_fields_set}
+    own = {name: value for name, value in measured.items() if name not in load.model_fields_set}
     return settings.model_copy(update={"workload": load.model_copy(update=own)})
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """Of one sequence, on one rank."""
+class SequenceWorkload:
+    """What a rank does in a step for one sequence; means, so not whole numbers."""
 
     length: int
     """N."""
@@ -43,21 +51,26 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Workload:
-    """Of one rank in a step; means, so not whole numbers."""
+    """What a rank does in a step; means, so not whole numbers."""
 
     ranks: int
     targets: int
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[SequenceWorkload, ...]
 
     @classmethod
     def of(cls, settings: PlanSettings, sizes: DataSizes) -> Self:
-        """What the settings ask of a rank."""
+        """The workload that settings ask of a rank.
+
+        Args:
+            settings: of the dry run.
+            sizes: of the data.
+        """
         targets, load = settings.stream.batch_size, settings.workload
         return cls(
             settings.cluster.ranks,
             targets,
             tuple(
-                Sequence(
+                SequenceWorkload(
                     length=sizes.lengths[name],
                     behaviors=targets / load.targets_per_user * sizes.lengths[name] * load.filled,
                     pairs=targets * sizes.lengths[name] * load.filled,
@@ -84,12 +97,12 @@ class Workload:
 
     @property
     def kept(self) -> float:
-        """Behaviours that were retrieved, of all targets."""
+        """Retrieved behaviours of all targets; one that two targets have retrieved counts twice."""
         return sum(min(self.targets * sequence.retrieved, sequence.pairs) for sequence in self.sequences)
 
     @property
     def selected(self) -> float:
-        """The same, but those that targets of a user share are counted once."""
+        """Different retrieved behaviours; one that several targets of a user have retrieved counts once."""
         return sum(
             distinct(min(self.targets * sequence.retrieved, sequence.pairs), sequence.behaviors)
             for sequence in self.sequences
@@ -97,11 +110,18 @@ class Workload:
 
     @property
     def parts(self) -> float:
-        """Shards that have an id of a bag, of all bags of the pooling on shards: targets, and each one's histories."""
+        """Sums that shards send back in a pooling on shards: for each bag, the number of shards that have an id of it.
+
+        The bags are the targets, of one id each, and each target's sequences, of K ids at most.
+        """
         held = (min(sequence.retrieved, sequence.pairs / self.targets) for sequence in self.sequences)
-        return self.targets * (1.0 + sum(self.ranks * float(1 - (1 - 1 / self.ranks) ** ids) for ids in held))
+        touched: list[float] = [self.ranks * (1 - (1 - 1 / self.ranks) ** ids) for ids in held]
+        return self.targets * (1 + sum(touched))
 
 
 def distinct(ids: float, rows: float) -> float:
-    """How many different rows so many ids are, on the mean, where each row is as likely."""
+    """Expected number of different rows among ``ids`` ids that are drawn evenly from ``rows`` rows.
+
+    A row is left out with probability (1 - 1 / rows)^ids, which is close to exp(-ids / rows).
+    """
     return rows * (1 - exp(-ids / rows)) if rows else 0.0

@@ -58,8 +58,8 @@ def test_a_plan_that_loses_rows_is_refused(damage: str) -> None:
         tables["other"] = tables[name]
         message = "does not declare: other"
     else:
-        name = next(name for found in run.plan.plan.values() for name in found if name.startswith("item"))
-        tables = next(found for found in run.plan.plan.values() if name in found)
+        tables = next(module for module in run.plan.plan.values() if any(name.startswith("item") for name in module))
+        name = next(name for name in tables if name.startswith("item"))
         shards = tables[name].sharding_spec.shards
         if damage == "shard":
             shards.pop()
@@ -93,15 +93,15 @@ def test_what_does_not_fit_is_named_and_the_remedies_fit() -> None:
     assert run.lack.needed > run.lack.usable
     # 40 M rows x (16 + 32) floats, and 4 bytes of state each, on 4 ranks.
     assert run.lack.needed >= 40_000_001 * (48 * 4 + 2 * 4) / 4
-    found = list(remedies(run))
-    assert [words.split("=")[0] for words in found] == [
+    proposed = list(remedies(run))
+    assert [words.split("=")[0] for words in proposed] == [
         "cluster.nodes",
         "model.representation.dim",
         "model.attention.dim",  # together with representation
         "model.attention.memory",
     ]
     fits = [
-        changed(run.settings, {"cluster": {"nodes": int(found[0].split("=")[1].split()[0])}}),
+        changed(run.settings, {"cluster": {"nodes": int(proposed[0].split("=")[1].split()[0])}}),
         changed(run.settings, {"model": {name: {"memory": "host"} for name in ("attention", "representation")}}),
     ]
     assert all(dry_run(settings, TOO_MANY).feasible for settings in fits)
@@ -118,9 +118,9 @@ def test_rows_in_host_memory_leave_the_device() -> None:
     assert on_host.step.ms > on_device.step.ms
 
 
-def test_a_model_that_searches_at_home_needs_room_for_it() -> None:
-    shard, home = (dry_run(plan_settings(f"model.search={search}"), SIZES) for search in ("shard", "local"))
-    assert max(rank.device_bytes for rank in home.ranks) > max(rank.device_bytes for rank in shard.ranks)
+def test_a_model_that_searches_locally_needs_room_for_it() -> None:
+    shard, local = (dry_run(plan_settings(f"model.search={search}"), SIZES) for search in ("shard", "local"))
+    assert max(rank.device_bytes for rank in local.ranks) > max(rank.device_bytes for rank in shard.ranks)
 
 
 def test_a_plan_goes_through_a_file(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_plan_for_other_ranks_or_devices_is_refused(tmp_path: Path) -> None:
         plan = dry_run(plan_settings(*overrides), SIZES).plan
         assert plan is not None
         file.write_text(plan_text(plan))
-        assert all(message in found for found in run_ranks(2, refusal, file)), message
+        assert all(message in refused for refused in run_ranks(2, refusal, file)), message
 
 
 def test_training_makes_the_plan_that_the_dry_run_shows() -> None:
@@ -372,8 +372,8 @@ def test_every_model_can_be_planned(name: str) -> None:
     run = dry_run(plan_settings(f"model={name}", "model.attention.dim=32"), SIZES)
     assert run.feasible
     assert (f"{name} searches" in "\n".join(report(run))) == (MODELS[name].searched != "shard")
-    shard, home = (run.steps[where] for where in ("shard", "local"))
+    shard, local = (run.steps[where] for where in ("shard", "local"))
     assert 0 < shard.ms < 1e5
     chooses = MODELS[name].searched == "shard"
-    assert (shard.ms == home.ms) == (not chooses)
+    assert (shard.ms == local.ms) == (not chooses)
     assert run.search == ("shard" if chooses else "local")

@@ -11,7 +11,7 @@ from embeddings.loss import click_loss
 from embeddings.models import build_model
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
-from pipeline.planning.measuring import Traffic
+from pipeline.planning.measuring import TrafficCounter
 from schemas.model import Communication, ModelSettings, TableSet
 from tests.launcher import run_ranks
 from tests.toy_batch import part, toy_batch
@@ -40,7 +40,7 @@ def model_of(communication: Communication) -> tuple[torch.nn.Module, torch.nn.Mo
 
 
 def counted(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
-    with Traffic() as traffic:
+    with TrafficCounter() as traffic:
         found = work()
     return found, traffic.bytes
 

@@ -11,7 +11,7 @@ from pipeline.planning.cost_model import StepModel
 from pipeline.planning.dry_run import dry_run
 from pipeline.planning.planned_tables import PlannedTable
 from pipeline.planning.traffic import all_rows, narrowest, pooling_on_shard, rows_lookup, search_on_shard
-from pipeline.planning.workload import Sequence, Workload, distinct
+from pipeline.planning.workload import SequenceWorkload, Workload, distinct
 from schemas.plan import PlanSettings
 from tests.plans import CLUSTER, plan_settings
 
@@ -35,22 +35,22 @@ def table(feature: str, rows: int, dim: int) -> PlannedTable:
 
 
 def sent(traffic: list, words: str) -> float:
-    found = [part.to_each for part in traffic if words in part.what]
-    assert found, words
-    return sum(found)
+    parts = [part.to_each for part in traffic if words in part.what]
+    assert parts, words
+    return sum(parts)
 
 
 def test_a_row_travels_once_to_each_rank_that_asks_for_it() -> None:
     tables = [table("item", 30, 8), table("category", 9, 4)]
     # Each rank asks for all rows, many times.
     asked, answered = Counter(), Counter()
-    for home in range(RANKS):
+    for rank in range(RANKS):
         for of in tables:
             for row in range(of.rows):
                 shard = row // (of.rows // RANKS)
-                asked[home] += (shard != home) * 1  # a shard has less than 256 rows
-                answered[shard] += (shard != home) * of.dim * 4
-            asked[home] += 8 * (RANKS - 1)  # how many
+                asked[rank] += (shard != rank) * 1  # a shard has less than 256 rows
+                answered[shard] += (shard != rank) * of.dim * 4
+            asked[rank] += 8 * (RANKS - 1)  # how many
     traffic = list(rows_lookup("it", tables, ids=1000, ranks=RANKS, gradient=True))
     for rank in range(RANKS):
         assert (sent(traffic, "ids of it") + sent(traffic, "counts of it")) * (RANKS - 1) == pytest.approx(asked[rank])
@@ -65,7 +65,7 @@ def test_of_few_ids_in_a_large_table_all_are_different() -> None:
     assert rows.to_each == pytest.approx(90 / RANKS * 8 * 4, rel=1e-4)
 
 
-def test_whole_tables_go_from_each_shard_to_all_and_back() -> None:
+def test_cross_tables_go_from_each_shard_to_all_and_back() -> None:
     traffic = list(all_rows("it", [table("position", 30, 8), table("scene", 9, 4)]))
     assert sent(traffic, "rows of it") == sent(traffic, "gradients of it") == (10 * 8 + 3 * 4) * 4
 
@@ -75,20 +75,20 @@ def test_search_on_shard_against_messages() -> None:
     users, per_user, length, k = 2, 3, 12, 5
     item, category = table("item", 30, 8), table("category", 9, 4)
     behaviors, answers, targets = Counter(), Counter(), Counter()
-    for home in range(RANKS):
+    for rank in range(RANKS):
         for shard in range(RANKS):
-            if shard == home:
+            if shard == rank:
                 continue
             for _user in range(users):
-                for place in range(length):
-                    if place % RANKS == shard:
-                        behaviors[home] += 4 + 1 + 1  # row, category, position
+                for position in range(length):
+                    if position % RANKS == shard:
+                        behaviors[rank] += 4 + 1 + 1  # row, category, position
                 for _target in range(per_user):
-                    targets[home] += 4 + 1 + 4  # item, category, position
-                    targets[home] += 4 + 1  # window: start, length
-                    there = sum(place % RANKS == shard for place in range(length))
-                    answers[shard] += min(there, k) * (4 + 1)  # score, place
-    work = Workload(RANKS, users * per_user, (Sequence(length, users * length, users * per_user * length, k),))
+                    targets[rank] += 4 + 1 + 4  # item, category, position
+                    targets[rank] += 4 + 1  # window: start, length
+                    there = sum(position % RANKS == shard for position in range(length))
+                    answers[shard] += min(there, k) * (4 + 1)  # score, position
+    work = Workload(RANKS, users * per_user, (SequenceWorkload(length, users * length, users * per_user * length, k),))
     traffic = list(search_on_shard([item, category], ("item", "category", "position"), work, categories=9))
     for rank in range(RANKS):
         assert sent(traffic, "behaviours") * (RANKS - 1) == behaviors[rank]
@@ -118,7 +118,7 @@ def test_pooling_answers_once_a_part() -> None:
 
 
 def test_parts_of_bags_are_counted_by_the_shards_that_have_an_id_of_them() -> None:
-    work = Workload(RANKS, 10_000, (Sequence(12, 120_000, 120_000, 2),))
+    work = Workload(RANKS, 10_000, (SequenceWorkload(12, 120_000, 120_000, 2),))
     draw = torch.randint(0, RANKS, (10_000, 2), generator=torch.Generator().manual_seed(1))
     touched = sum(len(set(bag)) for bag in draw.tolist())
     assert work.parts == pytest.approx(10_000 + touched, rel=0.01)
@@ -167,7 +167,7 @@ def longer(settings: PlanSettings, search: str, **sizes: int) -> float:
     return dry_run(settings, DataSizes(**where)).steps[search].bytes_per_sample  # type: ignore[arg-type, index]
 
 
-def test_halving_the_attention_dim_halves_what_search_locally_moves() -> None:
+def test_halving_the_attention_dim_halves_what_local_search_moves() -> None:
     wide, narrow = (
         sum(
             cost.within_node

@@ -12,7 +12,7 @@ from embeddings.distributed.collectives import sum_over_ranks
 from embeddings.models import build_model
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
-from pipeline.planning.measuring import Traffic
+from pipeline.planning.measuring import TrafficCounter
 from pipeline.planning.planned_tables import planned_tables
 from pipeline.planning.traffic import all_rows, rows_lookup
 from schemas.model import ModelSettings, TableChange, TableSet
@@ -159,14 +159,14 @@ def bytes_of_lookups() -> None:
     tables = planned_tables(build_model(settings_of(item=1.0, category=1.0), SIZES, META), plan)
     shard(model, CPU, plan)
     ids = {name: torch.arange(1000, dtype=torch.int32) % rows for name, rows in ROWS.items()}
-    with Traffic() as counted:
+    with TrafficCounter() as counted:
         model.tables.inherent_rows("attention", ids, torch.ones(1000, dtype=torch.bool)).sum().backward()
     asked = [table for table in tables if table.set == "attention" and table.inherent]
     planned = sum(part.to_each for part in rows_lookup("it", asked, 1000, ranks, gradient=True)) * (ranks - 1)
     # The last shards have fewer rows to send.
     assert sum_over_ranks(torch.tensor(counted.bytes)).item() / ranks == pytest.approx(planned, rel=0.02)
 
-    with Traffic() as counted:
+    with TrafficCounter() as counted:
         rows = model.tables.cross_rows(CPU)
         sum(part.sum() for of in rows.values() for part in of["history"].values()).backward()
     small = [table for table in tables if not table.inherent]

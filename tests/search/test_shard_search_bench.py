@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.shard_search import Case, measure
-from pipeline.planning.measuring import Traffic
+from pipeline.planning.measuring import TrafficCounter
 from tests.launcher import run_ranks
 
 
@@ -23,13 +23,13 @@ def test_both_sides_find_the_same() -> None:
 def sent() -> dict[str, Any]:
     values, ranks = torch.zeros(6, dtype=torch.float32), dist.get_world_size()
     found = {}
-    with Traffic() as traffic:
+    with TrafficCounter() as traffic:
         dist.all_to_all_single(torch.empty(6), values, [3, 3], [3, 3])
     found["all to all"] = traffic.bytes
-    with Traffic() as traffic:
+    with TrafficCounter() as traffic:
         dist.all_gather_into_tensor(torch.empty(6 * ranks), values)
     found["all-gather"] = traffic.bytes
-    with Traffic() as traffic:
+    with TrafficCounter() as traffic:
         dist.all_reduce(values)
     found["all-reduce"] = traffic.bytes
     return found
