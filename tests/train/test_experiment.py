@@ -108,7 +108,7 @@ def test_a_killed_runner_leaves_no_trainers_and_the_next_one_goes_on(data: Path,
     finally:
         runner.kill()
         runner.wait()
-    until = time.monotonic() + 5
+    until = time.monotonic() + 30
     while trainers(out):
         assert time.monotonic() < until, "trainers outlive their runner"
         time.sleep(0.05)
