@@ -158,20 +158,22 @@ def stream(
 ) -> None:
     """Read one epoch of a split, and tell what came."""
     settings = load_settings(StreamSettings, config or [], overrides or [])
-    from tqdm import tqdm
-
+    from pipeline.progress import stage
     from pipeline.stream.history_stream import HistoryStream
 
     with HistoryStream(folder, split, settings, seed=0, shuffle=True) as batches:
         print(f"{split}: {batches.targets:,} targets in {batches.steps_per_epoch:,} batches of {settings.batch_size:,}")
         targets, users, positives, behaviors, windows = 0, 0, 0, 0, 0
         started = time.monotonic()
-        for step, batch in enumerate(tqdm(batches, total=batches.steps_per_epoch, unit=" batches", disable=None)):
-            if step == 0:
-                print(batch.describe())
-            targets, users, positives = targets + len(batch), users + batch.users, positives + int(batch.label_T.sum())
-            behaviors += sum(len(history.item_M) for history in batch.histories.values())
-            windows += sum(int((history.end_T - history.start_T).sum()) for history in batch.histories.values())
+        with stage("read an epoch", batches.steps_per_epoch, "batches") as running:
+            for step, batch in enumerate(batches):
+                if step == 0:
+                    print(batch.describe())
+                targets, users = targets + len(batch), users + batch.users
+                positives += int(batch.label_T.sum())
+                behaviors += sum(len(history.item_M) for history in batch.histories.values())
+                windows += sum(int((history.end_T - history.start_T).sum()) for history in batch.histories.values())
+                running.advance()
         seconds = time.monotonic() - started
     print(
         f"one epoch in {seconds:.1f} s: {targets / seconds:,.0f} samples/s, {positives / targets:.1%} positive, "

@@ -109,9 +109,9 @@ def write_dataset(
         with pq.ParquetWriter(path, schema, **shard_encoding(schema)) as writer:
             for group in members:
                 writer.write_table(_table(group, schema))
-        for place, group in enumerate(members):
+        for row_group, group in enumerate(members):
             targets = [sum(t.split == split for u in group for t in u.targets) for split in Split]
-            index.append([number, place, len(group), sum(len(u.item) for u in group), *targets])
+            index.append([number, row_group, len(group), sum(len(u.item) for u in group), *targets])
         shards.append(
             Shard(
                 **_file(path),

@@ -1,4 +1,4 @@
-"""What is true of generated data, slowly and plainly: relevance of past behaviours, chances of clicks and categories.
+"""What is true of generated data, slowly and plainly: categories of items, relevance of past behaviours, chances.
 
 T = targets of one user, N = behaviours of that user, in time order.
 """
@@ -19,6 +19,14 @@ class GroundTruth:
     def __init__(self, settings: SynthSettings):
         self.settings = settings
         self.catalog = build_catalog(settings)
+
+    def category_of_item(self, item_id: I64) -> I64:
+        """Category of raw item ids; any shape."""
+        category_of_id = np.zeros(self.settings.items + 1, np.int64)
+        counts = np.diff(self.catalog.first_item_C1)
+        category_of_id[self.catalog.item_id_I] = np.repeat(np.arange(1, self.settings.categories + 1), counts)
+        assert category_of_id[1:].all(), "every id from 1 on is an item's"
+        return category_of_id[item_id]
 
     def relevance(self, category_N: I64, timestamp_N: I64, target_category_T: I64, target_timestamp_T: I64) -> F64:
         """Relevance of each behaviour to each target, (T, N): at least 0, at most 1 in sum over N."""

@@ -1,4 +1,7 @@
-"""A data set in one picture: history lengths, targets, popularity, and the load of row-wise shards."""
+"""A data set in one picture: history lengths, targets, popularity, and the load of row-wise shards.
+
+V = values of a histogram, F = different frequencies, W = ranges of ids, one a row-wise shard.
+"""
 
 from pathlib import Path
 
@@ -7,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
 from pipeline.files import whole_file
-from pipeline.inspect.summary import Histogram, Popularity, Summary, read_popularity
+from pipeline.inspect.popularity import Popularity, read_popularity
+from pipeline.inspect.summary import Histogram, Summary
 from pipeline.reporting.plots import BLUE, COUNTS, GREY, ORANGE, panels
 
 RANGES = 16
@@ -20,7 +24,7 @@ def draw_figure(folder: Path, summary: Summary, figure: Path) -> None:
     Args:
         folder: the data set; its dictionaries are read.
         summary: of the same data set.
-        figure: file to write.
+        figure: file to write; its folder is made.
 
     Raises:
         UserError: a dictionary that cannot be read.

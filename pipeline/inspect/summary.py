@@ -1,10 +1,9 @@
-"""Exact distribution of small integers: memory grows with the largest value, not with how many there are.
+"""What is in a data set: counts and distributions, from one pass that reads labels, splits and the lengths of lists.
 
-How frequency is spread over items and categories, and over ranges of ids, from the dictionaries.
+Distributions are exact: a histogram has an entry for each value, so that memory grows with the largest value and not
+with the number of users or targets.
 
-W = equal ranges of dense ids, as row-wise sharding cuts a table.
-
-Numbers of a data set, from one pass over its row groups that reads labels, splits and the lengths of lists.
+V = values 0, 1, 2, ... of a histogram.
 """
 
 from collections.abc import Sequence
@@ -19,7 +18,12 @@ from numpy.typing import NDArray
 
 from schemas.errors import UserError
 from schemas.manifest import Counts, Manifest
-from schemas.shards import SPLITS
+from schemas.shards import SPLITS, history_schema
+
+QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "mean": None, "p90": 0.9, "p99": 0.99, "max": 1.0}
+"""What is said of a distribution: values that a fraction does not exceed, and the mean."""
+
+_TARGET_COLUMNS = ("target_label", "target_split", "target_history_end")
 
 
 class Histogram:
@@ -49,65 +53,7 @@ class Histogram:
         if not self.seen:
             return [0] * len(fractions)
         needed = np.maximum(np.ceil(np.asarray(fractions) * self.seen), 1)
-        quantiles: list[int] = np.searchsorted(np.cumsum(self.count_V), needed).tolist()
-        return quantiles
-
-
-@dataclass(frozen=True)
-class Popularity:
-    """Of one dictionary."""
-
-    frequency_F: NDArray[np.int64]
-    """The different frequencies, falling."""
-    ids_F: NDArray[np.int64]
-    """How many ids have each."""
-    load_W: NDArray[np.int64]
-    """Sum of the frequencies in each range of ids."""
-
-    @property
-    def imbalance(self) -> float:
-        """The largest load over the mean: 1 is perfect."""
-        mean = self.load_W.mean()
-        return float(self.load_W.max() / mean) if mean else 1.0
-
-
-def read_popularity(path: Path, ids: int, ranges: int) -> Popularity:
-    """Read a dictionary, batch by batch; memory grows with the number of different frequencies only.
-
-    Args:
-        path: dictionary with the columns id and frequency.
-        ids: number of dense ids but 0, which is the unknown.
-        ranges: W.
-
-    Raises:
-        UserError: the file cannot be read, or holds an id above ``ids``.
-    """
-    rows_of_range = -(-(ids + 1) // ranges)
-    load_W = np.zeros(ranges, np.int64)
-    frequency_F = ids_F = np.zeros(0, np.int64)
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=["id", "frequency"]):
-                id_B, frequency_B = batch["id"].to_numpy(), batch["frequency"].to_numpy()
-                if len(id_B) and not 1 <= id_B.min() <= id_B.max() <= ids:
-                    raise UserError(f"ids from {id_B.min()} to {id_B.max()}, the manifest says 1 to {ids}")
-                np.add.at(load_W, id_B // rows_of_range, frequency_B)
-                frequency_F, index = np.unique(np.concatenate([frequency_F, frequency_B]), return_inverse=True)
-                ids_F = _sums(index, np.concatenate([ids_F, np.ones(len(id_B), np.int64)]), len(frequency_F))
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: cannot be read ({reason}); prepare the data set again") from None
-    return Popularity(frequency_F[::-1], ids_F[::-1], load_W)
-
-
-def _sums(index: NDArray[np.int64], values: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    sums = np.zeros(size, np.int64)
-    np.add.at(sums, index, values)
-    return sums
-
-
-QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "mean": None, "p90": 0.9, "p99": 0.99, "max": 1.0}
-"""What is told of a distribution: values that a fraction does not exceed, and the mean."""
+        return [int(value) for value in np.searchsorted(np.cumsum(self.count_V), needed)]
 
 
 @dataclass
@@ -117,44 +63,44 @@ class SplitSummary:
     targets: int = 0
     positives: int = 0
     per_user: Histogram = field(default_factory=Histogram)
-    """Targets of each user, those without any included."""
+    """Number of targets of each user; users without any count as 0."""
     history_end: Histogram = field(default_factory=Histogram)
-    """Behaviours before each target."""
+    """Number of behaviours before each target."""
 
 
 @dataclass
 class ColumnSummary:
-    """A column of the shards, all of them together."""
+    """A column, over all shards."""
 
     encodings: set[str] = field(default_factory=set)
     compressions: set[str] = field(default_factory=set)
     bytes: int = 0
-    """In the files, compressed."""
+    """Size in the files, compressed."""
     uncompressed: int = 0
-    """Encoded, but not compressed."""
+    """Size when encoded, but not compressed."""
     values: int = 0
 
 
 @dataclass
 class Summary:
-    """What ``dare inspect`` tells."""
+    """What ``dare inspect`` says about a data set."""
 
     counts: Counts
     shards: int
     row_groups: int
     bytes: int
-    """Of the shards."""
+    """Size of the shards."""
     dictionary_bytes: int
-    """Of the other files."""
+    """Size of the other files."""
     lengths: Histogram
-    """Behaviours of each user."""
+    """Number of behaviours of each user."""
     splits: dict[str, SplitSummary]
     columns: dict[str, ColumnSummary]
     skipped: tuple[str, ...]
     """Corrupt input files that were left out, with the reason."""
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers as JSON's types."""
+        """Give the numbers in types that JSON knows."""
         users, behaviors = max(self.counts.users, 1), max(self.counts.behaviors, 1)
         return {
             **self.counts.model_dump(mode="json", exclude=set(SPLITS)),
@@ -189,7 +135,7 @@ class Summary:
 
 
 def describe(histogram: Histogram) -> dict[str, float]:
-    """``QUANTILES`` of a distribution."""
+    """Give the `QUANTILES` and the mean of a distribution."""
     fractions = [fraction for fraction in QUANTILES.values() if fraction is not None]
     quantiles = iter(histogram.quantiles(fractions))
     mean = round(histogram.sum / max(histogram.seen, 1), 2)
@@ -197,7 +143,7 @@ def describe(histogram: Histogram) -> dict[str, float]:
 
 
 def summarize(folder: Path, *, verify: bool = False) -> Summary:
-    """Read a data set.
+    """Read a data set and count what it holds.
 
     Args:
         folder: the data set, as ``dare prepare`` writes it.
@@ -224,14 +170,22 @@ def summarize(folder: Path, *, verify: bool = False) -> Summary:
         path = folder / shard.path
         try:
             with pq.ParquetFile(path) as file:
+                _check_columns(path, file.schema_arrow, manifest)
                 _add_columns(summary, file.metadata)
                 for row_group in range(file.num_row_groups):
-                    _add_users(summary, file, row_group)
-        except (OSError, KeyError, IndexError, ValueError, pa.ArrowException) as error:
+                    _add_users(path, summary, file, row_group)
+        except (OSError, pa.ArrowException) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: cannot be read ({reason}); prepare the data set again") from None
     _compare(folder, summary)
     return summary
+
+
+def _check_columns(path: Path, schema: pa.Schema, manifest: Manifest) -> None:
+    wanted = history_schema(behavior=manifest.behaviors is not None, scene=manifest.scenes is not None)
+    missing = [name for name in wanted.names if name not in schema.names]
+    if missing:
+        raise UserError(f"{path}: column {missing[0]} is missing; prepare the data set again")
 
 
 def _add_columns(summary: Summary, metadata: pq.FileMetaData) -> None:
@@ -247,39 +201,41 @@ def _add_columns(summary: Summary, metadata: pq.FileMetaData) -> None:
             column.values += chunk.num_values
 
 
-def _add_users(summary: Summary, file: pq.ParquetFile, row_group: int) -> None:
+def _add_users(path: Path, summary: Summary, file: pq.ParquetFile, row_group: int) -> None:
     # Parquet keeps the lengths of lists beside their values: the smallest history column gives them most cheaply.
     smallest = min(
         (name for name in summary.columns if name.startswith("history_")), key=lambda name: summary.columns[name].bytes
     )
-    names = [smallest, "target_label", "target_split", "target_history_end"]
+    names = [smallest, *_TARGET_COLUMNS]
     table = file.read_row_group(row_group, columns=names).combine_chunks()
     lists = {name: table[name].chunk(0) for name in names if table[name].num_chunks}
     if not lists:
         return
     summary.lengths.add(np.diff(lists[smallest].offsets.to_numpy()))
-    label, split, history_end = (lists[name].flatten().to_numpy() for name in names[1:])
+    label, split, history_end = (lists[name].flatten().to_numpy() for name in _TARGET_COLUMNS)
+    if len(history_end) and history_end.min() < 0:
+        raise UserError(f"{path}: column target_history_end points outside of the user's history; prepare it again")
     user = np.repeat(np.arange(len(table)), np.diff(lists["target_split"].offsets.to_numpy()))
-    for code, found in enumerate(summary.splits.values()):
+    for code, of_split in enumerate(summary.splits.values()):
         chosen = split == code
-        found.targets += int(chosen.sum())
-        found.positives += int((label[chosen] != 0).sum())
-        found.per_user.add(np.bincount(user[chosen], minlength=len(table)))
-        found.history_end.add(history_end[chosen])
+        of_split.targets += int(chosen.sum())
+        of_split.positives += int((label[chosen] != 0).sum())
+        of_split.per_user.add(np.bincount(user[chosen], minlength=len(table)))
+        of_split.history_end.add(history_end[chosen])
 
 
 def _compare(folder: Path, summary: Summary) -> None:
-    """The manifest tells the truth about the shards."""
-    told = summary.counts
+    """Make sure that the manifest tells the truth about the shards."""
+    stated = summary.counts
     pairs = {
-        "users": (summary.lengths.seen, told.users),
-        "behaviours": (summary.lengths.sum, told.behaviors),
+        "users": (summary.lengths.seen, stated.users),
+        "behaviours": (summary.lengths.sum, stated.behaviors),
     }
     for name, split in summary.splits.items():
-        pairs[f"{name} targets"] = (split.targets, getattr(told, name).targets)
-        pairs[f"{name} positives"] = (split.positives, getattr(told, name).positives)
-    for name, (found, expected) in pairs.items():
-        if found != expected:
+        pairs[f"{name} targets"] = (split.targets, getattr(stated, name).targets)
+        pairs[f"{name} positives"] = (split.positives, getattr(stated, name).positives)
+    for name, (counted, expected) in pairs.items():
+        if counted != expected:
             raise UserError(
-                f"{folder}: the shards hold {found} {name}, the manifest says {expected}; prepare the data set again"
+                f"{folder}: the shards hold {counted} {name}, the manifest says {expected}; prepare the data set again"
             )

@@ -1,4 +1,4 @@
-"""A summary as tables for people: framed on a terminal, plain elsewhere."""
+"""A summary as tables to read: framed on a terminal, plain elsewhere."""
 
 from datetime import UTC, datetime
 from pathlib import Path

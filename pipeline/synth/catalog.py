@@ -1,24 +1,22 @@
-"""Items and categories of generated data. Memory grows with items, never with events.
+"""Items and categories of generated data, and the compiled draws that choose among them and among past behaviours.
 
 The item of rank r, from 1, has popularity ~ r^-item_zipf. Its category is drawn by hash, so that a category has items
-of all ranks; a category's popularity is the sum of its items'. Raw ids, from 1, hide the ranks.
+of all ranks; a category's popularity is the sum of its items'. Raw ids, from 1, hide the ranks. Memory grows with the
+number of items, never with the number of events.
 
-C = categories, I = items; ids of any shape.
+A draw depends on its key alone, as in `pipeline.hashing`: generated data are the same however they are cut into runs.
 
-Compiled random numbers that depend on their key alone, as ``pipeline.hashing``, and draws made of them.
-
-C = categories, N = past behaviours.
+C = categories, I = items in the order (category, rank), N = past behaviours.
 """
 
 from math import gcd
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.hashing import mix
-from schemas.errors import UserError
 from schemas.synth import SynthSettings
 
 I64 = NDArray[np.int64]
@@ -29,10 +27,11 @@ class Catalog(NamedTuple):
     """Categories 1 to C, and the items in the order (category, rank)."""
 
     cumulative_I: F64
-    """Chance of each item or one before it."""
+    """Chance of each item or one before it, by popularity."""
     item_id_I: NDArray[np.int32]
+    """Raw ids."""
     first_item_C1: I64
-    """Where each category's items begin; one entry more, for the end."""
+    """(C + 1,): where each category's items begin, and the end of the last one's."""
     popularity_C: F64
     """Chance of each category."""
     cumulative_C: F64
@@ -40,7 +39,7 @@ class Catalog(NamedTuple):
 
 
 def build_catalog(settings: SynthSettings) -> Catalog:
-    """The catalogue that ``settings`` describe."""
+    """Make the catalogue that ``settings`` describe."""
     rank_I = np.arange(settings.items, dtype=np.int64)
     category_I = _category_of_rank(rank_I, settings)
     rank_I = np.argsort(category_I, kind="stable")
@@ -53,28 +52,18 @@ def build_catalog(settings: SynthSettings) -> Catalog:
     return Catalog(cumulative_I, item_id_I, first_item_C1, np.diff(cumulative_C, prepend=0), cumulative_C)
 
 
-def category_of_item(item_id: NDArray[Any], settings: SynthSettings) -> I64:
-    """Category of raw item ids.
-
-    Raises:
-        UserError: an id that is no item's.
-    """
-    item_id = np.asarray(item_id, np.int64)
-    if item_id.size and (item_id.min() < 1 or item_id.max() > settings.items):
-        raise UserError(f"item ids are 1 to {settings.items}; {item_id.min()} to {item_id.max()} are given")
-    rank = (item_id - 1) * pow(_stride(settings.items), -1, settings.items) % settings.items
-    return _category_of_rank(rank, settings) + 1
-
-
-def _category_of_rank(rank: I64, settings: SynthSettings) -> I64:
+def _category_of_rank(rank_I: I64, settings: SynthSettings) -> I64:
     """Category, from 0, by hash: category c has a share of the items ~ (c + 1)^-category_zipf."""
     cumulative_C = np.cumsum(np.arange(1, settings.categories + 1, dtype=np.float64) ** -settings.category_zipf)
-    uniform = (mix(mix(rank, settings.seed), 64) >> np.uint64(11)) * 2.0**-53
-    return np.searchsorted(cumulative_C / cumulative_C[-1], uniform, side="right")
+    uniform_I = (mix(mix(rank_I, settings.seed), 64) >> np.uint64(11)) * 2.0**-53
+    return np.searchsorted(cumulative_C / cumulative_C[-1], uniform_I, side="right")
 
 
 def _stride(count: int) -> int:
-    """A number coprime to ``count``: rank * stride % count then visits every id once, neighbours far apart."""
+    """A number coprime to ``count``: rank * stride % count then visits every id once, neighbours far apart.
+
+    The golden section of ``count``, or the next number that is coprime.
+    """
     stride = max(1, round(count * 0.6180339887))
     while gcd(stride, count) != 1:
         stride += 1
@@ -83,7 +72,7 @@ def _stride(count: int) -> int:
 
 @numba.njit(inline="always")
 def uniform(key: np.uint64, counter: int, salt: int) -> float:
-    """A number in [0, 1), equal to ``(mix(key + counter, salt) >> 11) / 2**53``."""
+    """Draw a number in [0, 1), equal to ``(mix(key + counter, salt) >> 11) / 2**53``."""
     z = key + np.uint64(counter) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(salt + 1)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -93,13 +82,13 @@ def uniform(key: np.uint64, counter: int, salt: int) -> float:
 
 @numba.njit(inline="always")
 def pick(cumulative_C: F64, u: float) -> int:
-    """Index whose share of [0, 1) holds ``u``; the last one of ``cumulative_C`` is 1."""
+    """Find the index whose share of [0, 1) holds ``u``; the last entry of ``cumulative_C`` is 1."""
     return int(np.searchsorted(cumulative_C, u, side="right"))
 
 
 @numba.njit(inline="always")
 def draw_item(catalog: Catalog, category: int, u: float) -> int:
-    """Raw id of an item of the category, by popularity."""
+    """Draw an item of the category by popularity; returns its raw id."""
     first, last = catalog.first_item_C1[category - 1], catalog.first_item_C1[category] - 1
     before = catalog.cumulative_I[first - 1] if first > 0 else 0.0
     ticket = before + u * (catalog.cumulative_I[last] - before)
@@ -110,9 +99,9 @@ def draw_item(catalog: Catalog, category: int, u: float) -> int:
 
 @numba.njit(inline="always")
 def draw_past(decay_N: F64, before: int, ticket: float) -> int:
-    """A behaviour before ``before``, drawn by weight: 1 for the latest, and falling by ``decay_N[n]`` from n to n - 1.
+    """Draw the index of a behaviour before ``before`` by weight; ``ticket`` is random, below the sum of the weights.
 
-    ``ticket`` is a random number below the sum of the weights.
+    The latest behaviour has weight 1; from behaviour n to n - 1 the weight falls by the factor ``decay_N[n]``.
     """
     past = before - 1
     weight = 1.0

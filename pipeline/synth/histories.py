@@ -2,10 +2,11 @@
 
 Lengths follow a Pareto law between min_length and max_length. Times come in sessions: short gaps, now and then a long
 one, stretched over the days that the settings give, each behaviour at a second of its own. With chance ``loyalty`` a
-behaviour takes the category of a past one, drawn with weights that decay with age (the relevance in ``truth``),
-otherwise a category by popularity: interests begin, spread and die. The item is one of the category's, by popularity.
+behaviour takes the category of a past one, drawn with weights that decay with age, otherwise a category by popularity:
+interests begin, spread and die. The item is one of the category's, by popularity. The share that a past behaviour has
+of the weights is its planted relevance to what follows.
 
-U = users, E = their behaviours, C = categories.
+U = users, E = their behaviours.
 """
 
 from collections.abc import Iterator
@@ -25,8 +26,11 @@ SCENES = ("feed", "search", "detail")
 SCENE_CHANCES = (0.6, 0.3, 0.1)
 
 _PAUSE_CHANCE = 0.1
+"""Chance that the gap before a behaviour is one between sessions."""
 _PAUSE_FACTOR = 200.0
+"""How many times longer such a gap is."""
 _USERS_PER_SCAN = 1 << 16
+"""Users whose lengths are drawn at a time."""
 
 # What a random number is for: the salt of its hash.
 _LENGTH, _GAP, _PAUSE, _LOYAL, _CATEGORY, _ITEM, _BEHAVIOR, _SCENE = range(8)
@@ -37,7 +41,7 @@ class Histories(NamedTuple):
 
     user_id_U: I64
     start_U1: I64
-    """Where each user's behaviours begin; one entry more, for the end."""
+    """(U + 1,): where each user's behaviours begin, and the end of the last one's."""
     item_id_E: I64
     category_id_E: I64
     timestamp_E: I64
@@ -48,7 +52,7 @@ class Histories(NamedTuple):
     """Index into ``SCENES``."""
 
     def user_id_E(self) -> I64:
-        """User of each behaviour."""
+        """Give the user of each behaviour."""
         return np.repeat(self.user_id_U, np.diff(self.start_U1))
 
 
@@ -84,11 +88,11 @@ class HistoryGenerator:
         )
 
     def keys(self, user_id_U: I64) -> U64:
-        """The random key of each user."""
+        """Give the random key of each user."""
         return mix(mix(np.asarray(user_id_U), self.settings.seed), 0)
 
     def lengths(self, user_id_U: I64) -> I64:
-        """Number of behaviours of each user."""
+        """Draw the number of behaviours of each user."""
         low, high, tail = self.settings.min_length, self.settings.max_length + 1, self.settings.length_tail
         uniform_U = (mix(self.keys(user_id_U), _LENGTH) >> np.uint64(11)) * 2.0**-53
         length_U = low * (1 - uniform_U * (1 - (low / high) ** tail)) ** (-1 / tail)
@@ -96,7 +100,7 @@ class HistoryGenerator:
         return clipped_U
 
     def count(self) -> tuple[int, int]:
-        """Number of users whose behaviours are at least ``settings.events`` together, and of these behaviours."""
+        """Count the users that it takes to have ``settings.events`` behaviours, and the behaviours that these have."""
         users = events = 0
         while True:
             total_U = events + np.cumsum(self.lengths(np.arange(users + 1, users + 1 + _USERS_PER_SCAN)))
@@ -106,7 +110,7 @@ class HistoryGenerator:
             users, events = users + _USERS_PER_SCAN, int(total_U[-1])
 
     def stream(self, users: int, events: int = 1 << 18) -> Iterator[Histories]:
-        """Histories of users 1 to ``users``, in runs of about ``events`` behaviours; a run holds whole users."""
+        """Make the histories of users 1 to ``users``, in runs of about ``events`` behaviours; a run has whole users."""
         for first in range(1, users + 1, _USERS_PER_SCAN):
             user_id_U = np.arange(first, min(first + _USERS_PER_SCAN, users + 1))
             run_U = np.cumsum(self.lengths(user_id_U)) // events
@@ -114,7 +118,7 @@ class HistoryGenerator:
                 yield self.histories(run)
 
     def histories(self, user_id_U: I64) -> Histories:
-        """Histories of these users, in this order."""
+        """Make the histories of these users, in this order."""
         user_id_U = np.asarray(user_id_U, np.int64)
         start_U1 = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths(user_id_U))])
         events = int(start_U1[-1])

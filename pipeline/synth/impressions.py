@@ -1,11 +1,9 @@
-"""Generated impressions: what was shown to a user, and a label drawn with a known chance (``truth``).
+"""Generated impressions: what was shown to a user, a label drawn with a known chance, and the AUC of these chances.
 
 Half of what is shown comes from categories of the user's past behaviours, by relevance, the other half by popularity.
-Impressions do not change histories.
+The chance of a click grows with the relevance of the category. Impressions do not change histories.
 
-U = users, J = impressions of each, E = behaviours.
-
-The AUC that the true chances of a click have, over any number of impressions.
+U = users, J = impressions of each.
 """
 
 from typing import NamedTuple
@@ -20,6 +18,7 @@ from pipeline.synth.histories import SCENE_CHANCES, Histories, HistoryGenerator
 from schemas.synth import DAY
 
 _PERSONAL_CHANCE = 0.5
+"""Chance that an impression is of a category of the user's past."""
 _LAST_SECONDS = 3600
 """After a user's last behaviour, impressions lie within so many seconds."""
 
@@ -37,7 +36,7 @@ class Impressions(NamedTuple):
     """Seconds; later than the user's first behaviour."""
     label_UJ: NDArray[np.int8]
     click_probability_UJ: F64
-    """The chance that the label was drawn with: ``truth.GroundTruth.click_probability``."""
+    """The chance that the label was drawn with."""
     scene_UJ: NDArray[np.int8]
     """Index into ``histories.SCENES``."""
 
@@ -53,7 +52,7 @@ class _Law(NamedTuple):
 
 
 def draw_impressions(generator: HistoryGenerator, histories: Histories) -> Impressions:
-    """Impressions of the users of ``histories``, which ``generator`` made."""
+    """Draw impressions for the users of ``histories``, which ``generator`` made."""
     settings = generator.settings
     shape = (len(histories.user_id_U), settings.impressions_per_user)
     impressions = Impressions(
@@ -111,7 +110,7 @@ def _fill(impressions: Impressions, histories: Histories, key_U: U64, law: _Law,
 
 @numba.njit(inline="always")
 def _weights(decay: F64, categories: I64, before: int, category: int) -> tuple[float, float]:
-    """Sum of the weights of all behaviours before ``before``, and of those of ``category`` among them."""
+    """Sum up the weights of all behaviours before ``before``, and of those of ``category`` among them."""
     total = relevant = 0.0
     weight = 1.0
     for past in range(before - 1, -1, -1):
@@ -125,7 +124,10 @@ def _weights(decay: F64, categories: I64, before: int, category: int) -> tuple[f
 
 
 class BayesAuc:
-    """Expected AUC of scoring each impression by its true chance; chances that agree in three digits count as ties."""
+    """Expected AUC of scoring each impression by its true chance, over any number of impressions.
+
+    No model has a higher one but by luck. Chances that agree in three digits count as ties.
+    """
 
     _BINS = 4096
 
@@ -141,7 +143,8 @@ class BayesAuc:
         self._negatives += np.bincount(bin_index, 1 - probability, self._BINS)
 
     def value(self) -> float:
-        """The AUC, 0.5 .. 1; 0.5 where all labels are the same for certain."""
+        """Give the AUC, 0.5 .. 1; 0.5 where all labels are the same for certain."""
+        # Every impression counts as a positive by its chance and as a negative by the rest.
         pairs = self._positives.sum() * self._negatives.sum()
         below = np.cumsum(self._negatives) - self._negatives
         won = (self._positives * (below + self._negatives / 2)).sum()

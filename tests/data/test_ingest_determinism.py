@@ -140,8 +140,8 @@ def test_engines_agree(tmp_path: Path, storage: str) -> None:
     for settings in ({}, more):
         name = f"{len(settings)}"
         expected = data_set(tmp_path / f"expected{name}", [tmp_path / f"all.{storage}"], **settings)
-        found = data_set(tmp_path / f"spark{name}", [tmp_path / f"all.{storage}"], engine="spark", **settings)
-        assert found == expected
+        files = data_set(tmp_path / f"spark{name}", [tmp_path / f"all.{storage}"], engine="spark", **settings)
+        assert files == expected
         manifests = [(tmp_path / f"{kind}{name}" / "manifest.json").read_bytes() for kind in ("expected", "spark")]
         assert manifests[0] == manifests[1]
 

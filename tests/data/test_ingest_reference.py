@@ -61,10 +61,10 @@ def read(folder: Path, manifest: Manifest) -> dict[int, dict]:
 
 
 def by_user(rows: list[Event]) -> dict[int, list[Event]]:
-    found = defaultdict(list)
+    users = defaultdict(list)
     for row in rows:
-        found[row[0]].append(row)
-    return found
+        users[row[0]].append(row)
+    return users
 
 
 def last_category(rows: list[Event]) -> dict[int, int]:
@@ -115,32 +115,31 @@ def test_paper_split(tmp_path: Path, rows: list[Event], stride: int, train: int,
     for user, mine in by_user(rows).items():
         count = len(mine)
         times = sorted(time for *_, time in mine)
-        places = [(count, "test"), (count - 1, "validation")]
-        places += [(count - 2 - stride * j, "train") for j in range(train)]
-        chosen = [(place, split_name) for place, split_name in places if place >= 1]
-        chosen = [(p, name) for p, name in sorted(chosen) if times[p - 1] > times[0]]
+        numbers = [(count, "test"), (count - 1, "validation")]
+        numbers += [(count - 2 - stride * j, "train") for j in range(train)]
+        chosen = [(number, name) for number, name in sorted(numbers) if number >= 1 and times[number - 1] > times[0]]
         if count >= min_behaviors and chosen:
-            expected[user] = [(times[p - 1], name) for p, name in chosen]
+            expected[user] = [(times[number - 1], name) for number, name in chosen]
     if not expected:
         with pytest.raises(ValueError, match="leave nobody"):
             run(tmp_path, rows, split)
         return
     manifest, users = run(tmp_path, rows, split, shards={"behaviors_per_shard": 40, "users_per_row_group": 2})
     check_common(rows, users, negatives)
-    found = {
+    targets = {
         user: [
             (row["target_timestamp"][i], SPLITS[row["target_split"][i]])
             for i in range(0, len(row["target_item"]), 1 + negatives)
         ]
         for user, row in users.items()
     }
-    assert found == expected
+    assert targets == expected
     assert manifest.counts.users == len(users)
     assert manifest.counts.users_left_out == len(by_user(rows)) - len(users)
     assert manifest.counts.behaviors == sum(len(row["history_item"]) for row in users.values())
     for code, name in enumerate(SPLITS):
-        targets = sum(row["target_split"].count(code) for row in users.values())
-        assert getattr(manifest.counts, name).targets == targets
+        of_split = sum(row["target_split"].count(code) for row in users.values())
+        assert getattr(manifest.counts, name).targets == of_split
 
 
 @quick
@@ -166,8 +165,8 @@ def test_by_timestamp(
     expected = {}
     for user, mine in by_user(rows).items():
         groups = sorted({time for *_, time in mine})
-        for place, time in enumerate(reversed(groups)):
-            name = "test" if place < test else "validation" if place < test + validation else "train"
+        for later, time in enumerate(reversed(groups)):
+            name = "test" if later < test else "validation" if later < test + validation else "train"
             items = {item for _, item, _, when in mine if when == time}
             if sum(when < time for *_, when in mine) >= min_history:
                 expected[user, time] = (name, items)
@@ -177,16 +176,16 @@ def test_by_timestamp(
         return
     _, users = run(tmp_path, rows, split)
     check_common(rows, users, negatives)
-    found = defaultdict(list)
+    chosen = defaultdict(list)
     for user, row in users.items():
         for i in range(0, len(row["target_item"]), 1 + negatives):
-            found[user, row["target_timestamp"][i]].append((SPLITS[row["target_split"][i]], row["target_item"][i]))
-    assert found.keys() == expected.keys()
-    for key, chosen in found.items():
+            chosen[user, row["target_timestamp"][i]].append((SPLITS[row["target_split"][i]], row["target_item"][i]))
+    assert chosen.keys() == expected.keys()
+    for key, targets in chosen.items():
         name, items = expected[key]
-        assert {split_name for split_name, _ in chosen} == {name}
-        assert len(chosen) == len({item for _, item in chosen}) == min(per_group, len(items))
-        assert {item for _, item in chosen} <= items
+        assert {split_name for split_name, _ in targets} == {name}
+        assert len(targets) == len({item for _, item in targets}) == min(per_group, len(items))
+        assert {item for _, item in targets} <= items
 
 
 def test_impressions(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import app, main
-from pipeline.inspect.summary import Histogram, read_popularity, summarize
+from pipeline.inspect.popularity import read_popularity
+from pipeline.inspect.summary import Histogram, summarize
 from schemas.manifest import MANIFEST
 from schemas.shards import SPLITS, Split
 from tests.datasets import User, random_users, reseal, write_dataset
@@ -23,21 +24,21 @@ def users() -> list[User]:
 
 @pytest.fixture
 def folder(tmp_path: Path, users: list[User]) -> Path:
-    write_dataset(tmp_path / "data", users, behaviors=("click", "buy"), scenes=("local", "search"))
+    write_dataset(tmp_path / "data", users, behaviors=("click", "buy"), scenes=("home", "search"))
     return tmp_path / "data"
 
 
-def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
+def inspected(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
     app(["inspect", *arguments, "--json"], standalone_mode=False)
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_numbers_equal_a_recount(folder, users, capsys):
-    found = told([str(folder), "--verify"], capsys)
+    summary = inspected([str(folder), "--verify"], capsys)
     lengths = sorted(len(user.item) for user in users)
-    assert found["users"] == len(users)
-    assert found["behaviors"] == sum(lengths)
-    assert found["history_length"] == {
+    assert summary["users"] == len(users)
+    assert summary["behaviors"] == sum(lengths)
+    assert summary["history_length"] == {
         "min": lengths[0],
         "p10": lengths[5],
         "p50": lengths[29],
@@ -49,7 +50,7 @@ def test_numbers_equal_a_recount(folder, users, capsys):
     for split in Split:
         targets = [[target for target in user.targets if target.split == split] for user in users]
         flat = [target for of_user in targets for target in of_user]
-        of_split = found["splits"][SPLITS[split]]
+        of_split = summary["splits"][SPLITS[split]]
         assert of_split["targets"] == len(flat) > 0
         assert of_split["label_rate"] == round(sum(target.label for target in flat) / len(flat), 6)
         assert of_split["per_user"]["max"] == max(map(len, targets))
@@ -60,18 +61,18 @@ def test_numbers_equal_a_recount(folder, users, capsys):
 
 
 def test_bytes_and_encodings_are_those_of_the_files(folder, users, capsys):
-    found = told([str(folder)], capsys)
+    summary = inspected([str(folder)], capsys)
     shards = sorted(folder.glob("shard-*.parquet"))
-    assert found["shards"] == len(shards) > 1
-    assert found["bytes"] == sum(path.stat().st_size for path in shards)
-    assert found["bytes_per_user"] == round(found["bytes"] / 60, 2)
-    assert found["bytes_per_behavior"] == round(found["bytes"] / found["behaviors"], 3)
-    assert set(found["columns"]) == set(pq.read_schema(shards[0]).names)
-    assert found["columns"]["history_timestamp"]["encodings"] == ["DELTA_BINARY_PACKED"]
-    assert found["columns"]["history_item"]["encodings"] == ["PLAIN"]
-    in_columns = sum(column["bytes"] for column in found["columns"].values())
-    assert 0 < in_columns < found["bytes"]
-    assert all(column["compressions"] == ["ZSTD"] for column in found["columns"].values())
+    assert summary["shards"] == len(shards) > 1
+    assert summary["bytes"] == sum(path.stat().st_size for path in shards)
+    assert summary["bytes_per_user"] == round(summary["bytes"] / 60, 2)
+    assert summary["bytes_per_behavior"] == round(summary["bytes"] / summary["behaviors"], 3)
+    assert set(summary["columns"]) == set(pq.read_schema(shards[0]).names)
+    assert summary["columns"]["history_timestamp"]["encodings"] == ["DELTA_BINARY_PACKED"]
+    assert summary["columns"]["history_item"]["encodings"] == ["PLAIN"]
+    in_columns = sum(column["bytes"] for column in summary["columns"].values())
+    assert 0 < in_columns < summary["bytes"]
+    assert all(column["compressions"] == ["ZSTD"] for column in summary["columns"].values())
 
 
 def test_tables_are_plain_where_nobody_looks(folder, capsys):
@@ -97,7 +98,7 @@ def test_figure(folder, tmp_path, capsys):
 def test_data_set_without_targets(tmp_path, capsys):
     write_dataset(tmp_path / "data", random_users(3, most_targets=0))
     arguments = [str(tmp_path / "data"), "--figure", str(tmp_path / "data.png")]
-    assert told(arguments, capsys)["splits"]["test"]["label_rate"] is None
+    assert inspected(arguments, capsys)["splits"]["test"]["label_rate"] is None
 
 
 def test_popularity_and_load(tmp_path):
@@ -152,7 +153,7 @@ def test_missing_column_is_told(folder):
     name = "shard-00000.parquet"
     pq.write_table(pq.read_table(folder / name).drop_columns(["target_label"]), folder / name)
     reseal(folder, name)
-    with pytest.raises(ValueError, match=r"shard-00000.parquet: cannot be read .*target_label"):
+    with pytest.raises(ValueError, match=r"shard-00000.parquet: column target_label is missing"):
         summarize(folder)
 
 

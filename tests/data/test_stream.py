@@ -163,9 +163,9 @@ def test_rank_that_runs_out_gives_an_empty_batch(tmp_path: Path) -> None:
 
 
 def _tensors(batch: Batch) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    batch._map(lambda tensor: found.append(tensor) or tensor)
-    return found
+    tensors: list[torch.Tensor] = []
+    batch._map(lambda tensor: tensors.append(tensor) or tensor)
+    return tensors
 
 
 @pytest.mark.parametrize("together", [None, 2])
@@ -180,14 +180,16 @@ def test_resuming_at_every_batch_equals_the_uninterrupted_stream(folder: Path, t
     with stream(folder, settings, rank=1, world=2) as opened:
         for _ in range(2):
             states += [(json.dumps(opened.state_dict()), batch) for batch in opened]
-    for taken, (state, last) in enumerate(states, 1):
-        assert_equal(last, everything[taken - 1])
+    for consumed, (state, last) in enumerate(states, 1):
+        assert_equal(last, everything[consumed - 1])
         # Other threads and another prefetch than the state was taken with.
-        other = settings.model_copy(update={"threads": 1 + taken % 4, "prefetch_batches": 1 + taken % 3})
+        other = settings.model_copy(update={"threads": 1 + consumed % 4, "prefetch_batches": 1 + consumed % 3})
         with stream(folder, other, rank=1, world=2) as opened:
             opened.load_state_dict(json.loads(state))
-            assert (opened.epoch, opened.step) == divmod(taken, steps)
-            for batch, expected in zip(opened, everything[taken:][: steps - taken % steps], strict=taken < 2 * steps):
+            assert (opened.epoch, opened.step) == divmod(consumed, steps)
+            rest = everything[consumed:][: steps - consumed % steps]
+            # After the last batch of all there is nothing to compare with; the stream would go on with epoch 2.
+            for batch, expected in zip(opened, rest, strict=consumed < 2 * steps):
                 assert_equal(batch, expected)
 
 
@@ -257,7 +259,7 @@ def test_order_depends_on_seed_and_epoch_alone(folder: Path) -> None:
 
 
 def test_shuffle_buffer_mixes_users_of_many_row_groups(folder: Path) -> None:
-    row_group = {user.user_id: place // 4 for place, user in enumerate(USERS)}
+    row_group = {user.user_id: index // 4 for index, user in enumerate(USERS)}
     wide = read(folder, SETTINGS.model_copy(update={"shuffle_memory": 1 << 20}))
     narrow = read(folder, SETTINGS.model_copy(update={"shuffle_memory": 0}))
 
@@ -301,15 +303,16 @@ def test_time_spent_waiting_is_measured(folder: Path) -> None:
 
 def test_stream_can_be_left_in_any_state(folder: Path) -> None:
     settings = SETTINGS.model_copy(update={"batch_size": 1, "prefetch_batches": 1})
-    for taken in (0, 1, 2):
+    for consumed in (0, 1, 2):
         opened = stream(folder, settings)
         batches = iter(opened)
-        for _ in range(taken):
+        for _ in range(consumed):
             next(batches)
         time.sleep(0.05)  # until the prefetch thread waits for room
         opened.close()
         opened.close()
-        assert list(batches) == [] or not taken
+        # An iteration that had begun is over; one that had not begins with a prefetch of its own.
+        assert len(list(batches)) == (0 if consumed else opened.steps_per_epoch)
     forgotten = iter(stream(folder, settings))
     next(forgotten)
     time.sleep(0.05)

@@ -100,8 +100,8 @@ def test_corrupt_row_group(folder: Path) -> None:
 
 def _set(name: str, change: Callable[[pa.Array], pa.Array]) -> Callable[[pa.Table], pa.Table]:
     def changed(table: pa.Table) -> pa.Table:
-        place = table.column_names.index(name)
-        return table.set_column(place, name, change(table[name].combine_chunks()))
+        index = table.column_names.index(name)
+        return table.set_column(index, name, change(table[name].combine_chunks()))
 
     return changed
 

@@ -96,12 +96,12 @@ def test_200_shuffled_epochs_equal_plain_pyarrow(folder: Path) -> None:
         with RowGroupReader(
             [addresses[group] for group in order],
             data_set.schema,
-            lambda table, place: (place, table),
+            lambda table, index: (index, table),
             threads=1 + epoch % 8,
             ahead=1 + epoch % 5,
         ) as reader:
             read = list(reader)
-        assert [place for place, _ in read] == list(range(groups))
+        assert [index for index, _ in read] == list(range(groups))
         assert all(table.equals(plain[group]) for group, (_, table) in zip(order, read, strict=True))
 
 
@@ -149,7 +149,7 @@ class _Trap:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return exec, (f"open({str(self._path)!r}, 'w').close()",)
 
 
