@@ -26,7 +26,7 @@ from pipeline.stream.data_set import DataSet
 from pipeline.stream.history_stream import HistoryStream
 from pipeline.stream.reader import RowGroupReader
 from pipeline.stream.row_group import RowGroup
-from schemas.manifest import ROW_GROUP_INDEX, Counts, File, Manifest, Shard, Targets, sha256
+from schemas.manifest import ROW_GROUP_INDEX, Counts, File, Manifest, Shard, TargetCounts, sha256
 from schemas.shards import ROW_GROUPS, SCHEMA_VERSION, Split, history_schema
 from schemas.stream import StreamSettings
 
@@ -230,7 +230,7 @@ def write_dataset(folder: Path, users: int, seed: int) -> None:
         shards.append(Shard(**_file(path), users=last - first, behaviors=sum(rows), row_groups=len(rows)))
     columns = [pa.array(column, field.type) for column, field in zip(zip(*index, strict=True), ROW_GROUPS, strict=True)]
     pq.write_table(pa.table(columns, schema=ROW_GROUPS), folder / ROW_GROUP_INDEX)
-    nothing = Targets(targets=0, positives=0)
+    nothing = TargetCounts(targets=0, positives=0)
     Manifest(
         schema_version=SCHEMA_VERSION,
         seed=seed,
@@ -244,7 +244,7 @@ def write_dataset(folder: Path, users: int, seed: int) -> None:
             items_with_changed_category=0,
             first_timestamp=0,
             last_timestamp=0,
-            train=Targets(targets=targets, positives=targets // PER_POSITION),
+            train=TargetCounts(targets=targets, positives=targets // PER_POSITION),
             validation=nothing,
             test=nothing,
         ),

@@ -42,7 +42,7 @@ class Source(_Record):
     fingerprint: str
 
 
-class Targets(_Record):
+class TargetCounts(_Record):
     """Number of targets of a split, and how many of them are positive."""
 
     targets: int
@@ -61,9 +61,9 @@ class Counts(_Record):
     items_with_changed_category: int
     first_timestamp: int
     last_timestamp: int
-    train: Targets
-    validation: Targets
-    test: Targets
+    train: TargetCounts
+    validation: TargetCounts
+    test: TargetCounts
 
 
 class Manifest(_Record):

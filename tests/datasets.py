@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.ingest.shards import shard_encoding
-from schemas.manifest import MANIFEST, ROW_GROUP_INDEX, Counts, File, Manifest, Shard, Targets, sha256
+from schemas.manifest import MANIFEST, ROW_GROUP_INDEX, Counts, File, Manifest, Shard, TargetCounts, sha256
 from schemas.shards import ROW_GROUPS, SCHEMA_VERSION, SPLITS, Split, dictionary_schema, history_schema
 
 ITEMS = 50
@@ -193,7 +193,7 @@ def _counts(users: Sequence[User]) -> Counts:
         items_with_changed_category=0,
         first_timestamp=min(times),
         last_timestamp=max(times),
-        **{name: Targets(targets=len(labels), positives=sum(labels)) for name, labels in by_split.items()},
+        **{name: TargetCounts(targets=len(labels), positives=sum(labels)) for name, labels in by_split.items()},
     )
 
 

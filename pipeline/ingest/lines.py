@@ -79,8 +79,8 @@ class Lines:
     @cached_property
     def behaviors_U(self) -> I64:
         """Number of behaviours of each user."""
-        events_U: I64 = np.diff(self.events_before_L[np.append(self.user_start_U, len(self))])
-        return events_U
+        count_U: I64 = np.diff(self.events_before_L[np.append(self.user_start_U, len(self))])
+        return count_U
 
 
 def whole_users(batches: Iterable[pa.RecordBatch]) -> Iterator[Lines]:

@@ -26,7 +26,7 @@ from schemas.manifest import (
     Manifest,
     Shard,
     Source,
-    Targets,
+    TargetCounts,
     fingerprint,
     sha256,
 )
@@ -187,7 +187,7 @@ class _Preparation:
         pq.write_table(index, self._folder / ROW_GROUP_INDEX, compression="zstd")
         users = sum(sum(file.users) for file in written)
         targets = {
-            name: Targets(
+            name: TargetCounts(
                 targets=sum(group[code] for file in written for group in file.targets),
                 positives=sum(group[code] for file in written for group in file.positives),
             )
