@@ -22,7 +22,7 @@ from pipeline.planning.text import as_dict, report
 from pipeline.planning.workload import with_load_of
 from pipeline.runs.plan_file import differences, plan_text, read_plan
 from schemas.cluster import ClusterSettings, known_clusters
-from schemas.manifest import Counts, Manifest, Targets
+from schemas.manifest import Counts, Manifest, TargetCounts
 from schemas.settings import load_settings
 from tests.launcher import run_ranks
 from tests.plans import plan_settings
@@ -354,7 +354,7 @@ def test_a_data_set_says_how_many_targets_share_a_history() -> None:
         items_with_changed_category=0,
         first_timestamp=0,
         last_timestamp=1,
-        **{split: Targets(targets=60, positives=20) for split in ("train", "validation", "test")},
+        **{split: TargetCounts(targets=60, positives=20) for split in ("train", "validation", "test")},
     )
     manifest = Manifest.model_construct(counts=counts)
     load = with_load_of(plan_settings("stream.history_length=100"), manifest).workload
