@@ -180,7 +180,7 @@ class CellProgress:
             if cell.finished and (seconds := seconds_of(cell)) is not None:
                 self._estimate.learn(cell, seconds)
         self._running: Sequence[tuple[Cell, Child]] = ()
-        self._progress = Progress(self._all, self._text, done=self._ended, every_s=LINE_EVERY_S)
+        self._progress = Progress(self._all, lambda _: self._text(), done=self._ended, every_s=LINE_EVERY_S)
 
     def ended(self, cell: Cell, seconds: float, error: str | None) -> None:
         """A cell is finished, or has failed."""
