@@ -34,11 +34,11 @@ class _Tensors:
         return type(self)(**{field.name: apply(getattr(self, field.name)) for field in fields(self)})
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Self:
-        """The same on ``device``; TorchRec's train pipelines call it."""
+        """The batch on ``device``; TorchRec's train pipelines call it."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The same in page-locked memory."""
+        """The batch in page-locked memory."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:

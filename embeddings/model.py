@@ -67,7 +67,7 @@ class CtrModel(nn.Module):
     heads: ClassVar[int] = 1
     """Poolings of each history, side by side."""
     auxiliary_heads: ClassVar[int | None] = None
-    """The same of the auxiliary prediction; None: as many."""
+    """Poolings of each history for the auxiliary prediction; None: as many as for the main one."""
     needs_categories: ClassVar[bool] = False
     """It searches by category."""
 
@@ -142,7 +142,7 @@ class CtrModel(nn.Module):
         return handle.finish(cross[self.roles.target_attention], cross[self.roles.history_attention])
 
     def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
-        """The same selection, made on the rank that has the targets; arguments and result as of `search`."""
+        """Search on the rank that has the targets; arguments and result are those of `search`."""
         rows, retrieved = self._local_rows(batch, cross), self.settings.retrieved
         if isinstance(self.scoring, DotProduct):
             return search_locally(rows, self.scoring, retrieved)
@@ -168,7 +168,7 @@ class CtrModel(nn.Module):
         return attention_weights(score_TK, chosen.valid_TK)
 
     def auxiliary_attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:
-        """The same over the whole history, for the auxiliary prediction."""
+        """Weights over the whole history for the auxiliary prediction; arguments and result as of `attention`."""
         return self.attention(target, behaviors, chosen)
 
     def represent(self, target: Rows, behaviors: Rows) -> tuple[Rows, Rows]:

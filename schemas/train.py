@@ -43,7 +43,7 @@ class TrainSettings(Settings):
     """Everything that decides what a run does, but for where its data are."""
 
     seed: NonNegativeInt = 1
-    """Of the first weights and of the order of the data."""
+    """What the first weights and the order of the data are drawn with."""
     epochs: PositiveInt = 2
     model: ModelSettings = ModelSettings()
     stream: StreamSettings = StreamSettings()

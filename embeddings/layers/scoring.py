@@ -76,7 +76,7 @@ class MappedScore(nn.Module):
 
 
 class MappedDotProduct(DotProduct, MappedScore):
-    """The same of linear maps: ``<A e_i + a, B v_t + b>``, that is ``<e_i, A^T (B v_t + b)> + <a, B v_t + b>``.
+    """The scaled dot product of two linear maps: ``<A e_i + a, B v_t + b> = <e_i, A^T (B v_t + b)> + <a, B v_t + b>``.
 
     The second part is the same for all behaviours of a target. So no behaviour is mapped, which for long histories
     would take the most room and time.

@@ -55,7 +55,7 @@ class SimSoft(SimHard):
         return search_locally(self._local_rows(batch, cross), self.searching, self.settings.retrieved)
 
     def search_products(self, dim: int) -> int:
-        """Of the mapped rows."""
+        """Products of a pair, counted on the mapped rows."""
         return dim
 
     def auxiliary_attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:

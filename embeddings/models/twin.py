@@ -71,7 +71,7 @@ class TwinV2(Twin):
     searched = "local"
 
     def search_products(self, dim: int) -> int:
-        """Of the score, and of four passes over the item rows for each split of the longest window."""
+        """Count the score, and four passes over the item rows for each split of the longest window."""
         item = self.tables.inherent_dims(self.roles.history_attention)["item"]
         splits = math.ceil(math.log2(max(1, max(self.sizes.lengths.values()) / self.settings.cluster_size)))
         return dim + 4 * item * splits

@@ -63,7 +63,7 @@ def _on_cpu(rows_MD: Tensor, history: History, size: int) -> Tensor:
 
 
 def in_torch(rows_MD: Tensor, history: History, size: int) -> Tensor:
-    """The same by operators of torch, on any device."""
+    """What `log_counts` returns, computed by operators of torch on any device."""
     everything = Selection.everything(history)
     longest = everything.index_TK.shape[1]
     targets = max(1, CHUNK_FLOATS // max(1, longest * rows_MD.shape[1]))

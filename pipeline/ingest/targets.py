@@ -48,7 +48,7 @@ def choose_targets(lines: Lines, split: PaperSplit | TimestampSplit | Impression
 
 
 def _paper(lines: Lines, split: PaperSplit) -> ChosenLines:
-    """Of T behaviours, number T is for test, T-1 for validation and T-2-5j for training (paper, appendix on data)."""
+    """Number T of T behaviours is for test, T-1 for validation and T-2-5j for training (paper, appendix on data)."""
     # How far before the end of the user's lines each target is: 1 is the last one.
     back_S = np.concatenate([[1, 2], 3 + split.train_stride * np.arange(split.train_targets)])
     code_S = np.full(len(back_S), Split.TRAIN, np.int8)

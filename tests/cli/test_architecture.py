@@ -177,7 +177,6 @@ def stubs_of(module: str) -> list[str]:
     return found
 
 
-@pytest.mark.xfail(reason="docstrings are being rewritten")
 @pytest.mark.parametrize("package", PRODUCT)
 def test_docstrings_stand_alone(package: str) -> None:
     stubs = [stub for module in modules() if module.split(".")[0] == package for stub in stubs_of(module)]

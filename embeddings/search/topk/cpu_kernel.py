@@ -70,7 +70,7 @@ class TableRows(NamedTuple):
     row_bytes: int
     """From one row to the next."""
     scale_R: NDArray[np.float32]
-    """Of each row; empty if all are 1."""
+    """float32, what each row is multiplied by; empty if all are 1."""
 
 
 class Windows(NamedTuple):
