@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from embeddings.batch import Batch
+from jobs.cli import app
 from pipeline.stream.history_stream import HistoryStream
 from schemas.shards import Split
 from schemas.stream import StreamSettings
@@ -335,6 +336,16 @@ def test_program_that_ends_amid_an_epoch_ends_well(folder: Path) -> None:
         cwd=Path(__file__).parents[2],
     )
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+def test_command_counts_what_it_reads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    app(["stream", str(folder), "batch_size=8", "--split", "test"], standalone_mode=False)
+    targets = targets_of(USERS, Split.TEST)
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == f"test: {len(targets)} targets in {-(-len(targets) // 8)} batches of 8"
+    assert f"{sum(target.label for _, target in targets) / len(targets):.1%} positive" in last
+    windows = sum(min(target.history_end, StreamSettings().history_length) for _, target in targets)
+    assert f"stand for the {windows:,} that a row for each sample would hold" in last
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
