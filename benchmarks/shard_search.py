@@ -28,7 +28,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.types import ShardingEnv, ShardingType
 
 from embeddings.batch import Batch, History, Selection
-from embeddings.distributed.process_group import leave, process_group
+from embeddings.distributed.process_group import leave, process_group, rank_environment
 from embeddings.distributed.row_wise import row_wise_tables
 from embeddings.model import CtrModel
 from embeddings.models import build_model
@@ -124,8 +124,7 @@ def _rank(
     cases: tuple[Case, ...],
     sender: Connection,
 ) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= rank_environment(rank, ranks, port)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("torchrec", "torch.fx"):

@@ -1,4 +1,4 @@
-"""The `dare` command."""
+"""The `dare` command: all commands by name, and the edge at which errors become lines and exit codes."""
 
 import os
 import sys
@@ -16,11 +16,7 @@ from pipeline.errors import INTERRUPTED, error_line, show_trace, tell
 from pipeline.progress import first_rank, log_to_standard_error
 from pipeline.versions import check_versions, versions
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (prepare, synth, inspect, stream, plan, train, evaluate, score, compare, experiment, runs, models):
     app.command()(command)
 # Extensions declare a `typer.Typer` in this group. It is loaded at once, because the help lists it: its module must be

@@ -1,28 +1,25 @@
-"""`dare prepare`: logs of events to a data set of user-history shards.
+"""Commands about data: `dare prepare`, `dare synth`, `dare inspect` and `dare stream`."""
 
-``dare synth``: generated behaviours with planted structure.
-
-``dare inspect``: what is in a data set.
-
-`dare stream`: what batches of a data set look like, and how fast they come.
-"""
-
-import json as json_format
+import logging
 import resource
-import sys
 import time
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from jobs.options import Config, DataSetFolder, Json, Overwrite, console_for_tables
+from pipeline.progress import stage
 from schemas.errors import UserError
 from schemas.manifest import Manifest
 from schemas.prepare import PRESETS, PrepareSettings
 from schemas.settings import load_settings
 from schemas.stream import StreamSettings
 from schemas.synth import SynthSettings
+
+_LOGGER = logging.getLogger("dare.data")
 
 
 def prepare(
@@ -31,14 +28,14 @@ def prepare(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. split.negatives=4.")
     ] = None,
     preset: Annotated[str, typer.Option(help=f"Settings of a known log: {', '.join(PRESETS)}.")] = "generic",
-    config: Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")] = None,
+    config: Config = None,
     events: Annotated[list[str] | None, typer.Option(help="File or glob of behaviours; repeatable.")] = None,
     impressions: Annotated[
         list[str] | None, typer.Option(help="File or glob of impressions with labels; repeatable.")
     ] = None,
     engine: Annotated[Literal["duckdb", "spark"] | None, typer.Option(help="What computes it.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Take the place of what is in the folder.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
 ) -> None:
     """Turn logs of events into user-history shards."""
     from pipeline.ingest.prepare import prepare as run
@@ -62,20 +59,15 @@ def prepare(
     started = time.monotonic()
     manifest = run(settings, out, overwrite=overwrite)
     for reason in manifest.skipped:
-        print(f"left out: {reason}", file=sys.stderr)
-    result = _result(manifest) | {
-        "seconds": round(time.monotonic() - started, 2),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }
-    print(
-        f"{out}: "
-        + ", ".join(f"{value:,} {name}" for name, value in result.items() if name not in ("seconds", "peak_mib"))
-    )
+        _LOGGER.info("left out: %s", reason)
+    result = _counts(manifest)
+    print(f"{out}: {', '.join(f'{value:,} {name}' for name, value in result.items())}")
     if json:
-        print(json_format.dumps(result))
+        cost = {"seconds": round(time.monotonic() - started, 2), "peak_mib": _peak_kib() // 1024}
+        print(dumps(result | cost))
 
 
-def _result(manifest: Manifest) -> dict[str, Any]:
+def _counts(manifest: Manifest) -> dict[str, int]:
     counts = manifest.counts
     return {
         "users": counts.users,
@@ -97,9 +89,9 @@ def synth(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. events=1000000.")
     ] = None,
     impressions: Annotated[Path | None, typer.Option(help=".parquet file to write impressions with labels to.")] = None,
-    config: Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")] = None,
+    config: Config = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Generate behaviours of any size, whose relevance to a target is known."""
     settings = load_settings(SynthSettings, config or [], overrides or [])
@@ -113,19 +105,21 @@ def synth(
     if impressions:
         print(f"{impressions}: {report.impressions:,} impressions; AUC of the true chances {report.bayes_auc:.4f}")
     if json:
-        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json_format.dumps(asdict(report) | {"peak_mib": round(peak_mib, 1)}))
+        print(dumps(asdict(report) | {"peak_mib": round(_peak_kib() / 1024, 1)}))
+
+
+def _peak_kib() -> int:
+    """Return the most memory that this process has had, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Data set that `dare prepare` wrote.")],
+    folder: DataSetFolder,
     verify: Annotated[bool, typer.Option("--verify", help="Compare all files with their checksums.")] = False,
     figure: Annotated[Path | None, typer.Option(help="PNG file to draw into.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Tell what is in a data set: counts, distributions, targets, columns."""
-    from rich.console import Console
-
     from pipeline.files import check_output_file
     from pipeline.inspect.summary import summarize
     from pipeline.inspect.terminal import print_summary
@@ -135,8 +129,7 @@ def inspect(
             raise UserError(f"--figure {figure}: the figure is a PNG; end its name in .png")
         check_output_file(figure)
     summary = summarize(folder, verify=verify)
-    # Where nobody looks, lines are as long as they need to be.
-    print_summary(folder, summary, Console(width=None if sys.stdout.isatty() else 160, highlight=False))
+    print_summary(folder, summary, console_for_tables(160))
     if verify:
         print("all checksums agree with the manifest")
     if figure is not None:
@@ -145,20 +138,19 @@ def inspect(
         draw_figure(folder, summary, figure)
         print(f"figure: {figure}")
     if json:
-        print(json_format.dumps(summary.to_json()))
+        print(dumps(summary.to_json()))
 
 
 def stream(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Data set that `dare prepare` wrote.")],
+    folder: DataSetFolder,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. batch_size=512.")
     ] = None,
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="What to read.")] = "train",
-    config: Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")] = None,
+    config: Config = None,
 ) -> None:
     """Read one epoch of a split, and tell what came."""
     settings = load_settings(StreamSettings, config or [], overrides or [])
-    from pipeline.progress import stage
     from pipeline.stream.history_stream import HistoryStream
 
     with HistoryStream(folder, split, settings, seed=0, shuffle=True) as batches:
@@ -166,10 +158,11 @@ def stream(
         targets, users, positives, behaviors, windows = 0, 0, 0, 0, 0
         started = time.monotonic()
         with stage("read an epoch", batches.steps_per_epoch, "batches") as running:
-            for step, batch in enumerate(batches):
-                if step == 0:
+            for batch in batches:
+                if not targets:
                     print(batch.describe())
-                targets, users = targets + len(batch), users + batch.users
+                targets += len(batch)
+                users += batch.users
                 positives += int(batch.label_T.sum())
                 behaviors += sum(len(history.item_M) for history in batch.histories.values())
                 windows += sum(int((history.end_T - history.start_T).sum()) for history in batch.histories.values())

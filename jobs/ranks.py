@@ -1,10 +1,6 @@
-"""Runs a command's work on all ranks: alone, or under `python -m torch.distributed.run`; tells a failure once.
+"""What a process of `dare train`, `dare evaluate` or `dare score` does around its work, alone or as one of several.
 
-Memory of large tensors on a CPU, kept for the next ones.
-
-glibc takes blocks of 32 MiB and more from the kernel one by one and gives each back when it is freed, so that every
-large tensor of every step is made of new pages, which the kernel has to clear first. With many behaviours a batch that
-may take as long as computing: SIM (soft) with 64 floats a feature trained 1.6 times as fast without.
+It chooses its device, joins the others, tells a failure once, and ends in order.
 """
 
 import ctypes
@@ -25,7 +21,7 @@ from pipeline.errors import exit_code, tell
 from pipeline.versions import fbgemm_has_cuda
 
 LINGER_S = 5.0
-"""The failing rank that keeps the store waits so long for others that fail for the same reason."""
+"""Seconds for which the failing rank that keeps the store waits for others that fail for the same reason."""
 
 
 def on_all_ranks(work: Callable[[torch.device], object]) -> NoReturn:
@@ -57,34 +53,38 @@ def _device() -> torch.device:
 
 
 def _fails_first() -> bool:
-    """Also if nobody can be asked: the rank that kept the store is gone."""
+    """Whether no other rank has failed before this one; also true if the store of the group is gone with its rank."""
     with suppress(Exception):
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=LINGER_S))
-        place = store.add("failed_ranks", 1)
+        failed_before = store.add("failed_ranks", 1) - 1
+        # The first rank keeps the store: it must not go before the others have asked.
         until = monotonic() + LINGER_S
         while dist.get_rank() == 0 and store.add("failed_ranks", 0) < dist.get_world_size() and monotonic() < until:
             sleep(0.05)
-        return place == 1
+        return failed_before == 0
     return True
 
 
 def _quieten() -> None:
-    """What libraries say of their own insides is not for the users of `dare`."""
+    """Silence what libraries say of their own insides, which a user of `dare` can do nothing about."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-# <malloc.h>
+# Numbers of parameters in glibc's <malloc.h>.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
 
 def keep_large_blocks() -> None:
-    """Take large blocks from the heap and keep it; the process holds the most memory that it ever had.
+    """Keep the memory of large tensors on a CPU for the next ones; the process holds the most that it ever had.
 
-    Does nothing where the C library has no `mallopt`.
+    glibc takes blocks of 32 MiB and more from the kernel one by one and gives each back when it is freed, so that every
+    large tensor of every step is made of new pages, which the kernel has to clear first. With many behaviours a batch
+    that may take as long as computing: SIM (soft) with 64 floats a feature trained 1.6 times as fast without. Does
+    nothing where the C library has no `mallopt`.
     """
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt

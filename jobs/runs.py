@@ -1,50 +1,51 @@
-"""`dare runs`: how the runs below a folder are doing.
+"""Commands that list: `dare runs`, `dare compare` and `dare models`."""
 
-`dare compare`: finished runs side by side.
-
-`dare models`: the models that `dare train model=NAME` knows.
-"""
-
-import json as json_format
-import sys
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
+
+from jobs.options import Json, console_for_tables
+
+SEARCHES = {
+    "shard": "by score, on the shards of the tables",
+    "locally": "by score, on the rank of the sample",
+    "ids": "by category or by time, without embeddings",
+    "none": "none, the whole history is pooled",
+}
+"""What `CtrModel.searched` means: what a search compares, and where."""
 
 
 def runs(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with runs in it, at any depth.")],
-    json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """List runs: state, step, best validation AUC, test AUC, samples/s, torchx job."""
-    from rich.console import Console
-    from rich.table import Table
-
     from pipeline.runs.listing import find_runs, run_state
 
-    found = [run_state(path) for path in find_runs(folder)]
-    if not found:
+    states = [run_state(path) for path in find_runs(folder)]
+    if not states:
         print(f"{folder}: no runs")
     else:
         table = Table("run", "model", "state", "step", "best validation AUC", "test AUC", "samples/s", "torchx job")
-        for run in found:
+        for run in states:
             path = Path(run.run)
             step = "/".join(str(value) for value in (run.step, run.steps) if value is not None)
             numbers = ["" if value is None else f"{value:.4f}" for value in (run.best_validation_auc, run.test_auc)]
             speed = "" if run.samples_per_s is None else f"{run.samples_per_s:,.0f}"
             name = str(path) if path == folder else str(path.relative_to(folder))
             table.add_row(name, run.model or "", run.state, step, *numbers, speed, run.app or "")
-        # Where nobody looks, lines are as long as they need to be.
-        Console(width=None if sys.stdout.isatty() else 240, highlight=False, markup=False).print(table)
-    for run in found:
+        console_for_tables(240).print(table)
+    for run in states:
         if run.error:
             print(f"{run.run}: {run.state}: {run.error}")
         elif run.state in ("stopped", "died"):
             print(f"{run.run}: {run.state}; the same command {_going_on(run.checkpoint_step)}")
     if json:
-        print(json_format.dumps({"runs": [asdict(run) for run in found]}))
+        print(dumps({"runs": [asdict(run) for run in states]}))
 
 
 def _going_on(checkpoint_step: int | None) -> str:
@@ -53,12 +54,9 @@ def _going_on(checkpoint_step: int | None) -> str:
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
-    json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Print the test metrics of runs, and the settings in which they differ."""
-    from rich.console import Console
-    from rich.table import Table
-
     from pipeline.runs.comparison import METRICS, distinct_names
     from pipeline.runs.comparison import compare as side_by_side
 
@@ -69,16 +67,15 @@ def compare(
         settings = ["" if row["settings"][key] is None else str(row["settings"][key]) for key in keys]
         metrics = ["" if row[name] is None else f"{row[name]:.4f}" for name in METRICS]
         table.add_row(name, row["model"], *metrics, *settings)
-    # Where nobody looks, lines are as long as they need to be.
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    console_for_tables(200).print(table)
     if json:
-        print(json_format.dumps({"runs": rows}))
+        print(dumps({"runs": rows}))
 
 
 def models(
-    json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
-    """List the models: what each is, and where it searches."""
+    """List the models: what each is, and what its search compares."""
     from embeddings.models import MODELS
 
     rows = [
@@ -92,6 +89,6 @@ def models(
     ]
     wide = max(len(str(row["name"])) for row in rows)
     for row in rows:
-        print(f"{row['name']:{wide}}  {row['summary']} (search: {row['searched']})")
+        print(f"{row['name']:{wide}}  {row['summary']}; search: {SEARCHES[str(row['searched'])]}")
     if json:
-        print(json_format.dumps({"models": rows}))
+        print(dumps({"models": rows}))

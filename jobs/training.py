@@ -1,15 +1,17 @@
-"""`dare train`: train a model, alone or under `python -m torch.distributed.run`.
+"""Commands about a model: `dare train`, `dare evaluate` and `dare score`.
 
-`dare evaluate`: the metrics of a checkpoint on a split.
-
-`dare score`: the predictions of a checkpoint on a split, in Parquet.
+Each is one process, or one of several that a launcher such as torchrun starts. torch is imported within the commands,
+so that `dare --help` and the commands that need no torch answer at once.
 """
 
 import gc
+from json import dumps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from jobs.options import CheckpointOfRun, Config, DataOfRun, Json, Overwrite, PredictedSplit, TrainedRun
 
 
 def train(
@@ -18,7 +20,7 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. model=twin.")
     ] = None,
-    config: Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")] = None,
+    config: Config = None,
     plan: Annotated[
         Path | None, typer.Option(help="Sharding plan that `dare plan --save` wrote, for this number of processes.")
     ] = None,
@@ -55,15 +57,13 @@ def train(
 
 
 def evaluate(
-    run: Annotated[Path, typer.Option(help="Folder of a run that `dare train` wrote.")],
-    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="What to predict.")] = "test",
-    checkpoint: Annotated[Literal["best", "last"], typer.Option(help="Which checkpoint of the run.")] = "best",
-    data: Annotated[Path | None, typer.Option(help="Data set; if not given, the one of the run.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
+    run: TrainedRun,
+    split: PredictedSplit = "test",
+    checkpoint: CheckpointOfRun = "best",
+    data: DataOfRun = None,
+    json: Json = False,
 ) -> None:
     """Compute AUC, GAUC, log loss and the like of a run's checkpoint."""
-    import json as json_format
-
     import torch
 
     from jobs.ranks import on_all_ranks
@@ -77,18 +77,18 @@ def evaluate(
             for name, value in vars(evaluation).items():
                 print(f"{name:20} {value:,}" if isinstance(value, int) else f"{name:20} {value:.5f}")
             if json:
-                print(json_format.dumps(as_document(evaluation)))
+                print(dumps(as_document(evaluation)))
 
     on_all_ranks(work)
 
 
 def score(
-    run: Annotated[Path, typer.Option(help="Folder of a run that `dare train` wrote.")],
+    run: TrainedRun,
     out: Annotated[Path, typer.Option(help="Folder for the predictions; appears when it is whole.")],
-    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="What to predict.")] = "test",
-    checkpoint: Annotated[Literal["best", "last"], typer.Option(help="Which checkpoint of the run.")] = "best",
-    data: Annotated[Path | None, typer.Option(help="Data set; if not given, the one of the run.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Take the place of what is in the folder.")] = False,
+    split: PredictedSplit = "test",
+    checkpoint: CheckpointOfRun = "best",
+    data: DataOfRun = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write user, item, label and predicted probability of each target."""
     import torch

@@ -1,4 +1,7 @@
-"""Settings: YAML files, then ``key=value`` overrides, checked once, then frozen. OmegaConf reads, pydantic checks."""
+"""Settings come from YAML files, then ``key=value`` overrides; they are checked once, then frozen.
+
+OmegaConf reads and merges, pydantic checks.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,11 +30,11 @@ _NOTICES = logging.getLogger("dare.settings")
 
 
 def renamed(key: str, value: object, names: Mapping[str, str]) -> object:
-    """Today's name of a setting's value that had another one in an earlier version; says so in one line, once.
+    """Return today's name of a setting's value that had another one in an earlier version; log so once.
 
     Args:
         key: dotted key of the setting, for the notice.
-        value: as it was given.
+        value: the value that was given.
         names: former name -> today's name.
     """
     if not isinstance(value, str) or value not in names:
@@ -48,7 +51,7 @@ def _notice(line: str) -> None:
 def load_settings(
     kind: type[S], files: Sequence[Path] = (), overrides: Sequence[str] = (), values: dict[str, Any] | None = None
 ) -> S:
-    """Settings of class ``kind``: the files in order, then ``values``, then the overrides; later ones win.
+    """Load settings of class ``kind``: the files in order, then ``values``, then the overrides; later ones win.
 
     Args:
         kind: the settings class.
@@ -57,8 +60,8 @@ def load_settings(
         values: settings that come from elsewhere (command-line options), as nested dictionaries.
 
     Raises:
-        UserError: a missing file or one that is no YAML, an unknown key, an impossible value, something else where a
-            section belongs; says what is allowed.
+        UserError: a file that is missing or no YAML, an unknown key, an impossible value, something else in place of a
+            section; says what is allowed.
     """
     merged: DictConfig | ListConfig | TupleConfig = OmegaConf.create({})
     try:
@@ -94,7 +97,7 @@ def load_settings(
 
 
 def refuse_flat_sections(kind: type[Settings], values: Mapping[str, Any], where: str) -> None:
-    """A section must be a mapping: what is laid over it later would silently take the place of anything else.
+    """Make sure that sections are mappings: what is merged later would silently take the place of anything else.
 
     Args:
         kind: the settings class.
@@ -114,12 +117,13 @@ def refuse_flat_sections(kind: type[Settings], values: Mapping[str, Any], where:
 
 
 def _in_full(override: str) -> str:
-    """``model=twin`` is short for ``model.name=twin``."""
+    """Write out ``model=twin``, which is short for ``model.name=twin``."""
     key, _, value = override.partition("=")
     return f"model.name={value}" if key == "model" and not value.lstrip().startswith("{") else override
 
 
 def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
+    """Say in one line which key has what problem; ``problem`` is one of pydantic's."""
     location = [part for part in problem["loc"] if not str(part).startswith("function-")]
     key, _ = _follow(kind, location)
     if problem["type"] == "extra_forbidden":
@@ -140,30 +144,29 @@ def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
 
 
 def _follow(kind: type[BaseModel], location: Sequence[Any]) -> tuple[str, list[type[BaseModel]]]:
-    """The dotted key of a location of pydantic, and the settings classes that can be there.
-
-    After the name of a field that is a tagged union, pydantic has the member's tag, which is no part of the key.
-    """
-    key, found = [], [kind]
+    """Return the dotted key of a location of pydantic, and the settings classes that can be there."""
+    key, classes = [], [kind]
     for part in location:
-        tagged = [member for member in found if part in _tags(member)]
+        # After the name of a field that is a tagged union, pydantic has the member's tag, which is no part of the key.
+        tagged = [member for member in classes if part in _tags(member)]
         if tagged:
-            found = tagged
+            classes = tagged
             continue
         key.append(str(part))
-        owner = next((member for member in found if part in member.model_fields), None)
+        owner = next((member for member in classes if part in member.model_fields), None)
         if owner is not None:
-            found = _classes(owner.model_fields[part].annotation)
-    return ".".join(key), found
+            classes = _classes(owner.model_fields[part].annotation)
+    return ".".join(key), classes
 
 
 def _classes(annotation: Any) -> list[type[BaseModel]]:
-    """The settings classes in a type annotation."""
+    """Return the settings classes in a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for argument in get_args(annotation) for found in _classes(argument)]
+    return [member for argument in get_args(annotation) for member in _classes(argument)]
 
 
 def _tags(kind: type[BaseModel]) -> tuple[Any, ...]:
+    """Return the values by which a class is chosen in a tagged union; none if it is in none."""
     field = kind.model_fields.get("kind")
     return get_args(field.annotation) if field else ()

@@ -10,23 +10,23 @@ from schemas.stream import StreamSettings
 
 
 class DenseSettings(Settings):
-    """How the parameters outside of the tables learn."""
+    """How the parameters outside of the tables are trained."""
 
     optimizer: Literal["adam", "adamw"] = "adam"
     learning_rate: PositiveFloat = 0.01
     weight_decay: NonNegativeFloat = 1e-6
-    """adam adds it to the gradient, adamw takes it from the weight."""
+    """adam adds it to the gradient (L2 regularisation), adamw takes it from the weight (decoupled)."""
     warmup_steps: NonNegativeInt = 0
-    """The learning rate rises in equal steps over so many steps."""
+    """Number of steps over which the learning rate rises in equal steps from 0."""
     clip_norm: PositiveFloat | None = None
-    """Largest norm of the gradients of all dense parameters together; None: any."""
+    """Largest norm that the gradients of all dense parameters together may have; None: no limit."""
 
 
 class ValidationSettings(Settings):
-    """When the model is validated and what the best checkpoint is chosen by."""
+    """When the model is validated, and by which metric the best checkpoint is chosen."""
 
     every: PositiveInt = 100
-    """Steps; the end of each epoch is validated too."""
+    """Steps between two validations; the end of each epoch is validated too."""
     metric: Literal["auc", "gauc"] = "auc"
 
 
@@ -34,13 +34,13 @@ class CheckpointSettings(Settings):
     """When checkpoints are written and how many stay; the best one always does."""
 
     every: PositiveInt = 500
-    """Steps."""
+    """Steps between two checkpoints."""
     keep: PositiveInt = 2
-    """The last ones, beside the best."""
+    """How many of the last checkpoints stay, beside the best one."""
 
 
 class TrainSettings(Settings):
-    """Everything that decides what a run does, but for where its data are."""
+    """All that decides what a run computes, except where its data are."""
 
     seed: NonNegativeInt = 1
     """What the first weights and the order of the data are drawn with."""
@@ -63,26 +63,26 @@ MAY_CHANGE = (
     "stream.threads",
     "stream.prefetch_batches",
 )
-"""What may differ when a run goes on: none of these changes what a step computes."""
+"""Settings that may differ when a run goes on, because none of them changes what a step computes."""
 
 
 def flat(settings: Settings) -> dict[str, Any]:
-    """Values by dotted key, those that are not set included."""
-    found: dict[str, Any] = {}
+    """Return all values of settings by dotted key, defaults included."""
+    values: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
         if isinstance(value, dict) and value:
             for key, part in value.items():
                 visit(f"{prefix}.{key}" if prefix else str(key), part)
         else:
-            found[prefix] = value
+            values[prefix] = value
 
     visit("", settings.model_dump(mode="json"))
-    return found
+    return values
 
 
 def differing(one: Settings, other: Settings) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with both values; None where one of them has no such key."""
+    """Return the dotted keys whose values differ, with both values; None where one of the two has no such key."""
     ours, theirs = flat(one), flat(other)
     keys = dict.fromkeys([*ours, *theirs])
     return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}

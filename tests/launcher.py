@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from embeddings.distributed.process_group import leave, process_group
+from embeddings.distributed.process_group import leave, process_group, rank_environment
 
 PATIENCE_S = 600.0
 """Seconds until what does not end is taken to hang."""
@@ -34,18 +34,6 @@ PRELOADED = [
     "jobs.ranks",
     "tests.launcher",
 ]
-
-
-def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process of a group on this host."""
-    return {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
 
 
 def free_port() -> int:

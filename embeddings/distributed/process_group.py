@@ -19,6 +19,18 @@ TIMEOUT = timedelta(minutes=10)
 """A collective that waits longer for another rank is an error."""
 
 
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """Return the environment by which `process_group` joins the other ranks, all on this machine, as torchrun sets it.
+
+    Args:
+        rank: number of the rank, from 0.
+        ranks: how many there are.
+        port: port of this machine that is free.
+    """
+    here = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+    return {key: str(value) for key, value in here.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[dist.ProcessGroup]:
     """The default process group: gloo on a CPU, NCCL on CUDA.

@@ -1,7 +1,4 @@
-"""How many processes a job has, and on how many nodes.
-
-How a command of `dare` is started on the nodes of a torchx job: the shell line, its environment, the role.
-"""
+"""A command of `dare` as a torchx job: processes on nodes, the shell line that starts them, environment and role."""
 
 import re
 import shlex
@@ -13,24 +10,27 @@ from torchx import specs
 
 from schemas.errors import UserError
 
+NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
+"""Names of jobs that all schedulers take, with what they add to it."""
+
 
 @dataclass(frozen=True)
 class Processes:
-    """Nodes of a job and processes of each."""
+    """How many nodes a job has, and how many processes each node."""
 
     nodes: int
     per_node: int
 
     @classmethod
     def parse(cls, text: str, gpus: int) -> "Processes":
-        """Read ``nodes`` or ``nodes x processes``.
+        """Read nodes, or nodes x processes of each.
 
         Args:
-            text: such as ``2`` or ``2x8``.
-            gpus: of a node; if processes are not said there is one for each, or two if there are none.
+            text: such as ``2`` or ``2x8``; without the second number, one process for each GPU, or two on a CPU.
+            gpus: GPUs of a node.
 
         Raises:
-            UserError: another text, none of something, or more processes than GPUs.
+            UserError: another text, no node or no process, or more processes than GPUs.
         """
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
         if match is None:
@@ -43,17 +43,16 @@ class Processes:
         return cls(nodes, per_node)
 
 
-NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
-"""What all schedulers take, with what they add to it."""
-
-
 def check_training(arguments: Sequence[str]) -> None:
     """Find a mistake in the settings of `dare train` before processes are started, and started again, to find it.
 
-    Where a file of settings is not here, nothing is checked: it may be where the job will run.
+    Nothing is checked if a file of settings is not on this machine: it may be where the job will run.
+
+    Args:
+        arguments: arguments of `dare train`.
 
     Raises:
-        UserError: settings that no run can have.
+        UserError: no run can have these settings.
     """
     import typer.main
 
@@ -76,13 +75,16 @@ def check_training(arguments: Sequence[str]) -> None:
 
 
 def node(name: str | None, cores: int, gpus: int, mebibytes: int) -> specs.Resource:
-    """What a job asks for on each node.
+    """Return what a job asks for on each node.
 
     Args:
-        name: of a node that torchx knows, in place of all else; or None.
-        cores: of a node.
-        gpus: of a node.
-        mebibytes: memory of a node.
+        name: name of a node that torchx knows, in place of all else; or None.
+        cores: cores of a node.
+        gpus: GPUs of a node.
+        mebibytes: memory of a node in MiB.
+
+    Raises:
+        UserError: no such name, or a node without cores or memory.
     """
     if name is not None:
         if name not in specs.named_resources:
@@ -97,15 +99,15 @@ def node(name: str | None, cores: int, gpus: int, mebibytes: int) -> specs.Resou
 
 @dataclass(frozen=True)
 class Job:
-    """What all jobs have in common.
+    """A torchx job, but for the command of `dare` that it runs.
 
     Args:
-        name: of the job.
-        image: of the container; empty: the environment that torchx runs in.
-        node: what it asks for on each node.
+        name: name of the job.
+        image: image of the container; empty: the environment that torchx runs in.
+        node: what the job asks for on each node.
         env: environment, besides what `dare` needs, or in place of it.
-        mounts: of the container, as torchx writes them.
-        max_retries: how often the scheduler starts it again.
+        mounts: mounts of the container, as torchx writes them.
+        max_retries: how often the scheduler starts the job again.
     """
 
     name: str
@@ -125,18 +127,18 @@ class Job:
         log_dir: str | None,
         max_restarts: int = 0,
     ) -> specs.AppDef:
-        """A command on several processes, which torchrun starts.
+        """Describe a command on several processes, which torchrun starts on each node.
 
         Args:
-            command: of `dare`.
-            arguments: of the command.
-            processes: nodes, or nodes x processes of each.
-            rdzv_port: where nodes meet, on the first one; a single node takes a free port of its loopback.
+            command: name of a command of `dare`.
+            arguments: arguments of the command.
+            processes: nodes, or nodes x processes of each; see `Processes.parse`.
+            rdzv_port: port on the first node where nodes meet; a single node takes a free port of its loopback.
             log_dir: folder for each process's output, or None.
             max_restarts: how often all processes are started again when one dies.
 
         Raises:
-            UserError: a job that no scheduler would take.
+            UserError: no scheduler would take such a job.
         """
         if not 0 < rdzv_port < 65536:
             raise UserError(f"--rdzv_port {rdzv_port}: not a port")
@@ -163,7 +165,7 @@ class Job:
         return self._app(command, line, self.node.cpu // count.per_node, count.nodes, {"c10d": rdzv_port})
 
     def single(self, command: str, arguments: Sequence[str]) -> specs.AppDef:
-        """A command that is one process."""
+        """Describe a command that is one process; arguments and errors are those of `ranks`."""
         return self._app(command, f"-m jobs.cli {shlex.join([command, *arguments])}", self.node.cpu, 1, {})
 
     def _app(self, command: str, line: str, cores: int, nodes: int, ports: dict[str, int]) -> specs.AppDef:
@@ -200,12 +202,13 @@ class Job:
 
 
 def _environment(cores: int) -> dict[str, str]:
-    """What processes of ``cores`` cores each need."""
+    """Return the environment that processes of ``cores`` cores each need."""
     return {
+        # Each process would take all cores of its node, and results would depend on how many those are.
         "OMP_NUM_THREADS": str(max(1, cores)),
         # Threads that wait for each other sleep instead of spinning.
         "OMP_WAIT_POLICY": "PASSIVE",
         # Without it processes that torchrun starts again meet in the store of those that died, and wait for them.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "LOGLEVEL": "WARNING",
+        "LOGLEVEL": "WARNING",  # what torchrun says of each start is not for the users of `dare`
     }

@@ -1,4 +1,4 @@
-"""A node of each shipped topology as a torchx named resource (`-h h200-128x8`)."""
+"""The node of each shipped topology as a named resource of torchx (`-h h200-128x8`)."""
 
 from functools import cache, partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from schemas.cluster import ClusterSettings, known_clusters
 from schemas.settings import load_settings
 
 MEMORY_SHARE = 0.96
-"""What a job can have of a node's memory; the rest is the system's. torchx takes the same for its own."""
+"""Share of a node's memory that a job can have; the rest is the system's. torchx takes the same for its own nodes."""
 
 
 @cache
@@ -20,7 +20,7 @@ def _clusters() -> dict[str, Path]:
 
 
 def node(topology: str) -> Resource:
-    """A node of a shipped topology."""
+    """Return the node of a shipped topology."""
     settings: Any = OmegaConf.to_container(OmegaConf.load(_clusters()[topology]))
     cluster = load_settings(ClusterSettings, [], [], settings)
     assert cluster.cores is not None
@@ -31,6 +31,7 @@ def node(topology: str) -> Resource:
     )
 
 
+# Entry points of torchx name functions without arguments; see pyproject.toml.
 laptop_cpu = partial(node, "laptop-cpu")
 a100_8 = partial(node, "a100-8")
 h100_16x8 = partial(node, "h100-16x8")

@@ -1,4 +1,4 @@
-"""torchx's Slurm scheduler, which also knows a job that was cancelled."""
+"""torchx's Slurm scheduler, mended so that it knows a job that was cancelled."""
 
 import subprocess
 
@@ -6,7 +6,7 @@ from torchx.schedulers import slurm_scheduler
 from torchx.schedulers.api import DescribeAppResponse
 from torchx.specs import AppState, ReplicaStatus, Role, RoleStatus
 
-FIRST = (
+PRECEDENCE = (
     AppState.RUNNING,
     AppState.PENDING,
     AppState.UNKNOWN,
@@ -25,10 +25,10 @@ class SlurmScheduler(slurm_scheduler.SlurmScheduler):
     """
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:
-        """State of a job and of its nodes; None: Slurm does not know the job.
+        """Return the state of a job and of its nodes, or None if Slurm does not know the job.
 
         Raises:
-            subprocess.CalledProcessError: no accounting.
+            subprocess.CalledProcessError: Slurm keeps no accounts, or is not reachable.
         """
         command = ["sacct", "--parsable2", "--noheader", "--allocations", "--format=JobID,JobName,State", "-j", app_id]
         told = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
@@ -44,7 +44,7 @@ class SlurmScheduler(slurm_scheduler.SlurmScheduler):
                 roles.setdefault(role, []).append(ReplicaStatus(int(node), role, state, hostname=""))
         if not states:
             return None
-        app_state, message = min(states, key=lambda found: FIRST.index(found[0]))
+        app_state, message = min(states, key=lambda state: PRECEDENCE.index(state[0]))
         return DescribeAppResponse(
             app_id=app_id,
             roles=[Role(name, image="", num_replicas=len(nodes)) for name, nodes in roles.items()],
@@ -55,5 +55,5 @@ class SlurmScheduler(slurm_scheduler.SlurmScheduler):
 
 
 def create_scheduler(session_name: str, **_: object) -> SlurmScheduler:
-    """What torchx calls."""
+    """Make the scheduler; torchx finds this function by an entry point."""
     return SlurmScheduler(session_name)

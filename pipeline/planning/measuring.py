@@ -68,14 +68,13 @@ def _rank(
 ) -> None:
     import logging
 
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from embeddings.distributed.process_group import leave, process_group, rank_environment
+
+    os.environ |= rank_environment(rank, ranks, port)
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    from embeddings.distributed.process_group import leave, process_group
-
     with process_group(torch.device("cpu")):
         results.put(function(*arguments))
     leave(0)

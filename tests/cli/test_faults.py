@@ -1,6 +1,7 @@
 """A user's mistake is one line and exit code 1; a fault of the program shows its trace, says so, and exits with 70."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_a_fault_of_prepare(
     fault: Any, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "events.csv").write_text(EVENTS)
-    monkeypatch.setattr("pipeline.ingest.prepare.build_catalog", fault)
+    monkeypatch.setattr("pipeline.ingest.prepare.prepare", fault)
     arguments = ["prepare", "--events", str(tmp_path / "events.csv"), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["dare", *arguments])
     with pytest.raises(SystemExit) as end:
@@ -98,7 +99,7 @@ def test_a_fault_under_torchrun(data: Path, tmp_path: Path) -> None:
     training = ["train", "--data", str(data), "--run", str(tmp_path / "run"), "stream.batch_size=24"]
     done = subprocess.run(
         [*launcher, str(script), *training],
-        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
     )
@@ -126,8 +127,6 @@ def test_the_trace_of_a_mistake_is_shown_on_demand(ranks: int, data: Path, tmp_p
 
 
 def with_traces(rank: int) -> None:
-    import os
-
     os.environ["DARE_TRACEBACK"] = "1"
 
 

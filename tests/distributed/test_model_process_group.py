@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from embeddings.distributed.process_group import process_group
-from tests.launcher import PATIENCE_S, free_port, rank_environment
+from embeddings.distributed.process_group import process_group, rank_environment
+from tests.launcher import PATIENCE_S, free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,25 @@
+"""Options that several commands of `dare` have, and how commands print tables."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+Json = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")]
+Config = Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")]
+DataSetFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Data set that `dare prepare` wrote.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Take the place of what is in the folder.")]
+TrainedRun = Annotated[Path, typer.Option(help="Folder of a run that `dare train` wrote.")]
+PredictedSplit = Annotated[Literal["train", "validation", "test"], typer.Option(help="What to predict.")]
+CheckpointOfRun = Annotated[Literal["best", "last"], typer.Option(help="Which checkpoint of the run.")]
+DataOfRun = Annotated[Path | None, typer.Option(help="Data set; if not given, the one of the run.")]
+
+
+def console_for_tables(width: int) -> Console:
+    """Return a console of standard output: as wide as the terminal, or ``width`` columns if it is none.
+
+    Tables that go into files and pipes are not folded to 80 columns.
+    """
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False, markup=False)
