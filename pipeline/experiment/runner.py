@@ -206,7 +206,7 @@ class CellProgress:
     def __exit__(self, *error: object) -> None:
         self._progress.__exit__(*error)
 
-    def _text(self, _: Progress) -> str:
+    def _text(self) -> str:
         lines, elapsed = [], {}
         for cell, child in self._running:
             share, line = _step(cell, child)
