@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.errors import FAULT_LINE
 
-_DIE_WITH_PARENT = """
+DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 parent, *command = sys.argv[1:]
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of <linux/prctl.h>
@@ -41,7 +41,7 @@ class Child:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         # With -I and -S Python reads neither its environment nor the installed packages, and starts in milliseconds.
-        first = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
+        first = [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, str(os.getpid())]
         with log.open("ab") as output:
             self._offset = output.tell()
             self._process = subprocess.Popen(

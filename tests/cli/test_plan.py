@@ -3,7 +3,6 @@
 import json
 import re
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -277,9 +276,8 @@ def test_command_ends_with_one_object(tmp_path: Path) -> None:
     assert {"name", "rows", "sharding_type", "bytes"} <= result["tables"][0].keys()
     assert set(result["step_ms"]) == set(result["bytes_per_sample"]) == {"shard", "local"}
     assert result["cost"] == pytest.approx(result["device_hours"] * 2, abs=0.02)
-    assert "http" not in page.read_text().replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "https://matplotlib.org", ""
-    ).replace("http://creativecommons.org", "")
+    # Names of XML namespaces are addresses too, but nothing is loaded from them.
+    assert not re.search(r"""(src|href)=["']?https?:|@import|url\(["']?https?:""", page.read_text())
     assert page.read_text().count("<svg") == 3
     ids = re.findall(r'\bid="([^"]+)"', page.read_text())
     assert len(ids) == len(set(ids))
@@ -340,7 +338,7 @@ def test_report_has_a_line_for_each_table() -> None:
     lines = list(report(run))
     for table in run.tables:
         assert sum(line.startswith(f"{table.name} ") for line in lines) == 1
-    assert all(len(one) < 200 for one, _ in pairwise(lines))
+    assert all(len(line) < 200 for line in lines)
 
 
 def test_a_data_set_says_how_many_targets_share_a_history() -> None:

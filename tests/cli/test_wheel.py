@@ -76,14 +76,16 @@ def test_outside_a_checkout(installed: Path, tmp_path: Path) -> None:
         ["prepare", "--preset", "taobao", "--events", "missing.csv", "--out", "data"],
         ["experiment", "table1-taobao", "--data", "taobao=missing", "--out", "runs"],
         plan,
+        ["bench", "--help"],
     )
     blocks = dict(block.split("\n", 1) for block in said.split("$ ")[1:])
-    version, prepare, experiment, planned = blocks.values()
+    version, prepare, experiment, planned, bench = blocks.values()
     assert version.startswith("dare 0.")
     assert "missing.csv" in prepare
     assert "missing" in experiment
     assert "data set" in experiment
     assert "h100-16x8: 128 ranks" in planned
+    assert "shard-search" in bench  # an extension, which the program finds by its entry point
     assert "<html" in (tmp_path / "page.html").read_text()
     assert not (tmp_path / "data").exists()
 

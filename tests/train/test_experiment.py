@@ -21,6 +21,7 @@ import yaml
 from embeddings.models import MODELS
 from jobs.experiment import SHIPPED, load_experiment
 from pipeline.experiment.cells import cells_of
+from pipeline.experiment.child import DIE_WITH_PARENT, Child
 from schemas.experiment import AccuracyFloor
 from schemas.settings import load_settings
 from tests.datasets import random_users, write_dataset
@@ -184,6 +185,31 @@ def test_a_killed_runner_leaves_no_trainers_and_the_next_one_goes_on(data: Path,
     assert code == 0
     assert "finished already" in errors
     assert ((cell / "test.json").read_text(), (cell / "losses.jsonl").read_text()) == (tested, losses)
+
+
+@pytest.mark.parametrize(
+    ("program", "complaint"),
+    [
+        ("print('dare: step 3: it broke'); print('at the end'); sys.exit(1)", "step 3: it broke"),
+        ("print('Trace'); print('KeyError: 3'); print(f'dare: {errors.FAULT_LINE}'); sys.exit(70)", "KeyError: 3"),
+        ("print('so far'); os.kill(os.getpid(), 9)", "ended by SIGKILL; last line: so far"),
+        ("sys.exit(3)", "it said nothing"),
+    ],
+)
+def test_why_a_child_failed_is_one_line(program: str, complaint: str, tmp_path: Path) -> None:
+    program = f"import os, sys; sys.stdout.reconfigure(line_buffering=True); from pipeline import errors; {program}"
+    child = Child([sys.executable, "-c", program], {}, tmp_path / "log")
+    assert child.wait(PATIENCE_S)
+    assert child.complaint() == complaint
+
+
+def test_a_child_whose_parent_is_gone_before_it_asks_does_not_begin() -> None:
+    nobody = str(os.getppid())  # not the parent of what is started here
+    command = [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, nobody, "echo", "begun"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (done.returncode, done.stdout) == (1, "")
+    command[5] = str(os.getpid())
+    assert subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S).stdout == "begun\n"
 
 
 @pytest.mark.slow
