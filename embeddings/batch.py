@@ -1,10 +1,10 @@
-"""What a model sees of the data: each user's history once, and targets that point into it.
+"""What a model sees of the data: each user's history once, targets that point into it, and behaviours selected of it.
 
-U = users, M = behaviours of all users, T = targets, N = longest window.
+Many targets of a user share one history. So a history is not padded and not repeated: it is flat, and a target has a
+window of it, [start_T[t], end_T[t]).
 
-Behaviours chosen of each target's history.
-
-T = targets, K = chosen, N = longest window, M = behaviours of all users.
+U = users, M = behaviours of all users, T = targets, N = longest window, K = behaviours selected of each target's
+window, X = any shape.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torchrec.streamable import Pipelineable
 
 
 class _Tensors:
-    """A dataclass whose fields are tensors, None, or dictionaries and dataclasses of the same kind."""
+    """A base for dataclasses whose fields are tensors, None, or dictionaries and dataclasses of this kind."""
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         def apply(value: object) -> object:
@@ -34,11 +34,11 @@ class _Tensors:
         return type(self)(**{field.name: apply(getattr(self, field.name)) for field in fields(self)})
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Self:
-        """The batch on ``device``; TorchRec's train pipelines call it."""
+        """Copy all tensors to ``device``; TorchRec's train pipelines call it."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The batch in page-locked memory."""
+        """Copy all tensors to page-locked memory, from which a GPU can copy while the CPU goes on."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -128,18 +128,18 @@ class Batch(_Tensors, Pipelineable):
 
 @dataclass(frozen=True)
 class Selection:
-    """What search returns: for each target K of the M behaviours, the best first."""
+    """What a search returns: for each target K of the M behaviours, the best first."""
 
     index_TK: Tensor
     """int64, counted in M; 0 where there is none."""
     valid_TK: Tensor
-    """bool; False: the history has fewer than K."""
+    """bool; False where the window has fewer than K behaviours."""
     log_count_TK: Tensor | None = None
-    """float32: logarithm of how many behaviours each one stands for; None: for itself alone."""
+    """float32: the logarithm of how many behaviours each one stands for; None: each stands for itself alone."""
 
     @classmethod
     def everything(cls, history: History) -> Self:
-        """All N behaviours of each window, in time order."""
+        """Select all behaviours of each window, in time order, padded to N."""
         length_T = history.end_T - history.start_T
         longest = int(length_T.max()) if len(length_T) else 0
         column_N = torch.arange(longest, device=length_T.device)
@@ -148,7 +148,10 @@ class Selection:
 
 
 def gather_or_zeros(values_M: Tensor, index_X: Tensor) -> Tensor:
-    """``values_M[index_X]``, and zeros if there are no values at all, for windows that are all empty."""
+    """``values_M[index_X]``, or zeros if there are no values at all.
+
+    A rank may have targets whose windows are all empty; their padding indexes row 0, which then does not exist.
+    """
     if not len(values_M):
         return values_M.new_zeros(*index_X.shape, *values_M.shape[1:])
     return values_M[index_X]

@@ -1,13 +1,11 @@
-"""Embedding rows of targets or behaviours.
+"""Features: rows of inherent ones, and which rows of the small cross tables a target and a behaviour have.
 
-D = dim of the inherent features together, d = dim of a cross feature, E = dim of all features together.
+Inherent features (item, category) belong to a target or a behaviour alone. Cross features (position, interval) depend
+on both, or (behavior, scene) have small tables that are treated alike.
 
-Time between a behaviour and a target, in logarithmic buckets.
-
-Which row of a small table describes the meeting of a behaviour and a target.
-
-T = targets, K = behaviours selected of each, M = behaviours of all users, R = rows of a table, d = its dim,
-X = any shape of (target, behaviour) pairs.
+T = targets, K = behaviours selected of each, M = behaviours of all users, X = any shape of (target, behaviour) pairs,
+D = dim of the inherent features together, d = dim of a cross feature, R = rows of its table, E = dim of all features
+together.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +21,12 @@ from schemas.errors import UserError
 from schemas.model import Feature
 
 Role = Literal["attention", "representation"]
-"""What rows are used for."""
+"""What rows are used for: to score and weight behaviours, or to be pooled and predicted from."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of the same targets (T, ...) or behaviours (T, K, ...) in one set of tables."""
+    """Embedding rows of targets (T, ...) or of behaviours (T, K, ...) in one set of tables."""
 
     inherent: Tensor
     """float32 (..., D): item and category, concatenated."""
@@ -40,7 +38,7 @@ class Rows:
         return [self.inherent, *self.cross.values()]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Rows":
-        """``function`` of each part."""
+        """Apply ``function`` to each part."""
         return Rows(function(self.inherent), {feature: function(rows) for feature, rows in self.cross.items()})
 
     def concatenated(self) -> Tensor:
@@ -72,11 +70,13 @@ class RowHook(Protocol):
 
 
 INTERVAL_BUCKETS = 34
-"""Rows of an interval table: 0 for padding, 33 for spans up to 2^33 seconds (272 years)."""
+"""Rows of an interval table: row 0 for targets and padding, and 33 for spans up to 2^33 seconds (272 years)."""
 
 
 def interval_bucket(seconds: Tensor) -> Tensor:
-    """Bucket 1 + floor(log2(1 + seconds)), at most 33: 1 = the same second, 2 = 1-2 s, 3 = 3-6 s, ...
+    """The logarithmic bucket of a time between behaviour and target: 1 + floor(log2(1 + seconds)), at most 33.
+
+    Bucket 1 is the same second, 2 is 1-2 s, 3 is 3-6 s, ...
 
     Args:
         seconds: int64, any shape; negative spans count as 0.
@@ -90,11 +90,11 @@ def interval_bucket(seconds: Tensor) -> Tensor:
 
 
 TARGET_ROW = 0
-"""The target's own row of position, interval and behavior; a behaviour has it only where its type is unknown."""
+"""The target's own row of position, interval and behavior; a behaviour has it only where its type is unknown (0)."""
 
 
 def behavior_row(feature: Feature, batch: Batch, history: History, index_X: Tensor, target_X: Tensor) -> Tensor:
-    """Rows of behaviours, seen from targets.
+    """Which row of a cross feature's table each behaviour has, seen from a target.
 
     Args:
         feature: a cross feature.
@@ -105,8 +105,12 @@ def behavior_row(feature: Feature, batch: Batch, history: History, index_X: Tens
 
     Returns:
         int32 or int64 (X).
+
+    Raises:
+        UserError: the batch lacks the feature.
     """
     if feature == "position":
+        # Counted back from the target: 1 is the latest behaviour of its window.
         return history.end_T[target_X] - index_X
     if feature == "interval":
         return interval_bucket(batch.timestamp_T[target_X] - gather_or_zeros(history.timestamp_M, index_X))
@@ -117,7 +121,11 @@ def behavior_row(feature: Feature, batch: Batch, history: History, index_X: Tens
 
 
 def target_row(feature: Feature, batch: Batch) -> Tensor | None:
-    """Rows of the targets themselves, int32 (T,); None: ``TARGET_ROW`` for all."""
+    """Which row of a cross feature's table each target has, int32 (T,); None: ``TARGET_ROW`` for all.
+
+    Raises:
+        UserError: the batch lacks the feature.
+    """
     if feature != "scene":
         return None
     if batch.scene_T is None:
@@ -126,21 +134,28 @@ def target_row(feature: Feature, batch: Batch) -> Tensor | None:
 
 
 def target_rows(batch: Batch, tables: Mapping[Feature, Tensor]) -> dict[Feature, Tensor]:
-    """The targets' rows themselves, (T, d), taken from all rows of each table."""
-    found: dict[Feature, Tensor] = {}
+    """Embedding rows of the targets, (T, d) for each cross feature, taken from all rows of its table."""
+    rows: dict[Feature, Tensor] = {}
     for feature, rows_Rd in tables.items():
         row_T = target_row(feature, batch)
-        found[feature] = rows_Rd[TARGET_ROW].expand(len(batch), -1) if row_T is None else embedding(row_T, rows_Rd)
-    return found
+        rows[feature] = rows_Rd[TARGET_ROW].expand(len(batch), -1) if row_T is None else embedding(row_T, rows_Rd)
+    return rows
 
 
 def selected_rows(
     batch: Batch, history: History, selected: Selection, tables: Mapping[Feature, Tensor]
 ) -> dict[Feature, Tensor]:
-    """Rows of the selected behaviours, (T, K, d), taken from all rows of each table; row 0 for padding."""
+    """Embedding rows of the selected behaviours, (T, K, d) for each cross feature; padding has row 0.
+
+    Args:
+        batch: the targets.
+        history: the behaviours.
+        selected: of the behaviours.
+        tables: by cross feature, all rows of its table.
+    """
     target_T1 = torch.arange(len(batch), device=selected.index_TK.device)[:, None]
-    found: dict[Feature, Tensor] = {}
+    rows: dict[Feature, Tensor] = {}
     for feature, rows_Rd in tables.items():
         row_TK = behavior_row(feature, batch, history, selected.index_TK, target_T1)
-        found[feature] = embedding(torch.where(selected.valid_TK, row_TK, 0), rows_Rd)
-    return found
+        rows[feature] = embedding(torch.where(selected.valid_TK, row_TK, 0), rows_Rd)
+    return rows

@@ -1,6 +1,9 @@
 """First values of a model's parameters: the same for the same seed, however its tables are sharded.
 
-R = rows of a table, d = its dim.
+Each value is drawn from a generator whose seed is a hash of the run's seed and the parameter's name, so that neither
+the number of ranks nor another parameter changes it.
+
+R = rows of a shard, d = its dim.
 """
 
 import hashlib
@@ -14,7 +17,7 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 from embeddings.tables.collections import INITIAL_DEVIATION
 
 BLOCK_ROWS = 8192
-"""Tables are filled in blocks of so many rows, each from a generator of its own."""
+"""Tables are filled in blocks of so many rows, each from a generator of its own, so that a rank draws its own alone."""
 
 
 @torch.no_grad()

@@ -12,19 +12,20 @@ from embeddings.model import Prediction
 
 
 def click_loss(prediction: Prediction, label_T: Tensor) -> Tensor:
-    """Log loss such that gradients averaged over ranks are those of the global batch's mean.
+    """The log loss of clicks, such that gradients averaged over ranks are those of the global batch's mean loss.
 
     DistributedDataParallel averages the dense gradients over ranks, TorchRec divides the tables' by their number
     (`torchrec.distributed.comm_ops.set_gradient_division`). So each rank returns the sum over its targets, times ranks,
     over the global number of targets: the mean of what the ranks return is the mean over the global batch.
 
     Args:
-        prediction: the model's, of T targets; with an auxiliary logit its loss is added.
+        prediction: of T targets; if it has an auxiliary logit, the log loss of that is added.
         label_T: float32, 0 or 1.
 
     Returns:
         float32 scalar; 0 on a rank without targets, which must call it and its backward pass nevertheless.
     """
+    # Summed over ranks in each step: they may have different numbers of targets, or none.
     targets = sum_over_ranks(torch.tensor(float(len(label_T)), device=label_T.device)).clamp(min=1)
     total = binary_cross_entropy_with_logits(prediction.logit_T, label_T, reduction="sum")
     if prediction.auxiliary_logit_T is not None:

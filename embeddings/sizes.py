@@ -1,8 +1,6 @@
-"""What of the data decides the shapes of a model.
+"""Sizes of the data, which decide the shapes of a model, and whether a batch stays within them.
 
-Whether a batch stays within the tables of a model.
-
-T = targets, M = behaviours of all users.
+N = longest window of a sequence.
 """
 
 from collections.abc import Mapping
@@ -35,7 +33,7 @@ class DataSizes:
 
     @classmethod
     def of(cls, manifest: Manifest, stream: StreamSettings) -> Self:
-        """Sizes of a prepared data set, streamed with the settings ``stream``."""
+        """Read the sizes of a prepared data set off its manifest and the settings of its stream."""
         sequences = stream.sequences
         return cls(
             items=manifest.counts.items,
@@ -68,7 +66,7 @@ class DataSizes:
 
 
 def check_bounds(batch: Batch, sizes: DataSizes) -> None:
-    """Refuse what would otherwise be read from outside of a table; one transfer from the device.
+    """Refuse a batch that would read from outside of a table; on a GPU this costs one transfer to the host.
 
     Raises:
         UserError: the batch lacks a sequence, has an item or a category that the tables do not have, or a window
@@ -99,7 +97,7 @@ def check_bounds(batch: Batch, sizes: DataSizes) -> None:
 
 
 def _extremes(values: list[Tensor]) -> Tensor:
-    """The least and the greatest of all values and 0, int64 (2,)."""
+    """The least and the greatest of all values and of 0, int64 (2,)."""
     each = [torch.stack(part.aminmax()).long() for part in values if len(part)]
     zero = values[0].new_zeros(2, dtype=torch.int64)
     both = torch.stack([zero, *each])

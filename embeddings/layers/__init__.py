@@ -1,1 +1,1 @@
-"""What models are made of: scores, maps, pooling, perceptrons, hashes."""
+"""What models are made of: scores, projections, pooling, MLPs."""

@@ -1,10 +1,6 @@
-"""The prediction: a multi-layer perceptron.
+"""The prediction: an MLP, and its batch normalisation over the targets of all ranks.
 
-T = targets, I = width of the input.
-
-Batch normalisation over the targets of all ranks.
-
-B = targets of this rank, F = features.
+T = targets of this rank, I = width of the input, B = rows of a batch, F = their features.
 """
 
 from collections.abc import Sequence
@@ -33,7 +29,7 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, input_TI: Tensor) -> Tensor:
-        """Logits, float32 (T,). In training, every rank must call it, with as few targets as none."""
+        """Predict logits, float32 (T,). In training, every rank must call it, even with no targets."""
         logit_T1: Tensor = self.layers(input_TI)
         return logit_T1.squeeze(1)
 
@@ -61,7 +57,7 @@ class GlobalBatchNorm(nn.Module):
         self.register_buffer("running_variance_F", torch.ones(features))
 
     def forward(self, values_BF: Tensor) -> Tensor:
-        """Normalise ``values_BF`` (float32). In training, every rank must call it, with as few targets as none."""
+        """Normalise ``values_BF`` (float32). In training, every rank must call it, even with B = 0."""
         if not self.training:
             scale_F = self.weight * torch.rsqrt(self.running_variance_F + self.epsilon)
             return (values_BF - self.running_mean_F) * scale_F + self.bias
@@ -71,8 +67,9 @@ class GlobalBatchNorm(nn.Module):
         return (normal_BF * self.weight + self.bias).to(values_BF.dtype)
 
     def _statistics(self, values_BF: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of the global batch; moves the running statistics (unbiased) towards them."""
+        """Mean and biased variance of the global batch; the running statistics (unbiased) move towards them."""
         count = values_BF.new_full((1,), len(values_BF))
+        # One all-reduce for count, sums and squares: three would each wait for the slowest rank.
         total = sum_over_ranks(torch.cat([count, values_BF.sum(0), values_BF.square().sum(0)]))
         count, sum_F, square_F = total.split([1, values_BF.shape[1], values_BF.shape[1]])
         several, some = count > 1, count.clamp(min=1)

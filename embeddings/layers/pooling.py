@@ -1,6 +1,6 @@
-"""What a target's history says about it.
+"""Pooling: the weighted sum of a history's rows, and what the prediction sees of it.
 
-T = targets, K = behaviours of each, H = heads, d = dim of some features, E = dim of all features together.
+T = targets, K = behaviours of each, H = heads, d = dim of one feature, E = dim of all features together.
 """
 
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ from embeddings.features import Rows
 
 @dataclass(frozen=True)
 class Representation:
-    """What is known of T targets and of their histories in one sequence."""
+    """Representation rows of T targets, and their histories in one sequence, pooled."""
 
     target: Rows
-    """(T, ...)"""
+    """(T, ...)."""
     pooled: Rows
     """``sum_i w_i e_i`` (T, ...)."""
 
 
 def pooled(weight_TK: Tensor, behaviors: Rows) -> Rows:
-    """``sum_i w_i e_i``, (T, ...), of the behaviours' representation rows (T, K, ...)."""
+    """Pool representation rows of behaviours (T, K, ...) with their weights: ``sum_i w_i e_i``, (T, ...)."""
     return behaviors.map(lambda rows_TKd: weighted_sum(weight_TK, rows_TKd))
 
 
 def weighted_sum(weight_TK: Tensor, rows_TKd: Tensor) -> Tensor:
-    """(T, d); with weights (T, H, K) of several heads side by side, (T, H * d)."""
+    """``sum_i w_i e_i``: (T, d), or, of weights (T, H, K), the sums of the heads side by side, (T, H * d)."""
     weight_THK = weight_TK if weight_TK.dim() == 3 else weight_TK.unsqueeze(1)
     return torch.bmm(weight_THK, rows_TKd).flatten(1)
 
