@@ -1,4 +1,4 @@
-"""The models, by name."""
+"""The models by name, and how one is built from settings."""
 
 import torch
 
@@ -67,7 +67,7 @@ def build_model(
     sizes: DataSizes,
     table_device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> CtrModel:
-    """The model that the settings describe, for data of these sizes; see `embeddings.initialization` for its weights.
+    """Build the model that the settings describe; `embeddings.initialization.initialize` draws its weights.
 
     Args:
         settings: what the model computes.

@@ -1,4 +1,4 @@
-"""DIN: attention by a perceptron, without positions (arXiv 1706.06978), with a search before it; and its short form."""
+"""DIN: attention by an MLP of target and behaviour (arXiv 1706.06978), and its short form."""
 
 from typing import ClassVar
 
@@ -13,21 +13,29 @@ from embeddings.tables.collections import AllCrossRows
 
 
 class Din(Twin):
-    """Attention by a perceptron over target and behaviour; search by the same score."""
+    """Deep Interest Network: an MLP of target and behaviour is the attention's score, and the search ranks by it.
+
+    The paper has no search and no softmax: it pools the whole history with the scores as weights. Here, as in the
+    comparisons of the DARE paper, the model attends to the K best by its own score, with the softmax of all models.
+    The MLP's input is divided by its dim, and there is no position table, whatever features the settings name.
+    """
 
     searched: ClassVar[SearchPlace] = "local"
     without = frozenset({"position"})
 
     def make_scoring(self) -> nn.Module:
-        """A perceptron."""
+        """Make the MLP that scores a pair."""
         return DinScore(sum(self.represented_dims().values()))
 
 
 class DinShort(Din):
-    """DIN over the K latest behaviours, without a search: the floor."""
+    """DIN over the K latest behaviours, without a search: what a model of a short history reaches.
+
+    It is of no paper; it is the floor that a search has to rise above.
+    """
 
     searched = "ids"
 
     def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
-        """The latest; no rows are looked up."""
+        """Select the K latest behaviours; no rows are looked up."""
         return latest(batch, self.settings.retrieved)

@@ -1,4 +1,4 @@
-"""ETA: search by SimHash signatures (arXiv 2108.04468)."""
+"""ETA: search by the Hamming distance of SimHash signatures (arXiv 2108.04468)."""
 
 from typing import ClassVar
 
@@ -11,19 +11,25 @@ from embeddings.tables.collections import AllCrossRows
 
 
 class Eta(Twin):
-    """Search by the Hamming distance of ``hash_bits`` random projections' signs, attention as TWIN."""
+    """ETA: the K behaviours whose signatures are nearest to the target's; attention as TWIN's.
+
+    A signature is the signs of ``hash_bits`` random projections of item and category rows. Position and the other
+    cross features belong to a pair, not to a behaviour, and are left out of it. The paper keeps signatures in a table
+    for serving, and attends with several heads; here signatures are made of the rows of the step, and the attention is
+    TWIN's with one head.
+    """
 
     searched: ClassVar[SearchPlace] = "local"
 
     def make_modules(self) -> None:
-        """The random projections of item and category rows."""
+        """Make the random projections of item and category rows."""
         dims = self.tables.inherent_dims(self.roles.history_attention)
         self.signature = Signature(sum(dims.values()), self.settings.hash_bits)
 
     def search_products(self, dim: int) -> int:
-        """One for each bit."""
+        """One multiplication for each bit."""
         return self.settings.hash_bits
 
     def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
-        """The nearest signatures."""
+        """Select the K behaviours of the nearest signatures, on the sample's rank."""
         return search_by_signature(self._local_rows(batch, cross), self.signature, self.settings.retrieved)

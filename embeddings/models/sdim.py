@@ -1,6 +1,7 @@
-"""SDIM: no search; behaviours that hash as the target does are pooled (arXiv 2205.10249).
+"""SDIM: no search; the behaviours that hash as the target does are pooled (arXiv 2205.10249).
 
-T = targets, K = behaviours of each, H = rounds, B = bits of all rounds, b = bits of one, E = dim of all features.
+T = targets, K = behaviours of each, H = rounds of hashing, b = bits of a round, d = dim of one feature, E = dim of all
+features together.
 """
 
 import torch
@@ -13,15 +14,23 @@ from embeddings.layers.pooling import weighted_sum
 from embeddings.models.eta import Eta
 from schemas.errors import UserError
 
+EPSILON = 1e-12
+"""The least norm that a sum is divided by: an empty bucket's sum stays 0, and so does its gradient."""
+
 
 class Sdim(Eta):
-    """``hash_bits / hash_width`` rounds, each pooling the behaviours whose signature is the target's."""
+    """SDIM: in each of ``hash_bits / hash_width`` rounds, the behaviours whose signature is the target's are pooled.
+
+    The mean of the rounds' normed sums is what the prediction sees, as in the paper. The paper builds a history's hash
+    buckets apart from the prediction, on a server of their own; here they are made in each step. Position and the
+    other cross features are pooled, but are not part of the signature. K has no effect, and there is no auxiliary loss.
+    """
 
     searched = "none"
     attends_all = True
 
     def make_modules(self) -> None:
-        """The random projections, so many a round."""
+        """Make the random projections; each round has as many."""
         super().make_modules()
         if self.settings.hash_bits % self.settings.hash_width:
             raise UserError(
@@ -30,14 +39,14 @@ class Sdim(Eta):
             )
 
     def attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:
-        """Where the signatures of a round agree, (T, H, K) of 0 and 1."""
+        """Weights (T, H, K): 1 where all bits of a round agree with the target's, else 0."""
         target_TH1b = self._rounds(target.inherent).unsqueeze(2)
         behavior_THKb = self._rounds(behaviors.inherent).transpose(1, 2)
         same_THK = (target_TH1b == behavior_THKb).all(dim=3)
         return (same_THK & chosen.valid_TK.unsqueeze(1)).float()
 
     def pool(self, weight_TK: Tensor, behaviors: Rows) -> Rows:
-        """The mean over rounds of ``sum / |sum|``, the sums over all features together."""
+        """Pool to the mean over rounds of ``sum / |sum|``, where the norm is of all features together."""
         rounds = weight_TK.shape[1]
         sums = [
             weighted_sum(weight_TK, rows_TKd).unflatten(1, (rounds, rows_TKd.shape[-1]))
@@ -48,10 +57,6 @@ class Sdim(Eta):
         return Rows(inherent, dict(zip(behaviors.cross, cross, strict=True)))
 
     def _rounds(self, rows: Tensor) -> Tensor:
-        """Signatures (..., H, b)."""
+        """Signatures by round, bool (..., H, b)."""
         bits: Tensor = self.signature(rows).unflatten(-1, (-1, self.settings.hash_width))
         return bits
-
-
-EPSILON = 1e-12
-"""Under a norm; an empty bucket's sum stays 0, and so does its gradient."""

@@ -1,7 +1,6 @@
-"""SIM: general search, then exact attention with several heads (arXiv 2006.05639).
+"""SIM: a general search, hard or soft, then exact attention with several heads (arXiv 2006.05639).
 
-The paper's attention sees the time between behaviour and target; here it sees the features of the settings.
-T = targets, N = longest window, H = heads.
+T = targets, N = longest window.
 """
 
 from typing import ClassVar
@@ -20,7 +19,12 @@ from embeddings.tables.collections import AllCrossRows
 
 
 class SimHard(Twin):
-    """Hard search: the latest behaviours of the target's category, and only those; attention with two heads, no TR."""
+    """SIM (hard): the latest behaviours of the target's category, and only those; attention with two heads.
+
+    The paper's attention sees the time between behaviour and target, concatenated to the behaviour's row. Here it sees
+    the features of the settings, of which interval is that time and position its order. As in the paper, the
+    prediction has no product of pooled history and target.
+    """
 
     searched: ClassVar[SearchPlace] = "ids"
     needs_categories = True
@@ -28,16 +32,20 @@ class SimHard(Twin):
     heads = 2
 
     def make_scoring(self) -> nn.Module:
-        """Attention's score, of each head."""
+        """Make the attention's score, of each head."""
         return MultiHeadScore(sum(super().represented_dims().values()), self.heads)
 
     def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
-        """By category; no rows are looked up."""
+        """Select the K latest behaviours of the target's category; no rows are looked up."""
         return search_by_category(batch, self.settings.retrieved, filled=False)
 
 
 class SimSoft(SimHard):
-    """Soft search by the product of mapped rows, which learns from an auxiliary prediction on the whole history."""
+    """SIM (soft): search by a product of mapped rows, which learns from an auxiliary prediction on the whole history.
+
+    The paper searches approximately (ALSH), and samples histories that are too long for the auxiliary prediction. Here
+    the search is exact, and the auxiliary prediction sees the whole history. Both losses have weight 1, as there.
+    """
 
     searched = "local"
     needs_categories = False
@@ -45,20 +53,23 @@ class SimSoft(SimHard):
     auxiliary_heads = 1
 
     def make_modules(self) -> None:
-        """The search's score: the scaled product of mapped rows, as ``(W_b e_i) . (W_a e_a)`` in equation 1."""
+        """Make the search's score: the scaled product of mapped rows, ``(W_b e_i) . (W_a e_a)`` in equation 1."""
         dims = self.represented_dims()
         of_target, of_behavior = (RowsMap(dims, tuple(dims), dims, bias=False) for _ in range(2))
         self.searching = MappedDotProduct(of_target, of_behavior)
 
     def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
-        """The K best by that score, locally: the auxiliary prediction brings all rows there in training."""
+        """Select the K best by the search's score, on the sample's rank.
+
+        It could be made on the shards, but in training the auxiliary prediction needs all rows on that rank anyway.
+        """
         return search_locally(self._local_rows(batch, cross), self.searching, self.settings.retrieved)
 
     def search_products(self, dim: int) -> int:
-        """Products of a pair, counted on the mapped rows."""
+        """The multiplications of one product of mapped rows."""
         return dim
 
     def auxiliary_attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:
-        """That score itself, not its softmax, (T, N) (section 3.1)."""
+        """Weights (T, N) of the auxiliary prediction: the search's score itself, not its softmax (section 3.1)."""
         score_TN: Tensor = self.searching(target, behaviors)
         return score_TN * chosen.valid_TK

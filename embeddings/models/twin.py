@@ -1,8 +1,6 @@
-"""TWIN: one set of tables for attention and representation (arXiv 2302.02352), otherwise as DARE; and its variants.
+"""TWIN, whose attention and representation share their embedding tables (arXiv 2302.02352), and its variants.
 
-TWIN-V2: a history is clustered, and a target attends to clusters (arXiv 2407.16357).
-
-TWIN whose tables see the gradients of attention and representation apart (DARE, figures 2 and 3, appendix C).
+M = behaviours of all users, D = dim of the inherent features together.
 """
 
 import math
@@ -22,7 +20,12 @@ from embeddings.tables.specs import TableRoles
 
 
 class Twin(CtrModel):
-    """One set of tables for attention and representation."""
+    """TWIN: one set of tables for attention and representation; search and attention rank by the same score.
+
+    This is the TWIN that the DARE paper compares with: DARE with shared tables, and nothing else changed. The TWIN
+    paper scores with learned projections and several heads, and scores cross features by one number each, which it
+    makes of projected rows; here the score is the scaled dot product of the rows themselves, each cross feature a part.
+    """
 
     roles = TableRoles(
         target_attention="shared",
@@ -33,7 +36,7 @@ class Twin(CtrModel):
 
 
 class TwinFourTables(Twin):
-    """Four sets of tables: attention and representation, each apart for targets and behaviours (TWIN-4E)."""
+    """TWIN with four sets of tables: for attention and for representation, of targets and of behaviours (TWIN-4E)."""
 
     roles = TableRoles(
         target_attention="target_attention",
@@ -44,40 +47,42 @@ class TwinFourTables(Twin):
 
 
 class TwinWithoutProduct(Twin):
-    """TWIN without the target-aware product (w/o TR)."""
+    """TWIN without the product of pooled history and target in the prediction (w/o TR)."""
 
     target_aware = False
 
 
 class TwinHard(Twin):
-    """TWIN whose search keeps the latest of the target's category, then the latest others."""
+    """TWIN whose search takes the latest behaviours of the target's category, then the latest of the others."""
 
     searched = "ids"
     needs_categories = True
 
     def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
-        """By category; no rows are looked up."""
+        """Select by category; no rows are looked up."""
         return search_by_category(batch, self.settings.retrieved, filled=True)
 
 
 class TwinV2(Twin):
-    """TWIN over clusters of at most ``cluster_size`` behaviours; the score of each grows by the log of its size.
+    """TWIN-V2: a target attends to clusters of behaviours, whose scores grow by the logarithm of their size.
 
-    The behaviour nearest to the middle of its cluster, by item rows, stands for it (as categorical features in section
-    4.2). The paper clusters offline, from time to time; here it is done in each step, with the rows of that step.
+    A cluster has at most ``cluster_size`` behaviours; the one nearest to its middle, by item rows, stands for it, as
+    categorical features do in section 4.2 (arXiv 2407.16357). The paper clusters offline, from time to time, after
+    grouping behaviours by how much of a video was watched; here each window is clustered in each step, by the rows of
+    that step, without groups.
     """
 
     scoring: ScaledDotProduct
     searched = "local"
 
     def search_products(self, dim: int) -> int:
-        """Count the score, and four passes over the item rows for each split of the longest window."""
+        """Multiplications of the score, and of four passes over the item rows for each split of the longest window."""
         item = self.tables.inherent_dims(self.roles.history_attention)["item"]
         splits = math.ceil(math.log2(max(1, max(self.sizes.lengths.values()) / self.settings.cluster_size)))
         return dim + 4 * item * splits
 
     def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
-        """The K clusters of the highest score, each by the behaviour that stands for it."""
+        """Select the K clusters of the highest score, each by the behaviour that stands for it."""
         rows = self._local_rows(batch, cross)
         item = self.tables.inherent_dims(self.roles.history_attention)["item"]
 
@@ -88,19 +93,24 @@ class TwinV2(Twin):
 
 
 class TwinDuplicated(Twin):
-    """TWIN with its tables read twice, once for each concern, and the sum of both gradients: it trains as TWIN does.
+    """TWIN that reads its tables once for each role, attention and representation, and adds both gradients.
 
-    `combine` may be replaced by a function that looks at both gradients before it adds them.
+    It trains as TWIN does, while the two gradients can be seen apart (DARE, figures 2 and 3): ``combine`` may be
+    replaced by a function that looks at both before it adds them.
     """
 
     combine: Combine = staticmethod(added)
 
     def split_gradients(self, rows: BatchRows) -> tuple[BatchRows, BatchRows]:
-        """Two readings of the same rows."""
+        """Read the same rows twice: for attention, and for representation."""
         return split_gradients(rows, self.combine)
 
 
 class TwinGradientNormalization(TwinDuplicated):
-    """Attention's gradient of each shared table is scaled to the norm of representation's before they are added."""
+    """TWIN whose two gradients of each shared table are brought to one norm before they are added (DARE, appendix C).
+
+    Attention's gradient is scaled to the norm of representation's. The norms are those of the whole table's gradients
+    over the global batch.
+    """
 
     combine: Combine = staticmethod(normalized)

@@ -15,37 +15,41 @@ from schemas.model import CROSS, INHERENT, Feature
 
 
 class TwinProjection(Twin):
-    """TWIN whose shared rows pass four linear maps: of target and behaviour, for attention and representation."""
+    """TWIN whose shared rows pass four linear maps: of targets and of behaviours, for attention and representation.
+
+    The maps mix the features that they map and keep their dims, so that the score has the same parts as TWIN's. They
+    start as small as all linear layers of the authors' code, N(0, 0.01^2), which makes mapped rows very small at first.
+    """
 
     mapped: ClassVar[Sequence[Feature]] = (*INHERENT, *CROSS)
     """Features whose rows the maps mix; the others stay as they are."""
     shared: ClassVar[bool] = False
-    """Target and behaviour have the same maps."""
+    """Targets and behaviours have the same maps."""
     hidden: ClassVar[int] = 0
     """Hidden layers of each map."""
     output_dim: ClassVar[int | None] = None
     """Dim of each feature after the maps; None: as before."""
 
     def make_scoring(self) -> nn.Module:
-        """The dot product of mapped rows; if the maps are linear, shards can search by it."""
+        """Make the dot product of mapped rows; if the maps are linear, shards can search by it."""
         return (MappedScore if self.hidden else MappedDotProduct)(*self._maps())
 
     def make_modules(self) -> None:
-        """The maps for representation."""
+        """Make the maps for representation."""
         self.target_map, self.behavior_map = self._maps()
 
     def represent(self, target: Rows, behaviors: Rows) -> tuple[Rows, Rows]:
-        """The target's rows mapped; the behaviours' are in `pool`."""
+        """Map the targets' rows; the behaviours' are mapped in `pool`."""
         return self.target_map(target), behaviors
 
     def pool(self, weight_TK: Tensor, behaviors: Rows) -> Rows:
-        """``sum_i w_i map(e_i)``; if the map is linear, of the sum."""
+        """Pool mapped rows, ``sum_i w_i map(e_i)``; a linear map is applied to the sum instead, once for K rows."""
         if self.hidden:
             return pooled(weight_TK, self.behavior_map(behaviors))
         return self.behavior_map.of_sum(pooled(weight_TK, behaviors), weight_TK.sum(1))
 
     def represented_dims(self) -> dict[Feature, int]:
-        """Dims of mapped rows."""
+        """Dims of the mapped rows."""
         return self.target_map.outputs
 
     def _maps(self) -> tuple[RowsMap, RowsMap]:
@@ -59,50 +63,50 @@ class TwinProjection(Twin):
 
 
 class TwinProjectionShared(TwinProjection):
-    """Two linear maps: one for attention, one for representation, of targets and behaviours alike."""
+    """TWIN with two linear maps, one for attention and one for representation, of targets and behaviours alike."""
 
     shared = True
 
 
 class TwinMLP1(TwinProjection):
-    """Maps with one hidden layer in place of the linear ones."""
+    """TWIN with maps of one hidden layer in place of the linear ones; shards cannot search by their score."""
 
     searched = "local"
     hidden = 1
 
 
 class TwinMLP2(TwinProjection):
-    """Maps with two hidden layers."""
+    """TWIN with maps of two hidden layers; shards cannot search by their score."""
 
     searched = "local"
     hidden = 2
 
 
 class TwinProjectionNoItem(TwinProjection):
-    """Linear maps of category and position alone; item rows stay shared."""
+    """TWIN with linear maps of category and position alone; item rows stay as they are."""
 
     mapped = ("category", "position")
 
 
 class TwinProjectionPosition(TwinProjection):
-    """Linear maps of position alone."""
+    """TWIN with linear maps of position alone."""
 
     mapped = ("position",)
 
 
 class TwinProjectionCategory(TwinProjection):
-    """Linear maps of category alone."""
+    """TWIN with linear maps of category alone."""
 
     mapped = ("category",)
 
 
 class TwinProjectionItem(TwinProjection):
-    """Linear maps of item alone."""
+    """TWIN with linear maps of item alone."""
 
     mapped = ("item",)
 
 
 class TwinProjectionSmall(TwinProjection):
-    """Linear maps from large rows to 16 floats of each feature."""
+    """TWIN with linear maps from large rows to 16 floats of each feature."""
 
     output_dim = 16

@@ -1,6 +1,7 @@
-"""Clusters of each window's behaviours, of bounded size, and the behaviour that stands for each.
+"""Clusters of each window's behaviours, of bounded size, and the behaviour that stands for each (TWIN-V2).
 
-T = targets, N = longest window, M = behaviours of all users, D = dim, C = clusters of a window at most, W = pairs.
+T = targets, N = longest window, M = behaviours of all users, D = dim of what is compared, C = clusters of a window at
+most, W = (target, behaviour) pairs, one window after the other.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +14,14 @@ from embeddings.batch import History, Selection, gather_or_zeros
 CHUNK_FLOATS = 1 << 24
 """So many floats of windows' rows are side by side at once."""
 
-
 TIE = 1e-4
-"""Distances that differ by no more than this part of themselves are equal: both behaviours of two are as far from their
-middle, and rounding must not choose."""
+"""Distances that differ by no more than this part of themselves count as equal, and the earlier behaviour wins.
+
+The two behaviours of a cluster of two are equally far from their middle: without this, rounding would choose."""
 
 
 def log_counts(rows_MD: Tensor, history: History, size: int) -> Tensor:
-    """How many behaviours each stands for, as a logarithm; -inf where another one of its cluster does.
+    """The logarithm of how many behaviours each one stands for; -inf where another one of its cluster stands for it.
 
     A window is split in two until no cluster has more than ``size`` behaviours (hierarchical clustering, TWIN-V2,
     arXiv 2407.16357, section 4.2). A split goes along the line from the behaviour that is farthest from the middle to
@@ -28,7 +29,7 @@ def log_counts(rows_MD: Tensor, history: History, size: int) -> Tensor:
     The behaviour that is nearest to the middle stands for its cluster.
 
     Args:
-        rows_MD: float32, what is compared.
+        rows_MD: float32, the rows whose distances make the clusters.
         history: the windows.
         size: the most behaviours of a cluster; with 1 each stands for itself.
 
@@ -41,16 +42,17 @@ def log_counts(rows_MD: Tensor, history: History, size: int) -> Tensor:
 
 
 def _on_cpu(rows_MD: Tensor, history: History, size: int) -> Tensor:
-    from embeddings.search import clusters_kernel as clusters_cpu  # the compiler is loaded only by those who need it
+    # The compiler takes a second or more to load: only those who need it pay for it.
+    from embeddings.search import clusters_kernel
 
     length_T = history.end_T - history.start_T
-    first_T = length_T.cumsum(0) - length_T
-    found_W = torch.empty(int(length_T.sum()))
-    rows, found = rows_MD.detach().float().contiguous().numpy(), found_W.numpy()
+    first_pair_T = length_T.cumsum(0) - length_T
+    log_count_W = torch.empty(int(length_T.sum()))
+    rows = rows_MD.detach().float().contiguous().numpy()
 
     def part(targets: slice) -> None:
-        windows = (values[targets].numpy() for values in (history.start_T, history.end_T, first_T))
-        clusters_cpu.log_counts(rows, *windows, size, TIE, found)
+        windows = (values[targets].numpy() for values in (history.start_T, history.end_T, first_pair_T))
+        clusters_kernel.log_counts(rows, *windows, size, TIE, log_count_W.numpy())
 
     threads = torch.get_num_threads()
     each = -(-len(length_T) // threads) or 1
@@ -58,25 +60,28 @@ def _on_cpu(rows_MD: Tensor, history: History, size: int) -> Tensor:
         part(slice(None))
     else:
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(part, [slice(place, place + each) for place in range(0, len(length_T), each)]))
-    return found_W
+            list(pool.map(part, [slice(first, first + each) for first in range(0, len(length_T), each)]))
+    return log_count_W
 
 
 def in_torch(rows_MD: Tensor, history: History, size: int) -> Tensor:
-    """What `log_counts` returns, computed by operators of torch on any device."""
-    everything = Selection.everything(history)
-    longest = everything.index_TK.shape[1]
+    """What `log_counts` returns, by operators of torch, on any device; arguments as of `log_counts`."""
+    window = Selection.everything(history)
+    longest = window.index_TK.shape[1]
     targets = max(1, CHUNK_FLOATS // max(1, longest * rows_MD.shape[1]))
-    found = [rows_MD.new_empty(0)]
-    for index_TN, valid_TN in zip(everything.index_TK.split(targets), everything.valid_TK.split(targets), strict=True):
+    parts = [rows_MD.new_empty(0)]
+    for index_TN, valid_TN in zip(window.index_TK.split(targets), window.valid_TK.split(targets), strict=True):
         rows_TND = gather_or_zeros(rows_MD, index_TN)
         cluster_TN = _bisected(rows_TND, valid_TN, size)
-        found.append(_log_counts(rows_TND, valid_TN, cluster_TN)[valid_TN])
-    return torch.cat(found)
+        parts.append(_log_counts(rows_TND, valid_TN, cluster_TN)[valid_TN])
+    return torch.cat(parts)
 
 
 def _bisected(rows_TND: Tensor, valid_TN: Tensor, size: int) -> Tensor:
-    """Numbers of clusters, int64 (T, N); padding has that of the window's first behaviour."""
+    """The number of each behaviour's cluster, int64 (T, N); all clusters are split at once, round by round.
+
+    Padding has number 0, and is masked wherever it would count.
+    """
     cluster_TN = torch.zeros_like(valid_TN, dtype=torch.int64)
     clusters = 1
     while True:
@@ -87,6 +92,7 @@ def _bisected(rows_TND: Tensor, valid_TN: Tensor, size: int) -> Tensor:
         one_TCD = _members(rows_TND, _farthest(from_middle_TN, valid_TN, cluster_TN, clusters))
         from_one_TN = _distances(rows_TND, one_TCD, cluster_TN)
         other_TCD = _members(rows_TND, _farthest(from_one_TN, valid_TN, cluster_TN, clusters))
+        # Halves along the line between the two extremes, equal in number whatever the distances are.
         way_TND = (other_TCD - one_TCD).gather(1, cluster_TN.unsqueeze(2).expand_as(rows_TND))
         along_TN = (rows_TND * way_TND).sum(2).masked_fill(~valid_TN, torch.inf)
         rank_TN = _ranks(along_TN, cluster_TN)
@@ -100,12 +106,13 @@ def _log_counts(rows_TND: Tensor, valid_TN: Tensor, cluster_TN: Tensor) -> Tenso
     count_TC = _sums(valid_TN.long(), cluster_TN, clusters)
     distance_TN = _distances(rows_TND, _middles(rows_TND, valid_TN, cluster_TN, count_TC), cluster_TN)
     nearest_TC = _farthest(-distance_TN, valid_TN, cluster_TN, clusters)
-    place_TN = torch.arange(valid_TN.shape[1], device=valid_TN.device).expand_as(valid_TN)
-    stands_TN = valid_TN & (nearest_TC.gather(1, cluster_TN) == place_TN)
+    column_TN = torch.arange(valid_TN.shape[1], device=valid_TN.device).expand_as(valid_TN)
+    stands_TN = valid_TN & (nearest_TC.gather(1, cluster_TN) == column_TN)
     return torch.where(stands_TN, count_TC.gather(1, cluster_TN).float().log(), -torch.inf)
 
 
 def _sums(value_TN: Tensor, cluster_TN: Tensor, clusters: int) -> Tensor:
+    """The sum of the values of each cluster, (T, C)."""
     return value_TN.new_zeros(len(value_TN), clusters).scatter_add_(1, cluster_TN, value_TN)
 
 
@@ -122,28 +129,29 @@ def _distances(rows_TND: Tensor, points_TCD: Tensor, cluster_TN: Tensor) -> Tens
 
 
 def _farthest(value_TN: Tensor, valid_TN: Tensor, cluster_TN: Tensor, clusters: int) -> Tensor:
-    """Which behaviour of each cluster has the largest value, of equals the earliest, int64 (T, C); N: it is empty."""
+    """Which behaviour of each cluster has the largest value, of equals the earliest, int64 (T, C); N if it is empty."""
     value_TN = value_TN.masked_fill(~valid_TN, -torch.inf)
     largest_TC = value_TN.new_full((len(value_TN), clusters), -torch.inf)
     largest_TC.scatter_reduce_(1, cluster_TN, value_TN, "amax")
     longest = valid_TN.shape[1]
-    place_TN = torch.arange(longest, device=valid_TN.device).expand_as(cluster_TN)
+    column_TN = torch.arange(longest, device=valid_TN.device).expand_as(cluster_TN)
     enough_TC = largest_TC - TIE * largest_TC.abs()
-    candidate_TN = torch.where(valid_TN & (value_TN >= enough_TC.gather(1, cluster_TN)), place_TN, longest)
+    candidate_TN = torch.where(valid_TN & (value_TN >= enough_TC.gather(1, cluster_TN)), column_TN, longest)
     return candidate_TN.new_full(largest_TC.shape, longest).scatter_reduce_(1, cluster_TN, candidate_TN, "amin")
 
 
-def _members(rows_TND: Tensor, place_TC: Tensor) -> Tensor:
-    """Rows of the behaviours at these places, (T, C, D)."""
-    place_TC = place_TC.clamp(max=rows_TND.shape[1] - 1)
-    return rows_TND.gather(1, place_TC.unsqueeze(2).expand(-1, -1, rows_TND.shape[2]))
+def _members(rows_TND: Tensor, column_TC: Tensor) -> Tensor:
+    """The row of one behaviour of each cluster, (T, C, D); ``column_TC`` says of which."""
+    column_TC = column_TC.clamp(max=rows_TND.shape[1] - 1)
+    return rows_TND.gather(1, column_TC.unsqueeze(2).expand(-1, -1, rows_TND.shape[2]))
 
 
 def _ranks(along_TN: Tensor, cluster_TN: Tensor) -> Tensor:
-    """The place of each behaviour among its cluster's, from the least value to the largest, int64 (T, N)."""
+    """The rank of each behaviour among its cluster's, from the least value to the largest, int64 (T, N)."""
+    # Sorted by value, then stably by cluster: so each cluster's are together, and in order.
     order_TN = along_TN.argsort(dim=1, stable=True)
     order_TN = order_TN.gather(1, cluster_TN.gather(1, order_TN).argsort(dim=1, stable=True))
-    place_TN = torch.arange(along_TN.shape[1], device=along_TN.device).expand_as(order_TN)
+    column_TN = torch.arange(along_TN.shape[1], device=along_TN.device).expand_as(order_TN)
     in_order_TN = cluster_TN.gather(1, order_TN)
     first_TN = torch.searchsorted(in_order_TN, in_order_TN)
-    return torch.empty_like(order_TN).scatter_(1, order_TN, place_TN - first_TN)
+    return torch.empty_like(order_TN).scatter_(1, order_TN, column_TN - first_TN)

@@ -1,52 +1,55 @@
-"""The CPU's clustering of windows. Compiled on first use, kept on disk; `embeddings.search.clusters` says what it does.
+"""The CPU's clustering of windows, as `embeddings.search.clusters` defines it. Compiled on first use, kept on disk.
 
-T = targets, M = behaviours of all users, D = dim, W = pairs, n = behaviours of a window.
+T = targets, M = behaviours of all users, D = dim of what is compared, W = (target, behaviour) pairs, n = behaviours of
+a window.
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from embeddings.search.topk.cpu_kernel import compiled
+
 SUMS = {"reassoc", "contract", "nsz"}
-"""What a sum's order may be changed by; without it the compiler does not use vectors."""
+"""Liberties that the compiler may take with a sum's order; without them it does not use vectors."""
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def log_counts(
     rows_MD: NDArray[np.float32],
     start_T: NDArray[np.int64],
     end_T: NDArray[np.int64],
-    first_T: NDArray[np.int64],
+    first_pair_T: NDArray[np.int64],
     size: int,
     tie: float,
     out_W: NDArray[np.float32],
 ) -> None:
-    """Write the logarithms of how many each behaviour stands for; -inf where another one does.
+    """Write the logarithm of how many behaviours each one stands for; -inf where another one stands for it.
 
     Args:
-        rows_MD: what is compared, contiguous.
-        start_T: start of each window.
-        end_T: its end.
-        first_T: its first pair in ``out_W``.
+        rows_MD: the rows whose distances make the clusters, contiguous.
+        start_T: where each window begins.
+        end_T: where it ends.
+        first_pair_T: its first pair in ``out_W``.
         size: the most behaviours of a cluster.
         tie: the part of themselves by which equal distances may differ.
         out_W: for all pairs.
     """
     longest = (end_T - start_T).max() if len(start_T) else 0
-    place_n, along_n = np.empty(longest, np.int64), np.empty(longest, np.float32)
+    index_n, along_n = np.empty(longest, np.int64), np.empty(longest, np.float32)
     middle_D, way_D = np.empty(rows_MD.shape[1], np.float32), np.empty(rows_MD.shape[1], np.float32)
     begin_n, stop_n = np.empty(longest + 1, np.int64), np.empty(longest + 1, np.int64)
     for t in range(len(start_T)):
-        first, length = first_T[t], end_T[t] - start_T[t]
+        first, length = first_pair_T[t], end_T[t] - start_T[t]
         out_W[first : first + length] = -np.inf
-        place_n[:length] = np.arange(start_T[t], end_T[t])
+        index_n[:length] = np.arange(start_T[t], end_T[t])
+        # Clusters that are yet to be split wait on a stack, as ranges of `index_n`: a cluster is always one range.
         waiting = 0
         if length:
             begin_n[0], stop_n[0], waiting = 0, length, 1
         while waiting:
             waiting -= 1
             begin, stop = begin_n[waiting], stop_n[waiting]
-            cluster_n = place_n[begin:stop]
+            cluster_n = index_n[begin:stop]
             _mean(rows_MD, cluster_n, middle_D)
             _distances(rows_MD, cluster_n, middle_D, along_n)
             if stop - begin <= size:
@@ -64,52 +67,52 @@ def log_counts(
             order = np.argsort(along_n[: stop - begin], kind="mergesort")
             half = (stop - begin + 1) // 2
             split_n = cluster_n[order]
-            place_n[begin : begin + half] = np.sort(split_n[:half])
-            place_n[begin + half : stop] = np.sort(split_n[half:])
+            index_n[begin : begin + half] = np.sort(split_n[:half])
+            index_n[begin + half : stop] = np.sort(split_n[half:])
             begin_n[waiting], stop_n[waiting] = begin, begin + half
             begin_n[waiting + 1], stop_n[waiting + 1] = begin + half, stop
             waiting += 2
 
 
-@njit(nogil=True, cache=True)
-def _mean(rows_MD: NDArray[np.float32], place_n: NDArray[np.int64], out_D: NDArray[np.float32]) -> None:
+@compiled()
+def _mean(rows_MD: NDArray[np.float32], index_n: NDArray[np.int64], out_D: NDArray[np.float32]) -> None:
     out_D[:] = 0
-    for m in place_n:
+    for m in index_n:
         for d in range(len(out_D)):
             out_D[d] += rows_MD[m, d]
     for d in range(len(out_D)):
-        out_D[d] /= np.float32(len(place_n))
+        out_D[d] /= np.float32(len(index_n))
 
 
-@njit(nogil=True, cache=True, fastmath=SUMS)
+@compiled(fastmath=SUMS)
 def _distances(
     rows_MD: NDArray[np.float32],
-    place_n: NDArray[np.int64],
+    index_n: NDArray[np.int64],
     point_D: NDArray[np.float32],
     out_n: NDArray[np.float32],
 ) -> None:
-    for i in range(len(place_n)):
+    for i in range(len(index_n)):
         total = np.float32(0)
         for d in range(len(point_D)):
-            total += (rows_MD[place_n[i], d] - point_D[d]) ** 2
+            total += (rows_MD[index_n[i], d] - point_D[d]) ** 2
         out_n[i] = total
 
 
-@njit(nogil=True, cache=True, fastmath=SUMS)
+@compiled(fastmath=SUMS)
 def _products(
     rows_MD: NDArray[np.float32],
-    place_n: NDArray[np.int64],
+    index_n: NDArray[np.int64],
     way_D: NDArray[np.float32],
     out_n: NDArray[np.float32],
 ) -> None:
-    for i in range(len(place_n)):
+    for i in range(len(index_n)):
         total = np.float32(0)
         for d in range(len(way_D)):
-            total += rows_MD[place_n[i], d] * way_D[d]
+            total += rows_MD[index_n[i], d] * way_D[d]
         out_n[i] = total
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _largest(value_n: NDArray[np.float32], count: int, tie: float) -> int:
     """The earliest of those that are as large as the largest."""
     largest = value_n[:count].max()
