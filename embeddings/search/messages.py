@@ -60,10 +60,10 @@ class LocalWindows:
         return self.end_ST - self.start_ST
 
     def index_of(self, count_ST: Tensor, local_index_F: Tensor) -> Tensor:
-        """Which of the rank's M behaviours the shards have answered with, int64 (F,).
+        """Which of the rank's M behaviours the shards have selected, int64 (F,).
 
         Args:
-            count_ST: int64, how many each shard has answered with for each target.
+            count_ST: int64, how many each shard has selected for each target.
             local_index_F: integer, counted in the part of the window that is on the shard.
         """
         first_F = self.start_ST.flatten().repeat_interleave(count_ST.flatten())

@@ -4,9 +4,9 @@
 whose steps are TorchRec's: input_dist, compute, output_dist.
 
 T = targets of this rank, G = targets of all ranks, S = shards (one a rank), W = (target, behaviour) pairs, K = kept,
-F = behaviours that the shards have answered with: of shard 0 for the first target, for the second, ..., then of shard
-1, ..., L = most answers for a target, D = dim of the item and category tables together, C = categories met, R = all
-categories, d = their dim.
+F = behaviours that all shards have selected for this rank: shard 0 for the first target, for the second, ..., then
+shard 1, ..., L = most of them for a target, D = dim of the item and category tables together, C = categories that a
+shard has met, R = all categories, d = their dim.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -231,7 +231,7 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         columns, counts = [], {}
         for sequence, best in output.items():
             k = self._retrieved[sequence]
-            # How much each shard answers with is known here already: all of a window that it has, up to K.
+            # How much each shard sends back is known here already: all of a window that it has, up to K.
             counts[sequence] = ctx.windows[sequence].length_ST.clamp(max=k)
             sent = [int(part.sum()) for part in best.count_G.split(ctx.sizes.targets)]
             received = counts[sequence].sum(1).tolist()
@@ -253,10 +253,10 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
 def merged(count_ST: Tensor, score_F: Tensor, index_F: Tensor, k: int) -> Selection:
     """Merge the best of all shards into the K best of each target; of equal scores the earlier behaviour wins.
 
-    It is exact if each shard has answered with its own K best: the best K of a union are among the best K of its parts.
+    It is exact if each shard has selected its own K best: the best K of a union are among the best K of its parts.
 
     Args:
-        count_ST: int64, with how many each shard has answered for each target.
+        count_ST: int64, how many each shard has selected for each target.
         score_F: float32.
         index_F: int64, below 2^32.
         k: K.
@@ -264,8 +264,8 @@ def merged(count_ST: Tensor, score_F: Tensor, index_F: Tensor, k: int) -> Select
     S, T = count_ST.shape
     count_T = count_ST.sum(0)
     longest = max(k, int(count_T.max()) if T else 0)
-    # Lay the answers out as (T, L): an answer's column is how many answers of the same target come before it, that is
-    # of earlier shards, plus its rank among the answers of its own shard.
+    # Laid out as (T, L), a behaviour's column is how many of its target come before it: those of earlier shards, and
+    # those of its own shard that are better.
     flat_ST = count_ST.flatten()
     before_F = (count_ST.cumsum(0) - count_ST).flatten() - (flat_ST.cumsum(0) - flat_ST)
     column_F = torch.arange(len(score_F), device=score_F.device) + before_F.repeat_interleave(flat_ST)

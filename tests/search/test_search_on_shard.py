@@ -40,13 +40,13 @@ SHAPES: list[dict[str, int]] = [
 def settings_of(case: dict[str, Any]) -> ModelSettings:
     dims = {"item": 12, "category": 4} if "category" in case["features"] else {"item": 16}
     changes = {feature: TableChange(dim=dims.get(feature, 4)) for feature in case["features"]}
-    k = {name: 5 + 10 * place for place, name in enumerate(case.get("lengths", {"history": 12}))}
+    k = {name: 5 + 10 * number for number, name in enumerate(case.get("lengths", {"history": 12}))}
     tables = TableSet(features=changes)
     return ModelSettings(features=case["features"], attention=tables, representation=tables, retrieved=k)
 
 
 def searched(name: str) -> int:
-    """Number of behaviours found; raises where a rank finds others than it would alone."""
+    """The number of selected behaviours; fails where a rank selects others than it would alone."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     case = CASES[name]
     settings, lengths = settings_of(case), case.get("lengths", {"history": 12})
@@ -63,7 +63,7 @@ def searched(name: str) -> int:
             first, rows = piece.metadata.shard_offsets[0], piece.metadata.shard_sizes[0]
             piece.tensor.copy_(alone.state_dict()[key][first : first + rows])
 
-    found = 0
+    count = 0
     draw = random.Random(5)
     for seed in range(6):
         # Each rank has a shape of its own, and one of them has no targets.
@@ -80,8 +80,8 @@ def searched(name: str) -> int:
             where = f"{name}, rank {rank} of {ranks}, seed {seed}, {sequence}"
             assert torch.equal(selected[sequence].valid_TK, chosen.valid_TK), where
             assert torch.equal(selected[sequence].index_TK, chosen.index_TK), where
-            found += int(chosen.valid_TK.sum())
-    return found
+            count += int(chosen.valid_TK.sum())
+    return count
 
 
 def search_all() -> dict[str, int]:
@@ -90,11 +90,11 @@ def search_all() -> dict[str, int]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_any_number_of_ranks_finds_what_one_process_finds(ranks: int) -> None:
-    for found in run_ranks(ranks, search_all):
-        assert min(found.values()) > 50, found
+    for counts in run_ranks(ranks, search_all):
+        assert min(counts.values()) > 50, counts
 
 
-def test_auxiliary_loss_needs_search_locally() -> None:
+def test_auxiliary_loss_needs_local_search() -> None:
     with pytest.raises(ValueError, match=r"auxiliary_loss needs the rows of all behaviours: set model.search=local"):
         load_settings(ModelSettings, overrides=["auxiliary_loss=true"])
     assert load_settings(ModelSettings, overrides=["auxiliary_loss=true", "search=local"]).search == "local"

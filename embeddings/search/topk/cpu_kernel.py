@@ -54,10 +54,11 @@ def compiled(fastmath: bool | set[str] = False) -> Callable[[Function], Function
 
     def decorate(function: Function) -> Function:
         try:
-            found: Function = njit(nogil=True, cache=True, fastmath=fastmath)(function)
+            cached: Function = njit(nogil=True, cache=True, fastmath=fastmath)(function)
+            return cached
         except RuntimeError:  # Numba refuses to cache in a read-only installation without a home directory.
-            found = njit(nogil=True, fastmath=fastmath)(function)
-        return found
+            fresh: Function = njit(nogil=True, fastmath=fastmath)(function)
+            return fresh
 
     return decorate
 
