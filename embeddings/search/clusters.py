@@ -51,8 +51,9 @@ def _on_cpu(rows_MD: Tensor, history: History, size: int) -> Tensor:
     rows = rows_MD.detach().float().contiguous().numpy()
 
     def part(targets: slice) -> None:
-        windows = (values[targets].numpy() for values in (history.start_T, history.end_T, first_pair_T))
-        clusters_kernel.log_counts(rows, *windows, size, TIE, log_count_W.numpy())
+        start_T, end_T = history.start_T[targets].numpy(), history.end_T[targets].numpy()
+        first = first_pair_T[targets].numpy()
+        clusters_kernel.log_counts(rows, start_T, end_T, first, size, TIE, log_count_W.numpy())
 
     threads = torch.get_num_threads()
     each = -(-len(length_T) // threads) or 1
