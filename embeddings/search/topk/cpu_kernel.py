@@ -40,7 +40,6 @@ _MINUS_INFINITY = np.int32(-0x800000)
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
-_intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic
 Keys = NDArray[np.int64]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -98,7 +97,7 @@ class Units(NamedTuple):
 
 # Numba has no half-precision floats and does not always use vectors for a sum, so the product is written in LLVM's
 # own language.
-@_intrinsic
+@intrinsic
 def dot(_: Any, rows_RD: Any, address: Any, query_D: Any, dim: Any) -> tuple[Any, Callable[..., ir.Value]]:
     """float32 ``<row, query_D>`` of the row of ``rows_RD``'s type at ``address``.
 
@@ -180,7 +179,7 @@ def _dot(builder: ir.IRBuilder, kind: types.Type, row: ir.Value, query: ir.Value
 
 
 def _prefetch(locality: int) -> Any:
-    @_intrinsic
+    @intrinsic
     def ask(_: Any, address: Any) -> tuple[Any, Callable[..., ir.Value]]:
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
             kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), _I32, _I32, _I32])
@@ -197,7 +196,7 @@ def _prefetch(locality: int) -> Any:
 _past_second_level, _into_second_level = _prefetch(0), _prefetch(2)
 
 
-@_intrinsic
+@intrinsic
 def _bits(_: Any, number: Any) -> tuple[Any, Callable[..., ir.Value]]:
     """A float32's bits as int32."""
 

@@ -4,7 +4,6 @@ R = rows of the table, D = dim, M = behaviours of all users, T = targets, W = (t
 window, K = kept, X = keys of a target: those of its whole window, or the best of each part of it.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +25,6 @@ _NOTHING = tl.constexpr(NOTHING)
 _LOW = tl.constexpr(0xFFFFFFFF)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _NAN = tl.constexpr(0x7FC00000)
-
-_jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
 
 def top_k_cuda(inputs: TopKInputs, longest: int) -> tuple[Tensor, Tensor]:
@@ -72,7 +69,7 @@ def top_k_cuda(inputs: TopKInputs, longest: int) -> tuple[Tensor, Tensor]:
     return decoded(torch.cat(best), start_T, k)
 
 
-@_jit
+@triton.jit
 def _search(
     rows_RD: Any,
     row_stride: Any,
@@ -124,7 +121,7 @@ def _search(
         tl.store(written + number * kept + tl.arange(0, kept), best)
 
 
-@_jit
+@triton.jit
 def _dot(
     rows_RD: Any,
     row_stride: Any,
@@ -148,7 +145,7 @@ def _dot(
     return total
 
 
-@_jit
+@triton.jit
 def _ordered(score: Any, column: Any) -> Any:
     """The keys of `embeddings.search.topk.keys.ordered`."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
