@@ -39,10 +39,10 @@ def settings_of(name: str, where: str) -> ModelSettings:
     )
 
 
-def sharded_model(name: str, where: str) -> torch.nn.Module:
+def sharded_model(name: str, where: str, seed: int = 11) -> torch.nn.Module:
     model = build_model(settings_of(name, where), SIZES, torch.device("meta"))
     sharded = shard(model, CPU, make_plan(model, CPU, bags=200))
-    initialize(sharded, seed=11)
+    initialize(sharded, seed)
     with torch.no_grad():
         for key, value in sharded.state_dict().items():
             if "embedding_bags" in key:
@@ -73,7 +73,8 @@ def trained(folder: Path) -> dict[str, Any]:
             found[f"{name} {where}"] = losses_of(model)
             checkpoint.save({"model": model.state_dict()}, checkpoint_id=folder / f"{name}-{where}")
         for where, other in (("shard", "local"), ("local", "shard")):
-            model = sharded_model(name, where)
+            # Other first values, so that what the checkpoint failed to replace would show.
+            model = sharded_model(name, where, seed=12)
             checkpoint.load({"model": model.state_dict()}, checkpoint_id=folder / f"{name}-{other}")
             found[f"{name} {where} after {other}"] = losses_of(model)
         found[f"{name} watched"] = losses_of(sharded_model(name, "shard"), watched=True)
@@ -100,8 +101,6 @@ def test_shard_and_local_have_the_same_losses(ranks: int, alone: dict[str, Any],
         assert found[f"{name} watched"] == found[f"{name} shard"], "measuring gradients changes no bit"
         losses = alone[f"{name} local after shard"]
         later = pytest.approx(losses, rel=0, abs=rounding(2 * len(TARGETS) * added, max(losses)))
-        # What was loaded is not what training began with.
-        assert losses != expected
         assert found[f"{name} shard after local"] == later
         if ranks > 1:  # One rank's local search is what the others are compared with.
             assert found[f"{name} local"] == expected
