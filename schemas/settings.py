@@ -83,8 +83,9 @@ def load_settings(
         content = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except UserError:
         raise
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        # ValueError: bytes that are no text, and what YAML takes for a date that there is not (2026-13-45).
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+        # ValueError: bytes that are no text, and what YAML takes for a date that there is not (2026-13-45). TypeError:
+        # OmegaConf, of a key into what an earlier override has made a list.
         raise UserError(f"settings cannot be read: {' '.join(str(error).split())}") from None
     try:
         return kind.model_validate(content)

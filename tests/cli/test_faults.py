@@ -17,6 +17,8 @@ from jobs.torchx import launch
 from pipeline.errors import FAULT, FAULT_LINE, error_line
 from pipeline.runs.listing import run_state
 from schemas.errors import UserError
+from schemas.settings import load_settings
+from schemas.train import TrainSettings
 from tests.runs import Run, small_settings
 
 CPU = torch.device("cpu")
@@ -177,3 +179,8 @@ def test_settings_that_are_no_text_or_no_date(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(sys, "argv", ["dare", "plan", "--config", str(tmp_path / "settings.yaml")])
         with pytest.raises(SystemExit, match=r"^dare: settings cannot be read: "):
             main()
+
+
+def test_overrides_that_fit_no_tree_are_a_mistake() -> None:
+    with pytest.raises(UserError, match=r"^settings cannot be read: "):
+        load_settings(TrainSettings, overrides=["stream=[1]", "stream.sequences.x.length=2"])
