@@ -28,6 +28,7 @@ def max_over_ranks(values: list[int], device: torch.device) -> list[int]:
     """The largest of each value over all ranks of the default process group; every rank must call it."""
     if ranks() == 1:
         return values
+    # All values in one all-reduce, and read back at once: on a GPU the host waits for it either way.
     largest = torch.tensor(values, dtype=torch.int64, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return [int(value) for value in largest.tolist()]
@@ -36,11 +37,14 @@ def max_over_ranks(values: list[int], device: torch.device) -> list[int]:
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, values: Tensor) -> Tensor:
+        # An all-reduce works in place, and the input of an autograd function must stay as it is.
         total = values.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
+    # A collective inside backward has no gradient of its own; without this, a second differentiation would be wrong
+    # silently.
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> Tensor:
         total = gradient.clone()
@@ -70,6 +74,8 @@ def codecs_of(communication: Communication) -> QuantizedCommCodecs:
 
     Gradients travel as bfloat16 in both 16-bit settings: those of a mean loss are too small for float16.
     """
+    # TorchRec's registry of codecs replaces bf16 by fp16 on gloo. Here floats travel as bytes, which any backend
+    # carries, so the codecs are made without it. Those of fp32 return their argument.
     values = {"fp32": CommType.FP32, "fp16": CommType.FP16, "bf16": CommType.BF16}[communication]
     gradients = CommType.FP32 if communication == "fp32" else CommType.BF16
     return get_qcomm_codecs(QCommsConfig(forward_precision=values, backward_precision=gradients))
@@ -80,6 +86,8 @@ Arriving = TypeVar("Arriving")
 
 def narrowest(largest: int) -> torch.dtype:
     """The narrowest of uint8, uint16, int32 and int64 that holds 0 .. ``largest``."""
+    # Only types that hold 2^n - 1 as their largest value: `embeddings.search.messages` uses it as a bit mask. torch
+    # moves uint16 but cannot add or index with it, so whoever receives a column widens it first.
     for dtype in (torch.uint8, torch.uint16, torch.int32):
         if largest <= torch.iinfo(dtype).max:
             return dtype
@@ -107,17 +115,22 @@ class ColumnsAllToAll(Awaitable[list[Tensor]]):
         ranks = range(group.size())
         # All columns travel as bytes in one collective: each one of its own would wait for the slowest rank again.
         sizes = [column.values.element_size() * column.values.shape[1:].numel() for column in columns]
+        # `outgoing[column][rank]` are the bytes of a column for a rank. Sizes are in bytes of one value, trailing dims
+        # included.
         outgoing = [
             column.values.contiguous().flatten().view(torch.uint8).split([count * size for count in column.sent])
             for column, size in zip(columns, sizes, strict=True)
         ]
+        # Both sides know all counts already, so the bytes carry no header: lengths follow from counts and types alone.
         self._received = [
             column.received[rank] * size for rank in ranks for column, size in zip(columns, sizes, strict=True)
         ]
+        # In memory: all columns' parts for rank 0, then all columns' parts for rank 1, ...
         sent = [sum(len(parts[rank]) for parts in outgoing) for rank in ranks]
         received = [sum(self._received[rank * len(columns) : (rank + 1) * len(columns)]) for rank in ranks]
         self._outgoing = torch.cat([parts[rank] for rank in ranks for parts in outgoing])
         self._incoming = self._outgoing.new_empty(sum(received))
+        # The argument order is (output, input, output sizes, input sizes).
         self._work = dist.all_to_all_single(self._incoming, self._outgoing, received, sent, group=group, async_op=True)
 
     def _wait_impl(self) -> list[Tensor]:
@@ -125,6 +138,8 @@ class ColumnsAllToAll(Awaitable[list[Tensor]]):
         parts = self._incoming.split(self._received)
         # Parts lie by rank, then by column: every n-th one, from the column's own, is of the same column.
         return [
+            # `cat` also copies to fresh memory: a part may begin at any byte, and `view` wants an offset that the type
+            # divides.
             torch.cat(parts[number :: len(self._columns)]).view(column.values.dtype).view(-1, *column.values.shape[1:])
             for number, column in enumerate(self._columns)
         ]
@@ -141,6 +156,7 @@ class _WithGradient(torch.autograd.Function):
         codecs: QuantizedCommCodecs,
         *values: Tensor,
     ) -> tuple[Tensor, ...]:
+        # Tensors are not saved: the gradient of a copy needs no values, only where they came from.
         context.group, context.sent, context.received = group, sent, received
         context.scale, context.codec = scale, codecs.backward
         encoded = map(codecs.forward.encode, values)
@@ -150,8 +166,12 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # The same exchange with the two sides swapped. Autograd hands over zeros for a column that the loss did not
+        # use, so that a rank always has something to send to those that wait for it.
         encoded = map(context.codec.encode, gradients)
         back = ColumnsAllToAll(context.group, list(map(Column, encoded, context.received, context.sent))).wait()
+        # The scale is applied where gradients arrive: the division by ranks for those of rows, its inverse for those of
+        # pooling weights.
         return None, None, None, None, None, *(context.codec.decode(gradient) * context.scale for gradient in back)
 
 
@@ -190,11 +210,14 @@ class CountsAllToAll(Awaitable[Arriving]):
 
     def __init__(self, group: dist.ProcessGroup, counts: Tensor, send: Callable[[Tensor], Arriving]) -> None:
         super().__init__()
+        # An all-to-all without sizes cuts the first dimension into equal parts: row s of the counts goes to rank s.
         self._sent, self._received, self._send = counts, torch.empty_like(counts), send
         self._work = dist.all_to_all_single(self._received, self._sent, group=group, async_op=True)
 
     def _wait_impl(self) -> Arriving:
         self._work.wait()
+        # TorchRec's modules call `input_dist(...).wait().wait()`: the first wait is for counts, the second for the
+        # values.
         return self._send(self._received)
 
 
@@ -203,6 +226,8 @@ class ReturnedParts(LazyAwaitable[Tensor]):
 
     def __init__(self, parts: tuple[Tensor, ...], join: Callable[[tuple[Tensor, ...]], Tensor]) -> None:
         super().__init__()
+        # The parts are here already, because an autograd function returns tensors and not promises; joining them is
+        # what is left to be lazy about. `ShardedModule.output_dist` has to return an awaitable.
         self._parts, self._join = parts, join
 
     def _wait_impl(self) -> Tensor:

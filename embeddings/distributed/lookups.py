@@ -60,20 +60,27 @@ class ShardedRows(RowWiseModule[RowWiseContext]):
             ctx: a new one for this lookup.
             ids: for each table, int32 or int64 (B,).
         """
+        # An id travels once however often this rank has it, so the gradients of equal ids are added up here, before one
+        # row's gradient travels back.
         shards, ctx.features = self._group.size(), tuple(ids)
         rows, counts = [], []
         for feature, table in self._lookup.tables.items():
             # `unique` sorts, so that the ids of a shard lie together.
             id_U, slot_B = torch.unique(ids[feature], return_inverse=True)
             first_S = torch.arange(shards, device=id_U.device) * table.block
+            # The end of the last block may lie above the table's rows, and so above what ids of int32 hold.
             end_S = torch.searchsorted(id_U, (first_S + table.block).clamp(max=table.rows).to(id_U.dtype))
             counts.append(torch.diff(end_S, prepend=end_S.new_zeros(1)))
+            # Rows counted within their shard are smaller numbers, which need fewer bytes. With ``output_size``, a GPU
+            # need not be waited for to know how long the result is.
             local_U = id_U - first_S.to(id_U.dtype).repeat_interleave(counts[-1], output_size=len(id_U))
             rows.append(local_U.to(narrowest(table.block - 1)))
             ctx.indices.append(slot_B)
+        # One row of counts for each shard, with all tables in it: a single small exchange for all of them.
         count_SF = torch.stack(counts, dim=1)
         ctx.sent = count_SF.T.tolist()
 
+        # Called when the counts of the other ranks have come; only then is it known how much will arrive.
         def send(count_SF: Tensor) -> IdsAllToAll:
             ctx.received = count_SF.T.tolist()
             return IdsAllToAll(ColumnsAllToAll(self._group, list(map(Column, rows, ctx.sent, ctx.received))))
@@ -84,6 +91,8 @@ class ShardedRows(RowWiseModule[RowWiseContext]):
         """The row of each id, (B, d)."""
         # Not `index_select`: the backward pass of `embedding` adds up the gradients of equal ids in a fixed order, on
         # a GPU too.
+        # The parts of a table came by shard, and ids were sorted by shard: so they are the rows of the distinct ids, in
+        # order.
         return map(embedding, ctx.indices, parts)
 
 
@@ -140,14 +149,18 @@ class ShardedWeightedPooling(RowWiseModule[PoolingContext]):
         id_I = torch.cat([features.ids[feature] for feature in tables])
         blocks = torch.tensor([table.block for table in tables.values()], dtype=id_I.dtype, device=id_I.device)
         length_B = features.length_B.to(id_I.dtype)
+        # All tables have the same bags, but an id's shard depends on the table, so each table is cut on its own. The
+        # lengths that come back are of every bag on every shard, by shard, then table, then bag.
         length_SFB, row_I, _, _, bucketed_I = torch.ops.fbgemm.block_bucketize_sparse_features(
             length_B.repeat(len(tables)), id_I, False, True, blocks, shards
         )
         # The bucketing says where each id went; weights need the inverse: which id has come to each slot.
         order_I = torch.empty_like(bucketed_I)
         order_I[bucketed_I.long()] = torch.arange(len(bucketed_I), dtype=bucketed_I.dtype, device=bucketed_I.device)
+        # Not the operator's own reordering of weights: it has no gradient, `index_select` has.
         weight_I = features.weight_I.repeat(len(tables)).index_select(0, order_I)
         length_SFB = length_SFB.view(shards, len(tables), ctx.bags)
+        # Counts of two kinds go to each shard: of ids, and of parts, which are the bags that have an id there.
         ids_SF = length_SFB.sum(2)
         # By shard and table, as the bucketing has left them.
         by_shard = ids_SF.flatten().tolist()
@@ -155,10 +168,13 @@ class ShardedWeightedPooling(RowWiseModule[PoolingContext]):
         id_counts = ids_SF.T.tolist()
         rows, lengths, weights = [], [], []
         for number, table in enumerate(tables.values()):
+            # Of a bag, only the shards that have some of its ids hear, and only they answer: `nonzero` lists them by
+            # shard.
             length_SB = length_SFB[:, number]
             shard_P, bag_P = length_SB.nonzero(as_tuple=True)
             ctx.indices.append(bag_P)
             ctx.sent.append(torch.bincount(shard_P, minlength=shards).tolist())
+            # The parts lie by shard, then table: every F-th one, from the table's own, is of the same table.
             rows.append(torch.cat(row_parts[number :: len(tables)]).to(narrowest(table.block - 1)))
             weights.append(torch.cat(weight_parts[number :: len(tables)]))
             lengths.append(length_SB[shard_P, bag_P].to(torch.int32))
@@ -169,11 +185,14 @@ class ShardedWeightedPooling(RowWiseModule[PoolingContext]):
             columns = [*map(Column, rows, id_counts, ids_received), *map(Column, lengths, ctx.sent, ctx.received)]
             # The gradients that come to a shard are divided by the number of ranks, as TorchRec divides them. Those
             # that return to the weights are of the requesting rank's own loss, so the division is undone.
+            # TorchRec does the same for collections that it knows as weighted (`CommOpGradientScaling`); these are not.
             scale = 1 / self._lookup.gradient_scale
             weight_columns = list(map(Column, weights, id_counts, ids_received))
+            # Weights travel before ids on every rank: collectives match by order alone.
             received_weights = all_to_all_with_gradient(weight_columns, scale, self._group)
             return BagsAllToAll(ColumnsAllToAll(self._group, columns), received_weights)
 
+        # In one exchange: for each shard, ids of all tables, then parts of all tables.
         parts_SF = torch.tensor(ctx.sent, device=ids_SF.device).T
         return CountsAllToAll(self._group, torch.cat([ids_SF, parts_SF], dim=1).contiguous(), send)
 
@@ -186,6 +205,7 @@ def _sums_of_bags(part_Pd: Tensor, bag_P: Tensor, bags: int) -> Tensor:
     """The sum of each bag's parts, (B, d); 0 where a bag has none."""
     # `embedding_bag` adds a bag's parts up in the order of the shards, each time in the same; `index_add` on a GPU
     # would not.
+    # The parts of a bag came by shard, so they lie apart. A stable sort brings them together, still by shard.
     first_B = torch.bincount(bag_P, minlength=bags).cumsum(0)
     first_B = torch.cat([first_B.new_zeros(1), first_B])
     return embedding_bag(bag_P.argsort(stable=True), part_Pd, first_B, mode="sum", include_last_offset=True)
@@ -203,6 +223,7 @@ class _AllGather(torch.autograd.Function):
     @once_differentiable
     def backward(context: Any, gradient_SV: Tensor) -> tuple[Tensor | None, ...]:
         gradient_V = gradient_SV.new_empty(gradient_SV.shape[1])
+        # Every rank has used all rows, so a shard's gradient is the sum of what all ranks have for its rows.
         dist.reduce_scatter_tensor(gradient_V, gradient_SV.flatten(), group=context.group)
         return gradient_V.mul_(context.scale), None, None
 
@@ -221,14 +242,17 @@ def all_gathered_tables(collection: ShardedEmbeddingBagCollection) -> dict[str, 
     lookup = RowWiseLookup(collection)
     shards, device = lookup.group.size(), next(iter(lookup.tables.values())).local_Rd.device
     local = {feature: len(table.local_Rd) for feature, table in lookup.tables.items()}
+    # Looked up rather than read: so the gradient comes back to the kernel, whose optimizer takes its step there.
     rows = lookup([Bags(torch.arange(count, dtype=torch.int32, device=device)) for count in local.values()])
     blocks = [table.block for table in lookup.tables.values()]
     # The last shards are shorter; a collective needs equal parts.
     parts = [pad(part_Rd, (0, 0, 0, block - len(part_Rd))) for part_Rd, block in zip(rows, blocks, strict=True)]
+    # One collective for all tables, whatever their dims.
     values_V = torch.cat([part_Rd.flatten() for part_Rd in parts])
     all_SV: Tensor = _AllGather.apply(values_V, lookup.gradient_scale, lookup.group)
     of_tables = all_SV.split([part_Rd.numel() for part_Rd in parts], dim=1)
     return {
+        # Blocks are full until the rows end, so all filling is behind the last row.
         feature: of_table.reshape(shards * table.block, lookup.dims[feature])[: table.rows]
         for (feature, table), of_table in zip(lookup.tables.items(), of_tables, strict=True)
     }

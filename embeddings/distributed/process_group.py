@@ -48,12 +48,14 @@ def process_group(device: torch.device) -> Iterator[dist.ProcessGroup]:
         except ValueError as error:  # a variable that is missing, or not a number
             raise UserError(f"WORLD_SIZE is set, as by a launcher of ranks, but {error}; use torchrun") from None
     else:
+        # The store is memory of this process; the default one, a TCPStore, would listen on a port.
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     group = dist.group.WORLD
     assert group is not None
     try:
         yield group
     finally:
+        # Reference cycles may still hold modules and works of this group; they are to go before the group does.
         gc.collect()
         dist.destroy_process_group()
 
@@ -66,6 +68,7 @@ def leave(code: int) -> NoReturn:
     exception", SIGABRT) after all its work is done; a launcher then sees a failed job. So a program that has used
     `process_group` ends by this function.
     """
+    # `os._exit` skips all of this, so it is done by hand: temporary files are removed, and the last lines are not lost.
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

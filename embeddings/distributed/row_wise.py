@@ -49,25 +49,32 @@ class RowWiseTable:
 
     def __init__(self, local: Callable[[], Tensor], rows: int, group: dist.ProcessGroup) -> None:
         self._local, self.rows, self.group = local, rows, group
+        # As TorchRec cuts a row-wise table (`rw_sharding.py`, `math.ceil(hash_size / world_size)`), so that ids can be
+        # sent to their shards without asking the plan.
         self.block = -(-rows // group.size())
 
     @property
     def local_Rd(self) -> Tensor:
         """The rows of this rank, (R, d), without gradient."""
+        # Asked for anew each time, because the newest values may lie in a cache that `_local` writes back first.
         return self._local().detach()
 
     def bucketed(self, id_B: Tensor) -> Bucketed:
         """Sort ids (int32 or int64) by the shard of their rows; those of a shard keep their order."""
+        # One table and one bag of all ids: what the operator calls the position within a bag is then the index of the
+        # id.
         length = torch.tensor([len(id_B)], dtype=id_B.dtype, device=id_B.device)
         block = torch.tensor([self.block], dtype=id_B.dtype, device=id_B.device)
         count_S, row_B, _, index_B, _ = torch.ops.fbgemm.block_bucketize_sparse_features(
             length, id_B, True, False, block, self.group.size()
         )
+        # On a GPU, `tolist` waits for the device: the collectives need their sizes on the host.
         return Bucketed(count_S.tolist(), row_B, index_B)
 
     def fetch(self, id_B: Tensor) -> Tensor:
         """Fetch the rows of this rank's ids, (B, d), without gradient; every rank must call it, if with no ids."""
         ids = self.bucketed(id_B)
+        # Three exchanges: how many ids, the ids, their rows.
         sent_S = torch.tensor(ids.counts, device=id_B.device)
         received_S = torch.empty_like(sent_S)
         dist.all_to_all_single(received_S, sent_S, group=self.group)
@@ -75,6 +82,7 @@ class RowWiseTable:
         (local_row_I,) = ColumnsAllToAll(self.group, [Column(ids.row_B, ids.counts, received)]).wait()
         local_rows_Id = self.local_Rd.index_select(0, local_row_I)
         (by_shard_Bd,) = ColumnsAllToAll(self.group, [Column(local_rows_Id, received, ids.counts)]).wait()
+        # The rows come back in the order in which they were asked for, by shard; each is written where its id was.
         rows_Bd = torch.empty_like(by_shard_Bd)
         rows_Bd[ids.index_B.long()] = by_shard_Bd
         return rows_Bd
@@ -82,11 +90,13 @@ class RowWiseTable:
     def gather(self, id_G: Tensor) -> Tensor:
         """Gather rows of ids that all ranks know, (G, d) on all of them: each shard sends what it has to all, once."""
         id_U, slot_G = torch.unique(id_G.long(), return_inverse=True)  # sorted, so by shard
+        # All ranks have the same ids, so each knows which shard sends which rows, and no counts need to travel.
         owner_U = id_U // self.block
         count_S = torch.bincount(owner_U, minlength=self.group.size())
         longest = max(1, int(count_S.max()))
         rank = self.group.rank()
         local_Rd = self.local_Rd
+        # Each shard's part is padded to the longest, because an all-gather needs equal parts.
         own = local_Rd.new_zeros(longest, local_Rd.shape[1])
         mine = id_U[owner_U == rank] - rank * self.block
         own[: len(mine)] = local_Rd.index_select(0, mine)
@@ -109,6 +119,7 @@ class Bags(NamedTuple):
     """float32, may require a gradient; of all tables, or of none."""
 
 
+# No `nn.Module`, though it holds the collection's kernels: as a submodule it would give their parameters second names.
 class RowWiseLookup:
     """The lookup that a sharded collection makes in this rank's shards, with ids of our own choice.
 
@@ -123,6 +134,8 @@ class RowWiseLookup:
         assert is_row_wise(collection), collection._sharding_types
         tables = _tables(collection)
         # TorchRec has one sharding and one lookup for each sharding type: here the row-wise one alone.
+        # It groups a rank's tables by type, kernel and optimizer, so the order of a lookup is not that of the
+        # declaration; the features of the sharding are in the lookup's order.
         (sharding,), (self._lookup,) = collection._embedding_shardings, collection._lookups
         self.tables = {feature: tables[feature] for feature in sharding.feature_names()}
         """By the feature that is looked up in them, in the order of the lookup."""
@@ -150,6 +163,8 @@ class RowWiseLookup:
         # backward collectives of this rank, which the others wait for, would not run.
         most = max(1, *map(len, lengths))
         weights = [weight_I for _, _, weight_I in bags if weight_I is not None]
+        # `None` for all weights, not ones: unweighted bags have a kernel of their own. Lengths lie table by table, as
+        # the values do, and bags that fill a table up to ``most`` are empty, so they move no offset of a real one.
         features = KeyedJaggedTensor(
             keys=list(self.tables),
             values=torch.cat([row_I for row_I, _, _ in bags]),
@@ -159,6 +174,7 @@ class RowWiseLookup:
         )
         rows_LD: Tensor = self._lookup(features)
         parts = rows_LD.split(list(self.dims.values()), dim=1)
+        # The fillers are cut off again; their sums are zeros and their gradients go nowhere.
         return [part_Ld[: len(length_L)] for part_Ld, length_L in zip(parts, lengths, strict=True)]
 
 
@@ -178,8 +194,10 @@ def row_wise_tables(collection: ShardedEmbeddingBagCollection) -> dict[Feature, 
 
 def _tables(collection: ShardedEmbeddingBagCollection) -> dict[str, RowWiseTable]:
     tables = {}
+    # One kernel for each group of tables that share type, memory and optimizer.
     for kernel in collection._lookups[0]._emb_modules:
         for number, table in enumerate(kernel.config.embedding_tables):
+            # `embeddings.tables.collections` declares one feature a table; two would share its rows.
             (feature,) = table.feature_names
             local = _local_rows(kernel, number)
             tables[feature] = RowWiseTable(local, table.num_embeddings, collection._env.process_group)
@@ -248,10 +266,12 @@ class RowWiseModule(ShardedModule[list[Bags], list[Tensor], Tensor, C]):
 
     def output_dist(self, ctx: C, output: list[Tensor]) -> ReturnedParts:
         """Send the parts back to the ranks that have requested them."""
+        # The way back: a shard returns as many parts to each rank as that rank requested of it.
         columns = list(map(Column, output, ctx.received, ctx.sent))
         parts = all_to_all_with_gradient(columns, self._lookup.gradient_scale, self._group, self._codecs)
 
         def joined(parts: tuple[Tensor, ...]) -> Tensor:
+            # From the order of the lookup to the order in which the caller named the features.
             by_feature = dict(zip(self._lookup.tables, self.assemble(ctx, parts), strict=True))
             return torch.cat([by_feature[feature] for feature in ctx.features], dim=1)
 
