@@ -50,6 +50,7 @@ class TableSharder(EmbeddingBagCollectionSharder):
     """
 
     def __init__(self) -> None:
+        # FBGEMM's default logs such an id and reads row 0 in its place: training would go on, on wrong rows.
         super().__init__(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
@@ -58,12 +59,15 @@ class TableSharder(EmbeddingBagCollectionSharder):
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         """The compute kernels that tables may have; which one a table gets follows from its settings."""
+        # Fused kernels alone: each takes its optimizer's step in the backward pass, so no gradient of a whole table
+        # exists.
         return [KERNELS["device"]] if compute_device_type == "cpu" else list(KERNELS.values())
 
 
 def topology(device: torch.device) -> Topology:
     """The default process group as a topology of TorchRec's planner."""
     ranks = dist.get_world_size()
+    # Ranks on CPUs count as one node, wherever they are.
     local = torch.cuda.device_count() if device.type == "cuda" else ranks
     return TopologyFactory.create_topology(
         TrainerConfig(world_size=ranks, local_world_size=min(ranks, local)),
@@ -86,6 +90,7 @@ def constraints(model: CtrModel, device_type: str, ranks: int) -> dict[str, Para
     Returns:
         The constraints of each table, by its name.
     """
+    # The planner has little left to choose: it fills in sizes and devices, and checks that the tables fit into memory.
     by_table, on_shard = {}, _searched_on_shards(model)
     for spec, weight in model.tables.weights():
         # Where a rank would have no rows, FBGEMM's backward pass on a CPU takes the next table for this one.
@@ -99,6 +104,7 @@ def constraints(model: CtrModel, device_type: str, ranks: int) -> dict[str, Para
 
 def _leaves_out_a_rank(rows: int, ranks: int) -> bool:
     """Whether a table in equal parts (the last ones shorter) has no rows left for the last rank."""
+    # Blocks of ceil(rows / ranks) rows may be used up before the last rank: 4 rows on 3 ranks are 2 + 2 + 0.
     return ranks > 1 and -(-rows // ranks) * (ranks - 1) >= rows
 
 
@@ -118,6 +124,7 @@ def make_plan(model: CtrModel, device: torch.device, bags: int) -> ShardingPlan:
         bags: number of rows that a rank looks up in a step, for the planner's estimates.
     """
     by_table = constraints(model, device.type, dist.get_world_size())
+    # The first rank plans and sends the plan to the others, so that none depends on what it sees of its own machine.
     planner = EmbeddingShardingPlanner(topology=topology(device), batch_size=bags, constraints=by_table)
     group = dist.group.WORLD
     assert group is not None, "no process group; see embeddings.distributed.process_group"
@@ -154,6 +161,7 @@ def fuse_optimizers(model: CtrModel, device: torch.device) -> None:
     for spec, weight in model.tables.weights():
         table = spec.settings
         settings = {"lr": table.learning_rate}
+        # `torch.optim.SGD` has no eps, and would refuse it.
         if table.optimizer != "sgd":
             settings["eps"] = table.epsilon
         apply_optimizer_in_backward(OPTIMIZERS[table.optimizer], [weight], settings)
@@ -175,6 +183,8 @@ def shard(model: CtrModel, device: torch.device, plan: ShardingPlan) -> Distribu
     Raises:
         UserError: a plan for other tables or another number of ranks; settings that the device does not fit.
     """
+    # The optimizers come first: TorchRec looks for them on the parameters when it shards these, and fuses what it
+    # finds.
     _check_plan(model, device, plan)
     fuse_optimizers(model, device)
     group = dist.group.WORLD
@@ -191,6 +201,8 @@ def shard(model: CtrModel, device: torch.device, plan: ShardingPlan) -> Distribu
 
 
 def _check_plan(model: CtrModel, device: torch.device, plan: ShardingPlan) -> None:
+    # A plan may come from a file, of another model, machine or number of ranks. TorchRec would follow it, and fail
+    # later with less to say.
     planned = {name: sharding for tables in plan.plan.values() for name, sharding in tables.items()}
     rows = {name: (spec.rows, spec.dim) for name, spec in model.tables.specs.items()}
     if planned.keys() != rows.keys():
@@ -208,6 +220,7 @@ def _check_plan(model: CtrModel, device: torch.device, plan: ShardingPlan) -> No
         shards = sharding.sharding_spec.shards if sharding.sharding_spec else []
         if any(part.placement.device().type != device.type for part in shards):
             raise UserError(f"the sharding plan is not for {device.type}: table {name} is elsewhere in it")
+        # Counted in values, not in rows: a plan may cut a table by columns too.
         held = sum(part.shard_sizes[0] * part.shard_sizes[1] for part in shards)
         if device.type == "cpu" and any(part.shard_sizes[0] == 0 for part in shards):
             raise UserError(
@@ -239,6 +252,7 @@ def sharded_model(
     """
     model = build_model(settings.model, DataSizes.of(manifest, settings.stream), torch.device("meta"))
     if plan is None:
+        # A step looks up each target and its K behaviours of each sequence.
         bags = settings.stream.batch_size * (1 + sum(settings.model.retrieved.values()))
         plan = make_plan(model, device, bags)
     return shard(model, device, plan)

@@ -55,6 +55,8 @@ class BatchRows:
     ) -> None:
         self._batch, self._tables, self._cross = batch, tables, cross
         self._selected = None if looks_up_all else selected
+        # Sorted here and below: a set of strings has another order in each process, and every lookup is a collective,
+        # which ranks must enter in the same order.
         self._dims = {name: tables.inherent_dims(name) for name in sorted(target_sets | history_sets)}
         self._targets: dict[str, Tensor] = {}
         self._behaviors: dict[str, dict[str, Tensor]] = {}
@@ -63,6 +65,7 @@ class BatchRows:
         self._last_taken: dict[tuple[str, str], tuple[Selection, Rows]] = {}
         """What `behaviors` returned last for a set and a sequence."""
         histories = {name: batch.histories[name] for name in selected}
+        # What to look up of the behaviours, sequence by sequence: all of them, or the T x K that were selected.
         item, category, valid = [], [], []
         for name, history in histories.items():
             chosen = selected[name]
@@ -72,6 +75,8 @@ class BatchRows:
             )
             valid.append(torch.ones_like(item[-1], dtype=torch.bool) if looks_up_all else chosen.valid_TK.flatten())
         counts = [len(ids) for ids in item]
+        # One lookup for each set of tables, of behaviours and targets together: a rank waits for the others once, and a
+        # row that is needed twice travels once. A list times a bool is the list, or nothing.
         all_targets = torch.ones_like(batch.item_T, dtype=torch.bool)
         for name in sorted(target_sets | history_sets):
             of_history, of_target = name in history_sets, name in target_sets
@@ -81,10 +86,12 @@ class BatchRows:
             }
             valid_L = torch.cat([*valid * of_history, *[all_targets] * of_target])
             parts = tables.inherent_rows(name, ids, valid_L).split(counts * of_history + [len(batch)] * of_target)
+            # The targets were put last.
             if of_target:
                 self._targets[name] = parts[-1]
                 self._ids[name, None] = {"item": batch.item_T, "category": batch.category_T}
             if of_history:
+                # Not strict: the targets' part may follow.
                 self._behaviors[name] = dict(zip(histories, parts, strict=False))
                 for sequence, item_L, category_L in zip(histories, item, category, strict=True):
                     self._ids[name, sequence] = {"item": item_L, "category": category_L}
@@ -105,6 +112,8 @@ class BatchRows:
         rows = self._behaviors[name][sequence]
         if self._selected is None:
             # The sum of no rows is a row of zeros that still belongs to the graph, on a rank without behaviours.
+            # `embedding`, whose backward pass adds up in a fixed order on a GPU too. Padding takes index 0, whose
+            # gradient from it is zero, because its weight is.
             inherent = embedding(selected.index_TK, rows if len(rows) else rows.sum(0, keepdim=True))
         else:
             assert selected is self._selected[sequence], "rows of another selection"
@@ -117,6 +126,7 @@ class BatchRows:
     def parts(self) -> list[LookedUp]:
         """All that was looked up, table by table: rows of ids first, then all rows of small tables."""
         looked_up: list[LookedUp] = []
+        # The tables of a set came side by side; here each has its own columns again, with its name and its ids.
         for name, sequence, rows_LD in self._inherent():
             columns = rows_LD.split(list(self._dims[name].values()), dim=1)
             for feature, rows_Ld in zip(self._dims[name], columns, strict=True):
@@ -132,6 +142,7 @@ class BatchRows:
 
     def replaced(self, rows: Sequence[Tensor]) -> Self:
         """The lookup with other rows in the place of those that `parts` returns, in their order."""
+        # The order is that of `parts`: inherent rows by use, then cross rows by set, sequence and feature.
         other, rest = copy(self), iter(rows)
         other._last_taken = {}
         joined = iter([torch.cat([next(rest) for _ in self._dims[name]], dim=1) for name, _, _ in self._inherent()])
@@ -179,10 +190,12 @@ def pooled_on_shards(
     Returns:
         The representation of targets and histories, for each sequence.
     """
+    # First the targets, each a bag of one with weight 1, then for each sequence a bag for each target.
     item, category = [batch.item_T], [batch.category_T]
     weight, length = [torch.ones(len(batch), device=batch.item_T.device)], [torch.ones_like(batch.item_T)]
     for sequence, chosen in selected.items():
         history = batch.histories[sequence]
+        # Padding is left out of the bags, so an empty history is an empty bag, and its sum is 0.
         item.append(gather_or_zeros(history.item_M, chosen.index_TK)[chosen.valid_TK])
         category.append(gather_or_zeros(history.category_M, chosen.index_TK)[chosen.valid_TK])
         weight.append(weights[sequence][chosen.valid_TK])
@@ -193,6 +206,7 @@ def pooled_on_shards(
     )
     histories = {}
     for (sequence, chosen), pooled_TD in zip(selected.items(), pooled, strict=True):
+        # Rows of cross features are on this rank anyway, so they are pooled here.
         rows = selected_rows(batch, batch.histories[sequence], chosen, cross[sequence])
         pooled_cross = {feature: weighted_sum(weights[sequence], rows_TKd) for feature, rows_TKd in rows.items()}
         histories[sequence] = Representation(

@@ -51,6 +51,8 @@ class Tables(nn.Module):
         specs = declare_tables(settings, sizes, sets)
         self.specs = {spec.name: spec for spec in specs}
         """Every table's spec, by name."""
+        # Names are for TorchRec and for checkpoints; inside, a table is found by what it is, and no name is taken
+        # apart.
         self._by_identity = {(spec.set, spec.feature, spec.sequence): spec for spec in specs}
         self.sets = tuple(sets)
         self.inherent_features = tuple(feature for feature in INHERENT if feature in settings.features)
@@ -59,6 +61,7 @@ class Tables(nn.Module):
         self.codecs = codecs_of(settings.communication)
         """How floats travel between ranks."""
         self.inherent = nn.ModuleDict()
+        # A collection for each set, because every lookup is of one set alone.
         for name in sets:
             of_set = [spec for spec in specs if spec.inherent and spec.set == name]
             self.inherent[name] = EmbeddingBagCollection([_config(spec) for spec in of_set], device=device)
@@ -97,15 +100,19 @@ class Tables(nn.Module):
         Returns:
             float32 (B, D).
         """
+        # Padding is not looked up: it would read row 0, the unknown id, and give it a gradient.
         place_V = valid_B.nonzero().flatten()
         valid_ids = {feature: ids[feature].index_select(0, place_V) for feature in self.inherent_features}
         rows_VD: Tensor
         if self.row_wise(name):
+            # Made anew each time, since sharding puts other collections in the place of these after the model was
+            # built. Tables in fp16 give rows in fp16; all that follows computes in float32.
             rows_VD = ShardedRows(self.inherent[name], self.codecs)(valid_ids).wait().float()
         else:
             rows_VD = self._bags_of_one(name, valid_ids)
         if len(rows_VD) == len(valid_B):
             return rows_VD
+        # Padding gets rows of 0, through which no gradient passes.
         zeros_BD = rows_VD.new_zeros(len(valid_B), rows_VD.shape[1])
         return zeros_BD.index_copy(0, place_V, rows_VD)
 
@@ -114,7 +121,10 @@ class Tables(nn.Module):
         count, device = len(ids["item"]), ids["item"].device
         sharded = isinstance(self.inherent[name], ShardedEmbeddingBagCollection)
         # Gloo's collectives need as many bags on all ranks.
+        # At least one bag, if an empty one: without any, no gradient would pass, and other ranks would wait in the
+        # backward pass.
         bags = max(1, max_over_ranks([count], device)[0] if sharded else count)
+        # Bags of one for the ids, then empty bags up to the rank that has most.
         lengths = torch.zeros(bags, dtype=torch.int32, device=device)
         lengths[:count] = 1
         features = KeyedJaggedTensor(
@@ -141,18 +151,22 @@ class Tables(nn.Module):
             float32 (L, D).
         """
         pooling = ShardedWeightedPooling(self.inherent[name], self.codecs)
+        # The order in which a row concatenates the features, whatever the order in ``ids``.
         in_order: dict[str, Tensor] = {feature: ids[feature] for feature in self.inherent_features}
         sums_LD: Tensor = pooling(WeightedBags(in_order, weight_I, length_L)).wait()
         return sums_LD.float()
 
     def cross_rows(self, device: torch.device) -> AllCrossRows:
         """All rows of all cross tables, looked up with ids on ``device``; every rank must call it."""
+        # Every set and sequence has an entry, also without cross features, so that nobody who reads them needs a
+        # branch.
         by_set: dict[str, dict[str, dict[Feature, Tensor]]] = {
             name: {sequence: {} for sequence in self.sequences} for name in self.sets
         }
         if self.cross is None:
             return by_set
         row_wise = is_row_wise(self.cross)
+        # Decided by how the tables are sharded, which is the same on all ranks: so all take the same branch.
         tables = all_gathered_tables(self.cross) if row_wise else self._all_rows(self.cross, device)
         for spec in self._cross_specs:
             assert spec.sequence is not None
@@ -163,6 +177,7 @@ class Tables(nn.Module):
         """A lookup of all rows in the collection itself, padded to the longest table."""
         counts = torch.tensor([spec.rows for spec in self._cross_specs], device=device)
         row_R = torch.arange(int(counts.max()), dtype=torch.int32, device=device)
+        # A lookup wants as many bags of each table: row r is bag r, and bags behind a table's last row are empty.
         present = row_R < counts[:, None]
         features = KeyedJaggedTensor(
             keys=[spec.name for spec in self._cross_specs],
@@ -177,6 +192,8 @@ def _config(spec: TableSpec) -> EmbeddingBagConfig:
     """A table's declaration for TorchRec; a cross table's only lookup is keyed by its own name."""
     return EmbeddingBagConfig(
         name=spec.name,
+        # The cross tables of all sets and sequences share a collection, where "position" alone would name several of
+        # them.
         feature_names=[spec.feature if spec.inherent else spec.name],
         num_embeddings=spec.rows,
         embedding_dim=spec.dim,
@@ -188,6 +205,7 @@ def _config(spec: TableSpec) -> EmbeddingBagConfig:
 
 def _looked_up(collection: nn.Module, features: KeyedJaggedTensor) -> KeyedTensor:
     rows = collection(features)
+    # A sharded collection returns an awaitable, an unsharded one the rows.
     return rows.wait() if isinstance(rows, Awaitable) else rows
 
 

@@ -72,6 +72,8 @@ class TableRoles:
             raise UserError(
                 f"model.attention: {settings.name} shares one set of tables; it must equal model.representation"
             )
+        # Sorted: sets of strings have another order in each process, and all ranks must make the same collections in
+        # one order.
         sets = dict.fromkeys(sorted(self.attention), settings.attention)
         return sets | dict.fromkeys(sorted(self.representation), settings.representation)
 
