@@ -90,12 +90,14 @@ def is_lost_contact(error: BaseException) -> bool:
         return False
     import torch.distributed as dist
 
+    # gloo raises plain RuntimeErrors, which only their text tells from a fault of the program.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def _lost_contact_line(error: BaseException) -> str:
     import torch.distributed as dist
 
+    # gloo begins with a source file in brackets, and ends with advice in a second sentence.
     reason = str(error).splitlines()[0].rsplit("] ", 1)[-1].partition(". ")[0]
     if not dist.is_initialized():
         return f"the ranks cannot meet ({reason}); are all of them started, and can they reach each other?"

@@ -61,6 +61,7 @@ def output_folder(out: Path, contents: Collection[str], *, overwrite: bool) -> I
         UserError: ``out`` is not empty (unless ``overwrite``) or not an earlier output, it cannot be made, or another
             process writes it.
     """
+    # Absolute, because hidden names are made from the last part of the path: ``.`` has none.
     out = out.absolute()
     partial, former, lock = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "former", "lock"))
     _check_replaceable(out, contents, overwrite)
@@ -77,9 +78,12 @@ def output_folder(out: Path, contents: Collection[str], *, overwrite: bool) -> I
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir()
             yield partial
+            # Work files of the block: they are no part of the output.
             for hidden in partial.glob(".*"):
                 shutil.rmtree(hidden)
             if out.exists():
+                # Two renames: a folder cannot take the place of one that is not empty. A kill in between leaves
+                # ``former``, which the next run removes, and no ``out``.
                 out.rename(former)
             partial.rename(out)
         finally:
@@ -169,6 +173,7 @@ def check_output_file(path: Path) -> None:
         raise UserError(f"{path} is a folder; name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Rights and space are told by trying: permission bits say little on a network file system.
         with TemporaryFile(dir=path.parent):
             pass
     except OSError as error:

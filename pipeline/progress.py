@@ -31,6 +31,7 @@ class _StandardError(logging.StreamHandler[TextIO]):
     """Writes to what is standard error at that moment: a live line puts itself in its place, so that lines go above."""
 
     def __init__(self) -> None:
+        # Not StreamHandler's own: it would keep the stream that is standard error now.
         logging.Handler.__init__(self)
         self.setFormatter(logging.Formatter("%(message)s"))
 
@@ -55,6 +56,7 @@ def log_to_standard_error() -> None:
     """
     logger = logging.getLogger("dare")
     logger.setLevel(logging.INFO if first_rank() else logging.ERROR)
+    # The root logger may have handlers of a library; a line would appear twice.
     logger.propagate = False
     logger.handlers = [_StandardError()]
 
@@ -91,6 +93,7 @@ class Progress:
         """Amount that is done by now."""
         self._text, self._every_s = text, every_s
         self._first = done
+        # The first line of a log comes after a whole interval: what takes less time says nothing meanwhile.
         self._began = self._logged = time.monotonic()
         self.live = shown and sys.stderr.isatty()
         """Whether a live line is shown."""

@@ -35,6 +35,7 @@ def check_versions() -> None:
     """
     torch, torchrec = installed("torch"), installed("torchrec")
     builds = [build for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if (build := installed(name)) is not None]
+    # Both install the package ``fbgemm_gpu``: the files are those of whichever came last.
     if len(builds) == 2:
         raise UserError("fbgemm-gpu and fbgemm-gpu-cpu are both installed and overwrite each other; run `make setup`")
     fbgemm = builds[0] if builds else None

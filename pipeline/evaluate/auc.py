@@ -58,14 +58,17 @@ def _splitters(positive_P: Tensor, negative_N: Tensor, ranks: Ranks) -> Tensor:
     if ranks.size == 1:  # one interval holds everything
         return positive_P[:0]
     total = sum(int(count) for (count,) in ranks.gather_numbers(len(positive_P) + len(negative_N)))
+    # Every n-th of the sorted scores, not a random sample: ranks need no common generator, and quantiles are as good.
     stride = max(1, total // _DRAWN)
     drawn = torch.cat(ranks.gather(torch.cat([positive_P[::stride], negative_N[::stride]]))).sort().values
     cut = torch.arange(1, ranks.size, device=drawn.device) * len(drawn) // ranks.size
+    # A score that many samples share fills several cuts: as one splitter it has a cell of its own.
     return drawn[cut].unique() if len(drawn) else drawn
 
 
 def _spread(sorted_N: Tensor, splitter_S: Tensor, ranks: Ranks) -> tuple[Sequence[int], Tensor]:
     """Return the samples of all ranks in each cell, and the sorted scores of the interval that is this rank's."""
+    # Both ends of each splitter's own scores, in turn, are the borders of the cells.
     first_S = torch.searchsorted(sorted_N, splitter_S)
     end_S = torch.searchsorted(sorted_N, splitter_S, right=True)
     inner = torch.stack([first_S, end_S], 1).flatten()
@@ -73,6 +76,8 @@ def _spread(sorted_N: Tensor, splitter_S: Tensor, ranks: Ranks) -> tuple[Sequenc
     count_C: list[int] = torch.stack(ranks.gather(local_C)).sum(0).tolist()
     if ranks.size == 1:
         return count_C, sorted_N
+    # The even cells are the open intervals. There may be fewer than ranks, where splitters coincide: the last ranks
+    # then get nothing.
     intervals = sorted_N.split(local_C.tolist())[::2]
     sent_W = [len(interval) for interval in intervals] + [0] * (ranks.size - len(intervals))
     return count_C, ranks.exchange(torch.cat(intervals), sent_W).sort().values
@@ -80,6 +85,8 @@ def _spread(sorted_N: Tensor, splitter_S: Tensor, ranks: Ranks) -> tuple[Sequenc
 
 def _twice_ordered_pairs(positive_P: Tensor, negative_N: Tensor) -> int:
     """Return twice the pairs in the right order, an equal pair counting one; both tensors are sorted."""
+    # Once with the equal ones and once without: their sum counts an equal pair once and a smaller one twice, in
+    # integers.
     below = torch.searchsorted(negative_N, positive_P).sum()
     below_or_equal = torch.searchsorted(negative_N, positive_P, right=True).sum()
     return int(below + below_or_equal)
@@ -110,11 +117,13 @@ def grouped_auc(user_id_N: Tensor, label_N: Tensor, logit_N: Tensor, ranks: Rank
         # The upper half of the product: the lower bits of ids that are multiples of W would all choose one rank.
         rank_N = ((user_id_N * _MULTIPLIER) >> 33) % ranks.size
         count_W = rank_N.bincount(minlength=ranks.size).tolist()
+        # The three columns are sent one after the other in the same order, so that rows stay together.
         order_N = rank_N.argsort(stable=True)
         user_id_N = ranks.exchange(user_id_N[order_N], count_W)
         label_N = ranks.exchange(label_N[order_N].to(torch.uint8), count_W)
         logit_N = ranks.exchange(logit_N[order_N], count_W)
     weighted, weight, users = _of_whole_users(user_id_N, label_N, logit_N)
+    # `fsum` rounds once, so that the result does not depend on the order of ranks.
     weighted = math.fsum(part for (part,) in ranks.gather_numbers(weighted))
     weight, users = (int(sum(parts)) for parts in zip(*ranks.gather_numbers(weight, users), strict=True))
     return GroupedAuc(weighted / weight if weight else math.nan, users)

@@ -77,6 +77,7 @@ class _Counts:
         """Count logits, float32."""
         if not len(logit):
             return
+        # In float64: in float32 the sigmoid of a logit above 17 is 1, and would fall into the last threshold.
         exact = logit.double()
         reached = (exact.sigmoid() * (THRESHOLDS - 1)).long()
         self.threshold_C += reached.bincount(minlength=THRESHOLDS)
@@ -87,6 +88,7 @@ class _Counts:
 
     def over(self, ranks: Ranks) -> "_Counts":
         """Return the counts over all ranks, the same on each."""
+        # Counts travel as integers and sums as floats, in two gathers.
         total = _Counts()
         counts = torch.stack(ranks.gather(torch.cat([self.threshold_C, self.bucket_B]))).sum(0).cpu()
         total.threshold_C, total.bucket_B = counts.split([THRESHOLDS, len(self.bucket_B)])

@@ -27,6 +27,7 @@ def predictions(model: nn.Module, stream: HistoryStream, device: torch.device) -
         for batch in stream:
             with torch.no_grad():
                 logit_T = model(batch.to(device, non_blocking=True)).logit_T
+            # The batch as it came, on the CPU: users, labels and items need no way back from the device.
             yield batch, logit_T
     finally:
         model.train(training)
@@ -35,6 +36,8 @@ def predictions(model: nn.Module, stream: HistoryStream, device: torch.device) -
 def evaluate(model: nn.Module, stream: HistoryStream, device: torch.device) -> Metrics:
     """Predict a split from its start; all ranks must call it, and then `Metrics.compute` of what it returns."""
     metrics = Metrics()
+    # An earlier evaluation has left the stream at a later epoch; the order is the same in each, and ``origin`` shall be
+    # too.
     stream.set_epoch(0)
     for batch, logit_T in predictions(model, stream, device):
         metrics.add(batch.user_id_U[batch.user_T], batch.label_T, logit_T)

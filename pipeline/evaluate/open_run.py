@@ -36,6 +36,8 @@ def load_model(model: nn.Module, checkpoint: Path) -> None:
     Raises:
         UserError: the checkpoint is of another model.
     """
+    # The dictionary's tensors are the model's own, and loading fills them in place; `load_state_dict` then takes what
+    # is not a tensor.
     state = {"model": model.state_dict()}
     load(state, checkpoint)
     model.load_state_dict(state["model"])
@@ -70,6 +72,7 @@ def opened_run(
         pin_memory=device.type == "cuda",
     ) as stream:
         data_set = stream.data_set
+        # Before a model is built: rows of another dictionary would give predictions that look right and mean nothing.
         run.check_dictionaries(data_set.folder, data_set.fingerprint, data_set.dictionaries())
         model = sharded_model(settings, data_set.manifest, device)
         load_model(model, checkpoint.path)

@@ -62,6 +62,7 @@ class Ranks:
         if self.size == 1:
             return values_N
         sent_W = torch.tensor(count_W, dtype=torch.int64, device=self.device)
+        # First how much comes from whom, then the values themselves: the receiver must know the sizes.
         received_W = torch.empty_like(sent_W)
         dist.all_to_all_single(received_W, sent_W, group=self._group)
         received: list[int] = received_W.tolist()

@@ -55,11 +55,14 @@ class EvaluatedSamples:
             logit_N: (N,) float32.
         """
         assert user_id_N.shape == label_N.shape == logit_N.shape == (len(label_N),)
+        # On the CPU, where an epoch's samples fit; a GPU's memory is for the tables.
         assert (user_id_N.dtype, logit_N.dtype) == (torch.int64, torch.float32)
         user_id_N, label_N, logit_N = user_id_N.detach().cpu(), label_N.detach().cpu(), logit_N.detach().cpu()
         self.wrong_logits += int((~logit_N.isfinite()).sum())
         self.wrong_labels += int(((label_N != 0) & (label_N != 1)).sum())
         batch = Chunk(user_id_N, label_N > 0, logit_N)
+        # Copied into large chunks: as many small tensors as there were batches would cost more than the samples in
+        # them.
         done = 0
         while done < len(batch):
             filled = self._size % CHUNK

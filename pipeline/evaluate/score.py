@@ -48,6 +48,7 @@ def score_run(
     """
     rank = dist.get_rank()
     with opened_run(run, split, which, data, device) as (model, stream), _folder_of_all(out, overwrite) as folder:
+        # The dictionary once for each rank; batches hold dense ids.
         raw_I = _raw_items(stream.data_set.folder)
         schema = pa.schema(
             [("user_id", pa.int64()), ("item_id", raw_I.type), ("label", pa.int8()), ("score", pa.float32())]
@@ -55,6 +56,7 @@ def score_run(
         with pq.ParquetWriter(folder / f"part-{rank:05}.parquet", schema, compression=COMPRESSION) as writer:
             for batch, logit_T in predictions(model, stream, device):
                 writer.write_table(_table(batch, logit_T, raw_I, schema))
+        # Every rank must have closed its part before the first one gives the folder its name.
         dist.barrier()
         return stream.targets
 
@@ -76,6 +78,7 @@ def _raw_items(folder: Path) -> pa.Array:
         dictionary = pq.read_table(file, columns=["id", "raw_id"])
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); prepare the data set again") from None
+    # The file is sorted by raw id; here is the row of each dense id, and none for id 0.
     row_I = np.full(dictionary.num_rows + 1, -1)
     row_I[dictionary["id"].to_numpy()] = np.arange(dictionary.num_rows)
     raw = dictionary["raw_id"].combine_chunks()
@@ -87,6 +90,8 @@ def _folder_of_all(out: Path, overwrite: bool) -> Iterator[Path]:
     """Make a folder that all ranks write into; the first one makes it and lets it appear at the end of the block."""
     if dist.get_rank() > 0:
         message: list[Any] = [None]
+        # Waits until the first rank has made the folder. If that is refused, the first rank raises, and this one loses
+        # contact with it.
         dist.broadcast_object_list(message)
         yield Path(message[0])
         return

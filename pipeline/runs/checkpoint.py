@@ -42,6 +42,7 @@ def checkpoints_in(folder: Path) -> list[Checkpoint]:
         UserError: the record of one is damaged.
     """
     checkpoints = []
+    # Steps are written with leading zeros, so that the order of names is that of steps.
     for path in sorted(folder.glob("step-*")):
         record = read_json(path / RECORD)
         if not isinstance(record.get("step"), int) or "score" not in record:
@@ -73,6 +74,7 @@ def partial_path(folder: Path, step: int) -> Path:
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all checkpoints but the last ``keep`` and the best."""
+    # The best one stays whatever its age: the test, evaluation and scoring take it.
     kept = {checkpoint.path for checkpoint in checkpoints_in(folder)[-keep:]}
     best = best_checkpoint(folder)
     if best is not None:
@@ -96,6 +98,7 @@ def keys_in(checkpoint: Path) -> dict[str, tuple[int, ...] | None]:
         UserError: the checkpoint is damaged.
     """
     try:
+        # The metadata alone: shapes are compared before a single tensor is read.
         entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     except Exception as error:  # whatever unpickling a damaged file raises
         raise UserError(f"{checkpoint} cannot be read ({_line(error)}); use another checkpoint") from None
@@ -112,6 +115,8 @@ def load(state: dict[str, Any], checkpoint: Path) -> None:
     Raises:
         UserError: the checkpoint has other keys or shapes, all of which are named; it is damaged.
     """
+    # What is to be loaded against what is there, by torch.distributed.checkpoint's own flattened keys. Top-level parts
+    # that the caller did not ask for do not count as differences.
     saved = {key: shape for key, shape in keys_in(checkpoint).items() if key.split(".")[0] in state}
     wanted = {key: _shape(value) for key, value in flatten_state_dict(dict(state))[0].items()}
     # Of the random states, a rank has its own alone.
@@ -128,6 +133,7 @@ def load(state: dict[str, Any], checkpoint: Path) -> None:
     try:
         load_in_place(state, checkpoint_id=checkpoint)
     except (CheckpointException, OSError, RuntimeError) as error:
+        # Nothing is wrong with the file: another rank is gone, which its own error explains.
         if is_lost_contact(error):
             raise
         raise UserError(f"{checkpoint} cannot be read ({_line(error)}); use another checkpoint") from None

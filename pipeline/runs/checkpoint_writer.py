@@ -37,6 +37,7 @@ class CheckpointWriter:
         self._folder, self._keep, self._documents = folder, keep, dict(documents)
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            # Before the barrier below: no rank may write into a folder that is about to be removed.
             remove_leftovers(folder)
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -55,6 +56,7 @@ class CheckpointWriter:
             UserError: the previous one could not be written: the disk is full, another rank is gone.
         """
         self.wait()
+        # The copy is made here, in the caller's thread: the next step changes the weights in place.
         self._writing = self._thread.submit(self._write, self._copy(state), step, score)
 
     def check(self) -> None:
@@ -69,6 +71,7 @@ class CheckpointWriter:
             UserError: it could not be written; names the step and the last checkpoint that is whole.
         """
         if self._writing is not None:
+            # Forgotten before its error is raised: a second `wait` does not raise it again.
             writing, self._writing = self._writing, None
             writing.result()
 
@@ -76,6 +79,8 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Not waited for: training has done so where all went well. After an error another rank may be gone, and the
+        # thread would wait for it in a collective.
         self._thread.shutdown(wait=False)
 
     def _copy(self, value: Any) -> Any:
@@ -85,6 +90,8 @@ class CheckpointWriter:
         if isinstance(value, list | tuple):
             return type(value)(self._copy(part) for part in value)
         if isinstance(value, ShardedTensor):
+            # ``cpu()`` returns the tensor itself where it is on the CPU already. From a GPU it needs a group that can
+            # carry CPU tensors: the writer's own, on gloo.
             on_cpu = all(shard.tensor.device.type == "cpu" for shard in value.local_shards())
             return value.clone() if on_cpu else value.cpu(process_group=self._group)
         return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
@@ -92,12 +99,16 @@ class CheckpointWriter:
     def _write(self, state: dict[str, Any], step: int, score: float | None) -> None:
         partial, final = partial_path(self._folder, step), final_path(self._folder, step)
         try:
+            # A collective: it returns when the parts of all ranks are written and synced to disk.
             save(state, checkpoint_id=partial, process_group=self._group)
             if dist.get_rank() == 0:
                 record = {"step": step, "score": score, "ranks": dist.get_world_size()}
                 for name, content in (self._documents | {RECORD: json.dumps(record) + "\n"}).items():
                     (partial / name).write_text(content)
+                # The record is in the folder before the folder has its name: whoever sees a checkpoint can tell its
+                # step and score.
                 partial.rename(final)
+                # Only now may an older one go: there is a newer one that is whole.
                 prune(self._folder, self._keep)
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             if dist.get_rank() == 0:
@@ -115,6 +126,7 @@ class CheckpointWriter:
 
 def _reason(error: BaseException) -> str | None:
     """Why the machine or another rank kept a checkpoint from being written; None: it is a fault of the program."""
+    # A refusal explains best, whichever rank met it: lost contact may only be its consequence.
     errors = list(_with_causes(error))
     for each in errors:
         if is_refusal(each):

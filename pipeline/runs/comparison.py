@@ -36,6 +36,7 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
             raise UserError(f"{run.test_file} is damaged (no {', '.join(METRICS)})")
         rows.append({"run": str(folder), "model": settings[-1]["model.name"]} | {name: test[name] for name in METRICS})
     keys = dict.fromkeys(key for values in settings for key in values if key != "model.name")
+    # By their text, because a list cannot be in a set.
     differing = [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1]
     return [
         row | {"settings": {key: values.get(key) for key in differing}}
@@ -46,6 +47,7 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
 def distinct_names(folders: list[Path]) -> list[str]:
     """Return the last names of the folders, with as many names before them as it takes to tell the folders apart."""
     parts = [folder.absolute().parts for folder in folders]
+    # As short as tells them apart: ``a/run`` and ``b/run``, but ``run-1`` and ``run-2``.
     length = 1
     while len({names[-length:] for names in parts}) < len(set(parts)):
         length += 1

@@ -49,6 +49,7 @@ def recorded(run: RunFolder, former: list[dict[str, Any]], step: int, device: to
     _write(run, [*former, start])
     try:
         yield
+    # Also for Ctrl-C. Only a kill leaves no trace, and then the start without an end tells of it.
     except BaseException as error:
         _write(run, [*former, start | {"ended": _now(), "how": "failed", "error": description(error)}])
         raise
@@ -82,6 +83,7 @@ def _topology(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "ranks": len(hosts),
+        # torchrun's number of agents, one on each node; without it, as many as there are names of hosts.
         "nodes": int(os.environ.get("GROUP_WORLD_SIZE", len(set(hosts)))),
         "hosts": sorted(set(hosts)),
         "device": device.type,

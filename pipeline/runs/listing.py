@@ -83,6 +83,8 @@ def _read(run: RunFolder, running: bool) -> RunState:
     starts = run.starts()
     last = starts[-1] if starts else {}
     validations = _validation_aucs(run)
+    # The lock counts first, then the test: until a new start is recorded, job.json tells how the one before it ended,
+    # and a run that was killed right after its test is finished.
     state: State = "running" if running else "finished" if test else last.get("how", "died")
     # The progress file is some seconds old, and a checkpoint may be newer.
     checkpoint_step = max((int(path.name[5:]) for path in run.checkpoints.glob("step-*")), default=None)

@@ -20,6 +20,7 @@ def plan_text(plan: ShardingPlan) -> str:
     by_table = {}
     for module, tables in plan.plan.items():
         for name, sharding in tables.items():
+            # Ranks are given for each table; shards say which rows each rank has, and on which device.
             specification = sharding.sharding_spec
             by_table[name] = {
                 "module": module,
@@ -53,6 +54,7 @@ def read_plan(path: Path) -> ShardingPlan:
         raise UserError(f"{path}: no such plan; `dare plan --save {path}` writes one")
     try:
         content = json.loads(path.read_text())
+        # The file is by table, for people; TorchRec's plan is by module and then by table.
         modules: dict[str, EmbeddingModuleShardingPlan] = {}
         for name, table in content.items():
             modules.setdefault(table["module"], EmbeddingModuleShardingPlan())[name] = _sharding(table)

@@ -127,6 +127,7 @@ class RunFolder:
             fingerprint: fingerprint of the data set.
             dictionaries: dictionaries of the data set, what `DataSet.dictionaries` returns.
         """
+        # First: once anything else is rewritten, test.json would speak of another state of the run.
         self.test_file.unlink(missing_ok=True)
         for name, text in documents.items():
             write_whole(self.path / name, text)
@@ -144,6 +145,8 @@ class RunFolder:
         record = read_json(self.data_file)
         if record.get("fingerprint") == fingerprint:
             return
+        # Another data set will do if its ids have the same meaning: those of items and categories always, of behaviour
+        # types and scenes only where the model looks at them.
         trained = record.get("dictionaries")
         if not isinstance(trained, dict):
             raise UserError(
@@ -172,6 +175,7 @@ class RunFolder:
             raise UserError(f"{self.path} is a file; --run names a folder")
         if self.path.is_dir() and self._content() and not self.settings_file.is_file():
             raise UserError(f"{self.path} is not empty and not the folder of a run; choose another one")
+        # A run that is refused (wrong settings, no data) shall leave no empty folder behind.
         made = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -225,6 +229,7 @@ class StepLog:
                     break
                 end += len(line)
             former.truncate(end)
+        # Opened after the cut, to append: the next line follows the checkpoint's.
         self._stream = path.open("a")
 
     def add(self, step: int, **values: float | None) -> None:
@@ -246,6 +251,7 @@ def read_step_log(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line is no JSON.
     """
+    # The last part is empty, or half a line that is just being written.
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
         return [json.loads(line) for line in lines]

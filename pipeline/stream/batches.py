@@ -28,6 +28,7 @@ def read_blocks(
     Raises:
         UserError: a row group that cannot be read or that does not hold what the manifest and the index say.
     """
+    # Flat lists, one entry a row group: the reader knows row groups by their number here, and nothing of blocks.
     pieces = [piece for block in blocks for piece in block.pieces]
     addresses = [data_set.address(piece.group) for piece in pieces]
     largest_ids = data_set.largest_ids()
@@ -42,6 +43,8 @@ def read_blocks(
     ahead = max(threads, max((len(block.pieces) for block in blocks), default=0))
     with RowGroupReader(addresses, data_set.schema, convert, threads=threads, ahead=ahead) as reader:
         for block in blocks:
+            # The reader keeps the order of ``pieces``, whatever its threads do, so the next ones are those of this
+            # block. Each row group is in one block of a rank alone: parts have no user in common.
             yield block, HistorySamples.concatenate([next(reader) for _ in block.pieces])
 
 
@@ -51,6 +54,7 @@ def _samples_of_piece(
     """Give the piece's targets, and of their users' histories what they see."""
     chosen_T = np.flatnonzero(group.target_T["split"] == split)
     users, targets = int(data_set.users_G[piece.group]), int(data_set.targets_G[split.name.lower()][piece.group])
+    # The epoch was planned by the index: were it wrong, targets would be left out in silence.
     if len(group.user_id_U) != users or len(chosen_T) != targets:
         raise UserError(
             f"{len(group.user_id_U)} users and {len(chosen_T)} targets, "
@@ -77,11 +81,14 @@ def cut_batches(
     missing = batch_size
     for block, samples in blocks:
         order_T = order(block, samples)
+        # A resumed epoch begins within a block: the block is read and shuffled whole, or its order would be another
+        # one.
         position = max(0, first_target - block.start)
         while position < len(order_T):
             index_T = order_T[position : position + missing]
             parts.append(samples.take(index_T))
             position += len(index_T)
+            # A batch may take the rest of one block and the beginning of the next.
             missing -= len(index_T)
             if not missing:
                 yield HistorySamples.concatenate(parts)

@@ -52,6 +52,8 @@ class DataSet:
         file_G, users_G = columns["file"], columns["users"]
         shards = len(manifest.shards)
         counts = manifest.counts
+        # The range of file numbers comes first: numpy's bincount raises on a negative one, and the rest is not looked
+        # at.
         agrees = (
             bool(np.all((file_G >= 0) & (file_G < shards)))
             and np.array_equal(np.bincount(file_G, minlength=shards), [shard.row_groups for shard in manifest.shards])
@@ -64,6 +66,7 @@ class DataSet:
         return cls(
             folder,
             manifest,
+            # Of the bytes on disk, not of what was parsed: any other manifest is another data set.
             hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
             file_G,
             columns["row_group"],
@@ -95,6 +98,7 @@ class DataSet:
 
     def largest_ids(self) -> dict[str, int]:
         """The largest id that each kind of id can have: item, category; behavior and scene where the data have them."""
+        # Ids begin at 1, with 0 for the unknown: the largest one is the number of different values.
         largest = {"item": self.manifest.counts.items, "category": self.manifest.counts.categories}
         if self.manifest.behaviors is not None:
             largest["behavior"] = len(self.manifest.behaviors)

@@ -74,23 +74,29 @@ def plan_epoch(
     """
     order_O = np.flatnonzero(targets_G)
     if shuffle:
+        # Sorted by keys, and stably: unlike a generator's permutation, it depends on neither numpy's version nor the
+        # machine.
         order_O = order_O[np.argsort(shuffle_keys(len(order_O), seed, epoch, 0), kind="stable")]
     end_O = np.cumsum(targets_G[order_O])
     total = int(end_O[-1]) if len(end_O) else 0
+    # Python's integers: the product does not overflow, and shares differ by one target at most.
     begin, end = total * rank // world, total * (rank + 1) // world
 
     blocks: list[Block] = []
     pieces: list[Piece] = []
     start = position = begin
     room = block_bytes
+    # From the row group that holds the rank's first target; it may have begun before, in the share of the rank before.
     for index in range(int(np.searchsorted(end_O, begin, side="right")), len(order_O)):
         if position >= end:
             break
         group = int(order_O[index])
         size = int(bytes_G[group])
+        # The next row group does not fit: close the block. One that is larger than the whole buffer gets a block alone.
         if pieces and (not shuffle or size > room):
             blocks.append(Block(start - begin, position - start, start, tuple(pieces)))
             pieces, start, room = [], position, block_bytes
+        # Targets of the epoch before this row group, and the last of its targets that belongs to this rank.
         before = int(end_O[index]) - int(targets_G[group])
         last = min(int(end_O[index]), end)
         pieces.append(Piece(group, position - before, last - before))
@@ -103,6 +109,7 @@ def plan_epoch(
 
 def shuffle_keys(count: int, *salts: int) -> NDArray[np.uint64]:
     """Give pseudo-random keys, (count,), to sort by for a shuffle. They depend on ``salts`` alone, on every machine."""
+    # One salt after the other, so that their order matters: epoch 1 of seed 2 is not epoch 2 of seed 1.
     keys = np.arange(count, dtype=np.uint64)
     for salt in salts:
         keys = mix(keys, salt)
@@ -134,6 +141,7 @@ def shuffled_order(user_T: I64, together: int | None, seed: int, epoch: int, blo
         return np.argsort(rank_U[user_T], kind="stable")
     shuffled_T = np.lexsort((shuffle_keys(len(user_T), seed, epoch, block, 2), user_T))
     # Shuffling within users leaves the users where they are: user_T holds for shuffled_T too.
+    # Split each user's n targets into as few chunks as k allows, of sizes that differ by one at most.
     first_U = np.searchsorted(user_T, np.arange(users))
     targets_U = np.bincount(user_T, minlength=users)
     chunks_U = -(-targets_U // together)

@@ -98,10 +98,14 @@ class HistoryStream:
     def __iter__(self) -> Iterator[Batch]:
         self.close()
         epoch, step = self.epoch, self.step
+        # An iteration that was left half-way has ended with `close`. The thread is given its place as values: ``epoch``
+        # and ``step`` of the stream are the consumer's, and change while the thread is ahead of it.
         with Prefetch(self._batches(epoch, step), self.settings.prefetch_batches) as prefetch:
             self._prefetch = prefetch
             for batch in prefetch:
                 step += 1
+                # Counted before the batch is handed out: a state that is taken while the consumer has it goes on after
+                # it.
                 self.epoch, self.step = (epoch, step) if step < self.steps_per_epoch else (epoch + 1, 0)
                 yield batch
         # Closed from elsewhere, or done: either way the next iteration begins where this one stopped.
@@ -129,6 +133,8 @@ class HistoryStream:
                     f"the stream cannot go on: {key} is {mine!r}, but was {state.get(key)!r} when its state was saved; "
                     "use the same, or start the stream afresh"
                 )
+        # An epoch is cut into as many ranges as there are ranks: in the middle of one, no other cut leaves out exactly
+        # what was consumed. At the start of an epoch nothing was.
         if state["world"] != self._world and state["step"]:
             raise UserError(
                 f"the stream cannot go on within an epoch (at step {state['step']}) with {self._world} ranks, "
@@ -151,6 +157,7 @@ class HistoryStream:
         self.close()
 
     def _identity(self) -> dict[str, Any]:
+        # They change how fast batches come, not which.
         speed_alone = {"threads", "prefetch_batches"}
         return {
             "data_set": self.data_set.fingerprint,
@@ -164,6 +171,8 @@ class HistoryStream:
     def _plan(self, epoch: int) -> EpochPlan:
         targets_G = self.data_set.targets_G[self.split]
         columns = 4 * (len(self.data_set.largest_ids()) + 2)  # int32 ids and an int64 timestamp
+        # What a row group takes at most: a sequence keeps no more behaviours than the users have, and no more than N
+        # for each target.
         bytes_G = sum(
             (columns * np.minimum(self.data_set.behaviors_G, targets_G * cut.length) for cut in self._cuts.values()),
             np.zeros_like(targets_G),
@@ -184,6 +193,7 @@ class HistoryStream:
         """Batches of an epoch from ``step`` on; runs in the prefetch thread."""
         batch_size = self.settings.batch_size
         first_target = step * batch_size
+        # Blocks before the first batch are left out: going on within an epoch reads nothing twice.
         blocks = tuple(block for block in self._plan(epoch).blocks if block.start + block.targets > first_target)
 
         def order(block: Block, samples: HistorySamples) -> NDArray[np.int64]:
@@ -198,13 +208,17 @@ class HistoryStream:
                 yield self._finished(samples, epoch, step)
                 step += 1
         finally:
+            # Now, not when the garbage collector finds the generator: it ends the reader's threads.
             read.close()
+        # A rank with a batch less than others makes the step too, with nothing in it: the others' collectives wait for
+        # it.
         while step < self.steps_per_epoch:
             yield self._finished(self._nothing(), epoch, step)
             step += 1
 
     def _nothing(self) -> HistorySamples:
         """Give no targets and no users, which is what a rank has that has run out before the others."""
+        # Made on the same way as real samples, so that names and dtypes are the same: ranks exchange these columns.
         group = RowGroup.from_table(self.data_set.schema.empty_table(), {})
         return samples_of(group, self._cuts).take(np.zeros(0, np.int64))
 

@@ -23,6 +23,7 @@ _REMOVED_FROM_PYARROW = {
 
 def _import_petastorm() -> ModuleType:
     """Import ``petastorm.reader`` with stand-ins for what pyarrow no longer has; they are gone again afterwards."""
+    # An older pyarrow has them; what is there is not replaced.
     absent = {name: names for name, names in _REMOVED_FROM_PYARROW.items() if name not in sys.modules}
     for name, names in absent.items():
         stand_in = ModuleType(name)
@@ -38,6 +39,8 @@ def _import_petastorm() -> ModuleType:
 class SchemaOnlyDataset:
     """What petastorm's Reader asks of a data set; it learns ``source.schema`` and sees no row groups."""
 
+    # Without common metadata petastorm takes the Arrow schema of the first piece. The ``metadata`` of a piece says that
+    # it has no row groups, so petastorm plans none.
     metadata = common_metadata = partitions = None
 
     def __init__(self, source: Any, **_: object) -> None:
@@ -47,6 +50,7 @@ class SchemaOnlyDataset:
 
 
 _reader: Any = _import_petastorm()
+# The name ``pq`` in petastorm's module alone: pyarrow itself stays as it is.
 _reader.pq = SimpleNamespace(ParquetDataset=SchemaOnlyDataset)
 
 from petastorm.reader import Reader  # noqa: E402
@@ -75,11 +79,14 @@ class StrictThreadPool(ThreadPool):
         while True:
             # Before the counters: once this is true, they do not grow any more.
             ventilated_all = self._ventilator.completed()
+            # Counted over all workers, where petastorm counts by worker: results come in the order of the items, so one
+            # number says how many are done.
             if self._stop_event.is_set() or (ventilated_all and self._finished_items == self._ventilated_items):
                 raise EmptyResultError
             # Item i goes to worker i mod W, and each worker keeps the order of its own items.
             turn = self._results_queues[self._finished_items % self.workers_count]
             try:
+                # Not for ever: neither the end of the ventilation nor a stop from elsewhere wakes a queue.
                 result = turn.get(timeout=0.05)
             except queue.Empty:
                 continue
@@ -87,6 +94,8 @@ class StrictThreadPool(ThreadPool):
                 self._finished_items += 1
                 self._ventilator.processed_item()
             elif isinstance(result, Exception):
+                # Threads are gone before the error goes on: the reader cannot be used any more, and nobody else would
+                # end them.
                 self.stop()
                 self.join()
                 raise result

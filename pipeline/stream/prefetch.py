@@ -33,6 +33,8 @@ class Prefetch(Generic[T]):
 
     def __init__(self, items: Generator[T, None, None], ahead: int) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(ahead)
+        # The thread runs a function that knows the queue and the event alone. One that knew this object would keep it
+        # alive, and it would never be forgotten.
         stop = threading.Event()
         thread = threading.Thread(target=_produce, args=(items, self._queue, stop), name="prefetch", daemon=True)
         # Also runs when the interpreter exits, while threads still can be waited for.
@@ -45,6 +47,7 @@ class Prefetch(Generic[T]):
         return self
 
     def __next__(self) -> T:
+        # Closed: the queue is empty, and nobody fills it.
         if not self._finish.alive:
             raise StopIteration
         began = time.perf_counter()

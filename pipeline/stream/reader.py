@@ -71,6 +71,8 @@ class RowGroupReader(Reader, Generic[R]):
     ) -> None:
         self._count = len(addresses)
         super().__init__(
+            # petastorm's Reader passes its first two arguments, a file system and a path, on to the worker without a
+            # look at them; only our `SchemaOnlyDataset` and our worker ever read the second.
             None,
             _Source(addresses, schema, convert),
             schema_fields=schema.names,
@@ -124,6 +126,7 @@ class _Worker(WorkerBase):
 
     def __init__(self, worker_id: int, publish_func: Callable[[Any], None], args: tuple[Any, ...]) -> None:
         super().__init__(worker_id, publish_func, args)
+        # petastorm's tuple of arguments: the file system, then the path of the data set.
         self._source: _Source[object] = args[1]
         self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
 
@@ -136,18 +139,21 @@ class _Worker(WorkerBase):
         try:
             result = self._source.convert(self._read(self._source.addresses[index]), index)
         except Exception as error:
+            # Raised out of here, petastorm would print its trace to standard error and end this thread.
             result = error
         self.publish_func(result)
 
     def _read(self, address: RowGroupAddress) -> pa.Table:
         try:
             file = self._open(address.path)
+            # A row group a thread: Arrow's own threads would take more cores than the setting ``threads`` allows.
             return file.read_row_group(address.row_group, self._source.schema.names, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{address} cannot be read ({reason}); prepare the data set again") from None
 
     def _open(self, path: Path) -> pq.ParquetFile:
+        # Taken out and put in again below: the order of the dictionary is that of the last use.
         file = self._files.pop(path, None)
         if file is None:
             file = pq.ParquetFile(path, page_checksum_verification=True)

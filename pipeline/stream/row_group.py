@@ -47,8 +47,10 @@ class RowGroup:
         for name in table.column_names:
             if name == "user_id":
                 continue
+            # ``history_item`` is item of history; ``target_history_end`` is history_end of target.
             side, column = name.split("_", 1)
             offset_U, values = _lists(name, table[name])
+            # All columns of a side have the same lists, so one array of offsets stands for all of them.
             if not np.array_equal(offsets.setdefault(side, offset_U), offset_U):
                 raise UserError(f"column {name} has lists of other lengths than the columns beside it")
             largest = largest_ids.get(column)
@@ -80,6 +82,7 @@ def _lists(name: str, column: pa.ChunkedArray) -> tuple[I64, NDArray[Any]]:
     """Offsets, from 0, and values of a list column."""
     array = _array(name, column)
     offset_U = array.offsets.to_numpy().astype(np.int64)
+    # Arrow's ``values`` are those of the whole buffer, also where the array is a slice of it.
     values = array.values.slice(offset_U[0], offset_U[-1] - offset_U[0])
     if values.null_count:
         raise UserError(f"column {name} has nulls in its lists")
@@ -87,6 +90,7 @@ def _lists(name: str, column: pa.ChunkedArray) -> tuple[I64, NDArray[Any]]:
 
 
 def _array(name: str, column: pa.ChunkedArray) -> pa.Array:
+    # A row group that is read alone comes as one chunk, which needs no copy.
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if array.null_count:
         raise UserError(f"column {name} has nulls")

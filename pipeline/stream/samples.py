@@ -58,17 +58,20 @@ class Windows:
             order_T: sorts ``user_T``.
             first_U: where each user begins in that order.
         """
+        # Of each user the one range that covers all of its windows here.
         start_T, end_T = self.start_T[index_T], self.end_T[index_T]
         if len(first_U):
             begin_U = np.minimum.reduceat(start_T[order_T], first_U)
             length_U = np.maximum.reduceat(end_T[order_T], first_U) - begin_U
         else:  # reduceat wants at least one user
             begin_U = length_U = np.zeros(0, np.int64)
+        # Ranges are put one after the other; where each begins, and which old index each behaviour has.
         offset_U = np.zeros(len(first_U) + 1, np.int64)
         np.cumsum(length_U, out=offset_U[1:])
         # How far each user's behaviours move towards the front.
         shift_U = begin_U - offset_U[:-1]
         index_M = np.repeat(shift_U, length_U)
+        # In place: it is the largest array here.
         index_M += np.arange(len(index_M))
         shift_T = shift_U[user_T]
         columns_M = {name: column_M.take(index_M) for name, column_M in self.columns_M.items()}
@@ -107,6 +110,7 @@ class HistorySamples:
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
         """Put parts with different users one after the other."""
+        # Most batches are cut from one block: nothing to copy.
         if len(parts) == 1:
             return parts[0]
         base = np.cumsum([0] + [len(part.user_id_U) for part in parts])
@@ -119,6 +123,7 @@ class HistorySamples:
 
     def take(self, index_T: I64) -> Self:
         """Take some targets, in the order of ``index_T``, with the users and behaviours that they need, each once."""
+        # Users in ascending order, numbered anew; targets stay in the order that was asked for.
         kept_U, user_T = np.unique(self.user_T[index_T], return_inverse=True)
         order_T = np.argsort(user_T, kind="stable")
         first_U = np.searchsorted(user_T[order_T], np.arange(len(kept_U)))
@@ -165,6 +170,7 @@ class SequenceCut:
     def windows(self, group: RowGroup) -> Windows:
         """The sequence of each user in ``group``, and the windows of all its targets."""
         columns_M, offset_U = group.history_M, group.history_offset_U
+        # ``history_end`` is counted within the user's history, indices here in the flat array of all users.
         end_T = offset_U[:-1][group.user_T] + group.target_T["history_end"]
         if self.allowed:
             kept_M = np.logical_and.reduce([allowed[columns_M[name]] for name, allowed in self.allowed.items()])

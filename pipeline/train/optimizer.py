@@ -15,6 +15,8 @@ class DenseOptimizer(KeyedOptimizerWrapper):
     """Adam or AdamW over the parameters of a model outside of its tables, which learn in the backward pass."""
 
     def __init__(self, model: nn.Module, settings: DenseSettings) -> None:
+        # TorchRec's filter leaves out the tables: they carry a mark that an optimizer is fused into their backward
+        # pass, and they never have a ``.grad`` to make a step with.
         kind = {"adam": Adam, "adamw": AdamW}[settings.optimizer]
         super().__init__(
             dict(in_backward_optimizer_filter(model.named_parameters())),
@@ -34,10 +36,15 @@ class DenseOptimizer(KeyedOptimizerWrapper):
     def step(self, closure: Any = None) -> None:
         """Clip the gradients, set the learning rate of this step, and make it."""
         self._steps += 1
+        # Set here from the count of steps, not by a scheduler: the count comes back with Adam's state, so a checkpoint
+        # needs no state of a scheduler besides.
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
         limit = self._settings.clip_norm
+        # DistributedDataParallel has averaged the gradients over ranks by now: the norm, and so the clipping, is the
+        # same on all.
         gradients = [weight.grad for weight in self.params.values() if weight.grad is not None]
+        # Measured without clipping too: it is reported, and a norm that is not finite stops the run (`agree`).
         self.gradient_norm = nn.utils.get_total_norm(gradients)
         if limit is not None:
             nn.utils.clip_grads_with_norm_(self.params.values(), limit, self.gradient_norm)
@@ -53,5 +60,7 @@ class DenseOptimizer(KeyedOptimizerWrapper):
 
         Parameters change: load them afterwards.
         """
+        # Adam makes its state lazily, and TorchRec's optimizers refuse to load into one that has none. The step that
+        # makes it has gradients of zero, but weight decay still moves the parameters.
         self.init_state()
         self.zero_grad()

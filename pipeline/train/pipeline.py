@@ -73,10 +73,14 @@ def agree(step: int, output: StepOutput, gradient_norm: Tensor, stop: bool) -> A
     """
     device = output.loss.device
     sound = torch.isfinite(output.loss) & torch.isfinite(gradient_norm)
+    # float64 holds counts exactly up to 2^53. One small vector, because the cost of the exchange is its latency.
     numbers = torch.tensor([0, output.targets, stop, 0], dtype=torch.float64, device=device)
+    # A loss that is nan would make the sum nan, and no rank could tell whose it was: it counts as 0, and the fault is
+    # counted beside it.
     numbers[0], numbers[3] = torch.where(sound, output.loss, 0), ~sound
     dist.all_reduce(numbers)
     loss, targets, stops, faults = numbers.tolist()
+    # The sum is the same on all ranks, so all of them go into the gather in there, and none goes on alone.
     if faults:
         _raise(step, output, bool(sound))
     return Agreement(loss / dist.get_world_size(), int(targets), stops > 0)
@@ -129,14 +133,19 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
         """
         if not self._connected:
             self._connect(dataloader_iter)
+        # What the step before has prepared: the batch is on the device, or on its way there, and its ids are with the
+        # shards.
         batch, handle = self._cur_batch, self._handle
         if batch is None:
             raise StopIteration
         next_batch = self._next_batch(dataloader_iter)
         self._optimizer.zero_grad()
+        # On a GPU the current stream waits for the copy here; on a CPU there is nothing to wait for.
         self._wait_for_batch(batch)
         output: StepOutput
         loss, output = self._model(batch, handle, row_hook)
+        # Between forward and backward on every rank: collectives must come in the same order on all of them. Either all
+        # have a next batch or none has, because an epoch has the same number of steps for every rank.
         self._cur_batch, self._handle = next_batch, None
         if next_batch is not None:
             self._copy_batch_to_gpu(next_batch)
@@ -153,9 +162,12 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
 
     def _start_search(self) -> SearchHandle | None:
         """Start the search of the batch that was just copied, where shards search; elsewhere `forward` does it all."""
+        # `_copy_batch_to_gpu` has put the copy into ``_cur_batch``. The search must be started with that very object,
+        # which is the one that `forward` will be given.
         assert self._cur_batch is not None
         if not self._ctr_model.searches_on_shards:
             return None
         if self._ids_stream is not None and self._memcpy_stream is not None:
+            # The ids that are sent are those of the copy, which must be complete before.
             self._ids_stream.wait_stream(self._memcpy_stream)
         return self._ctr_model.start_search(self._cur_batch, self._ids_stream)

@@ -55,6 +55,7 @@ class TrainingProgress:
         self._samples += targets
         self._loss = loss
         self._progress.advance()
+        # However lately a line was logged: the log of a run ends with its last step.
         if self._step == self._steps:
             self._progress.log()
 
@@ -69,6 +70,7 @@ class TrainingProgress:
         self._validation = f", validation AUC {auc:.4f}"
         self._progress.pause(seconds)
         if self._progress.logs:
+            # A live line shows the validation by itself; only a log needs a line of its own.
             best = ", the best so far" if better else ""
             _LOGGER.info("step %d/%d%s%s", self._step, self._steps, self._validation, best)
 
@@ -108,7 +110,10 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, step: int, documents: dict[str, str]) -> None:
+        # TensorBoard hides the points of ``purge_step`` and after. What a killed run has written beyond its checkpoint
+        # is still in the event files of that start, which nobody changes.
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0, flush_secs=15)
+        # The documents were written at step 0, which is never purged: once is enough.
         if not step:
             for name, content in documents.items():
                 self._writer.add_text(name, "".join(f"    {line}\n" for line in content.splitlines()), 0)
@@ -143,11 +148,13 @@ class TensorBoard:
             self._scalar(f"learning_rate/{name}", rate, step)
         for name, norm in norms.items():
             self._scalar(f"gradient_norm/{name}", norm, step)
+        # Each point tells the speed since the one before it.
         self._began, self._samples, self._waited_s = now, 0, waited_s
 
     def validation(self, step: int, evaluation: Evaluation, scores: ScoreDistribution, seconds: float) -> None:
         """Add a validation, which took ``seconds``."""
         for name, value in asdict(evaluation).items():
+            # Counts of samples and users are the same each time; the metrics are the floats.
             if isinstance(value, float):
                 self._scalar(f"validation/{name}", value, step)
         self._scalar("speed/validation_s", seconds, step)
@@ -186,6 +193,8 @@ class RunReport:
         self._run, self._step, self._steps, self._written = run, step, steps, time.monotonic()
         self._progress = self._open.enter_context(TrainingProgress(step, steps, self._speaks))
         if self._speaks:
+            # Made in this order, closed in the reverse one: the progress file is written first, with the last step,
+            # even if a log or TensorBoard then cannot be closed.
             self._losses, self._validations = StepLog(run.losses, step), StepLog(run.validations, step)
             self._open.callback(self._losses.close)
             self._open.callback(self._validations.close)

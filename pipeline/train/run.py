@@ -55,9 +55,13 @@ def train(
     """
     run = RunFolder(folder)
     with ExitStack() as stack:
+        # Before anything slow: a signal while the model is built is not lost, the run saves and ends after its first
+        # step.
         stop = stack.enter_context(StopSignal())
         data_set = DataSet.open(data)
         if dist.get_rank() == 0:
+            # One rank holds the lock for all of them. No other reads the folder before it is held, or an earlier job
+            # could still write a checkpoint while this one looks for the last.
             stack.enter_context(run.locked())
         dist.barrier()
         resumed = _checkpoint_to_resume(run, settings, data_set)
@@ -65,17 +69,24 @@ def train(
         if tested is not None:
             _LOGGER.info("%s: finished already, at step %d; see %s", folder, tested["steps"], run.test_file)
             return tested
+        # For what a rank draws by itself. The first weights and the order of the data come from keys of the seed alone,
+        # so that they do not depend on the number of ranks.
         seed_all(settings.seed + dist.get_rank())
         model = sharded_model(settings, data_set.manifest, device, read_plan(plan) if plan else None)
+        # All three splits at once: a split without targets is refused now, not after the training.
         streams = {split: stack.enter_context(_stream(data, split, settings, device)) for split in SPLITS}
         trainer = Trainer(settings, model, streams["train"], streams["validation"], device)
+        # A fresh run draws its weights; a resumed one takes them, the optimizers' state and its place in the data from
+        # the checkpoint.
         if resumed is None:
             initialize(model, settings.seed)
         else:
             trainer.resume(resumed.path)
+            # An epoch that is begun counts: it cannot be taken back.
             _refuse_fewer_epochs(run, settings.epochs, trainer.epoch + (trainer.step_of_epoch > 0), trainer.step)
         starts = run.starts()
-        dist.barrier()  # all have looked for the test before it goes, and read the starts before there is one more
+        # Every rank must have read test.json and job.json before rank 0 removes the one and rewrites the other.
+        dist.barrier()
         documents = {run.settings_file.name: settings_text(settings), run.plan_file.name: plan_text(model.plan)}
         if dist.get_rank() == 0:
             run.begin(documents, data, data_set.fingerprint, data_set.dictionaries())
@@ -87,6 +98,8 @@ def train(
             checkpoints = stack.enter_context(CheckpointWriter(run.checkpoints, settings.checkpoint.keep, documents))
             with RunReport(run, trainer.step, trainer.steps, documents) as report:
                 trainer.train(checkpoints, report, stop)
+            # The other ranks know only that their parts are written. Rank 0 names the checkpoint after that, and
+            # `_test` would otherwise miss the last one.
             dist.barrier()
             if not trainer.done:
                 _LOGGER.info(
@@ -155,11 +168,13 @@ def _stream(data: Path, split: str, settings: TrainSettings, device: torch.devic
 def _test(
     run: RunFolder, model: DistributedModelParallel, steps: int, stream: HistoryStream, device: torch.device
 ) -> dict[str, Any]:
+    # The parameters alone: nothing is trained any more, so optimizers and random states may stay as they are.
     checkpoint = choose_checkpoint(run, "best")
     load_model(model, checkpoint.path)
     evaluation = evaluate(model, stream, device).compute()
     result = {**as_document(evaluation), "steps": steps, "checkpoint_step": checkpoint.step}
     if dist.get_rank() == 0:
+        # Its presence is what "finished" means to everyone who looks, so it comes after all that it tells of.
         write_whole(run.test_file, json.dumps(result, indent=1) + "\n")
     return result
 

@@ -28,6 +28,7 @@ from schemas.train import TrainSettings
 def seed_all(seed: int) -> None:
     """Seed the random number generators of Python, numpy and torch."""
     random.seed(seed)
+    # numpy takes 32 bits and no sign.
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
@@ -73,6 +74,7 @@ class StopSignal:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
         if number == signal.SIGINT:
+            # For a person who does not want to wait for the step and the checkpoint.
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -101,6 +103,7 @@ class Trainer(Stateful):
         self.best = -math.inf
         """The best validation's metric."""
         self._validation = validation
+        # The tables need none: TorchRec has fused theirs into the backward pass.
         self._optimizer = DenseOptimizer(model, settings.dense)
         # It takes the next batch while a step runs, so the place in the data is counted here, not by the stream.
         self._pipeline = SearchPrefetchPipeline(model, self._optimizer, device)
@@ -108,6 +111,8 @@ class Trainer(Stateful):
     @property
     def steps(self) -> int:
         """Steps at the end of training."""
+        # Counted from the start of the present epoch: epochs that are done keep the number of steps that they had, also
+        # if the number of ranks has changed since.
         return self.step - self.step_of_epoch + (self.settings.epochs - self.epoch) * self.stream.steps_per_epoch
 
     @property
@@ -126,10 +131,14 @@ class Trainer(Stateful):
         """
         batches = iter(self.stream)
         while not self.done:
+            # Of the step that is about to be made: hooks must be there when its forward pass runs. All ranks measure
+            # the same steps, because the norms are summed over ranks.
             norms = GradientNorms() if (self.step + 1) % self.settings.log_every == 0 else None
             try:
                 output = self._pipeline.progress(batches, norms)
             except StopIteration:
+                # The stream has gone on to the next epoch by itself; the pipeline would say for ever that its data are
+                # used up.
                 self._pipeline.reset()
                 batches = iter(self.stream)
                 continue
@@ -138,12 +147,16 @@ class Trainer(Stateful):
             self._report(report, agreed, norms)
             # Items are seen a second time from the next epoch on: models often are at their best right before.
             due = self._is_due(self.settings.validation.every) or self.step_of_epoch == 0
+            # The validation comes before the checkpoint: its score is saved with the very weights that it has measured.
             better = due and self._validate(report)
             if better or agreed.stop or self._is_due(self.settings.checkpoint.every):
+                # The logs first: what they have beyond the checkpoint is cut off when the run goes on, but what they
+                # lack is never written again.
                 report.flush()
                 checkpoints.save(self.state_dict(), self.step, self.best if better else None)
             if agreed.stop:
                 break
+            # A checkpoint that failed in the background (a full disk) ends the run now, not when the next one is due.
             checkpoints.check()
         checkpoints.wait()
 
@@ -187,8 +200,11 @@ class Trainer(Stateful):
             "model": self.model.state_dict(),
             "table_optimizer": self.model.fused_optimizer.state_dict(),
             "dense_optimizer": self._optimizer.state_dict(),
+            # The stream's own place would be a batch too far: it is that of the batch which the pipeline already holds.
             "stream": {**self.stream.state_dict(), "epoch": self.epoch, "step": self.step_of_epoch},
             "progress": {"step": self.step, "best": self.best},
+            # Under a name of its own for each rank: torch.distributed.checkpoint takes values of one name on several
+            # ranks for copies, and keeps one.
             "random": {str(dist.get_rank()): random_state()},
         }
 
@@ -198,12 +214,15 @@ class Trainer(Stateful):
         Raises:
             ValueError: it is of another data set, or within an epoch of another number of ranks.
         """
+        # First, because it refuses a state of other data or other settings.
         self.stream.load_state_dict(state_dict["stream"])
         self.model.load_state_dict(state_dict["model"])
         self.model.fused_optimizer.load_state_dict(state_dict["table_optimizer"])
         self._optimizer.load_state_dict(state_dict["dense_optimizer"])
         self.epoch, self.step_of_epoch = self.stream.epoch, self.stream.step
         self.step, self.best = state_dict["progress"]["step"], state_dict["progress"]["best"]
+        # FBGEMM counts the steps beside the optimizers' state (Adam corrects its moments by the count), so no state
+        # brings it back.
         self.model.fused_optimizer.set_optimizer_step(self.step)
         for states in state_dict["random"].values():
             set_random_state(states)
@@ -214,6 +233,7 @@ class Trainer(Stateful):
         Raises:
             ValueError: it is of another model, another data set, or within an epoch of another number of ranks.
         """
+        # Before `state_dict`: a checkpoint is loaded into tensors that are there.
         self._optimizer.prepare_to_load()
         state = self.state_dict()
         if not any(key.startswith(f"random.{dist.get_rank()}.") for key in keys_in(checkpoint)):
