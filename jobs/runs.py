@@ -3,16 +3,19 @@
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from jobs.options import Json, console_for_tables
 
-SEARCHES = {
+if TYPE_CHECKING:
+    from embeddings.model import SearchPlace
+
+SEARCHES: "dict[SearchPlace, str]" = {
     "shard": "by score, on the shards of the tables",
-    "locally": "by score, on the rank of the sample",
+    "local": "by score, on the rank of the sample",
     "ids": "by category or by time, without embeddings",
     "none": "none, the whole history is pooled",
 }
@@ -88,7 +91,7 @@ def models(
         for name, model in MODELS.items()
     ]
     wide = max(len(str(row["name"])) for row in rows)
-    for row in rows:
-        print(f"{row['name']:{wide}}  {row['summary']}; search: {SEARCHES[str(row['searched'])]}")
+    for row, model in zip(rows, MODELS.values(), strict=True):
+        print(f"{row['name']:{wide}}  {row['summary']}; search: {SEARCHES[model.searched]}")
     if json:
         print(dumps({"models": rows}))
