@@ -66,13 +66,16 @@ def test_unshuffled_plan_is_the_order_of_the_files() -> None:
 
 
 @quick
-@given(st.lists(st.integers(1, 9), max_size=12), st.none() | st.integers(1, 5), st.integers(0, 3))
+@given(st.lists(st.integers(1, 9) | st.integers(20, 60), max_size=12), st.none() | st.integers(1, 5), st.integers(0, 3))
 def test_shuffled_order_deals_out_users(counts: list[int], together: int | None, epoch: int) -> None:
     user_T = np.repeat(np.arange(len(counts)), counts)
     order_T = shuffled_order(user_T, together, seed=1, epoch=epoch, block=0)
     assert sorted(order_T.tolist()) == list(range(len(user_T)))
     positions_U = [np.flatnonzero(user_T[order_T] == user).tolist() for user in range(len(counts))]
     if together is None:
+        for user in range(len(counts)):
+            of_user = order_T[positions_U[user]].tolist()
+            assert of_user == sorted(of_user), "the order of the files"
         assert all(positions == list(range(positions[0], positions[-1] + 1)) for positions in positions_U)
         return
     # At any moment, of every user the same share of chunks has been dealt out, to within a chunk.

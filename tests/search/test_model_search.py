@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embeddings.search.topk import cpu, cpu_kernel, reference
+from embeddings.search.topk import cpu, cpu_kernel, keys, reference
 from embeddings.search.topk.api import TopKImplementation, top_k
 from embeddings.search.topk.inputs import TopKInputs
 from tests.top_k_inputs import DTYPES, assert_same, searches
@@ -146,6 +146,37 @@ def test_tensors_need_not_be_contiguous(implementation: TopKImplementation) -> N
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_queries_may_have_half_precision(implementation: TopKImplementation, dtype: torch.dtype) -> None:
+    search = one_search(query_TD=torch.tensor([[0.5, -1.5, 2.0]], dtype=dtype))
+    assert_same(top_k(search, implementation), by_hand(replace(search, query_TD=search.query_TD.float())))
+
+
+def test_a_cpus_rows_are_searched_by_the_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = []
+    monkeypatch.setattr(cpu_kernel, "search", lambda *arguments: searched.append(arguments))
+    top_k(one_search())
+    assert searched
+    searched.clear()
+    top_k(one_search(), TopKImplementation.REFERENCE)
+    assert not searched
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20), st.integers(0, 1000))
+@settings(max_examples=200, deadline=None)
+def test_keys_keep_every_bit_of_a_score(scores: list[float], start: int) -> None:
+    score_TC = torch.tensor([scores])
+    column_C = torch.arange(len(scores))
+    key_TC = keys.ordered(score_TC, column_C)
+    score_TK, index_TK = keys.decoded(key_TC, torch.tensor([start]), len(scores) + 1)
+    assert torch.equal(score_TK[:, :-1], score_TC + 0.0)
+    assert index_TK.tolist() == [[*range(start, start + len(scores)), -1]]
+    assert score_TK[0, -1] == -math.inf
+    order_C = sorted(range(len(scores)), key=lambda column: (-scores[column], column))
+    assert key_TC[0].argsort(descending=True).tolist() == order_C
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradients_stop(implementation: TopKImplementation) -> None:
     search = one_search(rows_RD=torch.randn(4, 3, requires_grad=True), query_TD=torch.randn(1, 3, requires_grad=True))
     assert not top_k(search, implementation)[0].requires_grad
@@ -165,6 +196,8 @@ def test_gradients_stop(implementation: TopKImplementation) -> None:
         ("additive_W: 3 scores, but the windows have 4 behaviours together", {"additive_W": torch.zeros(3)}),
         ("query_TD: dim 5, but the rows have dim 3", {"query_TD": torch.ones(1, 5)}),
         ("query_TD: must have 2 dimensions", {"query_TD": torch.ones(3)}),
+        (r"ids_M: must have 1 dimensions \(not 2\)", {"ids_M": torch.zeros(4, 1, dtype=torch.int64)}),
+        (r"additive_W: must have 1 dimensions \(not 2\)", {"additive_W": torch.zeros(4, 1)}),
         ("targets: 1 queries, but 1 starts and 2 ends", {"end_T": torch.tensor([4, 4])}),
         (r"rows_RD: must be float32 or .* \(not float64\)", {"rows_RD": torch.zeros(4, 3).double()}),
         (r"ids_M: must be int32 or int64 \(not float32\)", {"ids_M": torch.zeros(4)}),

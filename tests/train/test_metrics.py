@@ -245,6 +245,12 @@ def test_distribution_for_tensorboard(tmp_path: Path) -> None:
             below = [np.count_nonzero(mine <= limit) for limit in limits]
             assert np.cumsum(histogram["bucket_counts"]).tolist() == below
             assert len(limits) <= 130
+            quarters = [limit for limit in limits if abs(limit) <= 16]
+            assert quarters == [quarter / 4 for quarter in range(round(4 * quarters[0]), round(4 * quarters[-1]) + 1)]
+            assert all(limit == np.finfo(np.float64).max for limit in limits[len(quarters) :])
+        assert {counts.dtype for name, counts in outcome.pr_curve.items() if name.endswith("counts")} == {
+            np.dtype("int64")
+        }
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_pr_curve_raw("curve", **outcomes[0].pr_curve)
         for name, histogram in outcomes[0].histograms.items():
