@@ -33,6 +33,8 @@ class _Tensors:
         assert is_dataclass(self)
         return type(self)(**{field.name: apply(getattr(self, field.name)) for field in fields(self)})
 
+    # What TorchRec's pipelines want of a batch (`torchrec.streamable.Pipelineable`), and `pin_memory` for those who
+    # copy it.
     def to(self, device: torch.device, non_blocking: bool = False) -> Self:
         """Copy all tensors to ``device``; TorchRec's train pipelines call it."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -48,6 +50,7 @@ class _Tensors:
             tensor.record_stream(stream)
             return tensor
 
+        # What it returns is dropped: the tensors are the same, only the allocator knows more of them.
         self._map(record)
 
 
@@ -100,6 +103,7 @@ class Batch(_Tensors, Pipelineable):
         """Number of targets; 0 on a rank that has run out before the others."""
         return len(self.item_T)
 
+    # It writes into ``__dict__`` itself, so it may, though the dataclass is frozen.
     @cached_property
     def users(self) -> int:
         """Number of users."""
@@ -141,6 +145,8 @@ class Selection:
     def everything(cls, history: History) -> Self:
         """Select all behaviours of each window, in time order, padded to N."""
         length_T = history.end_T - history.start_T
+        # The longest window of this batch, not the N of the settings: padding costs rows in every step that follows. On
+        # a GPU the host waits here.
         longest = int(length_T.max()) if len(length_T) else 0
         column_N = torch.arange(longest, device=length_T.device)
         valid_TN = column_N < length_T[:, None]

@@ -111,9 +111,13 @@ def behavior_row(feature: Feature, batch: Batch, history: History, index_X: Tens
     """
     if feature == "position":
         # Counted back from the target: 1 is the latest behaviour of its window.
+        # At most N, as a window is no longer, so the table needs N + 1 rows. For padding it means nothing; callers mask
+        # it.
         return history.end_T[target_X] - index_X
     if feature == "interval":
+        # Computed rather than sent: a pair has a time between, a behaviour and a target have only their own.
         return interval_bucket(batch.timestamp_T[target_X] - gather_or_zeros(history.timestamp_M, index_X))
+    # These two belong to the behaviour alone. They are small tables, so they are treated as the other cross features.
     column_M = history.behavior_type_M if feature == "behavior" else history.scene_M
     if column_M is None:
         raise UserError(f"model.features: {feature} is not in the histories of {batch.origin}")
@@ -138,6 +142,7 @@ def target_rows(batch: Batch, tables: Mapping[Feature, Tensor]) -> dict[Feature,
     rows: dict[Feature, Tensor] = {}
     for feature, rows_Rd in tables.items():
         row_T = target_row(feature, batch)
+        # `expand` copies nothing, and its backward pass adds up the gradients of all targets into the one row.
         rows[feature] = rows_Rd[TARGET_ROW].expand(len(batch), -1) if row_T is None else embedding(row_T, rows_Rd)
     return rows
 
@@ -156,6 +161,8 @@ def selected_rows(
     target_T1 = torch.arange(len(batch), device=selected.index_TK.device)[:, None]
     rows: dict[Feature, Tensor] = {}
     for feature, rows_Rd in tables.items():
+        # Padding has index 0, which seen from its target may be a position that the table does not have: so rows are
+        # masked before they are looked up.
         row_TK = behavior_row(feature, batch, history, selected.index_TK, target_T1)
         rows[feature] = embedding(torch.where(selected.valid_TK, row_TK, 0), rows_Rd)
     return rows

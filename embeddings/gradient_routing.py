@@ -44,14 +44,22 @@ def normalized(attention: Gradients, representation: Gradients, ids: Ids) -> Gra
     The norms are of the gradients of whole tables over the global batch: what comes to a row from several places is
     added up first. Where attention has none, nothing is scaled.
     """
+    # In float64: squares of small gradients, of all rows of a table, are added up, and float32 would lose the small
+    # ones.
     squares = []
     for table in attention:
         both_X2d = torch.stack([torch.cat(side[table]) for side in (attention, representation)], dim=1).double()
+        # Rows by id: the same row may have been looked up several times, here and on other ranks, and its gradient is
+        # the sum.
         if table in ids:
             squares.append(_added_by_id(torch.cat(ids[table]), both_X2d).square().sum((0, 2)))
         else:
+            # All rows of a small table: each rank has its part of every row's gradient. After the sum all ranks have
+            # the same norm, which the next line adds up over ranks, so each contributes its share of it.
             squares.append(sum_over_ranks(both_X2d).square().sum((0, 2)) / ranks())
+    # All tables in one all-reduce.
     of_attention, of_representation = sum_over_ranks(torch.stack(squares)).sqrt().unbind(1)
+    # It stays on the device; a branch would have to wait for it.
     scale = torch.where(of_attention > 0, of_representation / of_attention, 1).float()
     scaled = {}
     for (table, parts), factor in zip(attention.items(), scale, strict=True):
@@ -71,6 +79,7 @@ def _added_by_id(id_L: Tensor, gradient_L2d: Tensor) -> Tensor:
     group = dist.group.WORLD
     assert group is not None
 
+    # In the order of their owners, as an all-to-all wants its parts.
     def send(wanted_S: Tensor) -> ColumnsAllToAll:
         sent, received = count_S.tolist(), wanted_S.tolist()
         return ColumnsAllToAll(group, [Column(values[order_U], sent, received) for values in (id_U, gradient_U2d)])
@@ -80,6 +89,7 @@ def _added_by_id(id_L: Tensor, gradient_L2d: Tensor) -> Tensor:
 
 def _sums(id_L: Tensor, gradient_L2d: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct ids, (U,), and the sum of each one's gradients, (U, 2, d)."""
+    # The sum over a row's uses comes before the norm: the norm of a sum is not that of its parts.
     id_U, slot_L = id_L.unique(return_inverse=True)
     return id_U, gradient_L2d.new_zeros(len(id_U), *gradient_L2d.shape[1:]).index_add(0, slot_L, gradient_L2d)
 
@@ -90,11 +100,14 @@ class _SplitGradients(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, combine: Combine, tables: list[str], ids: Ids, *rows: Tensor) -> tuple[Tensor, ...]:
         context.combine, context.tables, context.ids = combine, tables, ids
+        # Two views of every part: no row is copied, and each view has a gradient of its own.
         return tuple(part.view_as(part) for part in (*rows, *rows))
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # The first half came back from attention, the second from representation. By table, since a table may have been
+        # read for targets and for several sequences.
         count = len(context.tables)
         sides: list[dict[str, list[Tensor]]] = []
         for side in (gradients[:count], gradients[count:]):
@@ -102,6 +115,7 @@ class _SplitGradients(torch.autograd.Function):
             for table, part in zip(context.tables, side, strict=True):
                 by_table.setdefault(table, []).append(part)
             sides.append(by_table)
+        # Back to the flat order in which `forward` was given the parts.
         combined = {table: iter(parts) for table, parts in context.combine(*sides, context.ids).items()}
         return (None, None, None, *(next(combined[table]) for table in context.tables))
 
@@ -116,6 +130,7 @@ def split_gradients(rows: BatchRows, combine: Combine) -> tuple[BatchRows, Batch
     Returns:
         The rows for attention, and the rows for representation.
     """
+    # Tables that are looked up by id; those without ids gave all their rows.
     parts, ids = rows.parts(), dict[str, list[Tensor]]()
     for part in parts:
         if part.id_L is not None:
@@ -161,6 +176,8 @@ class GradientNorms:
         weights: Sequence[Tensor | None],
         gradient: Tensor,
     ) -> None:
+        # A hook runs within the backward pass, where gradients are off. Detached rows end the small graph that is made
+        # here.
         with torch.enable_grad():
             leaves = [part.map(lambda tensor: tensor.detach().requires_grad_()) for part in rows]
             tensors = [
@@ -172,8 +189,11 @@ class GradientNorms:
         for row_gradient, (_, weight_TK) in zip(gradients, tensors, strict=True):
             if row_gradient is None:
                 continue
+            # One square for each target: of its own row, or of all K rows of its behaviours.
             square = torch.linalg.vector_norm(row_gradient.flatten(1), dim=1, dtype=torch.float64).square()
             if weight_TK is not None:
+                # The gradient of ``e_k`` is ``w_tk g_t``, so the squares of all K are ``sum_k w_tk^2`` times that of
+                # ``g_t``.
                 square = square * weight_TK.detach().double().square().sum(1)
             self._squares[role] = self._squares.get(role, torch.zeros_like(square[:0].sum())) + square.sum()
 

@@ -30,14 +30,19 @@ def initialize(model: nn.Module, seed: int) -> None:
         model: a `CtrModel`, or the `DistributedModelParallel` around one; every rank fills the rows that it has.
         seed: decides all values.
     """
+    # Without the wrappers the names are those of the plain model, and so are the seeds that are made of them.
     inner = get_unwrapped_module(model)
     for name, module in inner.named_modules():
         if isinstance(module, nn.Linear):
+            # Drawn on the CPU and copied, so that a GPU starts from the same values.
             module.weight.copy_(torch.randn(module.weight.shape, generator=_generator(seed, name)) * INITIAL_DEVIATION)
             if module.bias is not None:
+                # The range of `torch.nn.Linear.reset_parameters`.
                 bound = module.in_features**-0.5
                 drawn = torch.rand(module.bias.shape, generator=_generator(seed, name, "bias"))
                 module.bias.copy_((2 * drawn - 1) * bound)
+    # The state, not the parameters: there a table has the same name whether it is sharded or not, and a sharded one
+    # says which of its rows are here.
     for name, value in inner.state_dict().items():
         if ".embedding_bags." in name:
             for rows, first_row, table_rows, first_column, dim in _shards(value):
@@ -56,6 +61,8 @@ def _shards(value: Tensor | ShardedTensor) -> Iterator[tuple[Tensor, int, int, i
 
 
 def _fill(rows_Rd: Tensor, seed: int, name: str, first_row: int, table_rows: int, first_column: int, dim: int) -> None:
+    # Blocks that this shard has a part of. One of them may begin before it and is drawn whole all the same, because a
+    # generator cannot start in the middle.
     last_row, columns = first_row + len(rows_Rd), slice(first_column, first_column + rows_Rd.shape[1])
     for block in range(first_row // BLOCK_ROWS, -(-last_row // BLOCK_ROWS)):
         start, end = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, table_rows)
@@ -65,5 +72,6 @@ def _fill(rows_Rd: Tensor, seed: int, name: str, first_row: int, table_rows: int
 
 
 def _generator(*key: object) -> Generator:
+    # Python's own `hash` of strings differs from process to process.
     digest = hashlib.sha256(repr(key).encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))

@@ -78,17 +78,21 @@ class CtrModel(nn.Module):
         self.settings = settings.model_copy(update={"features": kept})
         if self.needs_categories and "category" not in kept:
             raise UserError(f"model.features: {settings.name} searches by category; add category to the features")
+        # With one category every behaviour matches, so the search would be `latest` under another name.
         if self.needs_categories and sizes.categories < 2:
             raise UserError(
                 f"model.name: {settings.name} searches by category, and these data have {sizes.categories} of them; "
                 "choose another model"
             )
+        # The auxiliary loss trains attention on behaviours that the search left out; here it leaves out none.
         if self.attends_all and settings.auxiliary_loss:
             raise UserError(
                 f"model.auxiliary_loss: {settings.name} predicts from the whole history already; set it to false"
             )
         self.tables = Tables(self.settings, sizes, self.roles.sets(settings), table_device)
         self.sizes = sizes
+        # In this order: the dims of what is represented may depend on the model's own modules (`TwinProjection`), and
+        # the width of the prediction depends on those dims.
         self.scoring = self.make_scoring()
         self.make_modules()
         self.prediction = MLP(self._inputs(self.heads), settings.hidden)
@@ -118,6 +122,8 @@ class CtrModel(nn.Module):
         Raises:
             UserError: the batch lacks a sequence or a feature of the settings, or has windows longer than N.
         """
+        # The check brings figures to the host, which waits for its stream alone: on a stream of its own it does not
+        # wait for the step that is still running.
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             check_bounds(batch, self.sizes)
         if not self.searches_on_shards:
@@ -137,7 +143,9 @@ class CtrModel(nn.Module):
             The selection of each sequence, in the order of ``model.retrieved``.
         """
         if handle is None:
+            # Not on the shards: the rows of all behaviours come to this rank, or none are needed at all.
             return self.search_locally(batch, cross)
+        # The same object, not an equal one: the handle's indices point into the histories that were sent.
         assert handle.batch is batch, "the search of another batch"
         return handle.finish(cross[self.roles.target_attention], cross[self.roles.history_attention])
 
@@ -162,7 +170,9 @@ class CtrModel(nn.Module):
 
     def attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:
         """Weights of the chosen behaviours, (T, K) or (T, H, K), from the attention rows of target and behaviours."""
+        # Scored again, because the search's scores have no gradient and may have been rounded on their way.
         score_TK = self.scoring(target, behaviors)
+        # A cluster of n behaviours weighs as n of its kind would: ``exp(s + log n) = n exp(s)`` (TWIN-V2).
         if chosen.log_count_TK is not None:
             score_TK = score_TK + chosen.log_count_TK
         return attention_weights(score_TK, chosen.valid_TK)
@@ -201,6 +211,7 @@ class CtrModel(nn.Module):
     @property
     def searches_on_shards(self) -> bool:
         """Whether the model can, the settings want it, and the tables are sharded."""
+        # Of class, settings and plan, none of which differs between ranks: so all ranks take the same way.
         wanted = self.searched == "shard" and self.settings.search == "shard"
         return wanted and self.tables.row_wise(self.roles.history_attention)
 
@@ -213,6 +224,8 @@ class CtrModel(nn.Module):
     def could_pool_on_shards(self) -> bool:
         """Whether representation has one set of tables of its own, whose rows are pooled as they are."""
         attention, representation = self.roles.attention, self.roles.representation
+        # A shard sums rows as they are. With a map or a norm between, or where attention needs the same rows on this
+        # rank in any case, they travel and are pooled here.
         plain = type(self).represent is CtrModel.represent and type(self).pool is CtrModel.pool
         return plain and len(representation) == 1 and not attention & representation
 
@@ -231,15 +244,22 @@ class CtrModel(nn.Module):
         """
         if handle is None:
             handle = self.start_search(batch)
+        # From here on every rank enters the same collectives in the same order: cross tables, search, lookups, pooling,
+        # batch normalisation. In the backward pass they come in the reverse order, which autograd makes the same on all
+        # ranks.
         cross = self.tables.cross_rows(batch.item_T.device)
+        # Evaluation needs the main prediction alone.
         predicts_twice = self.auxiliary is not None and self.training
         looks_up_all = predicts_twice or self.attends_all
+        # With all behaviours looked up, those selected and the whole history are taken from one lookup.
         sequences = self.settings.retrieved if looks_up_all else ()
         everything = {sequence: Selection.everything(batch.histories[sequence]) for sequence in sequences}
         selected = everything if self.attends_all else self.search(batch, cross, handle)
         rows = self._look_up(batch, cross, selected, looks_up_all)
+        # Twice the same rows, except in models that look at the gradients of both roles before they are added.
         attention_rows, representation_rows = self.split_gradients(rows)
 
+        # Equation 1 of DARE, over the K that were kept; then ``h = sum_i w_i (e_i * v_t)`` and the prediction.
         weights = self._attend(attention_rows, selected, self.attention, row_hook)
         if self.pools_on_shards:
             input_TI = self._pool_on_shards(batch, cross, selected, weights, row_hook)
@@ -249,12 +269,15 @@ class CtrModel(nn.Module):
         if not predicts_twice:
             return Prediction(logit_T)
 
+        # The second prediction: the same tables, but the whole history and an MLP of its own.
         assert self.auxiliary is not None
         weights = self._attend(attention_rows, everything, self.auxiliary_attention, row_hook)
         input_TI = self._pool_locally(representation_rows, everything, weights, row_hook)
         return Prediction(logit_T, self.auxiliary(input_TI))
 
     def _inputs(self, heads: int) -> int:
+        # Counted as `_prediction_input` concatenates: the target's inherent rows once, then for each sequence its cross
+        # rows, the pooled history of each head, and with TR its product with the target.
         inherent, cross = 0, 0
         for feature, dim in self.represented_dims().items():
             inherent, cross = (inherent + dim, cross) if feature in INHERENT else (inherent, cross + dim)
@@ -271,6 +294,7 @@ class CtrModel(nn.Module):
     ) -> BatchRows:
         """The rows that come to this rank, with gradient: representation's only if they are pooled here."""
         target_sets, history_sets = {self.roles.target_attention}, {self.roles.history_attention}
+        # Pooled on the shards, representation rows have a lookup of their own, which includes the targets.
         if not self.pools_on_shards:
             target_sets.add(self.roles.target_representation)
             history_sets.add(self.roles.history_representation)
@@ -291,6 +315,8 @@ class CtrModel(nn.Module):
             weights[sequence] = attention(target, behaviors, chosen)
             if row_hook is not None and self.training:
 
+                # ``chosen`` as a default: a closure would see the last sequence of the loop, as it is called in the
+                # backward pass.
                 def attended(rows: Sequence[Rows], chosen: Selection = chosen) -> Tensor:
                     target, behaviors = rows
                     return attention(target, behaviors, chosen)
@@ -306,6 +332,8 @@ class CtrModel(nn.Module):
         row_hook: RowHook | None,
     ) -> Tensor:
         """All that a prediction sees, (T, inputs), from representation rows that are on this rank."""
+        # In pairs, target and behaviours of each sequence: a hook may call the function below with other rows in their
+        # place.
         looked_up: list[Rows] = []
         for sequence, chosen in selected.items():
             looked_up.append(rows.targets(self.roles.target_representation, sequence))
@@ -320,6 +348,7 @@ class CtrModel(nn.Module):
 
         input_TI = pooled_input(looked_up, weights.values())
         if row_hook is not None and self.training:
+            # Detached: what reaches the weights is attention's gradient, not that of representation's rows.
             fixed = [weight_TK.detach() for weight_TK in weights.values()]
             function = partial(pooled_input, weights=fixed)
             row_hook("representation", looked_up, function, input_TI, [None] * len(looked_up))
@@ -335,6 +364,7 @@ class CtrModel(nn.Module):
     ) -> Tensor:
         """All that the prediction sees, (T, inputs); the behaviours' representation rows stay where they are."""
         name = self.roles.history_representation
+        # One set serves targets and behaviours here, as `could_pool_on_shards` asks.
         histories = pooled_on_shards(batch, self.tables, name, cross[name], selected, weights)
         input_TI = self._prediction_input(histories.values())
         if row_hook is not None and self.training:
@@ -342,6 +372,8 @@ class CtrModel(nn.Module):
             def pooled_input(parts: Sequence[Rows]) -> Tensor:
                 return self._prediction_input(map(Representation, parts[::2], parts[1::2]))
 
+            # The behaviours' own rows are not on this rank, but their gradients follow from that of their sum and the
+            # weights.
             parts = [part for history in histories.values() for part in (history.target, history.pooled)]
             of_parts = [weight for weight_TK in weights.values() for weight in (None, weight_TK)]
             row_hook("representation", parts, pooled_input, input_TI, of_parts)

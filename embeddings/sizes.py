@@ -55,6 +55,7 @@ class DataSizes:
             "item": self.items,
             "category": self.categories,
             "position": self.lengths.get(sequence or ""),
+            # Like the others a count without row 0, which is added below.
             "interval": INTERVAL_BUCKETS - 1,
             "behavior": self.behaviors,
             "scene": self.scenes,
@@ -83,6 +84,8 @@ def check_bounds(batch: Batch, sizes: DataSizes) -> None:
         [batch.category_T, *(history.category_M for history in histories.values())],
         *([history.end_T - history.start_T] for history in histories.values()),
     ]
+    # All figures in one tensor: a GPU is waited for once. FBGEMM would refuse a wrong id too, but could not say which
+    # batch it is of.
     extremes = torch.stack([_extremes(values) for values in checked]).tolist()
     for feature, (low, high) in zip(INHERENT, extremes, strict=False):
         rows = sizes.rows(feature)
@@ -98,6 +101,7 @@ def check_bounds(batch: Batch, sizes: DataSizes) -> None:
 
 def _extremes(values: list[Tensor]) -> Tensor:
     """The least and the greatest of all values and of 0, int64 (2,)."""
+    # `aminmax` of nothing is an error; with the 0 there is always a value, and it is within every table.
     each = [torch.stack(part.aminmax()).long() for part in values if len(part)]
     zero = values[0].new_zeros(2, dtype=torch.int64)
     both = torch.stack([zero, *each])
