@@ -314,7 +314,6 @@ class CtrModel(nn.Module):
             behaviors = rows.behaviors(self.roles.history_attention, sequence, chosen)
             weights[sequence] = attention(target, behaviors, chosen)
             if row_hook is not None and self.training:
-
                 # ``chosen`` as a default: a closure would see the last sequence of the loop, as it is called in the
                 # backward pass.
                 def attended(rows: Sequence[Rows], chosen: Selection = chosen) -> Tensor:
