@@ -46,6 +46,7 @@ def faults(log: ir.Table) -> ir.Table:
     checks = {f"null_{name}": log[name].isnull().sum() for name in ("user_id", "item_id", "timestamp")}
     checks |= {f"negative_{name}": (log[name] < 0).sum() for name in ("user_id", "item_id")}
     if "label" in log.columns:
+        # ``isin`` of a null is null, which a sum leaves out: nulls are counted by a test of their own.
         checks["wrong_label"] = (~log["label"].isin([0, 1]) | log["label"].isnull()).sum()
     if "split" in log.columns:
         checks["wrong_split"] = (~log["split"].isin(SPLITS) | log["split"].isnull()).sum()
@@ -56,6 +57,7 @@ def items(events: ir.Table, impressions: ir.Table | None) -> ir.Table:
     """(item_id, frequency among the events, smallest and largest category ever seen) of every item."""
     seen = events.select("item_id", "category_id", weight=ibis.literal(1, "int64"))
     if impressions is not None:
+        # Items that were only shown get an id too. Their frequency is 0: negatives are drawn among what users did.
         seen = seen.union(impressions.select("item_id", "category_id", weight=ibis.literal(0, "int64")))
     return seen.group_by("item_id").agg(
         frequency=seen["weight"].sum(), low=seen["category_id"].min(), high=seen["category_id"].max()
@@ -67,6 +69,7 @@ def changed_categories(events: ir.Table, impressions: ir.Table | None, items: ir
     seen = events.select("item_id", "category_id", "timestamp")
     if impressions is not None:
         seen = seen.union(impressions.select("item_id", "category_id", "timestamp"))
+    # Most items have one category. Only the others are gone through again, by time.
     changed = items.filter(items["low"] != items["high"]).select("item_id")
     seen = seen.filter(seen["category_id"].notnull()).semi_join(changed, "item_id")
     moments = seen.group_by("item_id", "timestamp").agg(category_id=seen["category_id"].max())
@@ -110,6 +113,7 @@ def lines(
         shard, user_key, user_id, timestamp, item, and where there are such behavior, scene, label, split; an event's
         label is -1.
     """
+    # Both logs become lines of one table, because a target and the behaviours before it are found by one sort.
     parts = [_dense(events, item_ids, vocabularies)]
     if impressions is not None:
         parts[0] = parts[0].mutate(label=ibis.literal(-1, "int8"), split=ibis.literal(-1, "int8"))
@@ -125,6 +129,7 @@ def lines(
             shown = shown.mutate(behavior=ibis.null("string"))
         parts.append(_dense(shown, item_ids, vocabularies).select(parts[0].columns))
     table = ibis.union(*parts) if len(parts) > 1 else parts[0]
+    # Shards are ranges of user keys: lines that are sorted by user key are sorted by shard.
     table = table.mutate(user_key=_user_key(table["user_id"], seed))
     return table.mutate(shard=((table["user_key"].cast("int64") * shards).floordiv(USER_KEY_RANGE)).cast("int32"))
 
@@ -151,6 +156,7 @@ def _common(raw: ir.Table, log: Log) -> dict[str, ir.Value]:
 
 def _kept(raw: ir.Table, log: Log) -> ir.Table:
     for column, values in log.keep.items():
+        # Settings are text, whatever type the column has.
         raw = raw.filter(raw[column].cast("string").isin(values))
     return raw
 
@@ -168,12 +174,14 @@ def _seconds(value: ir.Value, unit: str) -> ir.Value:
 
 
 def _dense(table: ir.Table, item_ids: ir.Table, vocabularies: dict[str, ir.Table]) -> ir.Table:
+    # No line is lost: the dictionary holds every item of both logs.
     table = table.inner_join(item_ids.select(raw_id="raw_id", item="id"), [("item_id", "raw_id")]).drop(
         "raw_id", "item_id", "category_id"
     )
     for column, ids in vocabularies.items():
         named = ids.select(vocabulary_value="value", vocabulary_id="id")
         table = table.left_join(named, [(column, "vocabulary_value")]).drop("vocabulary_value", column)
+        # A null of the log matches nothing and becomes 0, the unknown.
         table = table.mutate(vocabulary_id=ibis.coalesce(table["vocabulary_id"], 0).cast("int32"))
         table = table.rename({column: "vocabulary_id"})
     return table
@@ -187,6 +195,7 @@ def _user_key(user_id: ir.Value, seed: int) -> ir.Value:
     """
     # The offset moves small ids away from 0, where x^5 is not yet shuffled.
     offset = (1_234_567_891 + seed * 987_654_321) % USER_KEY_RANGE
+    # Below 2^31, so a product of two is below 2^62.
     x = (user_id % USER_KEY_RANGE + offset) % USER_KEY_RANGE
     square = x * x % USER_KEY_RANGE
     return (square * square % USER_KEY_RANGE * x % USER_KEY_RANGE).cast("int32")

@@ -65,22 +65,27 @@ def build_dictionaries(items: pa.Table, changed: pa.Table, seed: int) -> Diction
     items = items.take(pa.array(order))
     raw_I = items["item_id"].to_numpy()
     frequency_I = items["frequency"].to_numpy().astype(np.int64)
+    # The only category of an item, but for those in ``changed``, whose last one takes its place.
     raw_category_I = items["low"]
     if len(changed):
         index = pc.index_in(items["item_id"], changed["item_id"].combine_chunks())
         newer = changed["category_id"].combine_chunks().take(index.combine_chunks())
         raw_category_I = pc.if_else(pc.is_valid(newer), newer, raw_category_I)
 
+    # Sorted as well, before they are shuffled: `unique` keeps the order of the items.
     names = pc.unique(raw_category_I).drop_null()
     names = names.take(pc.sort_indices(names))
     category_id_C = _shuffled_ids(len(names), seed, salt=1)
     index_I = pc.fill_null(pc.index_in(raw_category_I, names), -1)
     index_I = index_I.combine_chunks() if isinstance(index_I, pa.ChunkedArray) else index_I
     index_I = index_I.to_numpy(zero_copy_only=False)
+    # An item without a category has the index -1, which takes the appended entry.
     category_I = np.where(index_I < 0, UNKNOWN, np.append(category_id_C, UNKNOWN)[index_I]).astype(np.int32)
+    # bincount adds weights up in float64: exact below 2^53 events.
     category_frequency_C = np.bincount(index_I[index_I >= 0], frequency_I[index_I >= 0], len(names)).astype(np.int64)
 
     id_I = _shuffled_ids(len(raw_I), seed, salt=0)
+    # Written to the places of the dense ids; place 0 keeps 0.
     by_id_category = np.zeros(len(raw_I) + 1, np.int32)
     by_id_category[id_I] = category_I
     by_id_frequency = np.zeros(len(raw_I) + 1, np.int64)

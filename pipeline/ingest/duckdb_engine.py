@@ -40,6 +40,7 @@ class DuckDBEngine:
         settings: dict[str, object] = {
             "temp_directory": str(folder / "spill"),
             "memory_limit": f"{memory_limit - _OUTSIDE}B",
+            # Nothing here depends on the order of the input, and keeping it would take memory.
             "preserve_insertion_order": False,
         }
         if threads is not None:
@@ -60,6 +61,7 @@ class DuckDBEngine:
         paths = [str(path) for path in files.paths]
         if files.format == "parquet":
             return self._explained(lambda: self._ibis.read_parquet(paths).select(*files.columns))
+        # Before DuckDB reads them: it would round what is no integer, without a word.
         refuse_fractions(files)
         return self._explained(lambda: self._ibis.read_csv(paths, **csv_options(files)))
 
@@ -102,6 +104,7 @@ class DuckDBEngine:
         """
 
         def write() -> tuple[list[WrittenShard], int]:
+            # A stream: DuckDB sorts on disk, and only a few batches are in memory here.
             reader = self._ibis.to_pyarrow_batches(lines.order_by(order), chunk_size=_BATCH)
             with ThreadPoolExecutor(1) as ahead:
                 return builder.write(_ahead(reader, ahead), report)
@@ -145,6 +148,7 @@ class _Watched:
 
     def _watch(self) -> None:
         while not self._done.wait(0.2):
+            # May be asked from another thread while the connection is busy with the query.
             share = self._connection.query_progress() / 100
             if 0 <= share <= 1:  # It is negative while DuckDB does not know.
                 self._report(share)

@@ -34,6 +34,7 @@ def explain(error: duckdb.Error, inputs: list[LogFiles]) -> str:
     text = str(error)
     if "No space left" in text:
         return "no space left on the output's disk; free some or choose another --out"
+    # A CSV fault names file and line itself. For Parquet DuckDB's words say little, so the files are read once more.
     line = re.search(r"CSV Error on Line: (\d+)", text)
     if line:
         return _csv_fault(text, int(line[1]))
@@ -46,7 +47,9 @@ def explain(error: duckdb.Error, inputs: list[LogFiles]) -> str:
 def first_fault(files: LogFiles) -> str | None:
     """Read the files to find what another engine stumbled over; None: they can be read."""
     if files.format == "parquet":
+        # An empty error matches no message: what is found is a damaged file, or nothing.
         return explain(duckdb.Error(), [files]) or None
+    # An aggregate of every column makes DuckDB convert every value.
     columns = ", ".join(f'max("{name}")' for name in files.columns)
     with duckdb.connect() as connection:
         try:
@@ -65,6 +68,7 @@ def refuse_fractions(files: LogFiles) -> None:
     types = dict.fromkeys(files.columns, "VARCHAR")
     # Most logs have no number with a point or an exponent: only where one does, each number is looked at.
     suspect = "coalesce(bool_or(contains(\"{0}\", '.') OR contains(\"{0}\", 'e') OR contains(\"{0}\", 'E')), false)"
+    # What is no number at all is none of this function's business: the reader refuses it, with the line.
     fraction = 'min("{0}") FILTER (try_cast("{0}" AS DOUBLE) % 1 <> 0)'
     with duckdb.connect() as connection:
 

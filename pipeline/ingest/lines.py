@@ -72,6 +72,7 @@ class Lines:
     @cached_property
     def history_end_L(self) -> I64:
         """Behaviours of the same user strictly earlier than the line's timestamp: equal timestamps never leak."""
+        # Counted over all lines, less what belongs to the users before: no loop over users.
         before_user_U = self.events_before_L[self.user_start_U]
         end_L: I64 = self.events_before_L[self.group_start_L] - before_user_U[self.user_L]
         return end_L
@@ -95,6 +96,7 @@ def whole_users(batches: Iterable[pa.RecordBatch]) -> Iterator[Lines]:
             # The carried user ends with the last batch, and so does every user but the last of this one.
             yield _lines([*carried, batch.slice(0, last_start)])
             carried = [batch.slice(last_start)]
+        # The whole batch is of one user, who may go on in the next one.
         elif last_start == 0:
             carried.append(batch)
         else:

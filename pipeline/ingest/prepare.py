@@ -59,6 +59,7 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) ->
         text = settings.events.text_category
         features = feature_files(settings.events.item_features, text_category=text, skip_corrupt=skip)
     with output_folder(out, CONTENTS, overwrite=overwrite) as folder:
+        # With a dot: `output_folder` removes it before the data set gets its name.
         work = folder / ".work"
         work.mkdir()
         engine = _engine(settings, work)
@@ -78,6 +79,7 @@ class _Preparation:
 
     def run(self, event_files: LogFiles, impression_files: LogFiles | None, feature_files: LogFiles | None) -> Manifest:
         settings, engine = self._settings, self._engine
+        # First the log of behaviours, read once into a table of the engine's own: later passes do not parse text again.
         features = None if feature_files is None else engine.read(feature_files)
         with stage("read events") as running:
             raw = engine.read(event_files)
@@ -91,6 +93,7 @@ class _Preparation:
                 scene=settings.events.scene is not None,
             ).names
         )
+        # Before anything is built on the log: a fault is one line for the user, not a wrong data set.
         counted = _check("events", event_files, engine.fetch(definition.faults(events)))
         impressions, cuts, lines_in_all = None, None, counted["lines"]
         if impression_files is not None and settings.impressions is not None:
@@ -107,11 +110,13 @@ class _Preparation:
             )
             shown = _check("impressions", impression_files, engine.fetch(definition.faults(impressions)))
             lines_in_all += shown["lines"]
+            # Without a split of their own, impressions are cut by time, at moments that hold out the wanted shares.
             if settings.impressions.split is None:
                 cuts = _cuts(engine.fetch(definition.timestamp_counts(impressions)), settings.split)
 
         with stage("dictionaries"):
             dictionaries, vocabularies = self._dictionaries(events, impressions)
+        # Both logs as lines with dense ids, which the engine sorts and the builder turns into shards.
         shards = -(-counted["lines"] // settings.shards.behaviors_per_shard)
         lines = definition.lines(
             events,
@@ -134,6 +139,7 @@ class _Preparation:
             written, users_seen = engine.write_shards(lines, definition.line_order(lines), builder, running.advance)
         if not written:
             raise UserError(_nothing_left(settings, counted["lines"], users_seen))
+        # Last of all the manifest: a folder without one is no data set.
         inputs = [files for files in (event_files, impression_files, feature_files) if files is not None]
         manifest = self._manifest(written, users_seen, dictionaries, vocabularies, counted, inputs)
         manifest.write(self._folder)
@@ -145,6 +151,7 @@ class _Preparation:
         """Write the dictionaries of items and categories, and the ids of behaviour types and scenes for the engine."""
         engine = self._engine
         items = engine.materialize("items", definition.items(events, impressions), lambda _: None)
+        # Before the arrays are made: the engine must give the memory back first.
         engine.reserve(BYTES_PER_ITEM * engine.fetch(items.agg(number=items.count()))["number"][0].as_py())
         changed = definition.changed_categories(events, impressions, items)
         dictionaries = build_dictionaries(engine.fetch(items), engine.fetch(changed), self._settings.seed)
@@ -154,6 +161,7 @@ class _Preparation:
             if name not in events.columns:
                 continue
             tables = [events] if impressions is None or name not in impressions.columns else [events, impressions]
+            # Sorted, because the engines give distinct values in orders of their own.
             values = sorted(engine.fetch(definition.vocabulary(tables, name))["value"].to_pylist())
             ids = pa.array(range(1, len(values) + 1), pa.int32())
             pq.write_table(
@@ -171,6 +179,7 @@ class _Preparation:
         counted: dict[str, int],
         inputs: list[LogFiles],
     ) -> Manifest:
+        # The index of row groups: from it a stream plans its epochs without opening a shard.
         index = pa.table(
             [
                 pa.array(np.repeat(np.arange(len(written)), [len(file.users) for file in written]), pa.int32()),
@@ -233,6 +242,7 @@ class _Preparation:
 
 
 def _engine(settings: PrepareSettings, work: Path) -> Engine:
+    # Imported only here: an engine that is not used need not be installed, nor waited for.
     if settings.engine == "spark":
         from pipeline.ingest.spark_engine import SparkEngine
 
@@ -278,6 +288,7 @@ def _cuts(counts: pa.Table, split: Any) -> tuple[int, int]:
     before = np.cumsum(counts["lines"].to_numpy())
     bounds = []
     for held_out in (split.test_fraction + split.validation_fraction, split.test_fraction):
+        # All impressions of a second are on one side of the cut, so shares are met only about.
         position = int(np.searchsorted(before, before[-1] * (1 - held_out), side="right"))
         bounds.append(int(timestamps[position]) if position < len(timestamps) else int(timestamps[-1]) + 1)
     return bounds[0], bounds[1]
@@ -302,6 +313,8 @@ def _sources(inputs: list[LogFiles]) -> tuple[Source, ...]:
 
 def _without_paths(settings: PrepareSettings) -> dict[str, Any]:
     """What decides the content: no paths, and not how it was computed."""
+    # Engines, threads and memory change no byte, and the same log may lie elsewhere: the manifest must not tell them
+    # apart.
     content = settings.model_dump(mode="json", exclude={"engine", "memory_limit", "threads"})
     for log in (content["events"], content["events"]["item_features"], content["impressions"]):
         if log is not None:

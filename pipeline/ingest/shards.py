@@ -61,7 +61,7 @@ class ShardBuilder:
         files: list[WrittenShard] = []
         users_seen = 0
         for number, lines_of_shard in _by_shard(whole_users(batches)):
-
+            # As a default argument, so that it is this shard's: a closure would see whatever the loop has come to.
             def tables(lines_of_shard: Iterable[Lines] = lines_of_shard) -> Iterator[pa.Table]:
                 nonlocal users_seen
                 for lines in lines_of_shard:
@@ -81,6 +81,7 @@ class ShardBuilder:
         kept_U = np.zeros(len(lines.user_start_U), bool)
         kept_U[lines.user_L[line_P]] = True
 
+        # Histories: all behaviours of the users that have a target, each once.
         history_L = lines.is_event_L & kept_U[lines.user_L]
         history_offset = _offsets(lines.behaviors_U[kept_U])
         item_M = lines.item_L[history_L]
@@ -94,6 +95,7 @@ class ShardBuilder:
         if lines.scene_L is not None:
             columns["history_scene"] = lines.scene_L[history_L]
 
+        # Targets: each positive is followed by its negatives, which share all but the item with it.
         per_line = 1 + (0 if isinstance(self.split, ImpressionSplit) else self.split.negatives)
         item_TP = lines.item_L[line_P][:, None]
         if isinstance(self.split, ImpressionSplit):
@@ -118,6 +120,7 @@ class ShardBuilder:
         if lines.scene_L is not None:
             columns["target_scene"] = lines.scene_L[line_T]
 
+        # Lists share their offsets: one for all columns of a history, one for all of the targets.
         def ragged(name: str) -> pa.Array:
             offsets = history_offset if name.startswith("history_") else target_offset
             return pa.ListArray.from_arrays(
@@ -134,6 +137,7 @@ class ShardBuilder:
         writer = None
         try:
             for group in _groups(tables, self.layout.users_per_row_group):
+                # Only when there is something to write: users without targets may fill a whole shard.
                 if writer is None:
                     writer = pq.ParquetWriter(self.folder / name, self.schema, **shard_encoding(self.schema))
                 writer.write_table(group, row_group_size=len(group))
@@ -152,7 +156,9 @@ def shard_encoding(schema: pa.Schema) -> dict[str, Any]:
     return {
         "compression": "zstd",
         "use_dictionary": False,
+        # Smallest and largest of shuffled ids rule nothing out.
         "write_statistics": False,
+        # The stream's reader checks them: a flipped bit is an error, not another item.
         "write_page_checksum": True,
         "column_encoding": {
             path: "DELTA_BINARY_PACKED" if name.endswith("timestamp") else "PLAIN" for name, path in names.items()

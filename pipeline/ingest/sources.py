@@ -50,6 +50,7 @@ def log_files(role: str, log: Events | Impressions, *, skip_corrupt: bool) -> Lo
         wanted[log.label] = "int64"
         if log.split is not None:
             wanted[log.split] = "string"
+    # A column that only filters has the type of the settings, text, unless it is needed as something else.
     for column in log.keep:
         wanted.setdefault(column, "string")
     return _files(role, log.files, wanted, log.header, log.file_columns, log.delimiter, skip_corrupt)
@@ -107,6 +108,7 @@ def _parquet_files(role: str, paths: tuple[Path, ...], wanted: dict[str, str], s
     good, skipped = [], []
     for path in paths:
         try:
+            # The footer alone; whether the rest can be read shows later, or below where corrupt files are left out.
             schema = pq.read_schema(path)
         except (OSError, pa.ArrowException) as error:
             if not skip_corrupt:
@@ -142,6 +144,7 @@ def _expand(role: str, pattern: str) -> list[Path]:
         if spec is None or spec.origin is None:
             raise UserError(f"{role}: the Python package {package} is not installed; run `make setup`")
         return [Path(spec.origin).parent / inside]
+    # `glob` gives files in the order of the disk.
     paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
     if not paths:
         raise UserError(f"{role}: {pattern}: no such file")
@@ -178,6 +181,7 @@ def _head(role: str, path: Path) -> str:
     if not head:
         raise UserError(f"{role}: {path} is empty")
     try:
+        # ``utf-8-sig``: spreadsheets put a byte order mark in front, which would become part of the first name.
         return bytes(head).split(b"\n", 1)[0].rstrip(b"\r").decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{role}: {path}: not a text file") from None

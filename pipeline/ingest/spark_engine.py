@@ -51,6 +51,7 @@ class SparkEngine:
             "spark.driver.memory": f"{memory_limit >> 20}m",
             "spark.log.level": "OFF",
             "spark.sql.execution.arrow.maxRecordsPerBatch": str(_BATCH),
+            # Dates of a log have no zone: both engines must read them alike, wherever they run.
             "spark.sql.session.timeZone": "UTC",
             "spark.ui.enabled": "false",
             "spark.ui.showConsoleProgress": "false",
@@ -65,6 +66,7 @@ class SparkEngine:
     def read(self, files: LogFiles) -> ir.Table:
         """The log in ``files``, each needed column in its type; faults show when the expression is computed."""
         self._files.append(files)
+        # Executors have working directories of their own.
         paths = [str(path.absolute()) for path in files.paths]
         if files.format == "parquet":
             frame = self._session.read.parquet(*paths).select(*files.columns)
@@ -99,6 +101,7 @@ class SparkEngine:
 
     def fetch(self, table: ir.Table) -> pa.Table:
         """Compute an expression and hold its result in the memory of the driver."""
+        # Spark has its own idea of nullability and widths; ingest goes on with the types of the definition.
         result = self._explained(lambda: self._frame(table).toArrow())
         return result.cast(table.schema().to_pyarrow())
 
@@ -110,6 +113,7 @@ class SparkEngine:
         Returns:
             The files in order of their number, and how many users were seen.
         """
+        # The builder holds the dictionaries: sent once to each executor, not with every task.
         shared = self._session.sparkContext.broadcast(builder)
 
         def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -118,6 +122,8 @@ class SparkEngine:
                 {"files": [json.dumps([asdict(file) for file in files])], "users": [users]}
             )
 
+        # All lines of a shard come to one task. A task may have several shards, one after the other: user keys sort
+        # them.
         frame = self._frame(lines).repartition("shard").sortWithinPartitions(*order)
         parts = self._explained(lambda: frame.mapInArrow(write, "files string, users bigint").toArrow()).to_pylist()
         files = [WrittenShard(**file) for part in parts for file in json.loads(part["files"])]

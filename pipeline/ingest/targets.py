@@ -53,6 +53,7 @@ def _paper(lines: Lines, split: PaperSplit) -> ChosenLines:
     back_S = np.concatenate([[1, 2], 3 + split.train_stride * np.arange(split.train_targets)])
     code_S = np.full(len(back_S), Split.TRAIN, np.int8)
     code_S[:2] = Split.TEST, Split.VALIDATION
+    # With this split there are no impressions: a user's lines are the behaviours, and the last line is number T.
     count_U = lines.behaviors_U
     line_US = (lines.user_start_U + count_U)[:, None] - back_S
     exists_US = count_U[:, None] >= back_S
@@ -64,6 +65,7 @@ def _paper(lines: Lines, split: PaperSplit) -> ChosenLines:
 
 def _by_timestamp(lines: Lines, split: TimestampSplit, seed: int) -> ChosenLines:
     """A few lines of each of a user's last timestamps (groups), with distinct items, drawn by hash."""
+    # How far from the user's end each group is decides its split.
     start_G = np.flatnonzero(lines.group_start_L == np.arange(len(lines)))
     user_G = lines.user_L[start_G]
     last_group_U = np.searchsorted(start_G, np.append(lines.user_start_U, len(lines))[1:]) - 1
@@ -79,12 +81,15 @@ def _by_timestamp(lines: Lines, split: TimestampSplit, seed: int) -> ChosenLines
     # Keys of what a line says, never of where it stands: the choice must not depend on how lines came in.
     key_C = mix(lines.user_id_L[line_C], seed) ^ mix(lines.timestamp_L[line_C], 2)
     key_C = mix(key_C ^ mix(lines.item_L[line_C], 3), 4)
+    # `lexsort` takes the main key last. Lines of one item in a group have one key and lie together; the first stands
+    # for all.
     order = np.lexsort((line_C, lines.item_L[line_C], key_C, group_C))
     line_C, group_C = line_C[order], group_C[order]
     item_C = lines.item_L[line_C]
     distinct = np.ones(len(line_C), bool)
     distinct[1:] = (group_C[1:] != group_C[:-1]) | (item_C[1:] != item_C[:-1])
     line_C, group_C = line_C[distinct], group_C[distinct]
+    # Of each group, in the order of the keys, the first few.
     first_C = np.searchsorted(group_C, group_C)
     chosen = np.arange(len(line_C)) - first_C < split.targets_per_group
     line_P = np.sort(line_C[chosen])
@@ -119,12 +124,14 @@ def draw_negatives(
     touched = _touched(lines, size)
     user_P = lines.user_L[line_P]
     position_P = line_P - lines.user_start_U[user_P]
+    # The number among the user's own lines, not in this part of the stream: how lines were cut must not matter.
     key_P = mix(mix(lines.user_id_L[line_P], seed) ^ position_P.astype(np.uint64), 5)
     key = np.repeat(key_P, per_positive) + np.tile(np.arange(per_positive, dtype=np.uint64), len(line_P))
     user = np.repeat(user_P, per_positive)
     item = np.zeros(len(key), np.int32)
     pending = np.arange(len(key))
     for attempt in range(_ATTEMPTS):
+        # Only refused draws are drawn again, with another salt: the others stay what they are.
         drawn = _draw(mix(key[pending], 6 + attempt), dictionaries.cumulative_I)
         refused = _contains(touched, user[pending] * size + drawn)
         item[pending] = drawn
@@ -148,6 +155,8 @@ def _contains(sorted_keys: I64, keys: I64) -> NDArray[np.bool_]:
 
 
 def _draw(random: U64, cumulative_I: I64) -> I64:
+    # The bias of the modulo is below one in 2^64 / events. With ``side="right"``, what has frequency 0 (id 0, items
+    # that were only shown) has an empty range and is never drawn.
     ticket = (random % np.uint64(cumulative_I[-1])).astype(np.int64)
     return np.searchsorted(cumulative_I, ticket, side="right")
 

@@ -54,6 +54,7 @@ def _lengths(axis: Axes, lengths: Histogram) -> None:
     axis.set_ylabel("users")
     if len(length_V):
         low, high = max(length_V[0], 1), max(length_V[-1], 1) + 1
+        # Edges at whole numbers: between 1 and 10 there are fewer of them than bins.
         edges = np.unique(np.geomspace(low, high, 41).round()).tolist()
         axis.hist(np.maximum(length_V, 1), edges, weights=users_V, color=BLUE)
         median, tail = lengths.quantiles([0.5, 0.99])
@@ -98,6 +99,7 @@ def _popularity(axis: Axes, items: Popularity, categories: Popularity) -> None:
         seen = popularity.frequency_F > 0
         last_rank_F = np.cumsum(popularity.ids_F[seen])
         first_rank_F = last_rank_F - popularity.ids_F[seen] + 1
+        # Ids of equal frequency are one horizontal line, from the first rank to the last.
         rank = np.stack([first_rank_F, last_rank_F], axis=1).ravel()
         axis.plot(rank, popularity.frequency_F[seen].repeat(2), color=color, label=name, linewidth=2)
     axis.set_xscale("log")

@@ -44,6 +44,7 @@ def read_popularity(path: Path, ids: int, ranges: int) -> Popularity:
     Raises:
         UserError: the file cannot be read, or holds an id above ``ids``.
     """
+    # As row-wise sharding cuts the table, whose row 0 is the unknown.
     rows_of_range = -(-(ids + 1) // ranges)
     load_W = np.zeros(ranges, np.int64)
     frequency_F = ids_F = np.zeros(0, np.int64)

@@ -52,6 +52,7 @@ class Histogram:
         """For each fraction (0 .. 1), the smallest value that so many do not exceed; 0 where none was counted."""
         if not self.seen:
             return [0] * len(fractions)
+        # At least one value: the fraction 0 asks for the smallest that was seen.
         needed = np.maximum(np.ceil(np.asarray(fractions) * self.seen), 1)
         return [int(value) for value in np.searchsorted(np.cumsum(self.count_V), needed)]
 

@@ -66,6 +66,7 @@ def html(page: Page) -> str:
     environment = Environment(
         loader=PackageLoader("pipeline.reporting", "."),
         autoescape=True,
+        # A name that the page does not have is an error, not an empty place.
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -90,6 +91,7 @@ def markdown(page: Page) -> str:
 
 def _markdown_table(table: ReportTable) -> str:
     def cell(entry: Entry) -> str:
+        # A bar would end the cell, a newline the row.
         text = entry.text.replace("|", "\\|").replace("\n", "<br>")
         return f"**{text}**" if entry.bold else text
 

@@ -41,6 +41,7 @@ class Catalog(NamedTuple):
 def build_catalog(settings: SynthSettings) -> Catalog:
     """Make the catalogue that ``settings`` describe."""
     rank_I = np.arange(settings.items, dtype=np.int64)
+    # Items by category, and within one by rank, because the sort is stable: a category is a range of items.
     category_I = _category_of_rank(rank_I, settings)
     rank_I = np.argsort(category_I, kind="stable")
     first_item_C1 = np.zeros(settings.categories + 1, np.int64)
@@ -73,6 +74,7 @@ def _stride(count: int) -> int:
 @numba.njit(inline="always")
 def uniform(key: np.uint64, counter: int, salt: int) -> float:
     """Draw a number in [0, 1), equal to ``(mix(key + counter, salt) >> 11) / 2**53``."""
+    # `pipeline.hashing.mix` once more, for numba: an array for each single number would be too slow.
     z = key + np.uint64(counter) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(salt + 1)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -90,6 +92,7 @@ def pick(cumulative_C: F64, u: float) -> int:
 def draw_item(catalog: Catalog, category: int, u: float) -> int:
     """Draw an item of the category by popularity; returns its raw id."""
     first, last = catalog.first_item_C1[category - 1], catalog.first_item_C1[category] - 1
+    # The item is drawn within the category's part of the cumulative chances: no array for each category is needed.
     before = catalog.cumulative_I[first - 1] if first > 0 else 0.0
     ticket = before + u * (catalog.cumulative_I[last] - before)
     # Not past the last one: the ticket may be rounded up.

@@ -69,6 +69,7 @@ def synthesize(
 def _write(settings: SynthSettings, events: Path, impressions: Path | None) -> SynthReport:
     started = time.perf_counter()
     generator = HistoryGenerator(settings)
+    # From the lengths alone, before any history is made: the display tells how much there is to do.
     users, total = generator.count()
     auc = BayesAuc()
     paths = [path for path in (events, impressions) if path]
@@ -118,6 +119,7 @@ def _check(settings: SynthSettings, events: Path, impressions: Path | None, over
 def _writer(path: Path, schema: pa.Schema, *, csv: bool = False) -> Iterator[Write]:
     """Open a file for tables of ``schema``, Parquet or CSV."""
     if csv:
+        # As Taobao's file: names and numbers without quotes.
         options = pcsv.WriteOptions(include_header=False, quoting_style="none")
         with pcsv.CSVWriter(path, schema, write_options=options) as writer:
             yield writer.write_table

@@ -95,6 +95,7 @@ class HistoryGenerator:
         """Draw the number of behaviours of each user."""
         low, high, tail = self.settings.min_length, self.settings.max_length + 1, self.settings.length_tail
         uniform_U = (mix(self.keys(user_id_U), _LENGTH) >> np.uint64(11)) * 2.0**-53
+        # The inverse of the distribution function of a Pareto law that is cut off at ``high``.
         length_U = low * (1 - uniform_U * (1 - (low / high) ** tail)) ** (-1 / tail)
         clipped_U: I64 = np.clip(length_U.astype(np.int64), low, self.settings.max_length)
         return clipped_U
@@ -113,6 +114,7 @@ class HistoryGenerator:
         """Make the histories of users 1 to ``users``, in runs of about ``events`` behaviours; a run has whole users."""
         for first in range(1, users + 1, _USERS_PER_SCAN):
             user_id_U = np.arange(first, min(first + _USERS_PER_SCAN, users + 1))
+            # Runs have about equal numbers of behaviours, not of users: lengths differ by orders of magnitude.
             run_U = np.cumsum(self.lengths(user_id_U)) // events
             for run in np.split(user_id_U, np.flatnonzero(np.diff(run_U)) + 1):
                 yield self.histories(run)
@@ -175,4 +177,5 @@ def _fill_timestamps(timestamps: I64, key: np.uint64, law: _Law) -> None:
         if j < length:
             elapsed[j] = total
     for j in range(length):
+        # Stretched to the whole time less a second for each behaviour, which ``j`` gives back: no two share one.
         timestamps[j] = law.first_timestamp + j + int(elapsed[j] / total * (law.seconds - length))

@@ -88,6 +88,7 @@ def _fill(impressions: Impressions, histories: Histories, key_U: U64, law: _Law,
         for j in range(1, length):
             decay[j] = np.exp((timestamps[j - 1] - timestamps[j]) / law.decay_seconds)
         for j in range(impressions.label_UJ.shape[1]):
+            # At a random place of the history: behind at least one behaviour, before the next one.
             before = 1 + int(uniform(key, j, _PLACE) * length)
             earliest = timestamps[before - 1] + 1
             latest = timestamps[before] if before < length else earliest + _LAST_SECONDS
@@ -97,6 +98,7 @@ def _fill(impressions: Impressions, histories: Histories, key_U: U64, law: _Law,
                 category = past_categories[draw_past(decay, before, draw * total)]
             else:
                 category = pick(catalog.cumulative_C, draw) + 1
+            # The relevance of what is shown, whoever has chosen it, decides the chance of a click.
             total, relevant = _weights(decay, past_categories, before, category)
             relevance = relevant / total
             chance = law.click_floor + (law.click_ceiling - law.click_floor) * relevance / (relevance + law.click_half)
