@@ -22,6 +22,7 @@ class MLP(nn.Module):
         super().__init__()
         self.inputs = inputs
         """I."""
+        # The input's columns differ in size by orders of magnitude: rows of about 0.01 make products of about 0.0001.
         layers: list[nn.Module] = [GlobalBatchNorm(inputs)]
         for before, after in pairwise([inputs, *hidden]):
             layers += [nn.Linear(before, after), nn.PReLU(init=SLOPE)]
@@ -59,6 +60,7 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, values_BF: Tensor) -> Tensor:
         """Normalise ``values_BF`` (float32). In training, every rank must call it, even with B = 0."""
         if not self.training:
+            # The running statistics are equal on all ranks, so nothing has to be exchanged.
             scale_F = self.weight * torch.rsqrt(self.running_variance_F + self.epsilon)
             return (values_BF - self.running_mean_F) * scale_F + self.bias
         wide_BF = values_BF.double()
@@ -68,15 +70,20 @@ class GlobalBatchNorm(nn.Module):
 
     def _statistics(self, values_BF: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of the global batch; the running statistics (unbiased) move towards them."""
+        # The count stays a tensor, so that no branch below has to bring it to the host.
         count = values_BF.new_full((1,), len(values_BF))
         # One all-reduce for count, sums and squares: three would each wait for the slowest rank.
         total = sum_over_ranks(torch.cat([count, values_BF.sum(0), values_BF.square().sum(0)]))
         count, sum_F, square_F = total.split([1, values_BF.shape[1], values_BF.shape[1]])
         several, some = count > 1, count.clamp(min=1)
+        # E[x^2] - E[x]^2 can come out below 0 by rounding where a column is constant; in float64 hardly anything is
+        # lost to it.
         mean_F = torch.where(several, sum_F / some, self.running_mean_F)
         variance_F = torch.where(several, (square_F / some - mean_F.square()).clamp(min=0), self.running_variance_F)
         with torch.no_grad():
             unbiased_F = torch.where(several, variance_F * count / (count - 1).clamp(min=1), variance_F)
+            # All ranks have the same sums, so these stay equal although DistributedModelParallel does not broadcast
+            # buffers.
             self.running_mean_F.lerp_(mean_F.to(self.running_mean_F.dtype), self.momentum)
             self.running_variance_F.lerp_(unbiased_F.to(self.running_variance_F.dtype), self.momentum)
         return mean_F, variance_F

@@ -29,6 +29,7 @@ def pooled(weight_TK: Tensor, behaviors: Rows) -> Rows:
 def weighted_sum(weight_TK: Tensor, rows_TKd: Tensor) -> Tensor:
     """``sum_i w_i e_i``: (T, d), or, of weights (T, H, K), the sums of the heads side by side, (T, H * d)."""
     weight_THK = weight_TK if weight_TK.dim() == 3 else weight_TK.unsqueeze(1)
+    # A product of matrices: ``weight * rows`` and then a sum would write (T, K, d) once more.
     return torch.bmm(weight_THK, rows_TKd).flatten(1)
 
 

@@ -34,11 +34,14 @@ class RowsMap(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        # In the order of ``dims``, not of ``mapped``: rows are split and joined in that order.
         self.dims, self.mapped = dict(dims), tuple(feature for feature in dims if feature in mapped)
         self.outputs = {feature: outputs[feature] if feature in mapped else dim for feature, dim in dims.items()}
         wide = sum(dims[feature] for feature in self.mapped)
         layers: list[nn.Module] = []
         for before, after in pairwise([wide] * (hidden + 1)):
+            # A hidden layer is as wide as the input; with ``hidden`` 0 the loop has no turn, and the map is the linear
+            # layer alone.
             layers += [nn.Linear(before, after), nn.PReLU(init=0.1)]
         layers.append(nn.Linear(wide, sum(self.outputs[feature] for feature in self.mapped), bias=bias))
         self.layers = nn.Sequential(*layers)
@@ -50,6 +53,7 @@ class RowsMap(nn.Module):
     def transposed(self, rows: Rows) -> Rows:
         """Map rows with the dims of ``outputs`` back by the transpose of a linear map, without its bias."""
         linear = self._linear()
+        # The weight of a linear layer is (out, in), so from the right it is its own transpose: ``A^T y``.
         return self._through(rows, self.outputs, self.dims, lambda mapped_XO: mapped_XO @ linear.weight)
 
     def of_sum(self, rows: Rows, weight_T: Tensor) -> Rows:
@@ -107,6 +111,8 @@ class Signature(nn.Module):
 
     def __init__(self, dim: int, bits: int) -> None:
         super().__init__()
+        # A linear layer, so that it is drawn with the others and saved; without a gradient, DDP and the optimizers
+        # leave it alone.
         self.directions = nn.Linear(dim, bits, bias=False).requires_grad_(False)
 
     @torch.no_grad()

@@ -55,6 +55,7 @@ class ScaledDotProduct(DotProduct):
 
     def queries(self, target: Rows) -> Rows:
         """Divide each part of the targets' rows by the root of its dim."""
+        # The target's row is scaled, not the score: it is one row instead of N scores, and a shard need not know of it.
         return target.map(lambda rows_Td: rows_Td * rows_Td.shape[-1] ** -0.5)
 
 
@@ -124,6 +125,7 @@ class DinScore(nn.Module):
             per_pair = torch.bmm(key_TKE, matrix_TEh)
         else:
             per_pair = linear(key_TKE, of_key - of_difference) + linear(query_TE.unsqueeze(1) * key_TKE, of_product)
+        # Divided after the product, before the bias: the input is over its dim, the bias is not.
         hidden_TKh = (per_target + per_pair) / key_TKE.shape[2] + first.bias
         for layer in others:
             hidden_TKh = layer(hidden_TKh)
@@ -157,6 +159,7 @@ def product(query: Rows, behaviors: Rows) -> Tensor:
 
 
 def _dot(rows_TKD: Tensor, query_TD: Tensor) -> Tensor:
+    # A cross feature has one query for all targets, which `expand` repeats without copying.
     return torch.bmm(rows_TKD, query_TD.expand(len(rows_TKD), -1).unsqueeze(2)).squeeze(2)
 
 

@@ -30,6 +30,7 @@ def search_by_category(batch: Batch, retrieved: Mapping[str, int], *, filled: bo
     for sequence, k in retrieved.items():
         history = batch.histories[sequence]
         pairs = Pairs(history.start_T, history.end_T, len(history.item_M))
+        # The ordinary top K does the work: the order in time, as a float, is the score.
         index_W = pairs.of_behaviors(torch.arange(len(history.item_M), device=history.item_M.device))
         same_W = gather_or_zeros(history.category_M, index_W) == pairs.of_targets(batch.category_T)
         # Counted within the window, so that indices stay exact as floats however many users a batch has.
@@ -48,6 +49,8 @@ def latest(batch: Batch, retrieved: Mapping[str, int]) -> dict[str, Selection]:
     for sequence, k in retrieved.items():
         history = batch.histories[sequence]
         index_TK = history.end_T[:, None] - torch.arange(1, k + 1, device=history.end_T.device)
+        # Windows end right before their target, so the K latest are the last K of the window: nothing needs to be
+        # compared.
         valid_TK = index_TK >= history.start_T[:, None]
         selected[sequence] = Selection(torch.where(valid_TK, index_TK, 0), valid_TK)
     return selected

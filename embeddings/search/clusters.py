@@ -46,6 +46,8 @@ def _on_cpu(rows_MD: Tensor, history: History, size: int) -> Tensor:
     from embeddings.search import clusters_kernel
 
     length_T = history.end_T - history.start_T
+    # Targets write into parts of one result that do not overlap, so threads need no lock; the kernel lets go of the
+    # GIL.
     first_pair_T = length_T.cumsum(0) - length_T
     log_count_W = torch.empty(int(length_T.sum()))
     rows = rows_MD.detach().float().contiguous().numpy()
@@ -69,6 +71,7 @@ def in_torch(rows_MD: Tensor, history: History, size: int) -> Tensor:
     """What `log_counts` returns, by operators of torch, on any device; arguments as of `log_counts`."""
     window = Selection.everything(history)
     longest = window.index_TK.shape[1]
+    # Rows of windows are copied side by side here, also those that windows share: so only some targets at a time.
     targets = max(1, CHUNK_FLOATS // max(1, longest * rows_MD.shape[1]))
     parts = [rows_MD.new_empty(0)]
     for index_TN, valid_TN in zip(window.index_TK.split(targets), window.valid_TK.split(targets), strict=True):
@@ -89,6 +92,7 @@ def _bisected(rows_TND: Tensor, valid_TN: Tensor, size: int) -> Tensor:
         count_TC = _sums(valid_TN.long(), cluster_TN, clusters)
         if int(count_TC.amax()) <= size if count_TC.numel() else True:
             return cluster_TN
+        # One extreme is the behaviour farthest from the middle, the other the one farthest from that.
         from_middle_TN = _distances(rows_TND, _middles(rows_TND, valid_TN, cluster_TN, count_TC), cluster_TN)
         one_TCD = _members(rows_TND, _farthest(from_middle_TN, valid_TN, cluster_TN, clusters))
         from_one_TN = _distances(rows_TND, one_TCD, cluster_TN)
@@ -98,6 +102,7 @@ def _bisected(rows_TND: Tensor, valid_TN: Tensor, size: int) -> Tensor:
         along_TN = (rows_TND * way_TND).sum(2).masked_fill(~valid_TN, torch.inf)
         rank_TN = _ranks(along_TN, cluster_TN)
         of_behavior_TN = count_TC.gather(1, cluster_TN)
+        # A cluster that is small enough stays whole: all of it goes to its first half.
         second_TN = (of_behavior_TN > size) & (rank_TN >= (of_behavior_TN + 1) // 2) & valid_TN
         cluster_TN, clusters = 2 * cluster_TN + second_TN, 2 * clusters
 
@@ -106,6 +111,7 @@ def _log_counts(rows_TND: Tensor, valid_TN: Tensor, cluster_TN: Tensor) -> Tenso
     clusters = int(cluster_TN.amax()) + 1 if cluster_TN.numel() else 1
     count_TC = _sums(valid_TN.long(), cluster_TN, clusters)
     distance_TN = _distances(rows_TND, _middles(rows_TND, valid_TN, cluster_TN, count_TC), cluster_TN)
+    # The nearest is the farthest of the negated distances: one rule for ties serves both.
     nearest_TC = _farthest(-distance_TN, valid_TN, cluster_TN, clusters)
     column_TN = torch.arange(valid_TN.shape[1], device=valid_TN.device).expand_as(valid_TN)
     stands_TN = valid_TN & (nearest_TC.gather(1, cluster_TN) == column_TN)
@@ -154,5 +160,6 @@ def _ranks(along_TN: Tensor, cluster_TN: Tensor) -> Tensor:
     order_TN = order_TN.gather(1, cluster_TN.gather(1, order_TN).argsort(dim=1, stable=True))
     column_TN = torch.arange(along_TN.shape[1], device=along_TN.device).expand_as(order_TN)
     in_order_TN = cluster_TN.gather(1, order_TN)
+    # Where a cluster begins in the sorted row; the distance from there is the rank.
     first_TN = torch.searchsorted(in_order_TN, in_order_TN)
     return torch.empty_like(order_TN).scatter_(1, order_TN, column_TN - first_TN)

@@ -52,21 +52,25 @@ def log_counts(
             cluster_n = index_n[begin:stop]
             _mean(rows_MD, cluster_n, middle_D)
             _distances(rows_MD, cluster_n, middle_D, along_n)
+            # Small enough: its behaviour nearest to the middle stands for it, and all others keep -inf.
             if stop - begin <= size:
                 for i in range(stop - begin):
                     along_n[i] = -along_n[i]
                 stands = cluster_n[_largest(along_n, stop - begin, tie)]
                 out_W[first + stands - start_T[t]] = np.log(np.float32(stop - begin))
                 continue
+            # Too large: halve it along the line between two extremes.
             one = cluster_n[_largest(along_n, stop - begin, tie)]
             _distances(rows_MD, cluster_n, rows_MD[one], along_n)
             other = cluster_n[_largest(along_n, stop - begin, tie)]
             for d in range(rows_MD.shape[1]):
                 way_D[d] = rows_MD[other, d] - rows_MD[one, d]
             _products(rows_MD, cluster_n, way_D, along_n)
+            # A stable sort, as in `clusters.in_torch`: of equal products the earlier behaviour is in the first half.
             order = np.argsort(along_n[: stop - begin], kind="mergesort")
             half = (stop - begin + 1) // 2
             split_n = cluster_n[order]
+            # Back in order of time, because `_largest` decides ties for the earliest.
             index_n[begin : begin + half] = np.sort(split_n[:half])
             index_n[begin + half : stop] = np.sort(split_n[half:])
             begin_n[waiting], stop_n[waiting] = begin, begin + half

@@ -64,6 +64,7 @@ class LocalRows:
             target_set: the set of tables that targets are looked up in.
             history_set: the set of tables that behaviours are looked up in.
         """
+        # All sequences share the tables, so all their behaviours are one lookup. Equal ids travel once (`ShardedRows`).
         items = [batch.histories[sequence].item_M for sequence in tables.sequences]
         categories = [batch.histories[sequence].category_M for sequence in tables.sequences]
 
@@ -108,10 +109,13 @@ def search_locally(
     for sequence, k in retrieved.items():
         history, rows_MD = batch.histories[sequence], rows.behavior_MD[sequence]
         queries = scoring.queries(rows.targets(sequence))
+        # The rows were brought here behaviour by behaviour, so behaviour m has row m: no ids are left.
         ids_M = torch.arange(len(rows_MD), device=rows_MD.device)
         pairs = Pairs(history.start_T, history.end_T, len(rows_MD))
         index_W, target_W = pairs.of_behaviors(ids_M), pairs.of_targets(target_T)
         row = partial(behavior_row, batch=batch, history=history, index_X=index_W, target_X=target_W)
+        # The part of the score that is of small tables comes as one float a pair; the kernel adds it to the product of
+        # rows.
         additive_W = cross_score(pairs, queries.cross, row, rows.history_cross[sequence])
         weight_W = None if cluster_weights is None else cluster_weights(rows_MD, history)
         if weight_W is not None:
@@ -154,6 +158,7 @@ def search_by_score(
         scores = [rows_MD.new_empty(0)]
         for target_C in target_T.split(chunk) if longest else ():
             index_CN, valid_CN = window.index_TK[target_C], window.valid_TK[target_C]
+            # Row 0 for padding (times False): an index of 0 may be a position that the table does not have.
             cross = {
                 feature: embedding(
                     behavior_row(feature, rows.batch, history, index_CN, target_C[:, None]) * valid_CN, rows_Rd
@@ -170,6 +175,7 @@ def search_by_score(
 
 def _of_targets(rows_Td: Tensor, target_C: Tensor) -> Tensor:
     """The rows of some targets, (C, d); ``rows_Td`` may be one row for all."""
+    # With a single target both ways give the same row.
     return rows_Td.expand(len(target_C), -1) if len(rows_Td) == 1 else rows_Td[target_C]
 
 

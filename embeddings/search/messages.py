@@ -42,6 +42,7 @@ class LocalWindows:
     def of(cls, history: History, behaviors: Bucketed) -> Self:
         """Find the windows of ``history`` in its behaviours, which were bucketed by item."""
         index_M, device = behaviors.index_B, behaviors.index_B.device
+        # An item decides the shard of its behaviour, so a window falls apart into one range on each shard.
         count_S = torch.tensor(behaviors.counts, device=device)
         # A shard's behaviours keep their order, so (shard, index) ascends, and a search in it finds where each window
         # begins and ends on each shard. 32 bits are enough for small batches, and sort in half the time.
@@ -66,6 +67,8 @@ class LocalWindows:
             count_ST: int64, how many each shard has selected for each target.
             local_index_F: integer, counted in the part of the window that is on the shard.
         """
+        # A shard counts from the start of its part of the window, which this rank knows: so small numbers travel, and
+        # no index of the batch.
         first_F = self.start_ST.flatten().repeat_interleave(count_ST.flatten())
         return self.behaviors.index_B.index_select(0, first_F + local_index_F.long()).long()
 
@@ -160,6 +163,7 @@ class SearchMessages:
         times = [batch.histories[sequence].timestamp_M for sequence in self._sizes.lengths]
         if "interval" not in self._features or not any(len(times_M) for times_M in times):
             return 0, 0
+        # Seconds since 1970 need 8 bytes, those since the batch's earliest behaviour 4 for up to 68 years.
         earliest, latest = torch.stack(torch.cat(times).aminmax()).tolist()
         return earliest, latest - earliest
 
@@ -215,8 +219,12 @@ class SearchMessages:
                 packed.append(row_M.to(self._id_type(feature)))
         targets = sizes.targets
         columns = [Column(values_M, windows.behaviors.counts, sizes.behaviors[sequence]) for values_M in packed]
+        # A shard sees this rank's behaviours from the first of those that it gets. A window travels as start and
+        # length, for the length fits the narrow type that N has.
         start_ST = (windows.start_ST - windows.first_S[:, None]).to(torch.int32)
         length_ST = windows.length_ST.to(index_type)
+        # Position is counted back from the end of the target's window in the whole history, not from its end on this
+        # shard.
         end_index_ST = _modulo(history.end_T, index_type).repeat(len(targets), 1)
         of_windows = [start_ST, length_ST] + [end_index_ST] * ("position" in self._features)
         return columns + [Column(values.flatten(), [len(batch)] * len(targets), targets) for values in of_windows]
@@ -224,6 +232,8 @@ class SearchMessages:
     def unpack(self, columns: Sequence[Tensor], sizes: SearchSizes) -> ShardInput:
         """Make the shard's input of the columns that have come: the targets' first, then each sequence's."""
         rest = iter(columns)
+        # In the order in which `target_columns` and `history_columns` have packed them, and widened for torch to
+        # compute with.
         targets = ShardTargets({feature: next(rest).long() for feature in self._target_features})
         histories = {}
         for sequence, behaviors in sizes.behaviors.items():
@@ -234,6 +244,7 @@ class SearchMessages:
             count_S = torch.tensor(behaviors, device=device)
             target_counts = torch.tensor(sizes.targets, device=device)
             start_G += (count_S.cumsum(0) - count_S).repeat_interleave(target_counts)
+            # Without position no one reads it.
             end_index_G = next(rest).to(torch.int32) if "position" in self._features else start_G
             histories[sequence] = ShardHistory(by_feature, start_G, start_G + length_G, end_index_G)
         return ShardInput(targets, histories)
@@ -248,4 +259,6 @@ def _largest(dtype: torch.dtype) -> int:
 
 def _modulo(indices: Tensor, dtype: torch.dtype) -> Tensor:
     """Indices modulo the size of a type that holds N, so that differences within a window are right."""
+    # The largest values of these types are 2^n - 1, so the mask keeps n bits. N fits the type and so does every
+    # position.
     return (indices & _largest(dtype)).to(dtype)

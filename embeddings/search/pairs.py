@@ -32,7 +32,9 @@ class Pairs:
     def __init__(self, start_T: Tensor, end_T: Tensor, behaviors: int) -> None:
         self._length_T, self.device = end_T - start_T, start_T.device
         first_pair_T = self._length_T.cumsum(0) - self._length_T
+        # The pair of behaviour m in the window of target t is number ``m + offset_T[t]``.
         self._offset_T = first_pair_T - start_T
+        # On a GPU the host waits for this number once, so that nothing below has to ask for a length again.
         self.count = int(self._length_T.sum())
         """W."""
         self._index_W: Tensor | None = None
@@ -76,6 +78,7 @@ def search_rows(
     cross = {}
     for feature, rows_Rd in target_cross.items():
         row_T = target_row(feature)
+        # One row stays one row: `cross_score` then scores R rows once, not once for each of T targets.
         cross[feature] = rows_Rd[:1] if row_T is None else rows_Rd.index_select(0, row_T)
     return Rows(inherent_TD, cross)
 
@@ -105,6 +108,7 @@ def cross_score(
             part_W = (query_Qd @ rows_Rd.T).flatten().index_select(0, row_W)
         else:
             part_W = small_table_score(pairs, query_Qd, rows_Rd, row_W)
+        # In place: with a float for each pair, it is one of the largest tensors of a search.
         score_W = part_W if score_W is None else score_W.add_(part_W)
     return torch.zeros(pairs.count, device=pairs.device) if score_W is None else score_W
 
@@ -124,8 +128,10 @@ def small_table_score(pairs: Pairs, query_Td: Tensor, rows_Rd: Tensor, row_W: Te
         float32 (W,).
     """
     target_W = pairs.of_targets(torch.arange(len(query_Td), device=query_Td.device))
+    # All T x R products and then one float a pair, or, where most of the products would go unused, the pairs' own rows.
     if len(query_Td) * len(rows_Rd) <= PRODUCTS_A_PAIR * pairs.count:
         return (query_Td @ rows_Rd.T).flatten().index_select(0, target_W * len(rows_Rd) + row_W)
+    # In pieces, because two rows are copied for each pair.
     chunks = zip(target_W.split(CHUNK_PAIRS), row_W.split(CHUNK_PAIRS), strict=True)
     return torch.cat(
         [(query_Td.index_select(0, target) * rows_Rd.index_select(0, row)).sum(1) for target, row in chunks]

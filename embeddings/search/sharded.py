@@ -138,6 +138,7 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         self._codec = (codecs or codecs_of("fp32")).forward
         self._target_tables, history_tables = row_wise_tables(targets), row_wise_tables(history)
         self._scoring, self._retrieved, self._lengths = scoring, dict(retrieved), sizes.lengths
+        # The item table is by far the largest, so it decides where a behaviour goes; all else travels there.
         self._item, self._category = history_tables["item"], history_tables.get("category")
         self._group = self._item.group
         self._messages = SearchMessages((*history_tables, *cross), self._item.block, sizes)
@@ -161,6 +162,7 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         earliest, span = self._messages.times(batch)
 
         def send(gathered: Tensor) -> BehaviorsAllToAll:
+            # Called when all ranks have said their sizes, which types and lengths of the columns depend on.
             ctx.sizes = sizes = self._sizes(gathered)
             columns = self._messages.target_columns(batch, earliest, sizes.targets)
             for sequence, windows in ctx.windows.items():
@@ -168,12 +170,16 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
             all_to_all = ColumnsAllToAll(self._group, columns)
             return BehaviorsAllToAll(all_to_all, lambda received: self._messages.unpack(received, sizes))
 
+        # An all-gather, not an all-to-all of counts: a shard needs the number of targets of every rank, and the longest
+        # span.
         counts = [count for windows in ctx.windows.values() for count in windows.behaviors.counts]
         return SizesAllGather(self._group, torch.tensor([len(batch), span, *counts], device=batch.item_T.device), send)
 
     def _sizes(self, gathered: Tensor) -> SearchSizes:
         """What all ranks have said of themselves: targets, span, behaviours for each shard of each sequence."""
         ranks, rank = self._group.size(), self._group.rank()
+        # Of each rank: targets, span, then for each sequence the behaviours for each shard; this shard's column is
+        # taken.
         by_rank = gathered.view(ranks, -1)
         to_this_shard = by_rank[:, 2:].view(ranks, len(self._retrieved), ranks)[:, :, rank].T.tolist()
         behaviors = dict(zip(self._retrieved, to_this_shard, strict=True))
@@ -183,13 +189,20 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
     def compute(self, ctx: TopKContext, dist_input: ShardInput) -> dict[str, ShardBest]:
         """Find the K best of this shard, by sequence; the context must have the rows of the cross tables."""
         targets = dist_input.targets
+        # Rows of the targets first: on all shards, which have the same targets. They are read here, not in
+        # `input_dist`, so that they are those of this step also where ids were sent ahead.
         rows = [table.gather(targets.columns[feature]).float() for feature, table in self._target_tables.items()]
         target_GD = torch.cat(rows, dim=1)
+        # This fetch is a collective: it comes once for all sequences, outside of the loop, and in the same place on all
+        # ranks.
         categories = self._categories(dist_input.histories)
         best = {}
         for sequence, history in dist_input.histories.items():
             k = self._retrieved[sequence]
+            # The same queries as a local search makes: a score knows nothing of shards.
             query = self._scoring.queries(search_rows(target_GD, targets.row, ctx.target_cross[sequence]))
+            # The query of the inherent features is cut again into those of item and category, whose rows are in
+            # different places.
             dims = [part.shape[1] for part in rows]
             inherent = dict(zip(self._target_tables, query.inherent.split(dims, dim=1), strict=True))
             pairs = Pairs(history.start_G, history.end_G, len(history.columns["item"]))
@@ -201,6 +214,7 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
                 rows_Cd, slot_R = categories
                 slot_W = pairs.of_behaviors(slot_R.index_select(0, history.columns["category"].to(torch.int32)))
                 additive_W += small_table_score(pairs, inherent["category"], rows_Cd, slot_W)
+            # The item part is the large one, and is made by the kernel, from rows that do not leave this shard.
             score_GK, index_GK = top_k(
                 TopKInputs(
                     rows_RD=self._item.local_Rd,
@@ -220,6 +234,8 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         """Rows of the categories that this shard has met, float32 (C, d), and which of the C each category is, (R,)."""
         if self._category is None:
             return None
+        # A flag for each category, rather than `unique`, which would sort all behaviours. Counting the flags numbers
+        # them.
         met_R = torch.zeros(self._category.rows, dtype=torch.bool, device=self._item.local_Rd.device)
         for history in histories.values():
             met_R[history.columns["category"].long()] = True
@@ -235,6 +251,7 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
             counts[sequence] = ctx.windows[sequence].length_ST.clamp(max=k)
             sent = [int(part.sum()) for part in best.count_G.split(ctx.sizes.targets)]
             received = counts[sequence].sum(1).tolist()
+            # Only what is there travels. The best come first, so the rest of a row of K is filling.
             valid_GK = torch.arange(k, device=best.count_G.device) < best.count_G[:, None]
             indices = best.local_index_GK[valid_GK].to(narrowest(self._lengths[sequence] - 1))
             scores = self._codec.encode(best.score_GK[valid_GK])
@@ -270,10 +287,12 @@ def merged(count_ST: Tensor, score_F: Tensor, index_F: Tensor, k: int) -> Select
     before_F = (count_ST.cumsum(0) - count_ST).flatten() - (flat_ST.cumsum(0) - flat_ST)
     column_F = torch.arange(len(score_F), device=score_F.device) + before_F.repeat_interleave(flat_ST)
     target_F = torch.arange(T, device=score_F.device).repeat(S).repeat_interleave(flat_ST)
+    # Keys order by score and then by index, as in the kernels: so shards in any number give the same K.
     key_TL = torch.full((T, longest), NOTHING, device=score_F.device)
     key_TL[target_F, column_F] = ordered(score_F, index_F)
     key_TK = key_TL.topk(k, dim=1).values
     valid_TK = key_TK != NOTHING
+    # A key's lower half is 0xFFFFFFFF less the index, so that the earlier behaviour has the larger key.
     return Selection(torch.where(valid_TK, 0xFFFFFFFF - (key_TK & 0xFFFFFFFF), 0), valid_TK)
 
 
@@ -293,6 +312,7 @@ class SearchHandle:
         self.batch, self._top_k, self._stream = batch, top_k, stream
         self._context = top_k.create_context()
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            # Waiting here for sizes starts the exchange of ids; that one is waited for in `finish`.
             self._input = top_k.input_dist(self._context, batch).wait()
 
     def finish(self, target_cross: CrossRows, history_cross: CrossRows) -> dict[str, Selection]:
@@ -302,6 +322,7 @@ class SearchHandle:
             target_cross: by sequence, all rows of the targets' cross tables.
             history_cross: by sequence, all rows of the behaviours' cross tables.
         """
+        # Only now, because they are weights: while the ids travelled, the optimizers may have changed them.
         self._context.target_cross, self._context.history_cross = target_cross, history_cross
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             shard_input = self._input.wait()
@@ -311,6 +332,7 @@ class SearchHandle:
             here.wait_stream(self._stream)
             self._context.record_stream(here)
             shard_input.record_stream(here)
+        # Three steps by hand and not `ShardedTopK.forward`, which would do all of them at once.
         best = self._top_k.compute(self._context, shard_input)
         selected: dict[str, Selection] = self._top_k.output_dist(self._context, best).wait()
         return selected

@@ -46,6 +46,7 @@ def top_k(inputs: TopKInputs, implementation: TopKImplementation | None = None) 
     if implementation is None:
         device = inputs.rows_RD.device.type
         implementation = TopKImplementation(device) if device in ("cpu", "cuda") else TopKImplementation.REFERENCE
+    # Detached, because the operator has no backward: its results must not seem to have a gradient.
     score_TK, index_TK = _top_k(
         inputs.rows_RD.detach(),
         inputs.ids_M,
@@ -73,6 +74,7 @@ def _top_k(
     scale_R: Tensor | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
+    # Checked inside the operator: once a kernel runs, an index that is wrong reads foreign memory.
     inputs = TopKInputs(rows_RD, ids_M, start_T, end_T, query_TD, additive_W, k, scale_R)
     inputs.check_kinds()
     longest = inputs.check_values()

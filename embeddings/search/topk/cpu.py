@@ -29,10 +29,14 @@ _AS_INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
 def top_k_cpu(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
     """The search of `embeddings.search.topk.api.top_k`, with as many threads as torch uses; inputs are checked."""
     rows_RD, scale_R, targets = inputs.rows_RD, inputs.scale_R, len(inputs.start_T)
+    # Nothing is cleared: the kernel writes all K columns, filling included.
     score_TK = torch.empty(targets, inputs.k)
     index_TK = torch.empty(targets, inputs.k, dtype=torch.int64)
     threads = torch.get_num_threads() if len(inputs.additive_W) * rows_RD.shape[1] >= WORTH_THREADS else 1
+    # A slice of a table's columns is searched as it lies, by the distance between its rows; only the values of a row
+    # must be neighbours.
     rows_RD = rows_RD if rows_RD.stride(1) == 1 else rows_RD.contiguous()
+    # Views, not copies: numpy shares the memory of the tensors. Half precision goes in as integers.
     table = cpu_kernel.TableRows(
         rows_RD.view(_AS_INTEGERS.get(rows_RD.dtype, rows_RD.dtype)).numpy(),
         rows_RD.stride(0) * rows_RD.itemsize,
@@ -49,6 +53,7 @@ def top_k_cpu(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
     units = _units(windows, min(TARGETS_TOGETHER, -(-targets // threads)))
 
     def search(first_unit: int, end_unit: int) -> None:
+        # Keys hold the bits of scores, so the kernel writes bits, into the memory of the floats.
         bits_TK = score_TK.view(torch.int32).numpy()
         cpu_kernel.search(table, windows, units, first_unit, end_unit, bits_TK, index_TK.numpy())
 
@@ -56,24 +61,29 @@ def top_k_cpu(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
         search(0, len(units.offset_U) - 1)
     else:
         cut_P = _cuts(units, inputs.length_T.numpy(), threads * PARTS_PER_THREAD)
+        # More parts than threads, of about equal work each, though users' histories differ in length by orders of
+        # magnitude. The kernel lets go of the GIL. `list` waits, and raises what a thread has raised.
         list(_pool(os.getpid(), threads).map(search, cut_P[:-1], cut_P[1:]))
     return score_TK, index_TK
 
 
 def _units(windows: cpu_kernel.Windows, most: int) -> cpu_kernel.Units:
     """Targets whose windows overlap, in units of at most ``most``."""
+    # Targets of a user lie next to each other in this order, for a user's windows are in one stretch of the behaviours.
     order_T = np.argsort(windows.start_T, kind="stable")
     start_T, end_T = windows.start_T[order_T], windows.end_T[order_T]
     rank_T = np.arange(len(order_T))
     # In order of their starts, a target begins a group if no window before it reaches as far.
     begins_T = np.ones(len(order_T), bool)
     begins_T[1:] = start_T[1:] >= np.maximum.accumulate(end_T)[:-1]
+    # The place of each target in its group; every ``most``-th one begins a unit.
     in_group_T = rank_T - np.maximum.accumulate(np.where(begins_T, rank_T, 0))
     return cpu_kernel.Units(order_T, np.append(rank_T[in_group_T % max(most, 1) == 0], len(order_T)))
 
 
 def _cuts(units: cpu_kernel.Units, length_T: NDArray[np.int64], parts: int) -> list[int]:
     """Cuts between units, such that about as many behaviours lie between each two of them."""
+    # Where each unit begins, in pairs. A cut goes to the first unit behind an equal share.
     pairs_U = np.append(0, length_T[units.order_T].cumsum())[units.offset_U]
     shares_P = np.arange(1, parts) * (pairs_U[-1] / parts)
     return sorted({0, *np.searchsorted(pairs_U, shares_P).tolist(), len(units.offset_U) - 1})

@@ -106,6 +106,8 @@ def dot(_: Any, rows_RD: Any, address: Any, query_D: Any, dim: Any) -> tuple[Any
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         row = builder.inttoptr(arguments[1], ir.PointerType())
+        # The row comes as an address, because Numba cannot make an array of half-precision floats, or of a part of one
+        # for free.
         query = context.make_array(signature.args[2])(context, builder, arguments[2]).data
         return _dot(builder, rows_RD.dtype, row, query, arguments[3])
 
@@ -134,6 +136,7 @@ def _dot(builder: ir.IRBuilder, kind: types.Type, row: ir.Value, query: ir.Value
 
     def multiply_add(at: ir.Value, total: ir.Value, lanes: int) -> ir.Value:
         floats = ir.VectorType(_F32, lanes)
+        # Called by name: a multiplication and an addition would be fused on some processors and not on others.
         fma = get_or_insert_function(builder.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fma.v{lanes}f32")
         values = widened(load(stored[kind], row, at, lanes), lanes)
         return builder.call(fma, [values, load(_F32, query, at, lanes), total])
@@ -141,6 +144,8 @@ def _dot(builder: ir.IRBuilder, kind: types.Type, row: ir.Value, query: ir.Value
     def loop(at: ir.Value, totals: list[ir.Value], lanes: int) -> tuple[ir.Value, list[ir.Value]]:
         """Add products to ``totals`` as long as a whole step of them fits; returns where it ended, and the sums."""
         before = builder.block
+        # A loop of LLVM by hand: `head` asks whether a whole step still fits, `body` does it. What changes from turn to
+        # turn, the index and the sums, are phi nodes: their value depends on the block that was left.
         head, body, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
         builder.branch(head)
         builder.position_at_end(head)
@@ -165,11 +170,15 @@ def _dot(builder: ir.IRBuilder, kind: types.Type, row: ir.Value, query: ir.Value
         add = get_or_insert_function(
             builder.module, ir.FunctionType(_F32, [_F32, total.type]), f"llvm.vector.reduce.fadd.v{lanes}f32"
         )
+        # -0.0 is what changes no sum. With "reassoc" the lanes may be added in a tree; without it they would be added
+        # one by one.
         return builder.call(add, [_F32(-0.0), total], fastmath=("reassoc",))
 
     def zero(lanes: int) -> ir.Value:
         return ir.Constant(ir.VectorType(_F32, lanes), [0.0] * lanes)
 
+    # Four vectors of 16 at a time, then one, then vectors of 4, then single floats. Each loop goes on where the last
+    # ended.
     at, (a, b, c, d) = loop(_I64(0), [zero(LANES)] * SUMS, LANES)
     at, (wide,) = loop(at, [builder.fadd(builder.fadd(a, b), builder.fadd(c, d))], LANES)
     at, (narrow,) = loop(at, [zero(4)], 4)
@@ -182,6 +191,8 @@ def _prefetch(locality: int) -> Any:
     @intrinsic
     def ask(_: Any, address: Any) -> tuple[Any, Callable[..., ir.Value]]:
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+            # The arguments of LLVM's prefetch: address, read or write, locality (0 = none, 3 = keep), data or
+            # instructions.
             kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), _I32, _I32, _I32])
             prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
             read, data = _I32(0), _I32(1)
@@ -227,6 +238,7 @@ def ordered(score: Any, column: int) -> Any:
     bits = _bits(score) if score == score else _NAN
     if bits < 0:
         bits ^= _MAGNITUDE
+    # `embeddings.search.topk.keys.ordered`, for one pair.
     return (np.int64(bits) << 32) | (_LOW - column)
 
 
@@ -240,6 +252,7 @@ def keep_greatest(keys_X: Keys, size: int, k: int) -> None:
     while high - low > 1:
         middle, last = (low + high) >> 1, high - 1
         first_key, middle_key, last_key = keys_X[low], keys_X[middle], keys_X[last]
+        # The pivot goes last, keys above it go first, and then it is swapped to where it belongs.
         pivot = max(min(first_key, middle_key), min(max(first_key, middle_key), last_key))
         at = low if pivot == first_key else (middle if pivot == middle_key else last)
         keys_X[at], keys_X[last] = last_key, pivot
@@ -251,6 +264,7 @@ def keep_greatest(keys_X: Keys, size: int, k: int) -> None:
             keys_X[greater] = key
             greater += key > pivot
         keys_X[last], keys_X[greater] = keys_X[greater], pivot
+        # The pivot is the k-th greatest: done. Else go on in the half that the k-th is in.
         if greater == k - 1:
             return
         if greater < k - 1:
@@ -273,11 +287,14 @@ def sort_descending(keys_X: Keys, spare_X: Keys, size: int) -> None:
     while run < size:
         for begin in range(0, size - run, 2 * run):
             left, middle, end = begin, begin + run, min(begin + 2 * run, size)
+            # Only the left run is copied away: merged keys are written from its start and cannot overtake the right
+            # run.
             spare_X[begin:middle] = keys_X[begin:middle]
             right, out = middle, begin
             while left < middle and right < end:
                 one, other = spare_X[left], keys_X[right]
                 keys_X[out] = max(one, other)
+                # No branch: one of the two comparisons is true, and it moves its side on.
                 left += one > other
                 right += one <= other
                 out += 1
@@ -314,6 +331,7 @@ def search(
     ids_M, start_T, end_T = windows.ids_M, windows.start_T, windows.end_T
     query_TD, additive_W = windows.query_TD, windows.additive_W
     dim, k = query_TD.shape[1], bits_TK.shape[1]
+    # Rows are named by their address, so that no slice of the array is made for each of them.
     base = rows_RD.ctypes.data
     lines = (dim * rows_RD.itemsize + LINE_BYTES - 1) // LINE_BYTES
     block = max(BLOCK_BYTES // (dim * rows_RD.itemsize), PREFETCHED_ROWS) if dim else len(ids_M) + 1
@@ -327,6 +345,8 @@ def search(
     spare_X = np.empty(k, np.int64)
     room = keys_QX.shape[1]
     for unit in range(first_unit, end_unit):
+        # The behaviours from the first start to the last end of the unit's windows are gone through once, block by
+        # block.
         targets = units.order_T[units.offset_U[unit] : units.offset_U[unit + 1]]
         begin = reach = start_T[targets[0]]
         for slot in range(len(targets)):
@@ -335,12 +355,14 @@ def search(
         ahead = begin
         for block_begin in range(begin, reach, block):
             ahead = max(ahead, block_begin)
+            # The first rows of a block, before any target needs them.
             while ahead < min(block_begin + PREFETCHED_ROWS, reach):
                 prefetch_row(rows_RD, base + np.int64(ids_M[ahead]) * row_bytes, lines)
                 ahead += 1
             for slot in range(len(targets)):
                 target = targets[slot]
                 start = start_T[target]
+                # Pair ``pair + behavior`` is that of this target and a behaviour.
                 pair = windows.first_pair_T[target] - start
                 query_D, keys_X = query_TD[target], keys_QX[slot]
                 size, worst = size_Q[slot], worst_Q[slot]
@@ -357,12 +379,15 @@ def search(
                     # Written in any case, and kept only if it is good enough: no branch to mispredict.
                     keys_X[size] = key
                     size += key > worst
+                    # Only when the room is full: so the k best are selected once for every k + 32 keys that were good
+                    # enough.
                     if size == room:
                         keep_greatest(keys_X, size, k)
                         size, worst = k, keys_X[k - 1]
                 size_Q[slot], worst_Q[slot] = size, worst
         for slot in range(len(targets)):
             target, keys_X, size = targets[slot], keys_QX[slot], size_Q[slot]
+            # All blocks are done: select once more, sort, and take the keys apart into scores and indices.
             if size > k:
                 keep_greatest(keys_X, size, k)
                 size = k

@@ -34,13 +34,16 @@ def top_k_cuda(inputs: TopKInputs, longest: int) -> tuple[Tensor, Tensor]:
     if not targets or not longest:
         return decoded(start_T.new_empty(targets, 0), start_T, k)
     rows_RD = rows_RD if rows_RD.stride(1) == 1 else rows_RD.contiguous()
+    # Triton's blocks have a power of two of elements.
     kept = max(triton.next_power_of_2(min(k, longest)), 2)
     # A larger K would not stay in registers: then all keys are written, and torch selects the best.
     fused = kept <= BLOCK_N
+    # A program searches one part of one target's window.
     parts = min(triton.cdiv(PROGRAMS, targets), triton.cdiv(longest, BLOCK_N)) if fused else 1
     part = triton.cdiv(triton.cdiv(longest, parts), BLOCK_N) * BLOCK_N
     columns = parts * kept if fused else longest
     best = []
+    # So many targets at a time that their keys, of 8 bytes, stay within the limit.
     step = max(1, KEY_BYTES // (8 * columns))
     for begin in range(0, targets, step):
         some = slice(begin, min(begin + step, targets))
@@ -65,6 +68,7 @@ def top_k_cuda(inputs: TopKInputs, longest: int) -> tuple[Tensor, Tensor]:
             block_n=BLOCK_N,
             block_d=min(BLOCK_D, triton.next_power_of_2(max(dim, 1))),
         )
+        # Keys sort as the search must, so an ordinary top K of integers merges the parts.
         best.append(key_TX.topk(min(k, columns)).values)
     return decoded(torch.cat(best), start_T, k)
 
@@ -91,18 +95,21 @@ def _search(
     block_d: tl.constexpr,
 ) -> None:
     """Write the keys of one part of one target's window: the ``kept`` best of them, or all, padded with NOTHING."""
+    # In 64 bits: the products with it below may exceed 32.
     target, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start = tl.load(start_T + target)
     length = tl.load(end_T + target) - start
     pair = tl.load(first_pair_T + target)
     begin = number * part
     written = key_TX + target * columns
+    # The best so far stay in registers; only they are written, at the end.
     best = tl.full([kept], _NOTHING, tl.int64)
     worst = tl.min(best)
     end = tl.minimum(begin + part, length) if fused else columns
     for block in range(begin, end, block_n):
         column = block + tl.arange(0, block_n)
         valid = column < length
+        # Behind the window's end nothing is read: the mask stands for zeros, and the key is NOTHING.
         row = tl.load(ids_M + start + column, mask=valid, other=0).to(tl.int64)
         score = _dot(rows_RD, row_stride, row, valid, query_TD + target * dim, dim, block_n, block_d)
         if scaled:
@@ -135,6 +142,7 @@ def _dot(
     """Dot products of the rows with the query, float32 (block_n,)."""
     total = tl.zeros([block_n], tl.float32)
     for first in range(0, dim, block_d):
+        # The last block of a dim that is no multiple is masked, with zeros on both sides.
         d = first + tl.arange(0, block_d)
         inside = d < dim
         query = tl.load(query_D + d, mask=inside, other=0.0)
@@ -148,7 +156,9 @@ def _dot(
 @triton.jit
 def _ordered(score: Any, column: Any) -> Any:
     """The keys of `embeddings.search.topk.keys.ordered`."""
+    # -0.0 equals 0.0, and must have the same bits.
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    # NaN is the only value that differs from itself; one bit pattern for all of them, above infinity's.
     bits = tl.where(score == score, bits, _NAN)
     monotonic = tl.where(bits < 0, bits ^ _MAGNITUDE, bits)
     return (monotonic.to(tl.int64) << 32) | (_LOW - column.to(tl.int64))

@@ -61,6 +61,7 @@ class TopKInputs:
             raise ValueError(f"k: at least 1 (not {self.k})")
         rows_RD, scale_R = self.rows_RD, self.scale_R
         quantized = rows_RD.dtype == torch.int8
+        # Kernels take whatever memory they are given, so every tensor's kind is checked before they see it.
         for name, tensor, dimensions, dtypes in (
             ("rows_RD", rows_RD, 2, (*FLOATS, torch.int8)),
             ("ids_M", self.ids_M, 1, INTEGERS),

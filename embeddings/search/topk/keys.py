@@ -24,6 +24,7 @@ def ordered(score_X: Tensor, column_X: Tensor) -> Tensor:
         score_X: float32.
         column_X: integer below 2^32, broadcast against the scores.
     """
+    # NaNs come in many bit patterns, of both signs; here they become one, which is positive and above infinity's.
     comparable_X = torch.where(score_X.isnan(), math.nan, score_X + 0.0)  # + 0.0 makes 0.0 of -0.0
     return (_monotonic(comparable_X.view(torch.int32)).to(torch.int64) << 32) | (_LOW - column_X)
 
@@ -44,6 +45,7 @@ def decoded(key_TK: Tensor, start_T: Tensor, k: int) -> tuple[Tensor, Tensor]:
     score_TK = torch.full((targets, k), -torch.inf, device=key_TK.device)
     index_TK = torch.full((targets, k), -1, dtype=torch.int64, device=key_TK.device)
     valid_TK = key_TK != NOTHING
+    # The shift is arithmetic, so the upper half keeps its sign.
     score = _monotonic((key_TK >> 32).to(torch.int32)).view(torch.float32)
     score_TK[:, :kept] = torch.where(valid_TK, score, -torch.inf)
     index_TK[:, :kept] = torch.where(valid_TK, start_T[:, None] + _LOW - (key_TK & _LOW), -1)

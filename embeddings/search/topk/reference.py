@@ -40,8 +40,10 @@ def top_k_reference(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
         score_CN = _scores(inputs, target_C, span)
         column_N = torch.arange(score_CN.shape[1], device=device)
         valid_CN = column_N < inputs.length_T[target_C, None]
+        # Padding reads the first pair, which is there if any window is not empty, and is masked in the next line.
         pair_CN = torch.where(valid_CN, inputs.first_pair_T[target_C, None] + column_N, 0)
         key_CN = torch.where(valid_CN, ordered(score_CN + inputs.additive_W[pair_CN], column_N), NOTHING)
+        # A window shorter than K gives fewer columns; `decoded` fills them up.
         key_CK = key_CN.topk(min(k, score_CN.shape[1])).values
         score_TK[target_C], index_TK[target_C] = decoded(key_CK, start_T[target_C], k)
     return score_TK, index_TK
@@ -58,6 +60,7 @@ def _chunks(inputs: TopKInputs) -> Iterator[tuple[Tensor, _Span]]:
     begins_T = torch.ones_like(start_T, dtype=torch.bool)
     begins_T[1:] = start_T[1:] >= reach_T[:-1]
     group_T = begins_T.cumsum(0) - 1
+    # Targets of each group, where it begins, and how far its windows reach.
     size_G = torch.bincount(group_T)
     end_G = size_G.cumsum(0)
     begin_G = start_T[end_G - size_G]
@@ -71,6 +74,8 @@ def _chunks(inputs: TopKInputs) -> Iterator[tuple[Tensor, _Span]]:
         span_G[by_span_G].tolist(),
         size_G[by_span_G].tolist(),
     )
+    # Groups are added to a pass as long as its tensors, padded to the longest and the largest group, stay within the
+    # limit.
     group, target = 0, 0
     while group < len(spans):
         S, Q, stop = 0, 0, group
@@ -92,15 +97,18 @@ def _scores(inputs: TopKInputs, target_C: Tensor, span: _Span) -> Tensor:
     longest = int(inputs.length_T[target_C].max())
     if longest == 0:
         return query_CD.new_zeros(len(start_C), 0, dtype=torch.float32)
+    # Each group's rows are gathered once, however many targets it has; indices behind the last behaviour read that one.
     index_GS = (begin_G[:, None] + torch.arange(S, device=begin_G.device)).clamp(max=len(inputs.ids_M) - 1)
     ids_GS = inputs.ids_M[index_GS]
     rows_GSD = inputs.rows_RD.index_select(0, ids_GS.flatten()).float().view(len(begin_G), S, -1)
     group_C = torch.arange(len(begin_G), device=begin_G.device).repeat_interleave(size_G)
+    # Queries side by side, (G, Q, D), so that one batched product scores all targets of a group.
     slot_C = torch.arange(len(group_C), device=group_C.device) - (size_G.cumsum(0) - size_G)[group_C]
     query_GQD = query_CD.new_zeros(len(begin_G), Q, query_CD.shape[1], dtype=torch.float32)
     query_GQD[group_C, slot_C] = query_CD.float()
     score_GQS = torch.bmm(query_GQD, rows_GSD.transpose(1, 2))
     if inputs.scale_R is not None:
         score_GQS *= inputs.scale_R[ids_GS][:, None]
+    # From columns of the group's span to columns of each target's own window.
     column_CN = (start_C - begin_G[group_C])[:, None] + torch.arange(longest, device=begin_G.device)
     return score_GQS[group_C, slot_C].gather(1, column_CN.clamp(max=S - 1))
