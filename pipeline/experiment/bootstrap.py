@@ -93,6 +93,7 @@ def replicated_auc(predictions: Predictions, replicates: int = REPLICATES) -> F6
     positive_N = predictions.label_N
     before = np.lexsort((~positive_N, predictions.score_N))
     behind = np.lexsort((positive_N, predictions.score_N))
+    # One generator for all passes, which draws replicate after replicate: how many are made in a pass changes no draw.
     rng = np.random.default_rng(SEED)
     parts = []
     for first in range(0, replicates, _REPLICATES_A_PASS):
@@ -117,6 +118,7 @@ def paired_difference(first_SR: Sequence[F64], second_SR: Sequence[F64], differe
         The difference with its interval and p value; these are nan where no replicate has both labels.
     """
     assert len(first_SR) == len(second_SR) > 0
+    # Paired: both models have seen the same draw of users in each replicate.
     difference_R = np.mean(first_SR, axis=0) - np.mean(second_SR, axis=0)
     difference_R = difference_R[~np.isnan(difference_R)]
     if not len(difference_R):
@@ -129,6 +131,8 @@ def paired_difference(first_SR: Sequence[F64], second_SR: Sequence[F64], differe
 def _draws(rng: np.random.Generator, users: int, replicates: int) -> U16:
     """How often each user is drawn, (U, R); a replicate's draw does not depend on how many are made together."""
     assert users > 0
+    # 16 bits: a user is drawn about once. Turned around at the end, so that all replicates of a sample's user lie side
+    # by side.
     weight_RU = np.empty((replicates, users), np.uint16)
     for weight_U in weight_RU:
         np.copyto(weight_U, np.bincount(rng.integers(0, users, users), minlength=users), casting="unsafe")
@@ -151,6 +155,7 @@ def _ordered_pairs(user_N: I64, positive_N: NDArray[np.bool_], weight_UR: U16, p
     replicates = weight_UR.shape[1]
     positives_R, negatives_R = np.zeros(replicates), np.zeros(replicates)
     ordered_R = np.zeros(replicates)
+    # In this order, the negatives that are counted so far are those before the sample, in each replicate.
     for sample in range(len(user_N)):
         weight_R = weight_UR[user_N[sample]]
         if positive_N[sample]:
@@ -210,6 +215,7 @@ class Comparison:
         for data, dim in dict.fromkeys((result.data, result.dim) for result in results):
             cells = grouped([result for result in results if (result.data, result.dim) == (data, dim)])
             by_label = {label: {cell.seed: cell for cell in group} for (label, _), group in cells.items()}
+            # By mean AUC, so that a pair's first is the better one.
             labels = sorted(by_label, key=lambda label: -_mean(by_label[label].values()))
             for index, first in enumerate(labels):
                 for second in labels[index + 1 :]:
@@ -246,6 +252,7 @@ def _replicates(run: Path) -> _Replicates:
             if known["draws"].tolist() == draws:
                 return _Replicates(known["auc_R"], str(known["users"]))
     predictions = Predictions.read(run / "scores")
+    # Equal numbers of users give equal draws, also if they are others: the digest tells them apart.
     users = hashlib.blake2b(predictions.user_id_U.tobytes(), digest_size=16).hexdigest()
     replicates = _Replicates(replicated_auc(predictions), users)
     # A stream, because numpy adds an ending of its own to a name.

@@ -101,6 +101,7 @@ def cells_of(experiment: ExperimentSettings, recipe: Path | None, out: Path) -> 
 
 
 def _settings(experiment: ExperimentSettings, recipe: Path | None, row: ModelRow, dim: int, seed: int) -> TrainSettings:
+    # Later ones win: a row may set dims of its own, but neither another model's name nor a seed.
     merged = OmegaConf.merge(
         experiment.settings,
         {"model": {"attention": {"dim": dim}, "representation": {"dim": dim}}},
@@ -123,6 +124,7 @@ def refuse_changed(cells: list[Cell], fingerprints: dict[str, str]) -> None:
         UserError: a cell has begun with other settings or another data set.
     """
     for cell in cells:
+        # Killed before it had written both: nothing to compare, it begins anew.
         if not (cell.run.settings_file.is_file() and cell.run.data_file.is_file()):
             continue
         changed = {
@@ -181,6 +183,7 @@ def parameters_of(
     parameters: dict[tuple[str, str, int], Parameters] = {}
     for cell in cells:
         key = cell.data, cell.label, cell.dim
+        # A model is built once for all seeds.
         if key in parameters:
             continue
         try:

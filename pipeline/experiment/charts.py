@@ -55,6 +55,7 @@ def convergence(results: Sequence[Result], columns: Sequence[Column], out: Path)
                 for line in log:
                     if line["auc"] is not None:
                         by_step.setdefault(line["step"], []).append(line["auc"])
+            # A mean over other seeds at each step would jump.
             steps = [step for step in sorted(by_step) if len(by_step[step]) == len(logs)]
             if steps:
                 means = [fmean(by_step[step]) for step in steps]

@@ -43,6 +43,7 @@ class Child:
         # With -I and -S Python reads neither its environment nor the installed packages, and starts in milliseconds.
         first = [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, str(os.getpid())]
         with log.open("ab") as output:
+            # The log goes on from earlier starts; only what comes after this is of this one.
             self._offset = output.tell()
             self._process = subprocess.Popen(
                 [*first, *command],
@@ -83,6 +84,7 @@ class Child:
     def send(self, number: signal.Signals) -> None:
         """Send a signal, if it still runs."""
         if self.poll() is None:
+            # It may have ended since the line before.
             with suppress(ProcessLookupError):
                 os.kill(self._process.pid, number)
 
@@ -115,5 +117,6 @@ def stop_all(children: Sequence[Child], patience_s: float = 60) -> None:
             child.wait(until - time.monotonic())
     finally:
         for child in children:
+            # Also when the wait itself was interrupted: nobody is left behind.
             child.send(signal.SIGKILL)
             child.wait(10)

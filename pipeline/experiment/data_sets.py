@@ -109,6 +109,7 @@ def _do(name: str, command: Sequence[str], log: Path) -> None:
     with StopSignal() as stop:
         child = Child(command, {}, log)
         try:
+            # The child has a session of its own, so Ctrl-C reaches this process alone, which then stops it.
             while child.wait(1) is None:
                 if stop.received:
                     raise UserError("stopped while a data set was made; the same command goes on")

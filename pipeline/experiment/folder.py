@@ -96,6 +96,7 @@ class Documents:
         """
         with _failure_is_told():
             results = self._results()
+            # At most one report at a time: the next cell brings a newer one anyway.
             busy = self._writing is not None and not self._writing.done()
             if not busy and time.monotonic() - self._reported > REPORT_EVERY_S:
                 self._reported = time.monotonic()
@@ -111,6 +112,7 @@ class Documents:
             OSError: a file cannot be written.
             UserError: predictions of one data set are not of the same users.
         """
+        # Waits: an older report must not be written over this one.
         self._thread.shutdown()
         results = self._results()
         return results, self._report(results)

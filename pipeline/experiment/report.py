@@ -142,6 +142,7 @@ def _metric_table(
         key: [value for cell in cells if (value := metric.value(cell)) is not None]
         for key, cells in grouped(results).items()
     }
+    # Settings hold the paper's AUC alone.
     published = metric is _AUC and any(row.paper for row in experiment.models.values())
     header, rows = [""], [[Entry(label)] for label in experiment.models]
     for column in columns:

@@ -93,6 +93,7 @@ def result_of(cell: Cell, parameters: Parameters, out: Path) -> Result:
     record = read_json(cell.record) if cell.record.is_file() else {}
     test = read_json(cell.run.test_file) if cell.finished else {}
     progress = read_json(cell.run.progress_file) if cell.run.progress_file.is_file() else {}
+    # None is an AUC that is not defined: a validation of one label.
     validated = [line["auc"] for line in read_step_log(cell.run.validations) if line["auc"] is not None]
     steps, best = test.get("steps"), test.get("checkpoint_step")
     return Result(
@@ -198,6 +199,7 @@ def below(floor: AccuracyFloor, results: Sequence[Result]) -> list[str]:
                 if group is None:
                     faults.append(f"{label} on {data}, d {dim}: no result, {expected.auc:.4f} expected")
                     continue
+                # The mean over the seeds that are there: a floor is checked with fewer seeds too.
                 auc = fmean(cell.auc for cell in group if cell.auc is not None)
                 if auc < expected.auc - expected.tolerance:
                     faults.append(

@@ -62,6 +62,7 @@ def run_cells(
         if cell.finished:  # A runner may have been killed between the end of the cell and this.
             _keep_the_best(cell)
     waiting = deque(cell for cell in cells if not cell.finished)
+    # Taken from the end, so slot 0 comes first.
     free, running = list(range(len(slots)))[::-1], list[Started]()
 
     def fill() -> None:
@@ -72,6 +73,7 @@ def run_cells(
         try:
             fill()
             while running:
+                # A list of its own: the loop changes ``running``.
                 for started in [each for each in running if each.child.poll() is not None]:
                     running.remove(started)
                     free.append(started.slot)
@@ -85,6 +87,7 @@ def run_cells(
         finally:
             if running:
                 _LOGGER.info("stopping %s running cells", len(running))
+            # Whatever ends this block, an error of ours too: no cell outlives its runner, and each may save first.
             stop_all([started.child for started in running])
             for started in running:
                 add_to_record(started.cell, started.child.seconds, started.child.peak_bytes, None)
@@ -100,6 +103,7 @@ def _start(
         *(*dare, "train", "--data", str(folders[cell.data]), "--run", str(cell.folder)),
         *("--config", str(cell.settings_file), "--score", str(cell.scores)),
     ]
+    # One thread: results do not depend on the machine's cores, and cells side by side do not fight for them.
     return Started(cell, Child(command, {"OMP_NUM_THREADS": "1", **slots[slot]}, cell.log), slot)
 
 
@@ -108,6 +112,7 @@ def _end(started: Started, progress: "CellProgress") -> None:
     error = None
     if child.code:
         error = child.complaint()
+    # A stopped run ends with 0 too: it has saved, and the same command goes on.
     elif not cell.finished:
         error = "it was stopped before its end"
     add_to_record(cell, child.seconds, child.peak_bytes, error)
@@ -148,6 +153,7 @@ class Estimate:
             cells: those that are left.
             elapsed: by folder of each cell that runs: its seconds so far, and the share of its steps that is done.
         """
+        # Before any cell like it has ended, a cell that runs tells by its own speed.
         guesses = [seconds / share for seconds, share in elapsed.values() if share > _TELLING_SHARE]
         total = 0.0
         for cell in cells:
@@ -224,6 +230,7 @@ class CellProgress:
 def _step(cell: Cell, child: Child) -> tuple[float, str]:
     """Share of the steps that is done, and a line about it."""
     file = cell.run.progress_file
+    # An older file is of an earlier start of the cell.
     if not file.is_file() or file.stat().st_mtime < child.began:
         return 0.0, "begins"
     at = read_json(cell.run.progress_file)

@@ -68,6 +68,7 @@ def calibrated() -> ClusterSettings:
         RuntimeError: a process failed.
     """
     figures = on_gloo_ranks(RANKS, _figures)
+    # Both ranks measure at once, because in a step both are busy at once: what they share, they share here too.
     measured = {name: median([figure[name] for figure in figures]) for name in figures[0]}
     load = os.getloadavg()[0]
     cluster = ClusterSettings(
@@ -78,6 +79,7 @@ def calibrated() -> ClusterSettings:
         devices_per_node=RANKS,
         host_memory=psutil.virtual_memory().total,
         memory_bandwidth=measured["memory_bandwidth"],
+        # One machine: the second link is never used, but must be there.
         within_node=Link(bandwidth=measured["all_to_all"], latency=measured["latency"]),
         between_nodes=Link(bandwidth=measured["all_to_all"], latency=measured["latency"]),
         collectives=CollectiveShares(
@@ -86,6 +88,7 @@ def calibrated() -> ClusterSettings:
         dense_rate=measured["dense_rate"],
         costs=Costs(
             **{name: measured[name] for name in ("row", "update", "bag", "id", "pair", "cross", "input")},
+            # Not known yet: measured below, with the other figures as they are.
             behavior=0,
             scan=measured["pair"],
             step=0,
@@ -93,6 +96,7 @@ def calibrated() -> ClusterSettings:
         reserved=0.3,
         measured=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {RANKS} processes, load average {load:.1f}",
     )
+    # Long histories and few targets: hardly anything else than behaviours travels.
     settings, sizes = plan_settings(cluster, LONG)
     behavior = median(on_gloo_ranks(RANKS, _behavior, StepTask(settings, sizes), cluster.within_node))
     cluster = cluster.model_copy(update={"costs": cluster.costs.model_copy(update={"behavior": behavior})})
@@ -163,6 +167,8 @@ def _lookups(bandwidth: float) -> dict[str, float]:
     row_B = torch.randint(0, ROWS, (BAGS,))
     full, empty = torch.arange(BAGS + 1), torch.zeros(BAGS + 1, dtype=torch.int64)
     none = row_B[:0]
+    # What bytes alone would take is taken off everywhere below: the model adds it for the sizes at hand. Noise must not
+    # make a cost negative, hence the least values.
     answer = 2 * BAGS * DIM * 4 / bandwidth
     row_bytes = DIM * 4 / bandwidth
 
@@ -170,6 +176,7 @@ def _lookups(bandwidth: float) -> dict[str, float]:
         return lambda: table(ids, offsets).sum().backward()
 
     with torch.no_grad():
+        # With ids and without: the difference is what the ids cost, the rest is what the bags cost.
         forward_full, forward_empty = _ns(lambda: table(row_B, full)), _ns(lambda: table(none, empty))
     backward_full, backward_empty = _ns(both(row_B, full)) - forward_full, _ns(both(none, empty)) - forward_empty
     # What an id costs beside the lookup: finding which are equal, and giving each id the row that came back.
@@ -196,6 +203,7 @@ def _behavior(task: StepTask, link: Link) -> float:
     ns = _ns(lambda: search.input_dist(search.create_context(), batch).wait().wait(), together=True)
     with TrafficCounter() as traffic:
         search.input_dist(search.create_context(), batch).wait().wait()
+    # Two collectives, and the bytes, are what the model counts as traffic.
     sent = traffic.bytes / link.bandwidth + 2 * link.latency * 1e3
     return max(0.1, float(ns - sent) / len(batch.histories["history"].item_M))
 
@@ -220,6 +228,7 @@ def _pairs(bandwidth: float, rate: float) -> dict[str, float]:
 
         return cross_score(pairs, {"position": rows_RD[:1]}, row_W, rows)
 
+    # The products are counted by themselves.
     products = 2 * DIM / (rate * 1e3)
     return {"pair": max(0.1, search - products), "cross": _ns(position) / len(additive_W)}
 
@@ -250,6 +259,7 @@ def _collectives() -> dict[str, float]:
 
 def _dense_rate() -> float:
     """TFLOP/s of a layer of the prediction, forwards and backwards."""
+    # 192 inputs: what DARE predicts from with two features of 32 floats. 3 x 2: forwards, and twice backwards.
     layer, values = torch.nn.Linear(192, 200), torch.randn(1024, 192, requires_grad=True)
     return 3 * 2 * 1024 * 192 * 200 / _ns(lambda: layer(values).sum().backward()) / 1e3
 

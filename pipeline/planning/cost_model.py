@@ -25,6 +25,8 @@ from pipeline.planning.traffic import (
 from pipeline.planning.workload import Search, Workload, distinct
 from schemas.cluster import ClusterSettings
 
+# Counts, not times: a calibration measures the figures of a cluster, never these. `dare bench plan` tells how far off
+# the estimates are with them (docs/benchmarks.md).
 PASSES = 10
 """Times that rows of what was retrieved are read or written by attention and pooling, both ways."""
 
@@ -116,6 +118,7 @@ class StepModel:
 
     def estimate(self, search: Search) -> StepEstimate:
         """A step with search on the shard or locally; the same where the model leaves no choice."""
+        # Only some models can search on the shards; the others do the same whatever the settings say.
         search_place = search if self._model.searched == "shard" else "local"
         costs = [
             *self._cross_rows(),
@@ -132,6 +135,7 @@ class StepModel:
         if self._model.searched in ("ids", "none"):
             return pairs * 24
         if search == "shard" and self._model.searched == "shard":
+            # Rough: a behaviour's columns and indices, 32 bytes, and a pair's score, index and sort key, 24.
             return behaviors * 32 + pairs * 24
         dim = self._dim(self._model.roles.history_attention)
         return behaviors * dim * FLOAT * LOCAL_PASSES + pairs * 24
@@ -149,6 +153,7 @@ class StepModel:
 
     def _search(self, search: Search) -> Iterator[Cost]:
         if self._model.searched == "ids":
+            # Ids are compared, no rows: each pair costs what ranking it costs.
             yield self._compute("search", "ids of all behaviours", self._work.pairs * self._cluster.costs.pair)
         elif self._model.searched != "none":
             yield from self._search_locally() if search == "local" else self._search_on_shard()
@@ -156,6 +161,7 @@ class StepModel:
     def _search_locally(self) -> Iterator[Cost]:
         """Search on the sample's rank, which fetches the rows of all behaviours (`embeddings.search.local`)."""
         roles, work, costs = self._model.roles, self._work, self._cluster.costs
+        # With one set of tables for both, targets and behaviours are looked up together: one lookup, not two.
         together = roles.target_attention == roles.history_attention
         ids = work.behaviors + work.targets * together
         yield from self._lookup("behaviours", self._inherent[roles.history_attention], ids, ids, gradient=False)
@@ -175,10 +181,12 @@ class StepModel:
         by_feature = {table.feature: table for table in tables}
         item = by_feature["item"]
         yield self._compute("search", "bucketing, columns, windows", work.behaviors * costs.behavior)
+        # On the shard each behaviour's row is read once, however many targets are scored with it.
         scan = work.behaviors * (costs.row + item.row_bytes / self._bandwidth) + self._scores(item.dim, costs.scan)
         yield self._compute("search", "scores of the behaviours here", scan)
         if "category" in by_feature:
             yield self._compute("search", "scores of categories", self._category_scores(by_feature["category"]))
+        # What comes back from all shards is ranked once more on the sample's rank.
         merged = sum(
             work.targets * work.ranks * best_of_shard(sequence.pairs / work.targets, sequence.retrieved, work.ranks)
             for sequence in work.sequences
@@ -208,6 +216,7 @@ class StepModel:
         ids = work.behaviors if self.looks_up_all else work.kept
         different = work.behaviors if self.looks_up_all else work.selected
         for name in sorted(targets | history):
+            # Pooled where the rows are: one vector a bag and shard comes back, not one a behaviour.
             if search == "shard" and self._model.could_pool_on_shards and name == roles.history_representation:
                 yield from self._pooling(f"histories, {name}", self._inherent[name])
                 continue
@@ -238,6 +247,7 @@ class StepModel:
         dim = sum(self._dim(name) for name in self._inherent) + crosses / max(1, len(work.sequences))
         attended = kept * dim * FLOAT * PASSES / self._bandwidth
         yield self._compute("dense", "attention and pooling", attended)
+        # A product and a sum for each weight and target; the backward pass makes twice as many as the forward pass.
         products = 3 * 2 * self.dense_parameters * work.targets / self._rate
         inputs = self.inputs * work.targets * costs.input
         yield self._compute("dense", "prediction", products + inputs)
@@ -258,10 +268,12 @@ class StepModel:
         """
         for traffic in rows_lookup(what, tables, different, self._work.ranks, gradient, self._wire):
             yield self._sent(traffic)
+        # ``different`` is what the workload tells of equal ids; in a small table ids meet by chance besides.
         asked = [distinct(different, table.rows) for table in tables]
         ns = self._on_shard(tables, asked, asked, gradient)
         travelling = sum(count * table.dim for count, table in zip(asked, tables, strict=True))
         passes = ids * sum(table.dim for table in tables) * LOCAL_PASSES + travelling * TRAVEL_PASSES
+        # The gradient takes the same way back.
         copied = passes * FLOAT * (1 + gradient) / self._bandwidth
         yield self._compute("lookups", what, ns + copied + len(tables) * ids * self._cluster.costs.id)
 
@@ -271,18 +283,22 @@ class StepModel:
         """Nanoseconds of reading rows on a shard and writing them back."""
         costs, ns = self._cluster.costs, 0.0
         for table, of_ids in zip(tables, ids, strict=True):
+            # Rows in the host's memory come over its link, which is slower than the device's memory.
             bandwidth = min(self._cluster.host_link, self._bandwidth) if table.on_host else self._bandwidth
             # A lookup has as many bags in each of its tables.
             answer = max(bags) * (costs.bag + 2 * table.dim * FLOAT / self._bandwidth)
             ns += of_ids * (costs.row + table.row_bytes / bandwidth) + answer
             if gradient:
+                # The row is read and written, and the gradient of the answer is read as the answer was written.
                 ns += of_ids * (costs.update + 2 * table.row_bytes / bandwidth) + answer
         return ns
 
     def _sent(self, traffic: Traffic) -> Cost:
         cluster = self._cluster
+        # The same number of bytes goes to each peer; how many of them are on the same node decides over which link.
         intra_node_peers = min(cluster.devices_per_node, cluster.ranks) - 1
         inter_node_peers = cluster.ranks - 1 - intra_node_peers
+        # Links are measured with an all-to-all; other collectives reach a share of its bandwidth.
         share = 1.0 if traffic.collective == "all_to_all" else getattr(cluster.collectives, traffic.collective)
         link = cluster.between_nodes if inter_node_peers else cluster.within_node
         us = traffic.collectives * link.latency

@@ -118,10 +118,14 @@ def dry_run(settings: PlanSettings, sizes: DataSizes) -> DryRun:
     cluster = settings.cluster
     model = build_model(settings.model, sizes, torch.device("meta"))
     search: Search = settings.model.search if model.searched == "shard" else "local"
+    # As in training, for the planner counts the optimizers' state where they are fused; it also refuses what the device
+    # cannot train.
     fuse_optimizers(model, torch.device(cluster.device))
     work = Workload.of(settings, sizes)
     # The memory beside the tables does not depend on where the planner puts them, so it is known before the plan.
     unplanned = StepModel(model, (), work, cluster)
+    # Rough, and small beside tables: dense parameters, activations of the prediction, and rows of the retrieved
+    # behaviours as attention keeps them for its backward pass, four bytes a float.
     dense = unplanned.dense_parameters * 4 * DENSE_COPIES + unplanned.inputs * work.targets * 4 * 12
     kept = (work.pairs if unplanned.looks_up_all else work.targets * work.retrieved) * sum(
         sum((model.tables.inherent_dims(name) | model.tables.cross_dims(name)).values())
@@ -134,6 +138,7 @@ def dry_run(settings: PlanSettings, sizes: DataSizes) -> DryRun:
     planner = EmbeddingShardingPlanner(
         topology=topology,
         constraints=bounds,
+        # `cluster_topology` has taken off the reserve already, and what is not tables.
         storage_reservation=FixedPercentageStorageReservation(0.0),
         # TorchRec's default adds a grid search over all combinations: it takes minutes with a thousand ranks, and finds
         # no better plan.
@@ -148,6 +153,7 @@ def dry_run(settings: PlanSettings, sizes: DataSizes) -> DryRun:
         except PlannerError:
             plan, chosen = None, None
         seconds = time.perf_counter() - began
+        # Without a plan, the options that the planner weighed still tell how much memory each table takes.
         options = chosen or _evenly(planner._enumerator.enumerate(model, [TableSharder()]))
     if plan is None:
         lack = _lack(options, settings, other)
@@ -179,10 +185,13 @@ def _bounds(model: CtrModel, work: Workload, search: Search, device_type: str) -
         spec = model.tables.specs[name]
         if spec.inherent:
             local = search == "local" and model.searched in ("shard", "local") and spec.set in searched
+            # Some models look up all behaviours with gradient; with local search the rows of attention are fetched for
+            # all of them.
             everything = model.auxiliary is not None or model.attends_all or local
             ids = work.targets + (work.behaviors if everything else work.selected)
         else:
             ids = spec.rows / work.ranks
+        # The planner multiplies by the number of ranks again.
         constraint.batch_sizes = [max(1, round(ids / work.ranks))]
     return bounds
 
@@ -210,6 +219,7 @@ def _lack(options: list[ShardingOption], settings: PlanSettings, other: int) -> 
         for memory in ("hbm", "ddr")
     }
     needed = {memory: sum(parts.values()) for memory, parts in sums.items()}
+    # Device memory is named if it lacks; host memory only where the device's would do.
     needed["ddr" if on_cpu else "hbm"] += other
     memory, usable = ("ddr", host) if on_cpu or needed["hbm"] <= device else ("hbm", device)
     table = max(sums[memory], key=lambda name: sums[memory][name])
@@ -279,6 +289,7 @@ def cluster_topology(cluster: ClusterSettings, taken: int = 0) -> Topology:
     return TopologyFactory.create_topology(
         TrainerConfig(world_size=cluster.ranks, local_world_size=cluster.devices_per_node),
         HardwareConfig(
+            # The planner's device memory is "hbm" and the host's "ddr". On a CPU all tables are in the latter.
             hbm_cap_bytes=0 if on_cpu else max(0, device_bytes - taken),
             ddr_cap_bytes=max(1, host_bytes - taken * on_cpu),
             intra_host_bw=cluster.within_node.bandwidth * _PER_MS,

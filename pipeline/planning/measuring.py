@@ -42,8 +42,12 @@ def on_gloo_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, tim
     """
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
+        # The kernel chooses a port that is free. Another process might take it before the ranks do; then the start
+        # fails.
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    # `put` writes to a pipe in the rank itself: what ranks return must fit into the pipe's buffer, because it is read
+    # only when they have ended.
     results = context.SimpleQueue()
     processes = [
         context.Process(target=_rank, args=(rank, ranks, port, results, function, arguments)) for rank in range(ranks)
@@ -74,6 +78,7 @@ def _rank(
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # One thread for each rank: ranks side by side would fight for the cores.
     torch.set_num_threads(1)
     with process_group(torch.device("cpu")):
         results.put(function(*arguments))
@@ -112,8 +117,10 @@ def _sent(collective: str, arguments: Sequence[Any]) -> float:
         source, splits = arguments[1], list(arguments[4])
         own = splits[rank] / max(1, sum(splits)) if splits else 1 / ranks  # the part that stays on this rank
         return _bytes(source) * (1 - own)
+    # Each rank sends its part to all others.
     if collective == "_allgather_base_":
         return _bytes(arguments[1]) * (ranks - 1)
+    # A reduce-scatter and an all-gather of equal parts: of each part but one's own, the values and then the sums.
     if collective == "allreduce_":
         return sum(map(_bytes, arguments[0])) * 2 * (ranks - 1) / ranks
     if collective == "_reduce_scatter_base_":
@@ -180,6 +187,7 @@ def measured_step(task: StepTask) -> float:
         optimizer.zero_grad()
         click_loss(sharded(batch), batch.label_T).backward()
         optimizer.step()
+        # From a common start to this rank's end: waiting for the other inside the step is part of it.
         times.append(time.perf_counter() - began)
     return median(times[task.warmup :])
 

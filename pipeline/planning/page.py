@@ -48,6 +48,7 @@ def _memory(run: DryRun) -> Markup:
     figure, (axis,) = panels(height=2.8)
     ranks, on_cpu = run.settings.cluster.ranks, run.settings.cluster.device == "cpu"
     total = np.array([rank.host_bytes if on_cpu else rank.device_bytes for rank in run.ranks]) / GIB
+    # Tables too small to be seen are left to the grey rest.
     seen = [table for table in run.tables if table.bytes > 0.01 * sum(each.bytes for each in run.tables)]
     largest = sorted(seen, key=lambda table: table.bytes, reverse=True)[:4]
     rank_R, below_R = np.arange(ranks), np.zeros(ranks)
@@ -58,10 +59,12 @@ def _memory(run: DryRun) -> Markup:
                 held_R[rank] += rows * (table.bytes / table.rows) / GIB
         axis.fill_between(rank_R, below_R, below_R + held_R, step="mid", color=color, label=table.name, linewidth=0)
         below_R += held_R
+    # Never negative, should the tables here add up to more than the planner's figure.
     rest_R = np.maximum(total, below_R)
     axis.fill_between(rank_R, below_R, rest_R, step="mid", color=PALE_GREY, label="buffers and others", linewidth=0)
     cluster = run.settings.cluster
     there = cluster.host_memory / cluster.devices_per_node if on_cpu else cluster.device_memory
+    # Far above, the line would press everything else to the ground.
     if there / GIB < 6 * total.max():
         axis.axhline(there / GIB, color=RED, linestyle="--", label="memory there is")
     if ranks == 1:

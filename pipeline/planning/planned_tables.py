@@ -79,6 +79,7 @@ def planned_tables(model: CtrModel, plan: ShardingPlan) -> tuple[PlannedTable, .
     Raises:
         UserError: the plan lacks a table, has one that the model has not, or does not hold exactly its rows.
     """
+    # What remains in here at the end are tables that nobody has declared.
     placed = {name: sharding for tables in plan.plan.values() for name, sharding in tables.items()}
     found = []
     for name, spec in model.tables.specs.items():
@@ -114,12 +115,14 @@ def _planned(spec: TableSpec, sharding: ParameterSharding) -> PlannedTable:
 def _check_cover(name: str, rows: int, dim: int, sharding: ParameterSharding) -> None:
     """Shards must hold every value of the table once."""
     shards = sharding.sharding_spec.shards if sharding.sharding_spec else []
+    # The right number of values, and no gap between the rows of one shard and the next: then each row is there once.
     held = sum(prod(shard.shard_sizes) for shard in shards)
     if held != rows * dim:
         raise UserError(f"the plan holds {held:,} values of table {name}, the model declares {rows:,} x {dim}")
     parts = sorted((*shard.shard_offsets, *shard.shard_sizes) for shard in shards if prod(shard.shard_sizes))
     row = 0
     for first, column, size, width in parts:
+        # Only for shards that hold whole rows; parts of rows are told by the number of values alone.
         if (column, width) == (0, dim) and first != row:
             raise UserError(f"the plan does not hold the rows of table {name} from {row:,} to {first:,} once")
         row = first + size

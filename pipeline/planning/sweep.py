@@ -75,6 +75,7 @@ def sweep(settings: PlanSettings, sizes: DataSizes, axes: Sequence[Axis]) -> Ite
             if name == "history_length":
                 if settings.stream.sequences:
                     raise UserError("--sweep history_length: the stream has sequences with lengths of their own")
+                # Sizes are made of settings before the sweep: a length must change in both.
                 of_sizes = DataSizes(**{**vars(of_sizes), "lengths": {"history": value}})
             change: Changes = {SHORT[name][-1]: value}
             for section in reversed(SHORT[name][:-1]):
@@ -110,12 +111,14 @@ def remedies(failed: DryRun) -> Iterator[str]:
     yield from _more_nodes(failed)
     if failed.search == "local" and not model.auxiliary_loss:
         yield from _tried(failed, {"model": {"search": "shard"}}, "model.search=shard")
+    # A model with one set of tables has equal settings for both roles, and is refused with others (`TableRoles.sets`).
     shared = model.attention == model.representation
     if not shared:
         yield from _dims(failed, ("attention",))
         yield from _dims(failed, ("representation",))
     yield from _dims(failed, ("attention", "representation"))
     if settings.cluster.device == "cuda":
+        # Neither exists on a CPU (`check_tables`).
         for key, value in (("precision", "fp16"), ("memory", "host")):
             changes = {role: {key: value} for role in ("attention", "representation")}
             words = " ".join(f"model.{role}.{key}={value}" for role in changes)
@@ -131,6 +134,7 @@ def _more_nodes(failed: DryRun) -> Iterator[str]:
     """The fewest nodes that hold the model, to a sixteenth: doubled until they do, then bisected."""
     had = failed.settings.cluster.nodes
     low, high = had, had
+    # Doubling first: from one node to sixty-four it takes six dry runs, not sixty-three.
     while high < had * MOST_NODES:
         high *= 2
         if _fits(failed, {"cluster": {"nodes": high}}):
@@ -194,6 +198,7 @@ def changed(settings: PlanSettings, changes: Changes) -> PlanSettings:
     Raises:
         UserError: they do not fit each other.
     """
+    # Through text and validation again, not by `model_copy`: a change may not fit the rest.
     return load_settings(PlanSettings, values=_merged(settings.model_dump(mode="json"), changes))
 
 

@@ -170,6 +170,7 @@ def _step(run: DryRun) -> Iterator[str]:
     )
     if run.searched != "shard":
         yield f"{run.settings.model.name} searches {run.searched}: search=shard changes nothing"
+    # The three that are worth a thought, by name.
     slowest = sorted(run.step.costs, key=lambda cost: cost.ms, reverse=True)[:3]
     parts = ", ".join(f"{cost.what} ({cost.phase}) {cost.ms:,.1f} ms" for cost in slowest)
     yield f"slowest with search={run.search}: {parts}"

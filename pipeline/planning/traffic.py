@@ -53,17 +53,20 @@ def rows_lookup(
         gradient: a backward pass follows.
         wire: bytes of a float of a row on its way.
     """
+    # Ids are even over the shards. Rows are counted within their shard, for which fewer bytes are enough.
     different = [(distinct(ids, table.rows) / ranks, table) for table in tables]
     asked = sum(count * narrowest(max(table.shard_rows) - 1) for count, table in different)
     answered = sum(count * table.dim for count, table in different) * wire
     yield Traffic("input dist", f"counts of {what}", "all_to_all", len(tables) * COUNT)
     yield Traffic("input dist", f"ids of {what}", "all_to_all", asked)
+    # A gradient takes the way of its row back, in as many bytes.
     for way in ("rows", "gradients")[: 1 + gradient]:
         yield Traffic("output dist", f"{way} of {what}", "all_to_all", answered)
 
 
 def all_rows(what: str, tables: Sequence[PlannedTable]) -> Iterator[Traffic]:
     """All rows of tables, to all ranks (`embeddings.distributed.lookups`), and their gradients."""
+    # Every shard sends as much as the largest: equal parts, of which the last one is filled up.
     held = sum(max(table.shard_rows) * table.dim for table in tables) * FLOAT
     yield Traffic("output dist", f"rows of {what}", "all_gather", held)
     yield Traffic("output dist", f"gradients of {what}", "reduce_scatter", held)
@@ -86,21 +89,26 @@ def search_on_shard(
     known = narrowest(categories) if "category" in features else 0
     for sequence in work.sequences:
         wide = narrowest(sequence.length)
+        # Bytes of a behaviour's columns (`embeddings.search.messages`).
         widths = {"item": ID, "category": known, "position": wide, "interval": 4, "behavior": 1, "scene": 1}
         behavior = sum(widths[feature] for feature in features)
+        # Behaviours and windows travel in the all-to-all of the targets: no latency of their own.
         yield Traffic("input dist", "behaviours", "all_to_all", sequence.behaviors / ranks * behavior, 0)
         yield Traffic("input dist", "windows", "all_to_all", targets * (ID + wide), 0)
         answers = best_of_shard(sequence.pairs / targets, sequence.retrieved, ranks)
         yield Traffic("output dist", "best of each shard", "all_to_all", targets * answers * (wire + wide))
     target = ID + known + sum({"position": 4, "interval": 4, "scene": 1}.get(feature, 0) for feature in features)
+    # Two collectives: first the sizes of everything, then everything in one all-to-all.
     yield Traffic("input dist", "targets", "all_to_all", targets * target, 2)
     for table in inherent:
         # Of equal ids of all ranks one is gathered.
+        # An all-gather: what a shard sends to each other is its own part of the result.
         held = distinct(targets * ranks, table.rows) / ranks
         yield Traffic("input dist", f"targets' {table.feature} rows", "all_gather", held * table.dim * FLOAT)
     if "category" in dims:
         # A shard fetches each category that it has met once.
         met = distinct(work.behaviors, categories)
+        # The counts first, then the ids, then the rows back.
         yield Traffic("input dist", "ids of categories", "all_to_all", met / ranks * ID, 2)
         yield Traffic("input dist", "category rows", "all_to_all", met / ranks * dims["category"] * FLOAT)
 
@@ -120,8 +128,10 @@ def pooling_on_shard(
     """
     dim, features = sum(table.dim for table in tables), len(tables)
     wide = sum(narrowest(max(table.shard_rows) - 1) for table in tables)
+    # Counts of ids and counts of parts; a part comes with the length of its bag.
     yield Traffic("input dist", f"counts of {what}", "all_to_all", 2 * features * COUNT)
     yield Traffic("input dist", f"ids of {what}", "all_to_all", (ids * wide + features * parts * LENGTH) / ranks)
+    # In an all-to-all of their own, because their gradients come back by it.
     yield Traffic("input dist", f"weights of {what}", "all_to_all", features * ids / ranks * FLOAT)
     yield Traffic("output dist", f"rows of {what}", "all_to_all", parts / ranks * wire * dim)
     yield Traffic("output dist", f"gradients of {what}", "all_to_all", parts / ranks * wire * dim)
@@ -149,4 +159,5 @@ def dense_gradients(parameters: int, statistics: int, ranks: int) -> Iterator[Tr
     """
     # An all-reduce is a reduce-scatter and an all-gather of equal parts.
     yield Traffic("dense", "dense gradients", "all_reduce", 2 * parameters * FLOAT / ranks)
+    # Mean and square of each value, in float64, once forwards and once backwards.
     yield Traffic("dense", "batch statistics", "all_reduce", 2 * 2 * statistics * 8 / ranks, 2)

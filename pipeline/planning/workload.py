@@ -25,7 +25,9 @@ def with_load_of(settings: PlanSettings, manifest: Manifest) -> PlanSettings:
         manifest: of the data set.
     """
     counts, stream, load = manifest.counts, settings.stream, settings.workload
+    # The longest sequence, because a manifest does not say which behaviours belong to which.
     longest = max((part.length for part in (stream.sequences or {}).values()), default=stream.history_length)
+    # A user's targets of a whole epoch do not share a history if the batches keep them apart.
     together = min(stream.targets_per_user_per_batch or stream.batch_size, stream.batch_size)
     measured = {
         "targets_per_user": max(1.0, min(counts.train.targets / max(1, counts.users), together)),
@@ -114,6 +116,7 @@ class Workload:
 
         The bags are the targets, of one id each, and each target's sequences, of K ids at most.
         """
+        # A bag's ids are even over the shards: one is left out by all of them with probability (1 - 1/W)^ids.
         held = (min(sequence.retrieved, sequence.pairs / self.targets) for sequence in self.sequences)
         touched: list[float] = [self.ranks * (1 - (1 - 1 / self.ranks) ** ids) for ids in held]
         return self.targets * (1 + sum(touched))

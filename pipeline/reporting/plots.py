@@ -61,6 +61,7 @@ def panels(
     rows = -(-count // columns)
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(_WIDTH, height * rows), layout=layout)
+    # A grid may have more places than there are panels.
     axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel().tolist()
     for axis in axes[count:]:
         axis.remove()
