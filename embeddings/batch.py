@@ -50,7 +50,8 @@ class _Tensors:
             tensor.record_stream(stream)
             return tensor
 
-        # What it returns is dropped: the tensors are the same, only the allocator knows more of them.
+        # The new batch that `_map` makes is dropped: its tensors are the old ones, and only the allocator knows more of
+        # them.
         self._map(record)
 
 
@@ -103,7 +104,8 @@ class Batch(_Tensors, Pipelineable):
         """Number of targets; 0 on a rank that has run out before the others."""
         return len(self.item_T)
 
-    # It writes into ``__dict__`` itself, so it may, though the dataclass is frozen.
+    # A frozen dataclass may have it, because `cached_property` writes into ``__dict__`` and not through
+    # ``__setattr__``.
     @cached_property
     def users(self) -> int:
         """Number of users."""

@@ -115,9 +115,7 @@ def behavior_row(feature: Feature, batch: Batch, history: History, index_X: Tens
         # it.
         return history.end_T[target_X] - index_X
     if feature == "interval":
-        # Computed rather than sent: a pair has a time between, a behaviour and a target have only their own.
         return interval_bucket(batch.timestamp_T[target_X] - gather_or_zeros(history.timestamp_M, index_X))
-    # These two belong to the behaviour alone. They are small tables, so they are treated as the other cross features.
     column_M = history.behavior_type_M if feature == "behavior" else history.scene_M
     if column_M is None:
         raise UserError(f"model.features: {feature} is not in the histories of {batch.origin}")

@@ -57,9 +57,8 @@ def normalized(attention: Gradients, representation: Gradients, ids: Ids) -> Gra
             # All rows of a small table: each rank has its part of every row's gradient. After the sum all ranks have
             # the same norm, which the next line adds up over ranks, so each contributes its share of it.
             squares.append(sum_over_ranks(both_X2d).square().sum((0, 2)) / ranks())
-    # All tables in one all-reduce.
     of_attention, of_representation = sum_over_ranks(torch.stack(squares)).sqrt().unbind(1)
-    # It stays on the device; a branch would have to wait for it.
+    # No branch on the value: on a GPU the host would have to wait for it.
     scale = torch.where(of_attention > 0, of_representation / of_attention, 1).float()
     scaled = {}
     for (table, parts), factor in zip(attention.items(), scale, strict=True):
@@ -79,7 +78,6 @@ def _added_by_id(id_L: Tensor, gradient_L2d: Tensor) -> Tensor:
     group = dist.group.WORLD
     assert group is not None
 
-    # In the order of their owners, as an all-to-all wants its parts.
     def send(wanted_S: Tensor) -> ColumnsAllToAll:
         sent, received = count_S.tolist(), wanted_S.tolist()
         return ColumnsAllToAll(group, [Column(values[order_U], sent, received) for values in (id_U, gradient_U2d)])
@@ -130,7 +128,6 @@ def split_gradients(rows: BatchRows, combine: Combine) -> tuple[BatchRows, Batch
     Returns:
         The rows for attention, and the rows for representation.
     """
-    # Tables that are looked up by id; those without ids gave all their rows.
     parts, ids = rows.parts(), dict[str, list[Tensor]]()
     for part in parts:
         if part.id_L is not None:

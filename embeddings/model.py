@@ -211,7 +211,7 @@ class CtrModel(nn.Module):
     @property
     def searches_on_shards(self) -> bool:
         """Whether the model can, the settings want it, and the tables are sharded."""
-        # Of class, settings and plan, none of which differs between ranks: so all ranks take the same way.
+        # It depends on class, settings and plan, which do not differ between ranks: so all ranks take the same way.
         wanted = self.searched == "shard" and self.settings.search == "shard"
         return wanted and self.tables.row_wise(self.roles.history_attention)
 
@@ -224,8 +224,8 @@ class CtrModel(nn.Module):
     def could_pool_on_shards(self) -> bool:
         """Whether representation has one set of tables of its own, whose rows are pooled as they are."""
         attention, representation = self.roles.attention, self.roles.representation
-        # A shard sums rows as they are. With a map or a norm between, or where attention needs the same rows on this
-        # rank in any case, they travel and are pooled here.
+        # A shard can only sum rows as they are. Rows that pass a map before the sum, or that attention needs on this
+        # rank in any case, travel and are pooled here.
         plain = type(self).represent is CtrModel.represent and type(self).pool is CtrModel.pool
         return plain and len(representation) == 1 and not attention & representation
 

@@ -74,8 +74,8 @@ def codecs_of(communication: Communication) -> QuantizedCommCodecs:
 
     Gradients travel as bfloat16 in both 16-bit settings: those of a mean loss are too small for float16.
     """
-    # TorchRec's registry of codecs replaces bf16 by fp16 on gloo. Here floats travel as bytes, which any backend
-    # carries, so the codecs are made without it. Those of fp32 return their argument.
+    # TorchRec's registry of codecs replaces bf16 by fp16 on gloo. It is not used here, because floats travel as bytes,
+    # which every backend carries. The codecs of fp32 return their argument.
     values = {"fp32": CommType.FP32, "fp16": CommType.FP16, "bf16": CommType.BF16}[communication]
     gradients = CommType.FP32 if communication == "fp32" else CommType.BF16
     return get_qcomm_codecs(QCommsConfig(forward_precision=values, backward_precision=gradients))
@@ -130,7 +130,6 @@ class ColumnsAllToAll(Awaitable[list[Tensor]]):
         received = [sum(self._received[rank * len(columns) : (rank + 1) * len(columns)]) for rank in ranks]
         self._outgoing = torch.cat([parts[rank] for rank in ranks for parts in outgoing])
         self._incoming = self._outgoing.new_empty(sum(received))
-        # The argument order is (output, input, output sizes, input sizes).
         self._work = dist.all_to_all_single(self._incoming, self._outgoing, received, sent, group=group, async_op=True)
 
     def _wait_impl(self) -> list[Tensor]:
@@ -226,8 +225,8 @@ class ReturnedParts(LazyAwaitable[Tensor]):
 
     def __init__(self, parts: tuple[Tensor, ...], join: Callable[[tuple[Tensor, ...]], Tensor]) -> None:
         super().__init__()
-        # The parts are here already, because an autograd function returns tensors and not promises; joining them is
-        # what is left to be lazy about. `ShardedModule.output_dist` has to return an awaitable.
+        # The parts have arrived already, because an autograd function returns tensors and not promises; only joining
+        # them can still wait. `ShardedModule.output_dist` has to return an awaitable.
         self._parts, self._join = parts, join
 
     def _wait_impl(self) -> Tensor:

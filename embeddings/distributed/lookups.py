@@ -168,8 +168,8 @@ class ShardedWeightedPooling(RowWiseModule[PoolingContext]):
         id_counts = ids_SF.T.tolist()
         rows, lengths, weights = [], [], []
         for number, table in enumerate(tables.values()):
-            # Of a bag, only the shards that have some of its ids hear, and only they answer: `nonzero` lists them by
-            # shard.
+            # Only shards that have some of a bag's ids hear of the bag, and only they answer. `nonzero` lists the parts
+            # by shard.
             length_SB = length_SFB[:, number]
             shard_P, bag_P = length_SB.nonzero(as_tuple=True)
             ctx.indices.append(bag_P)
@@ -192,7 +192,6 @@ class ShardedWeightedPooling(RowWiseModule[PoolingContext]):
             received_weights = all_to_all_with_gradient(weight_columns, scale, self._group)
             return BagsAllToAll(ColumnsAllToAll(self._group, columns), received_weights)
 
-        # In one exchange: for each shard, ids of all tables, then parts of all tables.
         parts_SF = torch.tensor(ctx.sent, device=ids_SF.device).T
         return CountsAllToAll(self._group, torch.cat([ids_SF, parts_SF], dim=1).contiguous(), send)
 

@@ -96,7 +96,6 @@ class RowWiseTable:
         longest = max(1, int(count_S.max()))
         rank = self.group.rank()
         local_Rd = self.local_Rd
-        # Each shard's part is padded to the longest, because an all-gather needs equal parts.
         own = local_Rd.new_zeros(longest, local_Rd.shape[1])
         mine = id_U[owner_U == rank] - rank * self.block
         own[: len(mine)] = local_Rd.index_select(0, mine)
@@ -119,7 +118,7 @@ class Bags(NamedTuple):
     """float32, may require a gradient; of all tables, or of none."""
 
 
-# No `nn.Module`, though it holds the collection's kernels: as a submodule it would give their parameters second names.
+# It is no `nn.Module`, though it holds the collection's kernels: as a submodule it would name their parameters twice.
 class RowWiseLookup:
     """The lookup that a sharded collection makes in this rank's shards, with ids of our own choice.
 
@@ -174,7 +173,6 @@ class RowWiseLookup:
         )
         rows_LD: Tensor = self._lookup(features)
         parts = rows_LD.split(list(self.dims.values()), dim=1)
-        # The fillers are cut off again; their sums are zeros and their gradients go nowhere.
         return [part_Ld[: len(length_L)] for part_Ld, length_L in zip(parts, lengths, strict=True)]
 
 
@@ -271,7 +269,6 @@ class RowWiseModule(ShardedModule[list[Bags], list[Tensor], Tensor, C]):
         parts = all_to_all_with_gradient(columns, self._lookup.gradient_scale, self._group, self._codecs)
 
         def joined(parts: tuple[Tensor, ...]) -> Tensor:
-            # From the order of the lookup to the order in which the caller named the features.
             by_feature = dict(zip(self._lookup.tables, self.assemble(ctx, parts), strict=True))
             return torch.cat([by_feature[feature] for feature in ctx.features], dim=1)
 

@@ -40,8 +40,8 @@ class RowsMap(nn.Module):
         wide = sum(dims[feature] for feature in self.mapped)
         layers: list[nn.Module] = []
         for before, after in pairwise([wide] * (hidden + 1)):
-            # A hidden layer is as wide as the input; with ``hidden`` 0 the loop has no turn, and the map is the linear
-            # layer alone.
+            # A hidden layer is as wide as the input. Without hidden layers the loop is empty, and the map is one linear
+            # layer.
             layers += [nn.Linear(before, after), nn.PReLU(init=0.1)]
         layers.append(nn.Linear(wide, sum(self.outputs[feature] for feature in self.mapped), bias=bias))
         self.layers = nn.Sequential(*layers)

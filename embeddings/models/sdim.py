@@ -42,12 +42,15 @@ class Sdim(Eta):
         """Weights (T, H, K): 1 where all bits of a round agree with the target's, else 0."""
         target_TH1b = self._rounds(target.inherent).unsqueeze(2)
         behavior_THKb = self._rounds(behaviors.inherent).transpose(1, 2)
+        # All bits of a round agree with the chance ``(1 - angle / pi)^hash_width``, so near behaviours are pooled in
+        # most rounds.
         same_THK = (target_TH1b == behavior_THKb).all(dim=3)
         return (same_THK & chosen.valid_TK.unsqueeze(1)).float()
 
     def pool(self, weight_TK: Tensor, behaviors: Rows) -> Rows:
         """Pool to the mean over rounds of ``sum / |sum|``, where the norm is of all features together."""
         rounds = weight_TK.shape[1]
+        # The norm is that of the whole row, so the features' sums are joined before it is taken, and cut apart after.
         sums = [
             weighted_sum(weight_TK, rows_TKd).unflatten(1, (rounds, rows_TKd.shape[-1]))
             for rows_TKd in (behaviors.inherent, *behaviors.cross.values())

@@ -71,5 +71,6 @@ class SimSoft(SimHard):
 
     def auxiliary_attention(self, target: Rows, behaviors: Rows, chosen: Selection) -> Tensor:
         """Weights (T, N) of the auxiliary prediction: the search's score itself, not its softmax (section 3.1)."""
+        # Times ``valid``, since without a softmax nothing else takes padding out of the sum.
         score_TN: Tensor = self.searching(target, behaviors)
         return score_TN * chosen.valid_TK

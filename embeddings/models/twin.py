@@ -78,6 +78,8 @@ class TwinV2(Twin):
     def search_products(self, dim: int) -> int:
         """Multiplications of the score, and of four passes over the item rows for each split of the longest window."""
         item = self.tables.inherent_dims(self.roles.history_attention)["item"]
+        # Each split halves the clusters, so a window of N needs log2(N / cluster_size) rounds; a round takes the mean,
+        # two distances and the products along the line.
         splits = math.ceil(math.log2(max(1, max(self.sizes.lengths.values()) / self.settings.cluster_size)))
         return dim + 4 * item * splits
 
@@ -87,6 +89,7 @@ class TwinV2(Twin):
         item = self.tables.inherent_dims(self.roles.history_attention)["item"]
 
         def cluster_weights(rows_MD: Tensor, history: History) -> Tensor:
+            # A row is item and category side by side: the first columns are the item's.
             return log_counts(rows_MD[:, :item], history, self.settings.cluster_size)
 
         return search_locally(rows, self.scoring, self.settings.retrieved, cluster_weights)

@@ -44,6 +44,7 @@ class TwinProjection(Twin):
 
     def pool(self, weight_TK: Tensor, behaviors: Rows) -> Rows:
         """Pool mapped rows, ``sum_i w_i map(e_i)``; a linear map is applied to the sum instead, once for K rows."""
+        # An MLP of a sum is not the sum of the MLP's outputs, so each of the K rows is mapped.
         if self.hidden:
             return pooled(weight_TK, self.behavior_map(behaviors))
         return self.behavior_map.of_sum(pooled(weight_TK, behaviors), weight_TK.sum(1))
@@ -53,8 +54,10 @@ class TwinProjection(Twin):
         return self.target_map.outputs
 
     def _maps(self) -> tuple[RowsMap, RowsMap]:
+        # The dims of the rows as they are in the tables; `represented_dims` of this class are those after the maps.
         dims = super().represented_dims()
         missing = [feature for feature in self.mapped if feature not in dims]
+        # The plain model maps whatever features there are; one that is named after its features must have them.
         if self.mapped is not TwinProjection.mapped and missing:
             raise UserError(f"model.features: {self.settings.name} maps {missing[0]}; add it to the features")
         outputs = {feature: self.output_dim or dim for feature, dim in dims.items()}

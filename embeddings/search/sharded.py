@@ -189,8 +189,8 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
     def compute(self, ctx: TopKContext, dist_input: ShardInput) -> dict[str, ShardBest]:
         """Find the K best of this shard, by sequence; the context must have the rows of the cross tables."""
         targets = dist_input.targets
-        # Rows of the targets first: on all shards, which have the same targets. They are read here, not in
-        # `input_dist`, so that they are those of this step also where ids were sent ahead.
+        # Rows of the targets first, on all shards alike. They are read here and not in `input_dist`, so that they are
+        # those of this step even where the ids were sent ahead.
         rows = [table.gather(targets.columns[feature]).float() for feature, table in self._target_tables.items()]
         target_GD = torch.cat(rows, dim=1)
         # This fetch is a collective: it comes once for all sequences, outside of the loop, and in the same place on all
@@ -199,7 +199,6 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         best = {}
         for sequence, history in dist_input.histories.items():
             k = self._retrieved[sequence]
-            # The same queries as a local search makes: a score knows nothing of shards.
             query = self._scoring.queries(search_rows(target_GD, targets.row, ctx.target_cross[sequence]))
             # The query of the inherent features is cut again into those of item and category, whose rows are in
             # different places.
@@ -287,7 +286,7 @@ def merged(count_ST: Tensor, score_F: Tensor, index_F: Tensor, k: int) -> Select
     before_F = (count_ST.cumsum(0) - count_ST).flatten() - (flat_ST.cumsum(0) - flat_ST)
     column_F = torch.arange(len(score_F), device=score_F.device) + before_F.repeat_interleave(flat_ST)
     target_F = torch.arange(T, device=score_F.device).repeat(S).repeat_interleave(flat_ST)
-    # Keys order by score and then by index, as in the kernels: so shards in any number give the same K.
+    # Keys order by score and then by index, as in the kernels, so the result does not depend on the number of shards.
     key_TL = torch.full((T, longest), NOTHING, device=score_F.device)
     key_TL[target_F, column_F] = ordered(score_F, index_F)
     key_TK = key_TL.topk(k, dim=1).values

@@ -51,8 +51,8 @@ class Tables(nn.Module):
         specs = declare_tables(settings, sizes, sets)
         self.specs = {spec.name: spec for spec in specs}
         """Every table's spec, by name."""
-        # Names are for TorchRec and for checkpoints; inside, a table is found by what it is, and no name is taken
-        # apart.
+        # Names are for TorchRec and for checkpoints. Within the program a table is found by its identity, and no name
+        # is parsed.
         self._by_identity = {(spec.set, spec.feature, spec.sequence): spec for spec in specs}
         self.sets = tuple(sets)
         self.inherent_features = tuple(feature for feature in INHERENT if feature in settings.features)
@@ -166,7 +166,7 @@ class Tables(nn.Module):
         if self.cross is None:
             return by_set
         row_wise = is_row_wise(self.cross)
-        # Decided by how the tables are sharded, which is the same on all ranks: so all take the same branch.
+        # The branch depends on how the tables are sharded, which is the same on all ranks.
         tables = all_gathered_tables(self.cross) if row_wise else self._all_rows(self.cross, device)
         for spec in self._cross_specs:
             assert spec.sequence is not None

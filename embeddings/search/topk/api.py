@@ -74,7 +74,7 @@ def _top_k(
     scale_R: Tensor | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    # Checked inside the operator: once a kernel runs, an index that is wrong reads foreign memory.
+    # Checked before a kernel runs, because a kernel with a wrong index would read memory that is not the table's.
     inputs = TopKInputs(rows_RD, ids_M, start_T, end_T, query_TD, additive_W, k, scale_R)
     inputs.check_kinds()
     longest = inputs.check_values()

@@ -106,8 +106,8 @@ def dot(_: Any, rows_RD: Any, address: Any, query_D: Any, dim: Any) -> tuple[Any
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         row = builder.inttoptr(arguments[1], ir.PointerType())
-        # The row comes as an address, because Numba cannot make an array of half-precision floats, or of a part of one
-        # for free.
+        # The row comes as an address: Numba has no arrays of half-precision floats, and would make a slice for each
+        # row.
         query = context.make_array(signature.args[2])(context, builder, arguments[2]).data
         return _dot(builder, rows_RD.dtype, row, query, arguments[3])
 
@@ -136,7 +136,8 @@ def _dot(builder: ir.IRBuilder, kind: types.Type, row: ir.Value, query: ir.Value
 
     def multiply_add(at: ir.Value, total: ir.Value, lanes: int) -> ir.Value:
         floats = ir.VectorType(_F32, lanes)
-        # Called by name: a multiplication and an addition would be fused on some processors and not on others.
+        # A fused multiply-add is asked for by name: without fast-math flags LLVM would keep two instructions and round
+        # twice.
         fma = get_or_insert_function(builder.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fma.v{lanes}f32")
         values = widened(load(stored[kind], row, at, lanes), lanes)
         return builder.call(fma, [values, load(_F32, query, at, lanes), total])
@@ -170,8 +171,8 @@ def _dot(builder: ir.IRBuilder, kind: types.Type, row: ir.Value, query: ir.Value
         add = get_or_insert_function(
             builder.module, ir.FunctionType(_F32, [_F32, total.type]), f"llvm.vector.reduce.fadd.v{lanes}f32"
         )
-        # -0.0 is what changes no sum. With "reassoc" the lanes may be added in a tree; without it they would be added
-        # one by one.
+        # -0.0 is the neutral element of an addition of floats. With "reassoc" the lanes may be added in a tree; without
+        # it they would be added one by one.
         return builder.call(add, [_F32(-0.0), total], fastmath=("reassoc",))
 
     def zero(lanes: int) -> ir.Value:
@@ -238,7 +239,6 @@ def ordered(score: Any, column: int) -> Any:
     bits = _bits(score) if score == score else _NAN
     if bits < 0:
         bits ^= _MAGNITUDE
-    # `embeddings.search.topk.keys.ordered`, for one pair.
     return (np.int64(bits) << 32) | (_LOW - column)
 
 
@@ -331,7 +331,6 @@ def search(
     ids_M, start_T, end_T = windows.ids_M, windows.start_T, windows.end_T
     query_TD, additive_W = windows.query_TD, windows.additive_W
     dim, k = query_TD.shape[1], bits_TK.shape[1]
-    # Rows are named by their address, so that no slice of the array is made for each of them.
     base = rows_RD.ctypes.data
     lines = (dim * rows_RD.itemsize + LINE_BYTES - 1) // LINE_BYTES
     block = max(BLOCK_BYTES // (dim * rows_RD.itemsize), PREFETCHED_ROWS) if dim else len(ids_M) + 1
