@@ -51,6 +51,7 @@ def measure(cluster: ClusterSettings, searches: tuple[str, ...] = ("local", "sha
         UserError: a cluster that is not this machine's.
         RuntimeError: a process failed.
     """
+    # An estimate for other machines says nothing about a step on this one.
     if cluster.device != "cpu" or cluster.ranks != RANKS:
         raise UserError(
             f"{cluster.name}: steps are measured on {RANKS} ranks of a CPU; `dare plan --calibrate` makes its file"

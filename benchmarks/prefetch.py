@@ -71,6 +71,7 @@ def _step(settings: TrainSettings, sizes: DataSizes) -> tuple[float, float]:
     batches = [made_up_batch(task, seed=10 * dist.get_rank() + step) for step in range(STEPS)]
     sides = []
     for prefetch in (False, True):
+        # A model of its own for each side, with the same first weights: their losses must stay equal to the last bit.
         model = build_model(settings.model, sizes, torch.device("meta"))
         sharded = shard(model, device, make_plan(model, device, bags=1))
         initialize(sharded, seed=1)
@@ -78,6 +79,7 @@ def _step(settings: TrainSettings, sizes: DataSizes) -> tuple[float, float]:
         kind = SearchPrefetchPipeline if prefetch else TrainPipelineBase
         sides.append(kind(sharded if prefetch else ClickTask(sharded), optimizer, device))
     times: tuple[list[float], list[float]] = ([], [])
+    # The first round is not counted: kernels are compiled in it.
     for _ in range(1 + ROUNDS):
         losses: tuple[list[float], list[float]] = ([], [])
         for side, pipeline in enumerate(sides):

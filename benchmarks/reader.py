@@ -84,6 +84,7 @@ def measure(users: int, rounds: int, threads: int, history_length: int, batch_si
         _say(f"writing {users} users")
         write_dataset(folder, users, seed=0)
         data_set = DataSet.open(folder)
+        # In a shuffled order, as training reads.
         order = np.random.default_rng(0).permutation(len(data_set.file_G))
         long_order = np.tile(order, EPOCHS_PER_READ)
 
@@ -101,6 +102,7 @@ def measure(users: int, rounds: int, threads: int, history_length: int, batch_si
         for turn in range(rounds):
             _say(f"reading row groups, round {turn + 1} of {rounds}")
             for _ in range(READS_PER_ROUND):
+                # In turns and in random order: what else the machine does falls on all sides alike.
                 for side in dealt.permutation(list(sides)):
                     reading[side].append(_seconds(sides[side]))
         seconds_of = {side: statistics.median(seconds) for side, seconds in reading.items()}
@@ -269,6 +271,7 @@ def _users(
     # Of T behaviours, target j is number T - 2 - 5 j, counted from 1; the behaviours before it are its history.
     end_UJ = length_U[:, None] - 3 - STRIDE * np.arange(POSITIONS)[::-1]
     end_T = np.repeat(end_UJ.reshape(-1), PER_POSITION)
+    # A positive is the behaviour at its place, its negatives are drawn like any item.
     place_T = np.repeat(offset_U[:-1], POSITIONS * PER_POSITION) + end_T
     label_T = np.tile(np.arange(PER_POSITION) == 0, len(end_T) // PER_POSITION)
     item_T = np.where(label_T, item_M[place_T], _items(rng, len(place_T)))

@@ -148,6 +148,8 @@ def measure_case(case: Case, rows: int, rounds: int, device: torch.device) -> Se
     print(f"{shown}: {rows} rows", file=sys.stderr, flush=True)
     search = make_search(case, rows, device)
     ours, plain, reference = search.ours(), search.plain(), search.ours(TopKImplementation.REFERENCE)
+    # Equal to the last bit, because every sum is exact. Of equal scores torch promises no order, so the behaviours are
+    # compared with the reference's.
     exact = torch.equal(ours[0], plain[0]) and torch.equal(ours[1], reference[1])
     del ours, plain, reference
 
@@ -157,11 +159,13 @@ def measure_case(case: Case, rows: int, rounds: int, device: torch.device) -> Se
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for name, read in _readings(search, pool).items():
             sides[name] = read
+            # Once before any timing: Numba compiles at the first call.
             read()
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for _ in range(rounds):
             for side, work in sides.items():
                 seconds[side].append(_seconds(work, device))
+    # The shortest time is the one with the least of what else the machine does.
     least = {side: min(times) for side, times in seconds.items()}
     read_bytes = len(search.inputs.ids_M) * case.dim * case.dtype.itemsize
     reading = min(least[side] for side in sides if side.startswith("reading"))

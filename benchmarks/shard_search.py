@@ -99,6 +99,7 @@ def measure(ranks: int, rows: int, rounds: int, cases: tuple[Case, ...] = CASES)
     processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(ranks)]
     for process in processes:
         process.start()
+    # The ranks have the other end: when they have all ended, `recv` raises EOFError instead of waiting.
     sender.close()
     figures_of_cases = []
     try:
@@ -143,6 +144,7 @@ def _compared(case: Case, rows: int, rounds: int) -> ShardSearchFigures:
     batch = _batch(case, rows)
     chosen, (score_BN, best) = ours.search(batch), stock.search(batch)
     start_B1 = batch.histories["history"].start_T[:, None]
+    # Scores are compared, not indices: sums in another order may exchange two that are nearly equal.
     score_BK = score_BN.gather(1, chosen.index_TK - start_B1)
     exact = bool(chosen.valid_TK.all()) and torch.allclose(score_BK, best.values, atol=1e-5, rtol=1e-5)
     times: dict[str, list[float]] = {"ours": [], "stock": []}
@@ -151,6 +153,7 @@ def _compared(case: Case, rows: int, rounds: int) -> ShardSearchFigures:
         times["stock"].append(_seconds(lambda: stock.search(batch)))
     ms, stock_ms = (1000 * statistics.median(of_side) for of_side in times.values())
     sent, stock_sent = _bytes(lambda: ours.search(batch)), _bytes(lambda: stock.search(batch))
+    # One rank reports for all: exact means on every rank.
     everywhere = torch.tensor([float(exact)])
     dist.all_reduce(everywhere, dist.ReduceOp.MIN)
     return ShardSearchFigures(

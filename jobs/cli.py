@@ -52,6 +52,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     log_to_standard_error()
     try:
+        # First: with packages that do not fit, the imports behind a command would crash in a library.
         check_versions()
         app(prog_name="dare")
     except SystemExit as end:

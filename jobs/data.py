@@ -48,6 +48,7 @@ def prepare(
                 f"{text!r}: an override is written key=value; if it is a file: --events and --impressions take one "
                 "each, so repeat the option, or give it a glob in quotes"
             )
+    # Options win over files, and ``key=value`` over both.
     values: dict[str, Any] = {}
     if events:
         values["events"] = {"files": events}
@@ -159,6 +160,7 @@ def stream(
         started = time.monotonic()
         with stage("read an epoch", batches.steps_per_epoch, "batches") as running:
             for batch in batches:
+                # The first batch tells what one looks like.
                 if not targets:
                     print(batch.describe())
                 targets += len(batch)

@@ -43,6 +43,8 @@ def experiment(
     from pipeline.experiment.results import below, read_floor
     from pipeline.experiment.runner import CellProgress, run_cells
 
+    # Everything that can be refused is looked at before the folder is made, and what needs the data sets before any
+    # cell runs.
     out, dare = out.absolute(), [sys.executable, "-m", "jobs.cli"]
     floor = read_floor(check, settings.name) if check else None
     cells = cells_of(settings, recipe, out)
@@ -52,6 +54,7 @@ def experiment(
         data_sets = open_data_sets(settings.data, given, out, dare)
         gpus = _gpus()
         manifests = {name: data_set.manifest for name, data_set in data_sets.items()}
+        # Every model is built once on the meta device: none turns out to be impossible after hours of others.
         parameters = parameters_of(cells, manifests, "cuda" if gpus else "cpu")
         refuse_changed(cells, {name: data_set.fingerprint for name, data_set in data_sets.items()})
         write_settings(out, settings)
@@ -143,8 +146,10 @@ def _gpus() -> int:
 def _slots(parallel: int | None, gpus: int) -> list[Mapping[str, str]]:
     """The environment of each of the runs that may run at the same time; with GPUs, one GPU each, in turn."""
     if not gpus:
+        # The cores that this process may use, which on a shared machine are fewer than there are.
         return [{}] * (parallel or len(os.sched_getaffinity(0)))
     names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    # By the names that this process was given: a scheduler may have left it only some of the GPUs.
     return [{"CUDA_VISIBLE_DEVICES": names[slot % gpus]} for slot in range(parallel or gpus)]
 
 

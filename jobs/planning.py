@@ -104,6 +104,7 @@ def plan(
 def _settings(
     topology: str, config: list[Path], overrides: list[str], data: Path | None
 ) -> tuple["PlanSettings", "DataSizes"]:
+    # Imported here like all below, for `dare --help` to answer at once.
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError

@@ -40,6 +40,8 @@ def on_all_ranks(work: Callable[[torch.device], object]) -> NoReturn:
         try:
             work(device)
         except BaseException as error:
+            # Here, within the block: the group cannot be taken down in order while others are in the middle of a
+            # collective.
             leave(tell(error) if _fails_first() else exit_code(error))
     leave(0)
 
@@ -47,6 +49,7 @@ def on_all_ranks(work: Callable[[torch.device], object]) -> NoReturn:
 def _device() -> torch.device:
     if not torch.cuda.is_available() or not fbgemm_has_cuda():
         return torch.device("cpu")
+    # torchrun numbers the processes of a node; without a launcher the first GPU is taken.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
@@ -57,6 +60,7 @@ def _fails_first() -> bool:
     with suppress(Exception):
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=LINGER_S))
+        # The store counts, so exactly one rank finds 0 before it.
         failed_before = store.add("failed_ranks", 1) - 1
         # The first rank keeps the store: it must not go before the others have asked.
         until = monotonic() + LINGER_S

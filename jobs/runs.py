@@ -39,6 +39,7 @@ def runs(
             step = "/".join(str(value) for value in (run.step, run.steps) if value is not None)
             numbers = ["" if value is None else f"{value:.4f}" for value in (run.best_validation_auc, run.test_auc)]
             speed = "" if run.samples_per_s is None else f"{run.samples_per_s:,.0f}"
+            # The folder itself may be a run: its name relative to itself would be a dot.
             name = str(path) if path == folder else str(path.relative_to(folder))
             table.add_row(name, run.model or "", run.state, step, *numbers, speed, run.app or "")
         console_for_tables(240).print(table)

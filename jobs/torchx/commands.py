@@ -34,6 +34,7 @@ class Command(SubCommand):
 
     def run(self, args: argparse.Namespace) -> None:
         """Do what the command does; exit with 1, 70 or a signal's code where it fails."""
+        # torchx warns and goes on without; the error that follows is told below, in one line.
         warnings.filterwarnings("ignore", message="failed to load kube config")
         scheduler = getattr(args, "scheduler", None) or _scheduler_of(args)
         try:

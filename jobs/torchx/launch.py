@@ -60,6 +60,8 @@ def check_training(arguments: Sequence[str]) -> None:
     from schemas.settings import load_settings
     from schemas.train import TrainSettings
 
+    # The command's own parser, so that options here mean what they will mean in the job. ``resilient_parsing`` calls
+    # nothing and asks for nothing.
     command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
     given = command.make_context("train", list(arguments), resilient_parsing=True).params
     if not all(file.is_file() for file in given["config"] or ()):
@@ -146,6 +148,8 @@ class Job:
             raise UserError(f"--max_restarts {max_restarts}: less than none")
         count = Processes.parse(processes, self.node.gpu)
         if count.nodes == 1:
+            # Port 0: a free one, so that jobs side by side do not meet each other. Only nodes that must find one
+            # another need to agree on a number.
             meeting = ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
         else:
             # The shell on each node knows the first one by a variable of the scheduler; on the first it may be unset.
@@ -155,7 +159,9 @@ class Job:
             f"--nnodes={count.nodes}",
             f"--nproc-per-node={count.per_node}",
             f"--max-restarts={max_restarts}",
+            # Standard output and error, to the scheduler's log and, with a folder, to a file for each process.
             "--tee=3",
+            # Empty: it would stand before the number of the process in each line of the log.
             "--role=",
             *([f"--log-dir={log_dir}"] if log_dir else []),
             # `--`: else torchrun takes --run, and all else that begins like an option of its own, for itself.
@@ -185,6 +191,7 @@ class Job:
         with_comma = [f"{key}={value}" for key, value in env.items() if "," in value]
         # A container has its own Python; elsewhere it is the one that torchx runs in, even if its environment is not
         # active.
+        # ``exec``: the scheduler's signals reach torchrun, which passes them on, and not a shell in between.
         start = ["exec", *(["env", *with_comma] if with_comma else []), "python" if self.image else sys.executable]
         role = specs.Role(
             name=command,

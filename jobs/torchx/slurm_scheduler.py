@@ -36,6 +36,7 @@ class SlurmScheduler(slurm_scheduler.SlurmScheduler):
         states = []
         for line in told.splitlines():
             job, name, state_text = line.split("|")
+            # The first word: what comes behind it names a user.
             state = slurm_scheduler.SLURM_STATES.get(state_text.partition(" ")[0], AppState.UNKNOWN)
             states.append((state, state_text))
             role, _, node = name.rpartition("-")
