@@ -68,6 +68,8 @@ class ExperimentSettings(Settings):
 
     @model_validator(mode="after")
     def _cells_differ(self) -> Self:
+        # Two labels may differ and still be the same folder, "TWIN (hard)" and "TWIN hard": their runs would be mixed
+        # up.
         folders = [folder_name(label) for label in self.models]
         named = ("dims", self.dims), ("seeds", self.seeds), ("the labels of models, as folders,", folders)
         for key, values in named:

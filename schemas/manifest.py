@@ -105,6 +105,7 @@ class Manifest(_Record):
             content = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path}: not JSON ({error}); prepare the data set again") from None
+        # Before the fields are checked: a manifest of another version may lack any of them, and should say why.
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
             raise UserError(
@@ -117,6 +118,7 @@ class Manifest(_Record):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"{path}: {where}: {first['msg']}; prepare the data set again") from None
+        # Sizes alone, which cost no reading; `verify` reads all bytes.
         for file in (*manifest.shards, *manifest.files):
             if not (folder / file.path).is_file():
                 raise UserError(

@@ -63,6 +63,7 @@ class TableSet(Table):
 
     def table(self, feature: Feature) -> Table:
         """The settings of ``feature``'s table."""
+        # A feature's own values win over those of its set; what it leaves out (None) stays as in the set.
         common = self.model_dump(exclude={"features"})
         change = self.features.get(feature, TableChange()).model_dump(exclude_none=True)
         return Table(**(common | change))
@@ -105,6 +106,7 @@ class ModelSettings(Settings):
     @field_validator("search", mode="before")
     @classmethod
     def _search_home_is_local(cls, value: object) -> object:
+        # This runs before validation (mode="before"), which knows today's names alone.
         return renamed("model.search", value, {"home": "local"})
 
     @model_validator(mode="after")

@@ -45,6 +45,7 @@ def renamed(key: str, value: object, names: Mapping[str, str]) -> object:
 
 @cache
 def _notice(line: str) -> None:
+    # Cached by its line, so a sweep that loads the same settings many times says it once.
     _NOTICES.warning(line)
 
 
@@ -68,18 +69,23 @@ def load_settings(
         for file in files:
             if not file.is_file():
                 raise UserError(f"{file}: no such settings file")
+            # Read twice: here to see what kind of thing the file is, below by OmegaConf, which knows interpolations
+            # (``${...}``).
             content = yaml.safe_load(file.read_text()) or {}
             if not isinstance(content, dict):
                 raise UserError(f"{file}: settings are a mapping of keys to values, this is something else")
             refuse_flat_sections(kind, content, f"{file}: ")
             part = OmegaConf.load(file)
             merged = OmegaConf.merge(merged, part)
+        # Files, then command-line options, then overrides: each is laid over what came before, key by key.
         if values:
             merged = OmegaConf.merge(merged, values)
         for override in overrides:
+            # OmegaConf would take a word without "=" for a key without a value.
             if "=" not in override.lstrip("="):
                 raise UserError(f"{override!r}: an override is written key=value")
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([_in_full(override) for override in overrides]))
+        # Plain dictionaries for pydantic: interpolations are resolved, and a value that was left ``???`` is an error.
         content = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except UserError:
         raise
@@ -94,6 +100,7 @@ def load_settings(
         # A list whose only entry is wrong is too short besides, says pydantic.
         wrong = {problem["loc"][:-1] for problem in problems}
         told = [each for each in problems if each["type"] != "too_short" or each["loc"] not in wrong]
+        # Three at most: the first mistakes are often the cause of the others, and the message is to stay one line.
         raise UserError("; ".join(_explain(kind, dict(problem)) for problem in told[:3])) from None
 
 
@@ -109,6 +116,7 @@ def refuse_flat_sections(kind: type[Settings], values: Mapping[str, Any], where:
         UserError: names the key.
     """
     for name, field in kind.model_fields.items():
+        # Only sections of one class are followed; of unions and dictionaries pydantic itself says what is wrong.
         section = field.annotation
         if name not in values or not (isinstance(section, type) and issubclass(section, Settings)):
             continue
@@ -119,12 +127,14 @@ def refuse_flat_sections(kind: type[Settings], values: Mapping[str, Any], where:
 
 def _in_full(override: str) -> str:
     """Write out ``model=twin``, which is short for ``model.name=twin``."""
+    # ``model={name: twin}`` is a section written in YAML, and stays.
     key, _, value = override.partition("=")
     return f"model.name={value}" if key == "model" and not value.lstrip().startswith("{") else override
 
 
 def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
     """Say in one line which key has what problem; ``problem`` is one of pydantic's."""
+    # pydantic puts the names of validators into a location ("function-before[...]"); no user has written them.
     location = [part for part in problem["loc"] if not str(part).startswith("function-")]
     key, _ = _follow(kind, location)
     if problem["type"] == "extra_forbidden":
@@ -135,11 +145,13 @@ def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
         return f"{key}: required, but not set"
     if problem["type"] == "byte_size_unit":
         problem["msg"] = "not a number of bytes with or without a unit, such as 3GiB or 500MB"
+    # The texts of this package's own validators come with this prefix of pydantic's.
     message = str(problem["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if not key:
         return message
     given = problem.get("input")
+    # A whole section would make the line unreadable, so only single values are shown.
     shown = "" if isinstance(given, dict | list | tuple) else f" (not {given!r})"
     return f"{key}: {message}{shown}"
 

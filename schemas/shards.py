@@ -20,6 +20,7 @@ SPLITS = tuple(split.name.lower() for split in Split)
 
 
 def _ragged(name: str, value: pa.DataType) -> pa.Field:
+    # A user's lists have no holes, and neither do their values: what is unknown is the id 0.
     return pa.field(name, pa.list_(pa.field("element", value, nullable=False)), nullable=False)
 
 

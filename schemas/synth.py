@@ -58,6 +58,7 @@ class SynthSettings(Settings):
             raise ValueError(f"{self.categories} categories need at least as many items, there are {self.items}")
         if self.click_floor > self.click_ceiling:
             raise ValueError(f"click_floor {self.click_floor} is above click_ceiling {self.click_ceiling}")
+        # Each behaviour has a second of its own. Twice as many seconds leave room for the gaps between sessions.
         if self.days * DAY < 2 * self.max_length:
             raise ValueError(
                 f"max_length={self.max_length} behaviours, a second each, do not fit into days={self.days}; raise days"

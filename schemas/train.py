@@ -71,6 +71,7 @@ def flat(settings: Settings) -> dict[str, Any]:
     values: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
+        # An empty section is kept as a value: otherwise two settings could differ without a key that says so.
         if isinstance(value, dict) and value:
             for key, part in value.items():
                 visit(f"{prefix}.{key}" if prefix else str(key), part)
@@ -84,5 +85,6 @@ def flat(settings: Settings) -> dict[str, Any]:
 def differing(one: Settings, other: Settings) -> dict[str, tuple[Any, Any]]:
     """Return the dotted keys whose values differ, with both values; None where one of the two has no such key."""
     ours, theirs = flat(one), flat(other)
+    # A dictionary as an ordered set, so that messages name keys in the order of the settings.
     keys = dict.fromkeys([*ours, *theirs])
     return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
