@@ -110,9 +110,8 @@ def behavior_row(feature: Feature, batch: Batch, history: History, index_X: Tens
         UserError: the batch lacks the feature.
     """
     if feature == "position":
-        # Counted back from the target: 1 is the latest behaviour of its window.
-        # At most N, as a window is no longer, so the table needs N + 1 rows. For padding it means nothing; callers mask
-        # it.
+        # Counted back from the target: 1 is the latest behaviour of its window. At most N, as a window is no longer, so
+        # the table needs N + 1 rows. For padding it means nothing; callers mask it.
         return history.end_T[target_X] - index_X
     if feature == "interval":
         return interval_bucket(batch.timestamp_T[target_X] - gather_or_zeros(history.timestamp_M, index_X))

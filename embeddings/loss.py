@@ -25,9 +25,8 @@ def click_loss(prediction: Prediction, label_T: Tensor) -> Tensor:
     Returns:
         float32 scalar; 0 on a rank without targets, which must call it and its backward pass nevertheless.
     """
-    # Summed over ranks in each step: they may have different numbers of targets, or none.
-    # Counted in each step: the last batches of an epoch may differ in size, and a rank may have none. The clamp is for
-    # the step in which no rank has any.
+    # Counted in each step, because ranks may have different numbers of targets, or none. The clamp is for a step in
+    # which no rank has any.
     targets = sum_over_ranks(torch.tensor(float(len(label_T)), device=label_T.device)).clamp(min=1)
     # A sum, because the mean of an empty batch would be not a number. On logits, which stay exact where a sigmoid would
     # round to 0 or 1.

@@ -89,10 +89,9 @@ class ShardedRows(RowWiseModule[RowWiseContext]):
 
     def assemble(self, ctx: RowWiseContext, parts: tuple[Tensor, ...]) -> Iterable[Tensor]:
         """The row of each id, (B, d)."""
-        # Not `index_select`: the backward pass of `embedding` adds up the gradients of equal ids in a fixed order, on
-        # a GPU too.
-        # The parts of a table came by shard, and ids were sorted by shard: so they are the rows of the distinct ids, in
-        # order.
+        # Not `index_select`: the backward pass of `embedding` adds up the gradients of equal ids in a fixed order, on a
+        # GPU too. The parts of a table came by shard, and ids were sorted by shard: so they are the rows of the
+        # distinct ids, in order.
         return map(embedding, ctx.indices, parts)
 
 
@@ -184,8 +183,8 @@ class ShardedWeightedPooling(RowWiseModule[PoolingContext]):
             ids_received, ctx.received = counts[: len(tables)], counts[len(tables) :]
             columns = [*map(Column, rows, id_counts, ids_received), *map(Column, lengths, ctx.sent, ctx.received)]
             # The gradients that come to a shard are divided by the number of ranks, as TorchRec divides them. Those
-            # that return to the weights are of the requesting rank's own loss, so the division is undone.
-            # TorchRec does the same for collections that it knows as weighted (`CommOpGradientScaling`); these are not.
+            # that return to the weights are of the requesting rank's own loss, so the division is undone. TorchRec does
+            # the same for collections that it knows as weighted (`CommOpGradientScaling`); these are not.
             scale = 1 / self._lookup.gradient_scale
             weight_columns = list(map(Column, weights, id_counts, ids_received))
             # Weights travel before ids on every rank: collectives match by order alone.
@@ -203,8 +202,8 @@ class ShardedWeightedPooling(RowWiseModule[PoolingContext]):
 def _sums_of_bags(part_Pd: Tensor, bag_P: Tensor, bags: int) -> Tensor:
     """The sum of each bag's parts, (B, d); 0 where a bag has none."""
     # `embedding_bag` adds a bag's parts up in the order of the shards, each time in the same; `index_add` on a GPU
-    # would not.
-    # The parts of a bag came by shard, so they lie apart. A stable sort brings them together, still by shard.
+    # would not. The parts of a bag came by shard, so they lie apart. A stable sort brings them together, still by
+    # shard.
     first_B = torch.bincount(bag_P, minlength=bags).cumsum(0)
     first_B = torch.cat([first_B.new_zeros(1), first_B])
     return embedding_bag(bag_P.argsort(stable=True), part_Pd, first_B, mode="sum", include_last_offset=True)

@@ -192,7 +192,6 @@ def row_wise_tables(collection: ShardedEmbeddingBagCollection) -> dict[Feature, 
 
 def _tables(collection: ShardedEmbeddingBagCollection) -> dict[str, RowWiseTable]:
     tables = {}
-    # One kernel for each group of tables that share type, memory and optimizer.
     for kernel in collection._lookups[0]._emb_modules:
         for number, table in enumerate(kernel.config.embedding_tables):
             # `embeddings.tables.collections` declares one feature a table; two would share its rows.

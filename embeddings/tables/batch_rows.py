@@ -111,9 +111,9 @@ class BatchRows:
             return last[1]
         rows = self._behaviors[name][sequence]
         if self._selected is None:
-            # The sum of no rows is a row of zeros that still belongs to the graph, on a rank without behaviours.
-            # `embedding`, whose backward pass adds up in a fixed order on a GPU too. Padding takes index 0, whose
-            # gradient from it is zero, because its weight is.
+            # On a rank without behaviours, the sum of no rows is a row of zeros that still belongs to the graph. The
+            # backward pass of `embedding` adds up in a fixed order, on a GPU too. Padding takes index 0; its gradient
+            # is zero, because its weight is.
             inherent = embedding(selected.index_TK, rows if len(rows) else rows.sum(0, keepdim=True))
         else:
             assert selected is self._selected[sequence], "rows of another selection"

@@ -120,9 +120,8 @@ class Tables(nn.Module):
         """A lookup in the collection itself, which need not be sharded."""
         count, device = len(ids["item"]), ids["item"].device
         sharded = isinstance(self.inherent[name], ShardedEmbeddingBagCollection)
-        # Gloo's collectives need as many bags on all ranks.
-        # At least one bag, if an empty one: without any, no gradient would pass, and other ranks would wait in the
-        # backward pass.
+        # Gloo's collectives need as many bags on all ranks. At least one bag, if an empty one: without any, no gradient
+        # would pass, and other ranks would wait in the backward pass.
         bags = max(1, max_over_ranks([count], device)[0] if sharded else count)
         # Bags of one for the ids, then empty bags up to the rank that has most.
         lengths = torch.zeros(bags, dtype=torch.int32, device=device)
