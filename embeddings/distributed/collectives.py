@@ -121,7 +121,8 @@ class ColumnsAllToAll(Awaitable[list[Tensor]]):
             column.values.contiguous().flatten().view(torch.uint8).split([count * size for count in column.sent])
             for column, size in zip(columns, sizes, strict=True)
         ]
-        # Both sides know all counts already, so the bytes carry no header: lengths follow from counts and types alone.
+        # The bytes carry no header: their lengths follow from the counts, which both sides know, and from the types,
+        # which must be the same on all ranks.
         self._received = [
             column.received[rank] * size for rank in ranks for column, size in zip(columns, sizes, strict=True)
         ]

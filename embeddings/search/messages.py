@@ -211,6 +211,8 @@ class SearchMessages:
             elif feature == "position":
                 packed.append(_modulo(index_M, index_type))
             elif feature == "interval":
+                # The longest span of all ranks decides the type: a shard unpacks what all of them have sent as one
+                # column.
                 packed.append((history.timestamp_M.index_select(0, index_M) - earliest).to(narrowest(sizes.span)))
             elif feature == "category":
                 packed.append(history.category_M.index_select(0, index_M).to(self._id_type(feature)))
@@ -250,6 +252,7 @@ class SearchMessages:
         return ShardInput(targets, histories)
 
     def _id_type(self, feature: Feature) -> torch.dtype:
+        # By the rows of the table and not by the ids of the batch, so that all ranks choose the same type.
         return narrowest(self._sizes.rows(feature) - 1)
 
 

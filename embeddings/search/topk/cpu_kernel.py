@@ -105,9 +105,9 @@ def dot(_: Any, rows_RD: Any, address: Any, query_D: Any, dim: Any) -> tuple[Any
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        row = builder.inttoptr(arguments[1], ir.PointerType())
         # The row comes as an address: Numba has no arrays of half-precision floats, and would make a slice for each
         # row.
+        row = builder.inttoptr(arguments[1], ir.PointerType())
         query = context.make_array(signature.args[2])(context, builder, arguments[2]).data
         return _dot(builder, rows_RD.dtype, row, query, arguments[3])
 
