@@ -105,7 +105,7 @@ class Manifest(_Record):
             content = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path}: not JSON ({error}); prepare the data set again") from None
-        # Before the fields are checked: a manifest of another version may lack any of them, and should say why.
+        # Checked before the fields: a manifest of another version may lack any of them, and the message should say why.
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
             raise UserError(

@@ -132,9 +132,9 @@ class RowWiseLookup:
     def __init__(self, collection: ShardedEmbeddingBagCollection) -> None:
         assert is_row_wise(collection), collection._sharding_types
         tables = _tables(collection)
-        # TorchRec has one sharding and one lookup for each sharding type: here the row-wise one alone.
-        # It groups a rank's tables by type, kernel and optimizer, so the order of a lookup is not that of the
-        # declaration; the features of the sharding are in the lookup's order.
+        # TorchRec has one sharding and one lookup for each sharding type: here the row-wise one alone. It groups a
+        # rank's tables by type, kernel and optimizer, so the order of a lookup may differ from that of the declaration;
+        # the features of the sharding are in the lookup's order.
         (sharding,), (self._lookup,) = collection._embedding_shardings, collection._lookups
         self.tables = {feature: tables[feature] for feature in sharding.feature_names()}
         """By the feature that is looked up in them, in the order of the lookup."""
