@@ -42,6 +42,7 @@ def prepare(
 
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: unknown; known are {', '.join(PRESETS)}")
+    # A shell that has expanded a glob leaves file names here: the likeliest mistake gets an answer of its own.
     for text in overrides or []:
         if "=" not in text:
             raise UserError(
@@ -128,6 +129,7 @@ def inspect(
     if figure is not None:
         if figure.suffix.lower() != ".png":
             raise UserError(f"--figure {figure}: the figure is a PNG; end its name in .png")
+        # Before the data set is read, which may take a while.
         check_output_file(figure)
     summary = summarize(folder, verify=verify)
     print_summary(folder, summary, console_for_tables(160))

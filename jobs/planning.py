@@ -91,6 +91,7 @@ def plan(
     else:
         from pipeline.planning.sweep import remedies
 
+        # On standard error: each try is a dry run, and all of them take a while.
         print("looking for the smallest changes that fit", file=sys.stderr)
         result["remedies"] = list(remedies(run))
     if json:
@@ -121,6 +122,7 @@ def _settings(
         cluster: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"--topology {topology}: cannot be read: {' '.join(str(error).split())}") from None
+    # The file of the cluster is a section of the settings, so that ``cluster.nodes=4`` can change it.
     settings = load_settings(PlanSettings, config, overrides, {"cluster": cluster})
 
     from embeddings.sizes import DataSizes
@@ -134,6 +136,7 @@ def _settings(
         return with_load_of(settings, manifest), DataSizes.of(manifest, settings.stream)
     if settings.sizes is None:
         raise UserError("no sizes to plan for: give --data DIR, or sizes.items=N and the like")
+    # Sizes by hand: what a manifest would say.
     sequences = settings.stream.sequences
     lengths = {name: part.length for name, part in sequences.items()} if sequences else None
     return settings, DataSizes(
@@ -159,6 +162,7 @@ def _swept(
     for point, run in points:
         row = [f"{value:,}" for value in point.values()]
         if run.feasible:
+            # Device or host, whichever is fuller: on a CPU a rank has only the latter.
             fullest = max(max(rank.device_bytes, rank.host_bytes) for rank in run.ranks)
             steps = [run.steps[search] for search in SEARCHES]
             row += ["yes", f"{fullest / GIB:,.1f}", *(f"{step.ms:,.1f}" for step in steps)]

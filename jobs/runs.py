@@ -43,6 +43,7 @@ def runs(
             name = str(path) if path == folder else str(path.relative_to(folder))
             table.add_row(name, run.model or "", run.state, step, *numbers, speed, run.app or "")
         console_for_tables(240).print(table)
+    # Below the table, for those that somebody should look after.
     for run in states:
         if run.error:
             print(f"{run.run}: {run.state}: {run.error}")

@@ -32,6 +32,7 @@ def train(
     from schemas.settings import load_settings
     from schemas.train import TrainSettings
 
+    # Before torch is imported: a mistake in the settings is told at once.
     settings = load_settings(TrainSettings, config or [], overrides or [])
 
     import torch

@@ -101,6 +101,8 @@ class Metrics:
         ranks = Ranks(group)
         self._check(ranks)
         chunks = list(self._samples.chunks())
+        # Positives and negatives apart, and an empty tensor first: `cat` needs at least one where a rank has no
+        # samples.
         positive = [chunk.logit[chunk.label].to(ranks.device) for chunk in chunks]
         negative = [chunk.logit[~chunk.label].to(ranks.device) for chunk in chunks]
         none = torch.empty(0, device=ranks.device)
@@ -110,6 +112,7 @@ class Metrics:
 
         local = len(self._samples), sum(int(chunk.label.sum()) for chunk in chunks)
         samples, positives = (int(sum(parts)) for parts in zip(*ranks.gather_numbers(*local), strict=True))
+        # Log loss and calibration need sums alone.
         sums = likelihood(self._samples, ranks)
         log_loss = sums.log_loss / samples if samples else math.nan
         return Evaluation(

@@ -66,6 +66,7 @@ def opened_run(
         split,
         settings.stream,
         seed=settings.seed,
+        # In file order: a user's targets come together, and scores come out in the order of the shards.
         shuffle=False,
         rank=dist.get_rank(),
         world=dist.get_world_size(),

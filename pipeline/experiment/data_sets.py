@@ -82,6 +82,7 @@ def open_data_sets(
 def _made(name: str, source: DataSource, parent: Path, dare: Sequence[str]) -> Path:
     folder, recipe = parent / name, parent / f"{name}.json"
     definition = json.dumps({key: value for key, value in flat(source).items() if value is not None}, indent=1) + "\n"
+    # `dare prepare` gives the folder its name at the end: if it is there, it is whole.
     if folder.is_dir():
         if not recipe.is_file() or recipe.read_text() != definition:
             raise UserError(
@@ -100,6 +101,7 @@ def _made(name: str, source: DataSource, parent: Path, dare: Sequence[str]) -> P
         _do(name, [*dare, "synth", "--out", str(file), "--overwrite", *settings], log)
         events = ["--events", str(file)]
     _LOGGER.info("%s: preparing %s", name, folder)
+    # Generated behaviours have the generic column names.
     preset = source.preset or "generic"
     _do(name, [*dare, "prepare", "--preset", preset, *events, "--out", str(folder), *source.prepare], log)
     return folder

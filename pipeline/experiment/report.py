@@ -148,6 +148,7 @@ def _metric_table(
     for column in columns:
         data, dim = column
         header.append(f"{data}, d {dim}")
+        # The best of a column is marked by its mean; a cell that is missing takes no part.
         means = {label: fmean(of_seeds) for label in experiment.models if (of_seeds := values.get((label, column)))}
         best = metric.best(means.values()) if metric.best and means else None
         paper = {label: row.paper.get(data, {}).get(dim) for label, row in experiment.models.items()}

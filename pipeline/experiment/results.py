@@ -95,6 +95,7 @@ def result_of(cell: Cell, parameters: Parameters, out: Path) -> Result:
     progress = read_json(cell.run.progress_file) if cell.run.progress_file.is_file() else {}
     # None is an AUC that is not defined: a validation of one label.
     validated = [line["auc"] for line in read_step_log(cell.run.validations) if line["auc"] is not None]
+    # What a run says while it goes (speed, validations) counts only once it is finished: before, it may still change.
     steps, best = test.get("steps"), test.get("checkpoint_step")
     return Result(
         data=cell.data,
@@ -206,6 +207,7 @@ def below(floor: AccuracyFloor, results: Sequence[Result]) -> list[str]:
                         f"{label} on {data}, d {dim}: AUC {auc:.4f}, {expected.auc:.4f} expected "
                         f"with a tolerance of {expected.tolerance:g}"
                     )
+    # And the other way round: a result that nobody expects would never be checked.
     known = {(label, (data, dim)) for data, dims in floor.floors.items() for dim, of in dims.items() for label in of}
     faults += [
         f"{label} on {data}, d {dim}: not in the file"

@@ -49,6 +49,7 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) ->
         UserError: a fault of the settings or of the input, or a full disk; says what to do about it.
         OSError: no right to write.
     """
+    # Names, formats, columns and types of all files first: no engine starts on a log that cannot be right.
     skip = settings.on_corrupt == "skip"
     events = log_files("events", settings.events, skip_corrupt=skip)
     impressions = None
@@ -194,6 +195,7 @@ class _Preparation:
             schema=ROW_GROUPS,
         )
         pq.write_table(index, self._folder / ROW_GROUP_INDEX, compression="zstd")
+        # Counts come from what was written, not from what was meant to be: `dare inspect` compares them with the files.
         users = sum(sum(file.users) for file in written)
         targets = {
             name: TargetCounts(

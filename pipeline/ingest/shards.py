@@ -77,6 +77,8 @@ class ShardBuilder:
 
     def build(self, lines: Lines) -> pa.Table:
         """Rows of the users that have a target, in the order of the lines; schema ``history_schema``."""
+        # Users without a target are dropped here: their behaviours are counted in frequencies, but nobody would read
+        # them.
         line_P, split_P = choose_targets(lines, self.split, self.seed)
         kept_U = np.zeros(len(lines.user_start_U), bool)
         kept_U[lines.user_L[line_P]] = True
@@ -106,6 +108,7 @@ class ShardBuilder:
             if self.split.negatives:
                 drawn_PJ = draw_negatives(lines, line_P, self.dictionaries, self.split.negatives, self.seed)
                 item_TP = np.concatenate([item_TP, drawn_PJ], axis=1)
+        # Row by row: a positive, then its negatives, then the next positive.
         item_T = item_TP.reshape(-1).astype(np.int32)
         line_T = np.repeat(line_P, per_line)
         target_offset = _offsets(np.bincount(lines.user_L[line_T], minlength=len(kept_U))[kept_U])

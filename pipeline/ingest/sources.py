@@ -125,6 +125,7 @@ def _parquet_files(role: str, paths: tuple[Path, ...], wanted: dict[str, str], s
         good.append(path)
     files = LogFiles(role, tuple(good), "parquet", wanted, True, ",")
     if skip_corrupt:
+        # A footer may be whole and a page not: to leave files out beforehand, all of them are read to the end.
         bad = corrupt(files)
         good = [path for path in good if path not in bad]
         skipped += [f"{path}: {reason}" for path, reason in bad.items()]

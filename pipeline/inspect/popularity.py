@@ -62,6 +62,7 @@ def read_popularity(path: Path, ids: int, ranges: int) -> Popularity:
                     )
                 # Not load_W[...] +=, which adds once where a range comes several times.
                 np.add.at(load_W, id_B // rows_of_range, frequency_B)
+                # What was seen so far and this batch, put together by frequency again.
                 frequency_F, index = np.unique(np.concatenate([frequency_F, frequency_B]), return_inverse=True)
                 ids_F = _sums(index, np.concatenate([ids_F, np.ones(len(id_B), np.int64)]), len(frequency_F))
     except (OSError, pa.ArrowException) as error:

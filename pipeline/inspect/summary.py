@@ -172,12 +172,14 @@ def summarize(folder: Path, *, verify: bool = False) -> Summary:
         try:
             with pq.ParquetFile(path) as file:
                 _check_columns(path, file.schema_arrow, manifest)
+                # Sizes and encodings are in the footer; only labels, splits and lengths of lists are read.
                 _add_columns(summary, file.metadata)
                 for row_group in range(file.num_row_groups):
                     _add_users(path, summary, file, row_group)
         except (OSError, pa.ArrowException) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: cannot be read ({reason}); prepare the data set again") from None
+    # Counted above, stated in the manifest: a data set whose parts were exchanged does not pass.
     _compare(folder, summary)
     return summary
 
@@ -209,15 +211,18 @@ def _add_users(path: Path, summary: Summary, file: pq.ParquetFile, row_group: in
     )
     names = [smallest, *_TARGET_COLUMNS]
     table = file.read_row_group(row_group, columns=names).combine_chunks()
+    # A row group without rows has no chunk.
     lists = {name: table[name].chunk(0) for name in names if table[name].num_chunks}
     if not lists:
         return
     summary.lengths.add(np.diff(lists[smallest].offsets.to_numpy()))
+    # Flat over all users; ``user`` below says whose each target is.
     label, split, history_end = (lists[name].flatten().to_numpy() for name in _TARGET_COLUMNS)
     if len(history_end) and history_end.min() < 0:
         raise UserError(f"{path}: column target_history_end points outside of the user's history; prepare it again")
     user = np.repeat(np.arange(len(table)), np.diff(lists["target_split"].offsets.to_numpy()))
     for code, of_split in enumerate(summary.splits.values()):
+        # Codes are in the order of the splits (`schemas.shards.Split`).
         chosen = split == code
         of_split.targets += int(chosen.sum())
         of_split.positives += int((label[chosen] != 0).sum())

@@ -210,6 +210,7 @@ def _behavior(task: StepTask, link: Link) -> float:
 
 def _pairs(bandwidth: float, rate: float) -> dict[str, float]:
     """Nanoseconds of scoring and ranking a pair, and of a cross feature's part."""
+    # Four targets of a user share a window, as in the steps that are measured.
     users, targets, length = 32, 128, 1000
     rows_RD = torch.randn(users * length, DIM)
     start_T = torch.arange(targets) // (targets // users) * length
@@ -218,6 +219,7 @@ def _pairs(bandwidth: float, rate: float) -> dict[str, float]:
     inputs = TopKInputs(rows_RD, ids_M, start_T, end_T, query_TD, additive_W, k=20)
     search = _ns(lambda: top_k(inputs)) / len(additive_W)
 
+    # A cross feature: a small table, one query for all targets.
     rows: dict[Feature, torch.Tensor] = {"position": rows_RD[: length + 1]}
 
     def position() -> torch.Tensor:
@@ -237,6 +239,7 @@ def _collectives() -> dict[str, float]:
     """GB/s sent in each collective, and microseconds of one that carries next to nothing."""
 
     def collective(name: str, count: int) -> Callable[[], object]:
+        # ``count`` floats to each rank: in every collective the same number of bytes goes to the other one.
         both, one = torch.zeros(RANKS * count), torch.zeros(count)
         outcome = torch.empty_like(both)
         return {

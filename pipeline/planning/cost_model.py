@@ -213,6 +213,7 @@ class StepModel:
         roles, work = self._model.roles, self._work
         targets = {roles.target_attention, roles.target_representation}
         history = {roles.history_attention, roles.history_representation}
+        # Each id is bucketed and gets its row back; only different ones travel.
         ids = work.behaviors if self.looks_up_all else work.kept
         different = work.behaviors if self.looks_up_all else work.selected
         for name in sorted(targets | history):

@@ -218,6 +218,7 @@ def _lack(options: list[ShardingOption], settings: PlanSettings, other: int) -> 
         }
         for memory in ("hbm", "ddr")
     }
+    # Evenly over all ranks: no plan can need less on its fullest one.
     needed = {memory: sum(parts.values()) for memory, parts in sums.items()}
     # Device memory is named if it lacks; host memory only where the device's would do.
     needed["ddr" if on_cpu else "hbm"] += other

@@ -174,11 +174,13 @@ def measured_step(task: StepTask) -> float:
     from pipeline.train.optimizer import DenseOptimizer
 
     device, settings = torch.device("cpu"), task.settings
+    # The parts of `dare train`, without its stream and its checkpoints.
     model = build_model(settings.model, task.sizes, torch.device("meta"))
     bags = settings.stream.batch_size * (1 + sum(settings.model.retrieved.values()))
     sharded = shard(model, device, make_plan(model, device, bags))
     initialize(sharded, seed=1)
     optimizer = DenseOptimizer(sharded, settings.dense)
+    # One batch for all steps: rows that it needs are in the cache more often than those of new data would be.
     batch = made_up_batch(task, seed=dist.get_rank())
     times = []
     for _ in range(task.warmup + task.steps):
@@ -209,9 +211,11 @@ def made_up_batch(task: StepTask, seed: int) -> Batch:
 
     histories = {}
     for name, length in task.sizes.lengths.items():
+        # Every user has exactly N behaviours, all of which each target sees: the workload is known to the last pair.
         offset_U = torch.arange(users + 1) * length
         histories[name] = History(
             item_M=ids(task.sizes.items, users * length),
+            # An item may have several categories here: only how many there are matters.
             category_M=ids(task.sizes.categories, users * length),
             timestamp_M=torch.arange(users * length),
             behavior_type_M=ids(task.sizes.behaviors, users * length) if task.sizes.behaviors else None,

@@ -120,6 +120,7 @@ def _sweep(points: Sequence[tuple[dict[str, int], DryRun]]) -> Markup:
     along = next(iter(points[0][0]))
     lines: dict[tuple[tuple[str, int], ...], list[tuple[int, float, float]]] = {}
     for point, run in points:
+        # What does not fit has no point.
         rest = tuple((name, value) for name, value in point.items() if name != along)
         if run.feasible:
             on_cpu = run.settings.cluster.device == "cpu"

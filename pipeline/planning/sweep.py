@@ -64,6 +64,7 @@ def sweep(settings: PlanSettings, sizes: DataSizes, axes: Sequence[Axis]) -> Ite
     """
     for values in product(*(numbers for _, numbers in axes)):
         point = dict(zip((name for name, _ in axes), values, strict=True))
+        # One setting after the other: ranks and items are no plain settings, a length is one of two things.
         of_point, of_sizes = settings, sizes
         for name, value in point.items():
             if name == "ranks":

@@ -38,6 +38,7 @@ def as_dict(run: DryRun) -> dict[str, Any]:
             "step_ms": None,
             "bytes_per_sample": None,
         }
+    # Of a model that fits. Keys are part of the interface: programs read them.
     hours = device_hours(run)
     price = run.settings.cluster.price
     return document | {
@@ -131,6 +132,7 @@ def _memory(run: DryRun) -> Iterator[str]:
         ("device", [rank.device_bytes for rank in run.ranks], cluster.device_memory),
         ("host", [rank.host_bytes for rank in run.ranks], host_share),
     ):
+        # A CPU has no device memory: no row about nothing.
         if there:
             mean = sum(loads) / len(loads)
             rows.append([name, _size(min(loads)), _size(mean), _size(max(loads)), _size(there)])
@@ -145,6 +147,7 @@ def _memory(run: DryRun) -> Iterator[str]:
 def _step(run: DryRun) -> Iterator[str]:
     head = ["a step of a rank"]
     for where in SEARCHES:
+        # Both searches side by side, of the same plan: what the other would cost.
         head += [f"search={where}: ms", "in node", "between"]
     rows = [head]
     phases = {where: step.phases() for where, step in run.steps.items()}

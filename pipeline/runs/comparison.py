@@ -35,6 +35,7 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
         if not set(METRICS) <= test.keys():
             raise UserError(f"{run.test_file} is damaged (no {', '.join(METRICS)})")
         rows.append({"run": str(folder), "model": settings[-1]["model.name"]} | {name: test[name] for name in METRICS})
+    # All keys of all runs, in the order of the settings; the model has a column of its own.
     keys = dict.fromkeys(key for values in settings for key in values if key != "model.name")
     # By their text, because a list cannot be in a set.
     differing = [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1]

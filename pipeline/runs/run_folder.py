@@ -173,6 +173,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; --run names a folder")
+        # A run writes many files: never into a folder of something else, where names might clash.
         if self.path.is_dir() and self._content() and not self.settings_file.is_file():
             raise UserError(f"{self.path} is not empty and not the folder of a run; choose another one")
         # A run that is refused (wrong settings, no data) shall leave no empty folder behind.

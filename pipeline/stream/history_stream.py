@@ -62,8 +62,10 @@ class HistoryStream:
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"split must be one of {', '.join(SPLITS)} (not {split!r})")
+        # Also where no launcher counts: a rank out of range would read nothing, in silence.
         if not 0 <= rank < world:
             raise UserError(f"rank must be at least 0 and below world = {world} (not {rank})")
+        # The index alone: no shard is opened before the first batch is asked for.
         self.data_set = DataSet.open(folder)
         self.split = split
         self.settings = settings

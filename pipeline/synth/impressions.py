@@ -55,6 +55,7 @@ def draw_impressions(generator: HistoryGenerator, histories: Histories) -> Impre
     """Draw impressions for the users of ``histories``, which ``generator`` made."""
     settings = generator.settings
     shape = (len(histories.user_id_U), settings.impressions_per_user)
+    # Arrays to be filled by compiled code.
     impressions = Impressions(
         np.repeat(histories.user_id_U[:, None], shape[1], axis=1),
         np.empty(shape, np.int64),
