@@ -49,8 +49,7 @@ def build_catalog(settings: SynthSettings) -> Catalog:
     cumulative_I = np.cumsum((rank_I + 1.0) ** -settings.item_zipf)
     cumulative_I /= cumulative_I[-1]
     cumulative_C = np.concatenate([np.zeros(1), cumulative_I])[first_item_C1][1:]
-    # A stride that is coprime to the number of items permutes them: ids say nothing about popularity, and no table is
-    # needed to undo it.
+    # A stride that is coprime to the number of items permutes them: ids say nothing about popularity.
     item_id_I = (rank_I * _stride(settings.items) % settings.items + 1).astype(np.int32)
     return Catalog(cumulative_I, item_id_I, first_item_C1, np.diff(cumulative_C, prepend=0), cumulative_C)
 
