@@ -101,8 +101,7 @@ def search_on_shard(
     # Two collectives: first the sizes of everything, then everything in one all-to-all.
     yield Traffic("input dist", "targets", "all_to_all", targets * target, 2)
     for table in inherent:
-        # Of equal ids of all ranks one is gathered.
-        # An all-gather: what a shard sends to each other is its own part of the result.
+        # Of equal ids of all ranks one is gathered; a shard sends its own part of the result to each other.
         held = distinct(targets * ranks, table.rows) / ranks
         yield Traffic("input dist", f"targets' {table.feature} rows", "all_gather", held * table.dim * FLOAT)
     if "category" in dims:

@@ -98,10 +98,11 @@ class HistoryStream:
         return self._waited_s + (self._prefetch.waited_s if self._prefetch else 0.0)
 
     def __iter__(self) -> Iterator[Batch]:
+        # An iteration that was left half-way still has its thread.
         self.close()
         epoch, step = self.epoch, self.step
-        # An iteration that was left half-way has ended with `close`. The thread is given its place as values: ``epoch``
-        # and ``step`` of the stream are the consumer's, and change while the thread is ahead of it.
+        # The thread is given its place as values: ``epoch`` and ``step`` of the stream are the consumer's, and change
+        # while the thread is ahead of it.
         with Prefetch(self._batches(epoch, step), self.settings.prefetch_batches) as prefetch:
             self._prefetch = prefetch
             for batch in prefetch:

@@ -133,7 +133,7 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
         """
         if not self._connected:
             self._connect(dataloader_iter)
-        # What the step before has prepared: the batch is on the device, or on its way there, and its ids are with the
+        # What the step before has prepared: a batch that is on its way to the device, and its ids on theirs to the
         # shards.
         batch, handle = self._cur_batch, self._handle
         if batch is None:
@@ -144,9 +144,9 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
         self._wait_for_batch(batch)
         output: StepOutput
         loss, output = self._model(batch, handle, row_hook)
+        self._cur_batch, self._handle = next_batch, None
         # Between forward and backward on every rank: collectives must come in the same order on all of them. Either all
         # have a next batch or none has, because an epoch has the same number of steps for every rank.
-        self._cur_batch, self._handle = next_batch, None
         if next_batch is not None:
             self._copy_batch_to_gpu(next_batch)
             self._handle = self._start_search()

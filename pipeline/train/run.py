@@ -60,9 +60,10 @@ def train(
         stop = stack.enter_context(StopSignal())
         data_set = DataSet.open(data)
         if dist.get_rank() == 0:
-            # One rank holds the lock for all of them. No other reads the folder before it is held, or an earlier job
-            # could still write a checkpoint while this one looks for the last.
+            # One rank holds the lock for all of them.
             stack.enter_context(run.locked())
+        # No rank reads the folder before it is held: an earlier job could still write a checkpoint while this one looks
+        # for the last.
         dist.barrier()
         resumed = _checkpoint_to_resume(run, settings, data_set)
         tested = _test_of_finished(run, settings.epochs) if resumed else None
