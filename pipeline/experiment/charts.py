@@ -89,7 +89,6 @@ def speed(results: Sequence[Result], columns: Sequence[Column]) -> Markup:
             if points:
                 x, y = (fmean(values) for values in zip(*points, strict=True))
                 axis.plot(x, y, "o", color=color(index))
-                # Names beside the points: a legend of so many colours would be read twice for each.
                 axis.annotate(f"  {label}", (x, y), fontsize=8, color="#444444", va="center")
         axis.set_xlabel("samples/s in training")
         axis.set_ylabel("test AUC")

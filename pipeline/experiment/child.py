@@ -84,7 +84,6 @@ class Child:
     def send(self, number: signal.Signals) -> None:
         """Send a signal, if it still runs."""
         if self.poll() is None:
-            # It may have ended since the line before.
             with suppress(ProcessLookupError):
                 os.kill(self._process.pid, number)
 

@@ -112,8 +112,8 @@ def _end(started: Started, progress: "CellProgress") -> None:
     error = None
     if child.code:
         error = child.complaint()
-    # A stopped run ends with 0 too: it has saved, and the same command goes on.
     elif not cell.finished:
+        # A stopped run ends with 0 too: it has saved, and the same command goes on.
         error = "it was stopped before its end"
     add_to_record(cell, child.seconds, child.peak_bytes, error)
     if error is None:

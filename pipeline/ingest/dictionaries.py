@@ -72,7 +72,7 @@ def build_dictionaries(items: pa.Table, changed: pa.Table, seed: int) -> Diction
         newer = changed["category_id"].combine_chunks().take(index.combine_chunks())
         raw_category_I = pc.if_else(pc.is_valid(newer), newer, raw_category_I)
 
-    # Sorted as well, before they are shuffled: `unique` keeps the order of the items.
+    # The dictionary of categories is in the order of their raw ids, as that of items.
     names = pc.unique(raw_category_I).drop_null()
     names = names.take(pc.sort_indices(names))
     category_id_C = _shuffled_ids(len(names), seed, salt=1)

@@ -96,8 +96,8 @@ def whole_users(batches: Iterable[pa.RecordBatch]) -> Iterator[Lines]:
             # The carried user ends with the last batch, and so does every user but the last of this one.
             yield _lines([*carried, batch.slice(0, last_start)])
             carried = [batch.slice(last_start)]
-        # The whole batch is of one user, who may go on in the next one.
         elif last_start == 0:
+            # The whole batch is of one user, who may go on in the next one.
             carried.append(batch)
         else:
             yield _lines([*carried, batch.slice(0, last_start)])

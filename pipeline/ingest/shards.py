@@ -97,7 +97,7 @@ class ShardBuilder:
         if lines.scene_L is not None:
             columns["history_scene"] = lines.scene_L[history_L]
 
-        # Targets: each positive is followed by its negatives, which share all but the item with it.
+        # Targets: each positive is followed by its negatives, which have its moment, its split and its history.
         per_line = 1 + (0 if isinstance(self.split, ImpressionSplit) else self.split.negatives)
         item_TP = lines.item_L[line_P][:, None]
         if isinstance(self.split, ImpressionSplit):

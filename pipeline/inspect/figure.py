@@ -117,8 +117,6 @@ def _load(axis: Axes, items: Popularity) -> None:
     axis.axhline(100 / RANGES, color=GREY, linestyle="--", label="equal load")
     if len(items.frequency_F) and items.load_W.any():
         # No order of ids can balance what one item asks for.
-        # All lookups of one item go to one shard: an item that is asked for more often than a shard's share sets a
-        # bound.
         hottest = items.frequency_F[0] / items.load_W.sum() * 100
         axis.axhline(hottest, color=ORANGE, linestyle=":", label=f"most frequent item alone, {hottest:.2g} %")
     axis.set_title(f"Item look-ups of {RANGES} row-wise shards: largest {items.imbalance:.2f} x mean")

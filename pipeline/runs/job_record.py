@@ -49,8 +49,8 @@ def recorded(run: RunFolder, former: list[dict[str, Any]], step: int, device: to
     _write(run, [*former, start])
     try:
         yield
-    # Also for Ctrl-C. Only a kill leaves no trace, and then the start without an end tells of it.
     except BaseException as error:
+        # Also for Ctrl-C. Only a kill leaves no trace, and then the start without an end tells of it.
         _write(run, [*former, start | {"ended": _now(), "how": "failed", "error": description(error)}])
         raise
     _write(run, [*former, start | {"ended": _now(), "how": "finished" if run.test_file.is_file() else "stopped"}])
