@@ -1,4 +1,4 @@
-"""The gradients that attention and representation send to tables that they share: told apart, combined, measured.
+"""The gradients that attention and representation send to tables that they share: kept separate, combined, measured.
 
 DARE's argument begins with them: representation's gradients dominate and contradict attention's (figures 2 and 3).
 
@@ -31,7 +31,7 @@ Combine = Callable[[Gradients, Gradients, Ids], Gradients]
 
 
 def added(attention: Gradients, representation: Gradients, ids: Ids) -> Gradients:
-    """The sum of both gradients, which is what autograd gives where nobody tells them apart."""
+    """The sum of both gradients, which is also what autograd computes if the two are not separated."""
     return {
         table: [one + other for one, other in zip(parts, representation[table], strict=True)]
         for table, parts in attention.items()
@@ -137,7 +137,7 @@ def split_gradients(rows: BatchRows, combine: Combine) -> tuple[BatchRows, Batch
 
 
 class GradientNorms:
-    """A `RowHook` that measures the gradients of attention and of representation, apart even where they share a table.
+    """A `RowHook` that measures the gradients of attention and of representation separately, even in shared tables.
 
     Example:
         norms = GradientNorms()
@@ -158,7 +158,7 @@ class GradientNorms:
     ) -> None:
         """Count the gradient that comes back to ``rows`` through ``output`` as that of ``role``; see `RowHook`.
 
-        The step's own graph is left alone: views or copies in it, to tell the roles apart, would change the order in
+        The step's own graph is left alone: views or copies in it, to separate the roles, would change the order in
         which autograd adds up the gradients of a shared row, and with it the last bits of a run. Instead the gradient
         of ``output`` is taken through ``function`` once more, from detached rows.
         """

@@ -1,6 +1,7 @@
 """What the models of the family have in common: search, attend, represent, predict.
 
-T = targets, K = behaviours retrieved of a sequence, H = heads, E = dim of all features together.
+T = targets, K = behaviours retrieved of a sequence, H = heads, E = dim of all features together, I = floats that a
+prediction sees of a target.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from embeddings.features import RowHook, Rows
 from embeddings.layers.mlp import MLP
 from embeddings.layers.pooling import Representation, history_inputs, pooled
 from embeddings.layers.scoring import DinScore, DotProduct, MappedScore, ScaledDotProduct, attention_weights
-from embeddings.search.local import LocalRows, search_by_score, search_locally
+from embeddings.search.local import LocalRows, search_by_dot_product, search_by_score
 from embeddings.search.sharded import SearchHandle, ShardedTopK
 from embeddings.sizes import DataSizes, check_bounds
 from embeddings.tables.batch_rows import BatchRows, pooled_on_shards
@@ -27,6 +28,8 @@ from schemas.errors import UserError
 from schemas.model import INHERENT, Feature, ModelSettings
 
 SearchPlace = Literal["shard", "local", "ids", "none"]
+"""Where a search compares behaviours with targets: on the shards that have the rows; on the sample's rank, which fetches
+all rows; there by ids alone, without rows; or nowhere, because the model keeps the latest or all behaviours."""
 
 AUXILIARY_HIDDEN = (200,)
 """Hidden layers of the auxiliary loss's prediction (the authors' code)."""
@@ -48,28 +51,28 @@ class CtrModel(nn.Module):
     1. search: the K behaviours of each sequence that matter to the target, without gradient;
     2. attention: the score of each of them again, now with gradient, and the softmax over those K;
     3. representation: their rows, pooled with the weights;
-    4. prediction: a perceptron on the target and the pooled histories.
+    4. prediction: an MLP on the target and the pooled histories.
 
-    A model of the family says what is its own: in the class attributes, and by overriding the methods below them.
+    A member of the family sets the class attributes and overrides the methods where it differs.
     """
 
     roles: ClassVar[TableRoles]
     searched: ClassVar[SearchPlace] = "shard"
     """Where `search` compares behaviours with targets; on the shards only where the settings say so too."""
     target_aware: ClassVar[bool] = True
-    """The prediction sees the product of pooled history and target ("TR")."""
+    """Whether the prediction sees the product of pooled history and target ("TR")."""
     without: ClassVar[frozenset[Feature]] = frozenset()
     """Features that the model does not use, whatever the settings name."""
     auxiliary_always: ClassVar[bool] = False
-    """It has a second prediction from the whole history, whatever the settings say."""
+    """Whether it has a second prediction from the whole history even without ``auxiliary_loss``."""
     attends_all: ClassVar[bool] = False
-    """It keeps all behaviours, not the K of a search."""
+    """Whether it attends to all behaviours, not to the K of a search."""
     heads: ClassVar[int] = 1
     """Poolings of each history, side by side."""
     auxiliary_heads: ClassVar[int | None] = None
     """Poolings of each history for the auxiliary prediction; None: as many as for the main one."""
     needs_categories: ClassVar[bool] = False
-    """It searches by category."""
+    """Whether it searches by category, so that the data must have categories."""
 
     def __init__(self, settings: ModelSettings, sizes: DataSizes, table_device: torch.device) -> None:
         super().__init__()
@@ -101,11 +104,11 @@ class CtrModel(nn.Module):
             self.auxiliary = MLP(self._inputs(self.auxiliary_heads or self.heads), AUXILIARY_HIDDEN)
 
     def make_scoring(self) -> nn.Module:
-        """What scores K behaviours (T, K, ...) for their targets (T, ...): (T, K), or (T, H, K)."""
+        """Make the module that scores K behaviours (T, K, ...) for their targets (T, ...): (T, K), or (T, H, K)."""
         return ScaledDotProduct()
 
     def make_modules(self) -> None:
-        """Make what else the model has of its own."""
+        """Make the other modules that this model needs, before the prediction is made."""
 
     def start_search(self, batch: Batch, stream: torch.cuda.Stream | None = None) -> SearchHandle | None:
         """Send the ids of a batch to the shards that will search for it; every rank must call it.
@@ -132,7 +135,7 @@ class CtrModel(nn.Module):
         return SearchHandle(self._top_k(self.scoring), batch, stream)
 
     def search(self, batch: Batch, cross: AllCrossRows, handle: SearchHandle | None) -> dict[str, Selection]:
-        """The K behaviours of each target in each sequence that the score ranks highest, without gradient.
+        """Select the K behaviours of each sequence that score highest for each target, without gradient.
 
         Args:
             batch: the targets and their histories.
@@ -153,11 +156,11 @@ class CtrModel(nn.Module):
         """Search on the rank that has the targets; arguments and result are those of `search`."""
         rows, retrieved = self._local_rows(batch, cross), self.settings.retrieved
         if isinstance(self.scoring, DotProduct):
-            return search_locally(rows, self.scoring, retrieved)
+            return search_by_dot_product(rows, self.scoring, retrieved)
         return search_by_score(rows, self.scoring, retrieved)
 
     def _top_k(self, scoring: DotProduct) -> ShardedTopK:
-        """It belongs to the tables as they are sharded now, so it is no part of the model."""
+        """Make the search on the shards: anew for each search, because it reads the tables as they are sharded now."""
         return ShardedTopK(
             self.tables.inherent[self.roles.target_attention],
             self.tables.inherent[self.roles.history_attention],
@@ -205,7 +208,7 @@ class CtrModel(nn.Module):
         return self.scoring.products(dim)
 
     def split_gradients(self, rows: BatchRows) -> tuple[BatchRows, BatchRows]:
-        """The rows for attention and those for representation; the same ones, unless gradients are told apart."""
+        """The rows for attention and for representation: the same, unless the model routes their gradients."""
         return rows, rows
 
     @property
@@ -374,8 +377,8 @@ class CtrModel(nn.Module):
             # The behaviours' own rows are not on this rank, but their gradients follow from that of their sum and the
             # weights.
             parts = [part for history in histories.values() for part in (history.target, history.pooled)]
-            of_parts = [weight for weight_TK in weights.values() for weight in (None, weight_TK)]
-            row_hook("representation", parts, pooled_input, input_TI, of_parts)
+            part_weights = [weight for weight_TK in weights.values() for weight in (None, weight_TK)]
+            row_hook("representation", parts, pooled_input, input_TI, part_weights)
         return input_TI
 
     def _prediction_input(self, histories: Iterable[Representation]) -> Tensor:

@@ -14,7 +14,7 @@ from embeddings.layers.scoring import MappedDotProduct, MultiHeadScore
 from embeddings.model import SearchPlace
 from embeddings.models.twin import Twin
 from embeddings.search.by_category import search_by_category
-from embeddings.search.local import search_locally
+from embeddings.search.local import search_by_dot_product
 from embeddings.tables.collections import AllCrossRows
 
 
@@ -63,7 +63,7 @@ class SimSoft(SimHard):
 
         It could be made on the shards, but in training the auxiliary prediction needs all rows on that rank anyway.
         """
-        return search_locally(self._local_rows(batch, cross), self.searching, self.settings.retrieved)
+        return search_by_dot_product(self._local_rows(batch, cross), self.searching, self.settings.retrieved)
 
     def search_products(self, dim: int) -> int:
         """The multiplications of one product of mapped rows."""

@@ -13,7 +13,7 @@ from embeddings.layers.scoring import ScaledDotProduct
 from embeddings.model import CtrModel
 from embeddings.search.by_category import search_by_category
 from embeddings.search.clusters import log_counts
-from embeddings.search.local import search_locally
+from embeddings.search.local import search_by_dot_product
 from embeddings.tables.batch_rows import BatchRows
 from embeddings.tables.collections import AllCrossRows
 from embeddings.tables.specs import TableRoles
@@ -92,7 +92,7 @@ class TwinV2(Twin):
             # A row is item and category side by side: the first columns are the item's.
             return log_counts(rows_MD[:, :item], history, self.settings.cluster_size)
 
-        return search_locally(rows, self.scoring, self.settings.retrieved, cluster_weights)
+        return search_by_dot_product(rows, self.scoring, self.settings.retrieved, cluster_weights)
 
 
 class TwinDuplicated(Twin):

@@ -89,7 +89,7 @@ class LocalRows:
 
 
 @torch.no_grad()
-def search_locally(
+def search_by_dot_product(
     rows: LocalRows, scoring: DotProduct, retrieved: Mapping[str, int], cluster_weights: ClusterWeights | None = None
 ) -> dict[str, Selection]:
     """Keep the K best behaviours of each target in each sequence, by a score that is a dot product of rows.

@@ -1,6 +1,6 @@
 """What the ranks of a search on the shards send to each other: targets, behaviours and windows, as columns.
 
-A rank plays two parts: with its own samples it asks ("the sample's rank"), and with its rows it searches ("a shard").
+A rank plays two parts: it has samples to search for ("the sample's rank"), and rows to search in ("a shard").
 
 M = behaviours (on the sample's rank: of all its users; on a shard: of all ranks, those whose item rows are there),
 T = targets of this rank, G = targets of all ranks, S = shards (one a rank), W = (target, behaviour) pairs, K = kept.
@@ -30,7 +30,7 @@ class LocalWindows:
     """On the sample's rank: where a sequence's behaviours go, and which part of them each window is on each shard."""
 
     behaviors: Bucketed
-    """By shard, each shard's in time order."""
+    """The behaviours sorted by shard; each shard's are in time order."""
     first_S: Tensor
     """int64: which of the bucketed behaviours is the first of each shard."""
     start_ST: Tensor
@@ -130,7 +130,7 @@ class ShardHistory:
 
 @dataclass(frozen=True)
 class ShardInput:
-    """All that a shard is asked."""
+    """All that a shard receives for one search."""
 
     targets: ShardTargets
     histories: Mapping[str, ShardHistory]
@@ -146,7 +146,7 @@ class ShardInput:
 
 
 class SearchMessages:
-    """Packs what a shard is asked into columns, in the narrowest types that hold the values, and unpacks it there.
+    """Packs what a shard needs into columns, in the narrowest types that hold the values, and unpacks it there.
 
     Args:
         features: those that the score is made of; item is one of them.
@@ -228,8 +228,8 @@ class SearchMessages:
         # Position is counted back from the end of the target's window in the whole history, not from its end on this
         # shard.
         end_index_ST = _modulo(history.end_T, index_type).repeat(len(targets), 1)
-        of_windows = [start_ST, length_ST] + [end_index_ST] * ("position" in self._features)
-        return columns + [Column(values.flatten(), [len(batch)] * len(targets), targets) for values in of_windows]
+        window_columns = [start_ST, length_ST] + [end_index_ST] * ("position" in self._features)
+        return columns + [Column(values.flatten(), [len(batch)] * len(targets), targets) for values in window_columns]
 
     def unpack(self, columns: Sequence[Tensor], sizes: SearchSizes) -> ShardInput:
         """Make the shard's input of the columns that have come: the targets' first, then each sequence's."""

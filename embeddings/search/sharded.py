@@ -235,10 +235,10 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
             return None
         # A flag for each category, rather than `unique`, which would sort all behaviours. Counting the flags numbers
         # them.
-        met_R = torch.zeros(self._category.rows, dtype=torch.bool, device=self._item.local_Rd.device)
+        present_R = torch.zeros(self._category.rows, dtype=torch.bool, device=self._item.local_Rd.device)
         for history in histories.values():
-            met_R[history.columns["category"].long()] = True
-        return self._category.fetch(met_R.nonzero().flatten()).float(), met_R.cumsum(0) - 1
+            present_R[history.columns["category"].long()] = True
+        return self._category.fetch(present_R.nonzero().flatten()).float(), present_R.cumsum(0) - 1
 
     @torch.no_grad()
     def output_dist(self, ctx: TopKContext, output: dict[str, ShardBest]) -> ScoresAllToAll:
@@ -327,10 +327,10 @@ class SearchHandle:
             shard_input = self._input.wait()
         if self._stream is not None:
             # The tensors were made on the other stream: the allocator must not reuse them while this one reads them.
-            here = torch.cuda.current_stream()
-            here.wait_stream(self._stream)
-            self._context.record_stream(here)
-            shard_input.record_stream(here)
+            current = torch.cuda.current_stream()
+            current.wait_stream(self._stream)
+            self._context.record_stream(current)
+            shard_input.record_stream(current)
         # Three steps by hand and not `ShardedTopK.forward`, which would do all of them at once.
         best = self._top_k.compute(self._context, shard_input)
         selected: dict[str, Selection] = self._top_k.output_dist(self._context, best).wait()

@@ -62,8 +62,8 @@ class BatchRows:
         self._behaviors: dict[str, dict[str, Tensor]] = {}
         self._ids: dict[tuple[str, str | None], dict[Feature, Tensor]] = {}
         """The ids that were looked up: by set and sequence, where None stands for the targets."""
-        self._last_taken: dict[tuple[str, str], tuple[Selection, Rows]] = {}
-        """What `behaviors` returned last for a set and a sequence."""
+        self._last_rows: dict[tuple[str, str], tuple[Selection, Rows]] = {}
+        """By set and sequence: the selection that `behaviors` was last called with, and the rows that it returned."""
         histories = {name: batch.histories[name] for name in selected}
         # What to look up of the behaviours, sequence by sequence: all of them, or the T x K that were selected.
         item, category, valid = [], [], []
@@ -79,18 +79,19 @@ class BatchRows:
         # row that is needed twice travels once. A list times a bool is the list, or nothing.
         all_targets = torch.ones_like(batch.item_T, dtype=torch.bool)
         for name in sorted(target_sets | history_sets):
-            of_history, of_target = name in history_sets, name in target_sets
+            has_history, has_target = name in history_sets, name in target_sets
+            # A list times False is empty: a set that serves targets alone looks up no behaviours, and vice versa.
             ids: dict[Feature, Tensor] = {
-                "item": torch.cat([*item * of_history, *[batch.item_T] * of_target]),
-                "category": torch.cat([*category * of_history, *[batch.category_T] * of_target]),
+                "item": torch.cat([*item * has_history, *[batch.item_T] * has_target]),
+                "category": torch.cat([*category * has_history, *[batch.category_T] * has_target]),
             }
-            valid_L = torch.cat([*valid * of_history, *[all_targets] * of_target])
-            parts = tables.inherent_rows(name, ids, valid_L).split(counts * of_history + [len(batch)] * of_target)
+            valid_L = torch.cat([*valid * has_history, *[all_targets] * has_target])
+            parts = tables.inherent_rows(name, ids, valid_L).split(counts * has_history + [len(batch)] * has_target)
             # The targets were put last.
-            if of_target:
+            if has_target:
                 self._targets[name] = parts[-1]
                 self._ids[name, None] = {"item": batch.item_T, "category": batch.category_T}
-            if of_history:
+            if has_history:
                 # Not strict: the targets' part may follow.
                 self._behaviors[name] = dict(zip(histories, parts, strict=False))
                 for sequence, item_L, category_L in zip(histories, item, category, strict=True):
@@ -105,8 +106,9 @@ class BatchRows:
 
         Without ``looks_up_all``, the selection must be the one that was looked up.
         """
-        # Attention and representation often have the same tables: taken once, the gradients of both travel back once.
-        last = self._last_taken.get((name, sequence))
+        # Attention and representation often share tables. Both then use the same tensor, so that autograd adds their
+        # gradients before they travel back.
+        last = self._last_rows.get((name, sequence))
         if last is not None and last[0] is selected:
             return last[1]
         rows = self._behaviors[name][sequence]
@@ -120,7 +122,7 @@ class BatchRows:
             inherent = rows.view(*selected.index_TK.shape, rows.shape[1])
         history = self._batch.histories[sequence]
         taken = Rows(inherent, selected_rows(self._batch, history, selected, self._cross[name][sequence]))
-        self._last_taken[name, sequence] = selected, taken
+        self._last_rows[name, sequence] = selected, taken
         return taken
 
     def parts(self) -> list[LookedUp]:
@@ -144,7 +146,7 @@ class BatchRows:
         """The lookup with other rows in the place of those that `parts` returns, in their order."""
         # The order is that of `parts`: inherent rows by use, then cross rows by set, sequence and feature.
         other, rest = copy(self), iter(rows)
-        other._last_taken = {}
+        other._last_rows = {}
         joined = iter([torch.cat([next(rest) for _ in self._dims[name]], dim=1) for name, _, _ in self._inherent()])
         other._targets = {name: next(joined) for name in self._targets}
         other._behaviors = {

@@ -1,6 +1,6 @@
 """The embedding tables of a model in TorchRec's collections, and how rows are looked up in them.
 
-Tables may be sharded row-wise, sharded in another way, or not at all; who looks rows up here need not know.
+Tables may be sharded row-wise, sharded in another way, or not at all; callers of `Tables` need not know which.
 
 B = ids, V = valid ones of them, L = bags of any length, I = ids in them, D = dim of a set's inherent features together,
 R = rows of a small table, d = its dim.
@@ -63,8 +63,8 @@ class Tables(nn.Module):
         self.inherent = nn.ModuleDict()
         # A collection for each set, because every lookup is of one set alone.
         for name in sets:
-            of_set = [spec for spec in specs if spec.inherent and spec.set == name]
-            self.inherent[name] = EmbeddingBagCollection([_config(spec) for spec in of_set], device=device)
+            configs = [_config(spec) for spec in specs if spec.inherent and spec.set == name]
+            self.inherent[name] = EmbeddingBagCollection(configs, device=device)
         self._cross_specs = [spec for spec in specs if not spec.inherent]
         self.cross = None
         if self._cross_specs:
@@ -101,8 +101,8 @@ class Tables(nn.Module):
             float32 (B, D).
         """
         # Padding is not looked up: it would read row 0, the unknown id, and give it a gradient.
-        place_V = valid_B.nonzero().flatten()
-        valid_ids = {feature: ids[feature].index_select(0, place_V) for feature in self.inherent_features}
+        index_V = valid_B.nonzero().flatten()
+        valid_ids = {feature: ids[feature].index_select(0, index_V) for feature in self.inherent_features}
         rows_VD: Tensor
         if self.row_wise(name):
             # Made anew each time, since sharding puts other collections in the place of these after the model was
@@ -114,10 +114,10 @@ class Tables(nn.Module):
             return rows_VD
         # Padding gets rows of 0, through which no gradient passes.
         zeros_BD = rows_VD.new_zeros(len(valid_B), rows_VD.shape[1])
-        return zeros_BD.index_copy(0, place_V, rows_VD)
+        return zeros_BD.index_copy(0, index_V, rows_VD)
 
     def _bags_of_one(self, name: str, ids: Mapping[Feature, Tensor]) -> Tensor:
-        """A lookup in the collection itself, which need not be sharded."""
+        """Rows of ids, looked up by the collection itself as bags of one; it need not be sharded."""
         count, device = len(ids["item"]), ids["item"].device
         sharded = isinstance(self.inherent[name], ShardedEmbeddingBagCollection)
         # Gloo's collectives need as many bags on all ranks. At least one bag, if an empty one: without any, no gradient
@@ -173,7 +173,7 @@ class Tables(nn.Module):
         return by_set
 
     def _all_rows(self, collection: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """A lookup of all rows in the collection itself, padded to the longest table."""
+        """All rows of each table, looked up by the collection itself and padded to the longest table."""
         counts = torch.tensor([spec.rows for spec in self._cross_specs], device=device)
         row_R = torch.arange(int(counts.max()), dtype=torch.int32, device=device)
         # A lookup wants as many bags of each table: row r is bag r, and bags behind a table's last row are empty.

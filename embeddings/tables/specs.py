@@ -19,7 +19,7 @@ class TableSpec:
     set: str
     """The set of tables that it belongs to."""
     feature: Feature
-    """What its rows stand for."""
+    """The feature whose values its rows embed."""
     sequence: str | None
     """The sequence whose cross feature it holds; None for an inherent feature, which all sequences share."""
     rows: int
