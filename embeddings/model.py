@@ -28,8 +28,8 @@ from schemas.errors import UserError
 from schemas.model import INHERENT, Feature, ModelSettings
 
 SearchPlace = Literal["shard", "local", "ids", "none"]
-"""Where a search compares behaviours with targets: on the shards that have the rows; on the sample's rank, which fetches
-all rows; there by ids alone, without rows; or nowhere, because the model keeps the latest or all behaviours."""
+"""Where a search looks at behaviours: ``shard``, where their rows are; ``local``, on the sample's rank, which fetches
+all rows; ``ids``, there too, but by ids and order alone; ``none``, nowhere: the model keeps all behaviours."""
 
 AUXILIARY_HIDDEN = (200,)
 """Hidden layers of the auxiliary loss's prediction (the authors' code)."""

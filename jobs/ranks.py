@@ -62,7 +62,7 @@ def _fails_first() -> bool:
         store.set_timeout(timedelta(seconds=LINGER_S))
         # The store counts, so exactly one rank finds 0 before it.
         failed_before = store.add("failed_ranks", 1) - 1
-        # The first rank keeps the store: it must not go before the others have asked.
+        # The store lives in the first rank's process, which must not end before the others have used it.
         until = monotonic() + LINGER_S
         while dist.get_rank() == 0 and store.add("failed_ranks", 0) < dist.get_world_size() and monotonic() < until:
             sleep(0.05)

@@ -1,7 +1,7 @@
 """Commands about a model: `dare train`, `dare evaluate` and `dare score`.
 
 Each is one process, or one of several that a launcher such as torchrun starts. torch is imported within the commands,
-so that `dare --help` and the commands that need no torch answer at once.
+so that `dare --help` and the commands that need no torch start at once.
 """
 
 import gc

@@ -56,7 +56,7 @@ class TableChange(Settings):
 
 
 class TableSet(Table):
-    """The tables of one concern, attention or representation, one a feature."""
+    """The tables of one role, attention or representation: one for each feature."""
 
     features: dict[Feature, TableChange] = Field(default_factory=dict)
     """Tables that differ from the set, by feature."""
@@ -115,14 +115,14 @@ class ModelSettings(Settings):
             raise ValueError("features must name item")
         if len(set(self.features)) < len(self.features):
             raise ValueError("features must name each feature once")
-        for concern in ("attention", "representation"):
-            for feature in getattr(self, concern).features:
+        for role in ("attention", "representation"):
+            for feature in getattr(self, role).features:
                 if feature not in self.features:
-                    raise ValueError(f"{concern}.features.{feature}: features does not name {feature}")
+                    raise ValueError(f"{role}.features.{feature}: features does not name {feature}")
         return self
 
     @model_validator(mode="after")
-    def _auxiliary_loss_needs_all_rows_at_home(self) -> Self:
+    def _auxiliary_loss_needs_local_search(self) -> Self:
         if self.auxiliary_loss and self.search == "shard":
             raise ValueError(
                 "auxiliary_loss needs the rows of all behaviours: "

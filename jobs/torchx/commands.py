@@ -1,7 +1,7 @@
 """torchx's own commands, with one line where torchx shows a trace for what is not there.
 
 That is an image, a scheduler's client, its commands or its server. Mistakes in a job of ours and faults of the program
-are told as by `dare`, see `pipeline.errors`.
+are reported as by `dare`, see `pipeline.errors`.
 """
 
 import argparse
@@ -105,8 +105,8 @@ def _outside_failure(error: Exception) -> str | None:
     client = CLIENTS.get(type(error).__module__.partition(".")[0])
     if client is None:
         return None
-    told = " ".join(f"{getattr(error, 'status', '')} {getattr(error, 'reason', '') or error}".split())
-    return f"{client} is not reachable, or refuses: {told}"
+    reason = " ".join(f"{getattr(error, 'status', '')} {getattr(error, 'reason', '') or error}".split())
+    return f"{client} is not reachable, or refuses: {reason}"
 
 
 def _fail(scheduler: str, reason: str) -> NoReturn:

@@ -31,10 +31,10 @@ class SlurmScheduler(slurm_scheduler.SlurmScheduler):
             subprocess.CalledProcessError: Slurm keeps no accounts, or is not reachable.
         """
         command = ["sacct", "--parsable2", "--noheader", "--allocations", "--format=JobID,JobName,State", "-j", app_id]
-        told = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+        accounts = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
         roles: dict[str, list[ReplicaStatus]] = {}
         states = []
-        for line in told.splitlines():
+        for line in accounts.splitlines():
             job, name, state_text = line.split("|")
             # The first word: what comes behind it names a user.
             state = slurm_scheduler.SLURM_STATES.get(state_text.partition(" ")[0], AppState.UNKNOWN)

@@ -96,11 +96,11 @@ class Child:
     def complaint(self) -> str:
         """Why it failed, in one line: what the command says of its error, or else the last line of its output."""
         lines = [line.strip() for line in self.said().splitlines() if line.strip()]
-        told = [line.removeprefix("dare: ") for line in lines if line.startswith("dare: ")]
-        if told and told[-1] == FAULT_LINE:
+        complaints = [line.removeprefix("dare: ") for line in lines if line.startswith("dare: ")]
+        if complaints and complaints[-1] == FAULT_LINE:
             # Behind a fault of the program stands its trace, whose last line says what it was.
-            told = [line for line in lines if not line.startswith("dare: ")]
-        last = (told or lines or ["it said nothing"])[-1]
+            complaints = [line for line in lines if not line.startswith("dare: ")]
+        last = (complaints or lines or ["it said nothing"])[-1]
         if self.code is not None and self.code < 0:
             return f"ended by {signal.Signals(-self.code).name}; last line: {last}"
         return last

@@ -53,7 +53,7 @@ def run_cells(
         dare: the command, such as ``python -m jobs.cli``.
         slots: the environment of each cell that may run at the same time.
         ended: called after each cell, finished or failed, while others run.
-        progress: is told of everything.
+        progress: shows what happens.
 
     Returns:
         Whether all have run; False: SIGTERM or Ctrl-C came first, running cells have saved and stopped.

@@ -101,7 +101,7 @@ class Summary:
     """Corrupt input files that were left out, with the reason."""
 
     def to_json(self) -> dict[str, Any]:
-        """Give the numbers in types that JSON knows."""
+        """The numbers in types that JSON knows."""
         users, behaviors = max(self.counts.users, 1), max(self.counts.behaviors, 1)
         return {
             **self.counts.model_dump(mode="json", exclude=set(SPLITS)),
@@ -136,7 +136,7 @@ class Summary:
 
 
 def describe(histogram: Histogram) -> dict[str, float]:
-    """Give the `QUANTILES` and the mean of a distribution."""
+    """The `QUANTILES` and the mean of a distribution."""
     fractions = [fraction for fraction in QUANTILES.values() if fraction is not None]
     quantiles = iter(histogram.quantiles(fractions))
     mean = round(histogram.sum / max(histogram.seen, 1), 2)

@@ -169,7 +169,7 @@ def _lookups(bandwidth: float) -> dict[str, float]:
     none = row_B[:0]
     # What bytes alone would take is taken off everywhere below: the model adds it for the sizes at hand. Noise must not
     # make a cost negative, hence the least values.
-    answer = 2 * BAGS * DIM * 4 / bandwidth
+    output_ns = 2 * BAGS * DIM * 4 / bandwidth
     row_bytes = DIM * 4 / bandwidth
 
     def both(ids: torch.Tensor, offsets: torch.Tensor) -> Callable[[], None]:
@@ -187,7 +187,7 @@ def _lookups(bandwidth: float) -> dict[str, float]:
     return {
         "row": max(1.0, (forward_full - forward_empty) / BAGS - row_bytes),
         "update": max(1.0, (backward_full - backward_empty) / BAGS - 2 * row_bytes),
-        "bag": max(0.1, (forward_empty - answer) / BAGS),
+        "bag": max(0.1, (forward_empty - output_ns) / BAGS),
         "id": max(0.1, (there + back) / BAGS - 2 * 2 * DIM * FLOAT / bandwidth),
     }
 

@@ -34,7 +34,7 @@ PAIR_PASSES = 3
 """Times that category rows of (target, behaviour) pairs are read or written on a shard."""
 
 TRAVEL_PASSES = 6
-"""Times that a row that travels is read or written: taken out of the shard's answer, packed, unpacked."""
+"""Times that a row that travels is read or written: taken out of what a shard returns, packed, unpacked."""
 
 LOCAL_PASSES = 4
 """Times that a row is read or written on the sample's rank, where each id takes its row and features are put side by
@@ -270,9 +270,9 @@ class StepModel:
         for traffic in rows_lookup(what, tables, different, self._work.ranks, gradient, self._wire):
             yield self._sent(traffic)
         # ``different`` is what the workload tells of equal ids; in a small table ids meet by chance besides.
-        asked = [distinct(different, table.rows) for table in tables]
-        ns = self._on_shard(tables, asked, asked, gradient)
-        travelling = sum(count * table.dim for count, table in zip(asked, tables, strict=True))
+        requested = [distinct(different, table.rows) for table in tables]
+        ns = self._on_shard(tables, requested, requested, gradient)
+        travelling = sum(count * table.dim for count, table in zip(requested, tables, strict=True))
         passes = ids * sum(table.dim for table in tables) * LOCAL_PASSES + travelling * TRAVEL_PASSES
         # The gradient takes the same way back.
         copied = passes * FLOAT * (1 + gradient) / self._bandwidth
@@ -287,11 +287,11 @@ class StepModel:
             # Rows in the host's memory come over its link, which is slower than the device's memory.
             bandwidth = min(self._cluster.host_link, self._bandwidth) if table.on_host else self._bandwidth
             # A lookup has as many bags in each of its tables.
-            answer = max(bags) * (costs.bag + 2 * table.dim * FLOAT / self._bandwidth)
-            ns += of_ids * (costs.row + table.row_bytes / bandwidth) + answer
+            output_ns = max(bags) * (costs.bag + 2 * table.dim * FLOAT / self._bandwidth)
+            ns += of_ids * (costs.row + table.row_bytes / bandwidth) + output_ns
             if gradient:
-                # The row is read and written, and the gradient of the answer is read as the answer was written.
-                ns += of_ids * (costs.update + 2 * table.row_bytes / bandwidth) + answer
+                # The row is read and written, and the gradient of the output is read as the output was written.
+                ns += of_ids * (costs.update + 2 * table.row_bytes / bandwidth) + output_ns
         return ns
 
     def _sent(self, traffic: Traffic) -> Cost:

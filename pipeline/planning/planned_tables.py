@@ -81,17 +81,17 @@ def planned_tables(model: CtrModel, plan: ShardingPlan) -> tuple[PlannedTable, .
     """
     # What remains in here at the end are tables that nobody has declared.
     placed = {name: sharding for tables in plan.plan.values() for name, sharding in tables.items()}
-    found = []
+    planned = []
     for name, spec in model.tables.specs.items():
         rows, dim = spec.rows, spec.dim
         if name not in placed:
             raise UserError(f"the plan has no table {name}, whose {rows:,} rows the model declares")
         sharding = placed.pop(name)
         _check_cover(name, rows, dim, sharding)
-        found.append(_planned(spec, sharding))
+        planned.append(_planned(spec, sharding))
     if placed:
         raise UserError(f"the plan has tables that the model does not declare: {', '.join(sorted(placed))}")
-    return tuple(found)
+    return tuple(planned)
 
 
 def _planned(spec: TableSpec, sharding: ParameterSharding) -> PlannedTable:

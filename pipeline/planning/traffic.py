@@ -55,13 +55,13 @@ def rows_lookup(
     """
     # Ids are even over the shards. Rows are counted within their shard, for which fewer bytes are enough.
     different = [(distinct(ids, table.rows) / ranks, table) for table in tables]
-    asked = sum(count * narrowest(max(table.shard_rows) - 1) for count, table in different)
-    answered = sum(count * table.dim for count, table in different) * wire
+    id_bytes = sum(count * narrowest(max(table.shard_rows) - 1) for count, table in different)
+    row_bytes = sum(count * table.dim for count, table in different) * wire
     yield Traffic("input dist", f"counts of {what}", "all_to_all", len(tables) * COUNT)
-    yield Traffic("input dist", f"ids of {what}", "all_to_all", asked)
+    yield Traffic("input dist", f"ids of {what}", "all_to_all", id_bytes)
     # A gradient takes the way of its row back, in as many bytes.
     for way in ("rows", "gradients")[: 1 + gradient]:
-        yield Traffic("output dist", f"{way} of {what}", "all_to_all", answered)
+        yield Traffic("output dist", f"{way} of {what}", "all_to_all", row_bytes)
 
 
 def all_rows(what: str, tables: Sequence[PlannedTable]) -> Iterator[Traffic]:

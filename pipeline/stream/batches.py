@@ -51,7 +51,7 @@ def read_blocks(
 def _samples_of_piece(
     data_set: DataSet, split: Split, cuts: Mapping[str, SequenceCut], piece: Piece, group: RowGroup
 ) -> HistorySamples:
-    """Give the piece's targets, and of their users' histories what they see."""
+    """The piece's targets, with the parts of their users' histories that they see."""
     chosen_T = np.flatnonzero(group.target_T["split"] == split)
     users, targets = int(data_set.users_G[piece.group]), int(data_set.targets_G[split.name.lower()][piece.group])
     # The epoch was planned by the index: were it wrong, targets would be left out in silence.

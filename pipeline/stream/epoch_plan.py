@@ -52,7 +52,7 @@ class EpochPlan:
 
 
 def steps_per_epoch(targets: int, world: int, batch_size: int) -> int:
-    """Give the number of steps that every rank makes: as many as the largest share needs."""
+    """The number of steps that every rank makes: as many as the largest share needs."""
     share = -(-targets // world)
     return -(-share // batch_size)
 
@@ -67,7 +67,7 @@ def plan_epoch(
         bytes_G: room that each row group takes in the shuffle buffer.
         block_bytes: size of the shuffle buffer; a block holds one row group at least.
         shuffle: shuffle the row groups; otherwise they come in file order, a block each.
-        seed: of the shuffle.
+        seed: decides the shuffle.
         epoch: from 0; each has a shuffle of its own.
         rank: which of the ``world`` readers this is.
         world: number of readers.
@@ -108,7 +108,7 @@ def plan_epoch(
 
 
 def shuffle_keys(count: int, *salts: int) -> NDArray[np.uint64]:
-    """Give pseudo-random keys, (count,), to sort by for a shuffle. They depend on ``salts`` alone, on every machine."""
+    """Pseudo-random keys, (count,), to sort by for a shuffle. They depend on ``salts`` alone, on every machine."""
     # One salt after the other, so that their order matters: epoch 1 of seed 2 is not epoch 2 of seed 1.
     keys = np.arange(count, dtype=np.uint64)
     for salt in salts:

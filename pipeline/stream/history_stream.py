@@ -31,7 +31,7 @@ class HistoryStream:
         folder: the data set.
         split: ``train``, ``validation`` or ``test``.
         settings: how batches are made.
-        seed: of the shuffle.
+        seed: decides the shuffle.
         shuffle: a new order each epoch; otherwise the order of the files, a user's targets together (for evaluation).
         rank: which of the ``world`` readers this is.
         world: number of readers that share the split.
@@ -119,7 +119,7 @@ class HistoryStream:
         self.epoch, self.step = epoch, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the consumer is (not the prefetch) and what must be the same to go on; alike on all ranks."""
+        """Where the consumer is (not the prefetch), and what must be the same to go on; it is equal on all ranks."""
         return {"epoch": self.epoch, "step": self.step, "world": self._world, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ class HistoryStream:
         self.epoch, self.step = state["epoch"], state["step"]
 
     def close(self) -> None:
-        """End all threads. The stream stays at its step and can be iterated again."""
+        """End all threads. The stream keeps its step and can be iterated again."""
         if self._prefetch is not None:
             self._prefetch.close()
             self._waited_s += self._prefetch.waited_s
@@ -160,6 +160,7 @@ class HistoryStream:
         self.close()
 
     def _identity(self) -> dict[str, Any]:
+        """What decides the batches of an epoch: it must not change between saving a state and going on from it."""
         # They change how fast batches come, not which.
         speed_alone = {"threads", "prefetch_batches"}
         return {
@@ -208,7 +209,7 @@ class HistoryStream:
         read = read_blocks(self.data_set, Split[self.split.upper()], self._cuts, blocks, self.settings.threads)
         try:
             for samples in cut_batches(read, order, batch_size, first_target):
-                yield self._finished(samples, epoch, step)
+                yield self._to_batch(samples, epoch, step)
                 step += 1
         finally:
             # Now, not when the garbage collector finds the generator: it ends the reader's threads.
@@ -216,16 +217,16 @@ class HistoryStream:
         # A rank with a batch less than others makes the step too, with nothing in it: the others' collectives wait for
         # it.
         while step < self.steps_per_epoch:
-            yield self._finished(self._nothing(), epoch, step)
+            yield self._to_batch(self._no_samples(), epoch, step)
             step += 1
 
-    def _nothing(self) -> HistorySamples:
-        """Give no targets and no users, which is what a rank has that has run out before the others."""
+    def _no_samples(self) -> HistorySamples:
+        """Samples without targets or users, for a rank that has run out before the others."""
         # Made on the same way as real samples, so that names and dtypes are the same: ranks exchange these columns.
         group = RowGroup.from_table(self.data_set.schema.empty_table(), {})
         return samples_of(group, self._cuts).take(np.zeros(0, np.int64))
 
-    def _finished(self, samples: HistorySamples, epoch: int, step: int) -> Batch:
+    def _to_batch(self, samples: HistorySamples, epoch: int, step: int) -> Batch:
         batch = samples.batch(
             f"{self.data_set.folder.name} {self.split}, epoch {epoch}, step {step}, rank {self._rank} of {self._world}"
         )

@@ -1,4 +1,4 @@
-"""A thread that makes items ahead of their consumer, as many as a bound allows."""
+"""A thread that makes items ahead of their consumer, up to a bound."""
 
 import queue
 import threading
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class _Failure:
-    """What the items have raised, on its way to the consumer."""
+    """An exception of the generator, on its way to the consumer."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error

@@ -1,4 +1,4 @@
-"""petastorm's Reader for row groups of our own choosing: in the order asked for, each whole, whatever the threads."""
+"""petastorm's Reader over a given list of row groups: each is read whole, in this order, by any number of threads."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -110,7 +110,7 @@ class RowGroupReader(Reader, Generic[R]):
 
 
 class _Results:
-    """Gives a pool's results as they are; by petastorm's protocol for what turns them into what the Reader returns."""
+    """Returns a pool's results unchanged; petastorm's Reader asks such an object for each result that it returns."""
 
     batched_output = True
 
@@ -122,7 +122,7 @@ class _Results:
 
 
 class _Worker(WorkerBase):
-    """Reads row groups; one for each thread. Publishes a failure in place of a result: it is raised in its turn."""
+    """Reads row groups, one worker a thread. It publishes a failure in place of a result, to be raised in its turn."""
 
     def __init__(self, worker_id: int, publish_func: Callable[[Any], None], args: tuple[Any, ...]) -> None:
         super().__init__(worker_id, publish_func, args)

@@ -78,7 +78,7 @@ class Windows:
         return type(self)(columns_M, offset_U, start_T - shift_T, end_T - shift_T)
 
     def history(self) -> History:
-        """Give the sequence and the windows as a `History` of tensors, which share the arrays' memory."""
+        """The sequence and the windows as a `History` of tensors, which share the arrays' memory."""
         columns_M = {name: torch.from_numpy(column_M) for name, column_M in self.columns_M.items()}
         return History(
             item_M=columns_M["item"],
@@ -102,7 +102,7 @@ class HistorySamples:
     columns_T: dict[str, NDArray[Any]]
     """item, category, timestamp, label; scene where the data have it."""
     sequences: dict[str, Windows]
-    """By the names that the settings give them."""
+    """By the name of the sequence in the settings."""
 
     def __len__(self) -> int:
         return len(self.user_T)
@@ -135,7 +135,7 @@ class HistorySamples:
         )
 
     def batch(self, origin: str) -> Batch:
-        """Give the samples as a `Batch` of tensors, which share the arrays' memory.
+        """The samples as a `Batch` of tensors, which share the arrays' memory.
 
         Args:
             origin: where the batch comes from, for messages.
@@ -185,7 +185,7 @@ class SequenceCut:
 
 
 def samples_of(group: RowGroup, cuts: Mapping[str, SequenceCut]) -> HistorySamples:
-    """Give all targets of a row group, of whatever split, and their users' sequences."""
+    """All targets of a row group, of every split, and their users' sequences."""
     columns_T = {name: column for name, column in group.target_T.items() if name not in ("split", "history_end")}
     return HistorySamples(
         group.user_id_U, group.user_T, columns_T, {name: cut.windows(group) for name, cut in cuts.items()}

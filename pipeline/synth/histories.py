@@ -52,7 +52,7 @@ class Histories(NamedTuple):
     """Index into ``SCENES``."""
 
     def user_id_E(self) -> I64:
-        """Give the user of each behaviour."""
+        """The user of each behaviour."""
         return np.repeat(self.user_id_U, np.diff(self.start_U1))
 
 
@@ -88,7 +88,7 @@ class HistoryGenerator:
         )
 
     def keys(self, user_id_U: I64) -> U64:
-        """Give the random key of each user."""
+        """The random key of each user."""
         return mix(mix(np.asarray(user_id_U), self.settings.seed), 0)
 
     def lengths(self, user_id_U: I64) -> I64:

@@ -146,7 +146,7 @@ class BayesAuc:
         self._negatives += np.bincount(bin_index, 1 - probability, self._BINS)
 
     def value(self) -> float:
-        """Give the AUC, 0.5 .. 1; 0.5 where all labels are the same for certain."""
+        """The AUC, 0.5 .. 1; 0.5 where all labels are the same for certain."""
         # Every impression counts as a positive by its chance and as a negative by the rest.
         pairs = self._positives.sum() * self._negatives.sum()
         below = np.cumsum(self._negatives) - self._negatives

@@ -82,11 +82,11 @@ def agree(step: int, output: StepOutput, gradient_norm: Tensor, stop: bool) -> A
     loss, targets, stops, faults = numbers.tolist()
     # The sum is the same on all ranks, so all of them go into the gather in there, and none goes on alone.
     if faults:
-        _raise(step, output, bool(sound))
+        _raise_not_finite(step, output, bool(sound))
     return Agreement(loss / dist.get_world_size(), int(targets), stops > 0)
 
 
-def _raise(step: int, output: StepOutput, sound: bool) -> None:
+def _raise_not_finite(step: int, output: StepOutput, sound: bool) -> None:
     origins: list[str | None] = [None] * dist.get_world_size()
     mine = None if sound else f"{output.origin} (loss {output.loss.item():g})"
     dist.all_gather_object(origins, mine)
@@ -107,7 +107,7 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
     Args:
         model: sharded.
         optimizer: of the dense parameters.
-        device: of this rank.
+        device: this rank's device.
     """
 
     _cur_batch: Batch | None
@@ -119,7 +119,7 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
         self._ctr_model = inner
         self._ids_stream = torch.cuda.Stream() if device.type == "cuda" else None
         self._handle: SearchHandle | None = None
-        """The search of ``_cur_batch``, started while the batch before it was learnt from."""
+        """The search of ``_cur_batch``, which was started in the step before."""
 
     def progress(self, dataloader_iter: Iterator[Batch], row_hook: RowHook | None = None) -> StepOutput:
         """Make a step with the next batch.
@@ -129,7 +129,7 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
             row_hook: watches the gradients of this step's rows.
 
         Raises:
-            StopIteration: there is none.
+            StopIteration: no batch is left.
         """
         if not self._connected:
             self._connect(dataloader_iter)
@@ -156,7 +156,7 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
         return output
 
     def reset(self) -> None:
-        """Forget the batch that was to come, and its search."""
+        """Drop the batch that was prefetched, and its search."""
         super().reset()
         self._handle = None
 

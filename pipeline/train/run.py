@@ -131,7 +131,7 @@ def _checkpoint_to_resume(run: RunFolder, settings: TrainSettings, data_set: Dat
 def _test_of_finished(run: RunFolder, epochs: int) -> dict[str, Any] | None:
     """The test of a run that has nothing left to do; None: it goes on.
 
-    Told from the test, which is there only while the run is finished: the last checkpoint may have gone since.
+    A run is finished while ``test.json`` is there; its last checkpoint may have been deleted since.
     """
     if not run.test_file.is_file():
         return None

@@ -51,7 +51,7 @@ def set_random_state(states: dict[str, Any]) -> None:
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""Schedulers send the one some time before they kill, Ctrl-C sends the other."""
+"""Schedulers send SIGTERM some time before they kill a process; Ctrl-C sends SIGINT."""
 
 
 class StopSignal:
@@ -82,11 +82,11 @@ class Trainer(Stateful):
     """Trains a sharded model; a checkpoint is its state.
 
     Args:
-        settings: of the run.
+        settings: the run's settings.
         model: sharded, with weights.
-        stream: of the train split.
+        stream: batches of the train split.
         validation: stream of the validation split, in file order.
-        device: of this rank.
+        device: this rank's device.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class Trainer(Stateful):
     ) -> None:
         self.settings, self.model, self.stream, self.device = settings, model, stream, device
         self.step = self.epoch = self.step_of_epoch = 0
-        """Steps done, the epoch of the next one, and its place in it."""
+        """Steps done; the epoch of the next step; and how many steps of that epoch are done."""
         self.best = -math.inf
-        """The best validation's metric."""
+        """The metric of the best validation so far."""
         self._validation = validation
         # The tables need none: TorchRec has fused theirs into the backward pass.
         self._optimizer = DenseOptimizer(model, settings.dense)
-        # It takes the next batch while a step runs, so the place in the data is counted here, not by the stream.
+        # The pipeline takes the next batch while a step runs, so the stream is one batch ahead: steps are counted here.
         self._pipeline = SearchPrefetchPipeline(model, self._optimizer, device)
 
     @property
@@ -117,7 +117,7 @@ class Trainer(Stateful):
 
     @property
     def done(self) -> bool:
-        """All epochs are."""
+        """Whether all epochs are done."""
         return self.epoch >= self.settings.epochs
 
     def train(self, checkpoints: CheckpointWriter, report: RunReport, stop: StopSignal) -> None:
@@ -126,7 +126,7 @@ class Trainer(Stateful):
         All ranks must call it.
 
         Raises:
-            ValueError: a loss that is not finite, data that cannot be read.
+            UserError: a loss that is not finite, data that cannot be read.
             OSError: a checkpoint that cannot be written.
         """
         batches = iter(self.stream)
@@ -183,7 +183,7 @@ class Trainer(Stateful):
             report.point(self.step, agreed, rates, by_name, self.stream.waited_s)
 
     def _validate(self, report: RunReport) -> bool:
-        """Whether it is the best validation so far."""
+        """Evaluate on the validation split, and return whether the result is the best so far."""
         began = time.monotonic()
         metrics = evaluate(self.model, self._validation, self.device)
         evaluation, scores = metrics.compute(), metrics.distribution()
@@ -195,7 +195,7 @@ class Trainer(Stateful):
         return better
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decides how training goes on."""
+        """Everything that decides how training goes on."""
         return {
             "model": self.model.state_dict(),
             "table_optimizer": self.model.fused_optimizer.state_dict(),
@@ -212,7 +212,7 @@ class Trainer(Stateful):
         """Go on from a state.
 
         Raises:
-            ValueError: it is of another data set, or within an epoch of another number of ranks.
+            UserError: it is of another data set, or within an epoch of another number of ranks.
         """
         # First, because it refuses a state of other data or other settings.
         self.stream.load_state_dict(state_dict["stream"])
@@ -231,7 +231,7 @@ class Trainer(Stateful):
         """Go on from a checkpoint; all ranks must call it.
 
         Raises:
-            ValueError: it is of another model, another data set, or within an epoch of another number of ranks.
+            UserError: it is of another model, another data set, or within an epoch of another number of ranks.
         """
         # Before `state_dict`: a checkpoint is loaded into tensors that are there.
         self._optimizer.prepare_to_load()
