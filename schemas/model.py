@@ -79,7 +79,7 @@ class ModelSettings(Settings):
     representation: TableSet = TableSet()
     """K_R and the like."""
     retrieved: dict[SequenceName, PositiveInt] = Field(default_factory=lambda: {"history": 20}, min_length=1)
-    """K by sequence: so many behaviours does search keep of it; where the history has fewer, the rest is padding.
+    """K by sequence: how many behaviours of it the search keeps; where the history has fewer, the rest is padding.
 
     Each sequence has its own attention and pooling, and the prediction sees all of them. Their lengths N are the
     stream's.
@@ -95,7 +95,7 @@ class ModelSettings(Settings):
     hash_bits: Annotated[int, Field(ge=1, le=1024)] = 48
     """Random projections whose signs eta and sdim compare."""
     hash_width: PositiveInt = 3
-    """So many of them make up a round of sdim; its behaviours' and target's must all agree."""
+    """How many of them make up a round of sdim, in which all signs of behaviour and target must agree."""
     cluster_size: PositiveInt = 10
     """The most behaviours that twin-v2 puts into a cluster."""
     hidden: tuple[PositiveInt, ...] = Field((200, 80), min_length=1)

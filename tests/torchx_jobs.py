@@ -13,7 +13,7 @@ from tests.launcher import PATIENCE_S
 from tests.runs import SMALL
 
 CHECKPOINT_EVERY = 4
-"""Of ``SMALL``."""
+"""Steps between two checkpoints in the settings ``SMALL``."""
 
 
 def training(data: Path, run: Path, *overrides: str) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from embeddings.batch import History, Selection, gather_or_zeros
 
 CHUNK_FLOATS = 1 << 24
-"""So many floats of windows' rows are side by side at once."""
+"""How many floats of windows' rows are in memory at once."""
 
 TIE = 1e-4
 """Distances that differ by no more than this part of themselves count as equal, and the earlier behaviour wins.

@@ -28,7 +28,7 @@ from embeddings.tables.collections import AllCrossRows, CrossRows, Tables
 from schemas.model import Feature
 
 CHUNK_PAIRS = {"cpu": 1 << 13, "cuda": 1 << 18}
-"""So many pairs' rows are side by side at once in `search_by_score`: on a CPU as many as its caches hold."""
+"""How many pairs' rows are in memory at once in `search_by_score`: on a CPU, as many as its caches hold."""
 
 ClusterWeights = Callable[[Tensor, History], Tensor]
 """Takes a sequence's rows (M, D) and its windows. Returns, float32 (W,), the logarithm of how many behaviours each

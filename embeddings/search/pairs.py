@@ -14,10 +14,10 @@ from embeddings.features import Rows
 from schemas.model import Feature
 
 CHUNK_PAIRS = 1 << 18
-"""So many pairs' rows are side by side at once."""
+"""How many pairs' rows are in memory at once."""
 
 PRODUCTS_A_PAIR = 32
-"""A matrix multiplication makes so many products in the time in which the two rows of one pair are read."""
+"""How many products a matrix multiplication makes in the time in which the two rows of one pair are read."""
 
 
 class Pairs:
@@ -116,7 +116,7 @@ def cross_score(
 def small_table_score(pairs: Pairs, query_Td: Tensor, rows_Rd: Tensor, row_W: Tensor) -> Tensor:
     """The product ``<query, row>`` of each pair.
 
-    Unless they are far more than the pairs, all T x R products are made first, in one matrix multiplication.
+    All T x R products are made first, in one matrix multiplication, unless they are far more than the pairs.
 
     Args:
         pairs: the W pairs.

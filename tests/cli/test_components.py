@@ -248,7 +248,7 @@ def test_aws_batch(runner: Runner) -> None:
 
 
 def mistakes_in_job_definition(request: dict[str, Any]) -> str:
-    """By AWS' own description of its service."""
+    """The mistakes in a request, by AWS' own description of its service."""
     service = botocore.session.get_session().get_service_model("batch")
     shape = service.operation_model("RegisterJobDefinition").input_shape
     return ParamValidator().validate(request, shape).generate_report()

@@ -67,7 +67,7 @@ def state(runner: Runner, handle: str) -> AppState:
 
 
 def listed(runner: Runner, handle: str) -> AppState:
-    """As `torchx list` has it."""
+    """The state of a job in `torchx list`."""
     return {app.app_id: app.state for app in runner.list("slurm")}[parse_app_handle(handle)[2]]
 
 
@@ -77,7 +77,7 @@ def end_of(runner: Runner, handle: str) -> AppState:
 
 
 def started_again(runner: Runner, handle: str) -> bool:
-    """Of a job in the queue. Slurm looks at jobs of several nodes only when something in the queue has changed."""
+    """Whether a queued job has started. Slurm looks at jobs of several nodes only when the queue has changed."""
     job = parse_app_handle(handle)[2]
     subprocess.run(["scontrol", "update", f"jobid={job}", "Comment=still here"], check=True)
     time.sleep(1)
@@ -85,7 +85,7 @@ def started_again(runner: Runner, handle: str) -> bool:
 
 
 def log_of(runner: Runner, handle: str, stream: Stream) -> str:
-    """Of both nodes: either may have the first rank."""
+    """The log of both nodes: either may have the first rank."""
     return "".join(line for node in (0, 1) for line in runner.log_lines(handle, "train", node, streams=stream))
 
 

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 SIZES = DataSizes(items=50, categories=7, lengths={"history": 12})
 DIM, IDS = 16, 40
 PRECISION: dict[Communication, float] = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8}
-"""Of a rounded float, relative."""
+"""The largest relative error of rounding a float to each type."""
 
 
 def model_of(communication: Communication) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -97,7 +97,7 @@ def test_16_bits_are_close_and_half_as_many_bytes() -> None:
 
 
 def bytes_of_rows(communication: Communication) -> tuple[float, float]:
-    """Of a lookup of all rows, and of its backward pass."""
+    """Bytes that a lookup of all rows sends, and its backward pass."""
     model, _ = model_of(communication)
     ids = {"item": torch.arange(51, dtype=torch.int32), "category": torch.arange(51, dtype=torch.int32) % 8}
     rows, there = counted(lambda: model.tables.inherent_rows("attention", ids, torch.ones(51, dtype=torch.bool)))

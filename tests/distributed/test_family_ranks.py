@@ -21,7 +21,7 @@ from tests.toy_model import TWO, batch_of, local_values, model_of, settings_of, 
 from tests.trainers import CPU, Losses, Never, trainer_of
 
 SHAPES = ({"targets": 24}, {"targets": 13}, {"targets": 1}, {"targets": 2, "longest": 1}, {"targets": 24})
-"""Of each step's batch; with one target, one of two ranks has none; with short histories, one has no behaviours."""
+"""The shape of each step's batch; one target leaves a rank without targets, short histories without behaviours."""
 
 
 def train(name: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ ENLARGED = {"dare": 1.0, "twin": RATE / EPSILON}
 """What a step makes of the rounding of a gradient, at most."""
 SIZES = DataSizes(items=50, categories=7, behaviors=4, scenes=3, lengths={"ads": 12, "content": 9})
 TARGETS = (24, 13, 1, 0, 24)
-"""Of each step; with one target, all ranks but one have none."""
+"""Targets of each step's global batch; with one target, all ranks but one have none."""
 
 
 def train(name: str) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def test_values_and_gradients_are_those_of_one_process(ranks: int) -> None:
 
 
 def table_wise(plan: dict) -> None:
-    """As plans were that left categories and cross tables to the planner."""
+    """A plan of the older kind, which left categories and cross tables to the planner."""
     for tables in plan.values():
         for name, sharding in tables.items():
             if not name.startswith("item_"):

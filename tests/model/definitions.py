@@ -25,7 +25,7 @@ class Definition:
     left_out: tuple[str, ...] = ()
     whole = False
     alone: str | None = None
-    """The concern whose use of the tables has gradients; None: both have."""
+    """The role whose use of the tables has gradients; None: both have."""
 
     training = True
     """Predictions are normalised by the batch's own statistics, else by those of the state."""
@@ -81,8 +81,8 @@ class Definition:
     def joined(self, vectors: Vectors) -> Tensor:
         return torch.cat([vectors[feature] for feature in self.features])
 
-    def used_for(self, concern: str, vectors: Vectors) -> Vectors:
-        if self.alone in (None, concern):
+    def used_for(self, role: str, vectors: Vectors) -> Vectors:
+        if self.alone in (None, role):
             return vectors
         return {feature: vector.detach() for feature, vector in vectors.items()}
 
@@ -230,8 +230,8 @@ class TwinGradientNormalization(Definition):
     def learn(self, batch: Batch) -> None:
         tables = [weight for name, weight in self.state.items() if name.startswith("tables.") and weight.requires_grad]
         sides = []
-        for concern in ("attention", "representation"):
-            self.alone = concern
+        for role in ("attention", "representation"):
+            self.alone = role
             sides.append(torch.autograd.grad(self.loss(batch), tables, materialize_grads=True))
         self.alone = None
         super().learn(batch)

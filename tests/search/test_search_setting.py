@@ -24,7 +24,7 @@ from tests.toy_batch import part, toy_batch
 CPU = torch.device("cpu")
 SIZES = DataSizes(items=50, categories=7, behaviors=4, scenes=3, lengths={"ads": 12, "content": 9})
 TARGETS = (24, 13, 1, 0, 24)
-"""Of each step; with one target, all ranks but one have none."""
+"""Targets of each step's global batch; with one target, all ranks but one have none."""
 
 
 def settings_of(name: str, where: str) -> ModelSettings:

@@ -52,7 +52,7 @@ def predict(settings: TrainSettings, data: Path, checkpoint: Path) -> torch.Tens
 
 
 def next_losses(settings: TrainSettings, data: Path, checkpoint: Path) -> list[float]:
-    """Of an epoch after the checkpoint's."""
+    """The losses of the epoch after the checkpoint's."""
     report, trainer = Losses(), trainer_of(settings, data)
     trainer.resume(checkpoint)
     with CheckpointWriter(checkpoint.parent / f"of-{dist.get_world_size()}", 1, {}) as writer:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 LANES, SUMS = 16, 4
 """Floats of a vector, and vectors that are summed independently, so that no addition waits for the one before."""
 PREFETCHED_ROWS, PREFETCHED_LINES = 16, 4
-"""Rows that are asked for ahead, and cache lines of each; the processor itself finds the lines that follow."""
+"""Rows that are prefetched, and cache lines of each; the processor itself finds the lines that follow."""
 SHORT_LINES, SMALL_TABLE_BYTES = 2, 4 << 20
 """Rows of so few lines, in a larger table, are fetched past the second-level cache: a quarter of the time less."""
 LINE_BYTES = 64

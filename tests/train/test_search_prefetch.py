@@ -22,7 +22,7 @@ STEPS = 8
 
 
 def losses(data: Path, *, begins: bool) -> tuple[list[float], dict[str, Any], int]:
-    """Of each step, the weights at the end, and how many searches were begun before they were asked for."""
+    """The loss of each step, the weights at the end, and how many searches were started ahead of their step."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     trainer = trainer_of(small_settings(), data)
     found: list[float] = []
