@@ -245,13 +245,13 @@ def _loads(
     work = settings.stream.batch_size * (1 + sum(settings.model.retrieved.values()))
     for table in tables:
         # Ids are drawn evenly over rows: their order is shuffled.
-        asked = float(work if table.inherent else table.rows)
+        looked_up = float(work if table.inherent else table.rows)
         for rank, rows in zip(table.ranks, table.shard_rows, strict=True):
-            lookups[rank] += asked * rows / table.rows
+            lookups[rank] += looked_up * rows / table.rows
     total = sum(lookups)
     return tuple(
-        RankLoad(of_device, of_host, asked / total)
-        for of_device, of_host, asked in zip(device, host, lookups, strict=True)
+        RankLoad(of_device, of_host, looked_up / total)
+        for of_device, of_host, looked_up in zip(device, host, lookups, strict=True)
     )
 
 

@@ -126,8 +126,7 @@ class Trainer(Stateful):
         All ranks must call it.
 
         Raises:
-            UserError: a loss that is not finite, data that cannot be read.
-            OSError: a checkpoint that cannot be written.
+            UserError: a loss that is not finite, data that cannot be read, a checkpoint that cannot be written.
         """
         batches = iter(self.stream)
         while not self.done:
