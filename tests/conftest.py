@@ -1,5 +1,7 @@
-"""Data sets that tests share; nobody changes them."""
+"""Data sets that tests share, which nobody changes; and what every test leaves as it was."""
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,3 +24,12 @@ def many_users(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many-users") / "data"
     write_dataset(folder, random_users(150, splits=(*[Split.TRAIN] * 5, Split.VALIDATION, Split.TEST)))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def unconfigured_logging() -> Iterator[None]:
+    """Take back what a command that ran in this process has set up: its handler would show and catch lines twice."""
+    yield
+    logger = logging.getLogger("dare")
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)

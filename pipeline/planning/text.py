@@ -88,7 +88,7 @@ def report(run: DryRun) -> Iterator[str]:
         yield f"does not fit: {lack_text(run.lack)}"
         return
     load = settings.workload
-    yield f"{load.targets_per_user:.3g} targets of a batch share a history, which fills {load.filled:.0%} of its length"
+    yield f"a history serves {load.targets_per_user:.3g} targets of a batch, and fills {load.filled:.0%} of its length"
     yield f"fits; planned in {run.seconds:.1f} s"
     yield ""
     yield from _tables(run)

@@ -93,9 +93,9 @@ def train(
             run.begin(documents, data, data_set.fingerprint, data_set.dictionaries())
         stack.enter_context(recorded(run, starts, trainer.step, device))
         if not trainer.done:
-            _LOGGER.info(
-                "%s: %s, %d steps on %d processes", folder, _beginning(resumed), trainer.steps, dist.get_world_size()
-            )
+            ranks = dist.get_world_size()
+            processes = f"{ranks} process{'es' if ranks > 1 else ''}"
+            _LOGGER.info("%s: %s, %d steps on %s", folder, _beginning(resumed), trainer.steps, processes)
             checkpoints = stack.enter_context(CheckpointWriter(run.checkpoints, settings.checkpoint.keep, documents))
             with RunReport(run, trainer.step, trainer.steps, documents) as report:
                 trainer.train(checkpoints, report, stop)

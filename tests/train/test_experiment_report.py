@@ -1,6 +1,5 @@
 """Tables, comparisons and the accuracy floor of an experiment, from results that are made up."""
 
-import logging
 import re
 from pathlib import Path
 
@@ -116,7 +115,6 @@ def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
 def test_what_cannot_be_written_beside_running_cells_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("dare"), "propagate", True)  # a command that was called has set it to False
     documents = Documents(tmp_path, EXPERIMENT, [], {}, "dare experiment")
     (tmp_path / "results.parquet").mkdir()
     documents.cell_ended()

@@ -42,7 +42,7 @@ def top_k_cpu(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
         rows_RD.stride(0) * rows_RD.itemsize,
         np.empty(0, np.float32) if scale_R is None else scale_R.contiguous().numpy(),
     )
-    windows = cpu_kernel.Windows(
+    windows = cpu_kernel.SearchWindows(
         inputs.ids_M.contiguous().numpy(),
         inputs.start_T.numpy(),
         inputs.end_T.numpy(),
@@ -67,7 +67,7 @@ def top_k_cpu(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
     return score_TK, index_TK
 
 
-def _units(windows: cpu_kernel.Windows, most: int) -> cpu_kernel.Units:
+def _units(windows: cpu_kernel.SearchWindows, most: int) -> cpu_kernel.Units:
     """Targets whose windows overlap, in units of at most ``most``."""
     # Targets of a user lie next to each other in this order, for a user's windows are in one stretch of the behaviours.
     order_T = np.argsort(windows.start_T, kind="stable")

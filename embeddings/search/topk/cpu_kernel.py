@@ -73,7 +73,7 @@ class TableRows(NamedTuple):
     """float32, what each row is multiplied by; empty if all are 1."""
 
 
-class Windows(NamedTuple):
+class SearchWindows(NamedTuple):
     """What each target searches. Everything has been checked: ids are rows, windows lie within the behaviours."""
 
     ids_M: NDArray[Any]
@@ -309,7 +309,7 @@ def sort_descending(keys_X: Keys, spare_X: Keys, size: int) -> None:
 @compiled()
 def search(
     table: TableRows,
-    windows: Windows,
+    windows: SearchWindows,
     units: Units,
     first_unit: int,
     end_unit: int,
