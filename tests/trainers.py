@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from embeddings.initialization import initialize
 from embeddings.sharding import sharded_model
+from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.stream.data_set import DataSet
 from pipeline.train.trainer import Trainer
 from schemas.train import TrainSettings
@@ -62,3 +63,12 @@ def trainer_of(settings: TrainSettings, data: Path) -> Trainer:
     trainer = Trainer(settings, model, SplitBatches(), None, CPU)  # type: ignore[arg-type]
     trainer._validate = lambda report: False  # type: ignore[method-assign]
     return trainer
+
+
+def train_and_save(settings: TrainSettings, data: Path, folder: Path) -> list[float]:
+    """Train an epoch, with its checkpoints in ``folder``; returns the losses."""
+    report, trainer = Losses(), trainer_of(settings, data)
+    with CheckpointWriter(folder, 9, {}) as writer:
+        trainer.train(writer, report, Never())  # type: ignore[arg-type]
+    dist.barrier()
+    return report.losses

@@ -11,8 +11,9 @@ from embeddings.models import build_model
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
 from schemas.model import ModelSettings, Table, TableChange, TableSet
-from schemas.settings import load_settings
+from schemas.settings import _notice, load_settings
 from schemas.stream import HistorySequence, StreamSettings
+from schemas.train import TrainSettings
 from tests.tolerance import largest, rounding, summands
 from tests.toy_batch import toy_batch
 
@@ -253,3 +254,11 @@ def test_batch_norm_of_one_target_or_none_uses_the_running_statistics(count: int
     values = torch.randn(count, 3)
     torch.testing.assert_close(norm(values), norm.eval()(values))
     assert torch.equal(norm.running_mean_F, torch.zeros(3))
+
+
+def test_the_former_name_of_local_search_is_still_read(caplog: pytest.LogCaptureFixture) -> None:
+    _notice.cache_clear()
+    for _ in range(2):
+        settings = load_settings(TrainSettings, overrides=["model.search=home"])
+        assert settings == load_settings(TrainSettings, overrides=["model.search=local"])
+    assert caplog.messages == ["model.search=home is called model.search=local now; both mean the same"]

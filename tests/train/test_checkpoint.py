@@ -30,16 +30,7 @@ from tests.launcher import run_ranks
 from tests.runs import Run, small_settings
 from tests.tolerance import largest, rounding, summands
 from tests.toy_batch import toy_batch
-from tests.trainers import CPU, Losses, Never, trainer_of
-
-
-def train_and_save(settings: TrainSettings, data: Path, folder: Path) -> list[float]:
-    """Train an epoch; losses."""
-    report, trainer = Losses(), trainer_of(settings, data)
-    with CheckpointWriter(folder, 9, {}) as writer:
-        trainer.train(writer, report, Never())  # type: ignore[arg-type]
-    dist.barrier()
-    return report.losses
+from tests.trainers import CPU, Losses, Never, train_and_save, trainer_of
 
 
 def predict(settings: TrainSettings, data: Path, checkpoint: Path) -> torch.Tensor:

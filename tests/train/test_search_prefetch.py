@@ -1,6 +1,7 @@
 """Sending the next batch's ids ahead changes no bit of the training, whatever is predicted in between."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.train.pipeline import ClickTask, SearchPrefetchPipeline
 from tests.launcher import run_ranks
 from tests.runs import small_settings
 from tests.toy_batch import part, toy_batch
-from tests.trainers import CPU, trainer_of
+from tests.trainers import CPU, train_and_save, trainer_of
 
 STEPS = 8
 
@@ -66,6 +67,23 @@ def compared(data: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ids_that_travel_ahead_change_nothing(ranks: int, few_users: Path) -> None:
     run_ranks(ranks, compared, few_users)
+
+
+def measured(data: Path) -> None:
+    """Losses do not depend on how often gradients are measured."""
+    for name in ("dare", "twin", "din"):
+        runs = []
+        for log_every in (1, 1000):
+            settings = small_settings(f"model={name}", "model.attention.dim=8", f"log_every={log_every}")
+            runs.append(train_and_save(settings, data, data.parent / f"{name}-{log_every}-{dist.get_world_size()}"))
+        assert len(set(runs[0])) > 3
+        assert runs[0] == runs[1], name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_measuring_gradients_changes_no_loss(ranks: int, few_users: Path, tmp_path: Path) -> None:
+    shutil.copytree(few_users, tmp_path / "data")
+    run_ranks(ranks, measured, tmp_path / "data")
 
 
 def test_the_benchmarks_last_line_is_json(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
