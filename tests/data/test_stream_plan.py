@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.stream.epoch_plan import EpochPlan, plan_epoch, shuffled_order, steps_per_epoch
+from pipeline.stream.epoch_plan import ORDER, EpochPlan, plan_epoch, shuffled_order, steps_per_epoch
 
 quick = settings(deadline=None)  # a machine under load takes as long as it takes
 counts = st.lists(st.integers(0, 12), max_size=20)
@@ -106,3 +106,12 @@ def test_shuffled_order_spreads_labels() -> None:
     assert 0.2 < first_of_user[:300].mean() < 0.5
     assert not np.array_equal(order_T, shuffled_order(user_T, 1, seed=0, epoch=1, block=0))
     assert not np.array_equal(order_T, shuffled_order(user_T, 1, seed=0, epoch=0, block=1))
+
+
+def test_the_order_is_the_one_that_its_number_names() -> None:
+    """A checkpoint within an epoch counts targets of this very order: another order needs another `ORDER`."""
+    user_T = np.repeat(np.arange(4), [5, 1, 3, 2])
+    spread, together = (shuffled_order(user_T, k, seed=7, epoch=3, block=5).tolist() for k in (2, None))
+    assert ORDER == 2
+    assert spread == [9, 10, 0, 4, 5, 8, 7, 3, 2, 1, 6]
+    assert together == [9, 10, 5, 0, 1, 2, 3, 4, 6, 7, 8]

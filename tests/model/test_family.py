@@ -295,6 +295,10 @@ def test_only_tables_that_shards_search_must_be_row_wise(name: str) -> None:
 def test_a_perceptron_scores_many_behaviours_as_it_scores_few() -> None:
     torch.manual_seed(0)
     scoring = DinScore(8)
+    # The authors' code: 36 hidden units on [q, k, q - k, q * k], then one score. Of a pair, the first layer multiplies
+    # each behaviour's float once for each unit, and the second each unit once.
+    assert [tuple(weight.shape) for weight in scoring.parameters()] == [(36, 32), (36,), (1,), (1, 36), (1,)]
+    assert scoring.products(8) == 36 * 8 + 36
     target, many = Rows(torch.randn(5, 8), {}), Rows(torch.randn(5, 3 * scoring.HIDDEN, 8), {})
     few = many.inherent.split(scoring.HIDDEN, dim=1)
     expected = torch.cat([scoring(target, Rows(part_TKD, {})) for part_TKD in few], dim=1)
