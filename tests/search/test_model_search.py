@@ -177,6 +177,15 @@ def test_keys_keep_every_bit_of_a_score(scores: list[float], start: int) -> None
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_scores_that_differ_in_their_last_bit_are_in_order(implementation: TopKImplementation) -> None:
+    for score in (-1.0, 1.0, -3e-39):
+        higher = torch.nextafter(torch.tensor(score), torch.tensor(math.inf))
+        additive_W = torch.stack([torch.tensor(score), higher, torch.tensor(score), higher])
+        search = one_search(rows_RD=torch.zeros(4, 3), additive_W=additive_W, k=4)
+        assert top_k(search, implementation)[1].tolist() == [[1, 3, 0, 2]], score
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradients_stop(implementation: TopKImplementation) -> None:
     search = one_search(rows_RD=torch.randn(4, 3, requires_grad=True), query_TD=torch.randn(1, 3, requires_grad=True))
     assert not top_k(search, implementation)[0].requires_grad
@@ -193,6 +202,7 @@ def test_gradients_stop(implementation: TopKImplementation) -> None:
         ("ids_M: row 4, but the table has 4 rows", {"ids_M": torch.arange(1, 5)}),
         ("ids_M: row -1, but the table has 4 rows", {"ids_M": torch.arange(4) - 1}),
         ("ids_M: row 3, but the table has 0 rows", {"rows_RD": torch.zeros(0, 3)}),
+        ("ids_M: row 3, but the table has 1 rows", {"rows_RD": torch.zeros(1, 3)}),
         ("additive_W: 3 scores, but the windows have 4 behaviours together", {"additive_W": torch.zeros(3)}),
         ("query_TD: dim 5, but the rows have dim 3", {"query_TD": torch.ones(1, 5)}),
         ("query_TD: must have 2 dimensions", {"query_TD": torch.ones(3)}),

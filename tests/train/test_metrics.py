@@ -248,6 +248,8 @@ def test_distribution_for_tensorboard(tmp_path: Path) -> None:
             quarters = [limit for limit in limits if abs(limit) <= 16]
             assert quarters == [quarter / 4 for quarter in range(round(4 * quarters[0]), round(4 * quarters[-1]) + 1)]
             assert all(limit == np.finfo(np.float64).max for limit in limits[len(quarters) :])
+        # One logit is -200: its bucket is the one that ends at the lowest limit.
+        assert min(histogram["bucket_limits"][0] for histogram in outcome.histograms.values()) == -16
         assert {counts.dtype for name, counts in outcome.pr_curve.items() if name.endswith("counts")} == {
             np.dtype("int64")
         }
