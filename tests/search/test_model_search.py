@@ -178,7 +178,7 @@ def test_keys_keep_every_bit_of_a_score(scores: list[float], start: int) -> None
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_scores_that_differ_in_their_last_bit_are_in_order(implementation: TopKImplementation) -> None:
-    for score in (-1.0, 1.0, -3e-39):
+    for score in (-1.0 - 2**-23, -1.0, 1.0, -3e-39):
         higher = torch.nextafter(torch.tensor(score), torch.tensor(math.inf))
         additive_W = torch.stack([torch.tensor(score), higher, torch.tensor(score), higher])
         search = one_search(rows_RD=torch.zeros(4, 3), additive_W=additive_W, k=4)
