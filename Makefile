@@ -27,7 +27,7 @@ test-slow: $(READY)  ## the tests that take minutes
 
 test-spark: $(READY)  ## the distributed engine; needs Java 17
 	$(BIN)/pip install --quiet --no-deps -r requirements/spark.txt
-	SPARK_LOCAL_IP=127.0.0.1 $(BIN)/python -m pytest -m spark
+	SPARK_LOCAL_IP=127.0.0.1 PYSPARK_PYTHON=$(CURDIR)/$(BIN)/python $(BIN)/python -m pytest -m spark
 
 test-slurm: $(READY)  ## jobs on a real Slurm of one host; needs root and Debian's slurm-wlm munge slurmdbd mariadb-server
 	$(BIN)/python -m pytest -m slurm -rs
