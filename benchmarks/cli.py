@@ -113,6 +113,24 @@ def bench_prefetch(
         print(json_format.dumps({"steps": [asdict(step) for step in steps]}))
 
 
+def bench_train(
+    items: Annotated[int, typer.Option(min=1, help="Rows of each item table.")] = 4_000_000,
+    batch: Annotated[int, typer.Option(min=2, help="Targets of a batch.")] = 2048,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of both sides.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each timing; medians are reported.")] = 5,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
+) -> None:
+    """Measure training steps against the same model in plain torch, after checking that the losses are the same."""
+    from benchmarks.training import measure
+
+    figures = measure(items, batch, threads, rounds)
+    if json:
+        print(json_format.dumps(figures))
+        return
+    for of_case in figures:
+        print("  ".join(f"{name} {figure}" for name, figure in of_case.items()))
+
+
 def bench_attention_dim(
     rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 4_000_000,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each timing; the shortest counts.")] = 7,
@@ -137,4 +155,5 @@ bench.command("search")(bench_search)
 bench.command("shard-search")(bench_shard_search)
 bench.command("plan")(bench_plan)
 bench.command("prefetch")(bench_prefetch)
+bench.command("train")(bench_train)
 bench.command("attention-dim")(bench_attention_dim)

@@ -194,17 +194,18 @@ def measured_step(task: StepTask) -> float:
     return median(times[task.warmup :])
 
 
-def made_up_batch(task: StepTask, seed: int) -> Batch:
-    """A batch of random ids, in which `TARGETS_PER_USER` targets of a user see the same window of N behaviours.
+def made_up_batch(task: StepTask, seed: int, targets_per_user: int = TARGETS_PER_USER) -> Batch:
+    """A batch of random ids, in which all targets of a user see the same window of N behaviours.
 
     Args:
         task: says how many targets and behaviours there are.
         seed: of the ids.
+        targets_per_user: targets that share a history; the last user may have fewer.
     """
     draw = torch.Generator().manual_seed(seed)
     targets = task.settings.stream.batch_size
-    users = -(-targets // TARGETS_PER_USER)
-    user_T = torch.arange(targets) // TARGETS_PER_USER
+    users = -(-targets // targets_per_user)
+    user_T = torch.arange(targets) // targets_per_user
 
     def ids(count: int, size: int) -> torch.Tensor:
         return torch.randint(1, count + 1, (size,), generator=draw, dtype=torch.int32)
