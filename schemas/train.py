@@ -45,6 +45,8 @@ class TrainSettings(Settings):
     seed: NonNegativeInt = 1
     """What the first weights and the order of the data are drawn with."""
     epochs: PositiveInt = 2
+    deterministic: bool = False
+    """Whether a step on CUDA computes the same bits each time, more slowly; on a CPU it always does."""
     model: ModelSettings = ModelSettings()
     stream: StreamSettings = StreamSettings()
     dense: DenseSettings = DenseSettings()

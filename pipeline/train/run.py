@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ def train(
         # For what a rank draws by itself. The first weights and the order of the data come from keys of the seed alone,
         # so that they do not depend on the number of ranks.
         seed_all(settings.seed + dist.get_rank())
+        if settings.deterministic:
+            _compute_deterministically()
         model = sharded_model(settings, data_set.manifest, device, read_plan(plan) if plan else None)
         # All three splits at once: a split without targets is refused now, not after the training.
         streams = {split: stack.enter_context(_stream(data, split, settings, device)) for split in SPLITS}
@@ -108,6 +111,16 @@ def train(
                 )
                 return None
         return _test(run, model, trainer.step, streams["test"], device)
+
+
+def _compute_deterministically() -> None:
+    """From here on, let torch compute by deterministic algorithms alone; it refuses operations that have none."""
+    # cuBLAS reads it with its first product: with one workspace a stream, sums are always cut up in the same way.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # It would write NaN into all new memory, in case that someone reads what nobody has written: a second time for
+    # every tensor of every step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def _checkpoint_to_resume(run: RunFolder, settings: TrainSettings, data_set: DataSet) -> Checkpoint | None:
