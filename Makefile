@@ -1,6 +1,12 @@
-# Everything runs in .venv, which is built on the first call. DEVICE=cpu or DEVICE=cuda overrides what is found.
+# Everything runs in .venv, which is built on the first call. DEVICE=cpu or DEVICE=cuda overrides what is found,
+# for the program too.
 
-DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+ifeq ($(DEVICE),)
+DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+endif
+ifeq ($(filter cpu cuda,$(DEVICE)),)
+$(error DEVICE=$(DEVICE): must be cpu or cuda)
+endif
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready-$(DEVICE)

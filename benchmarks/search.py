@@ -3,6 +3,7 @@
 R = rows of the table, D = dim, M = behaviours of all users, U = users, T = targets, N = window, K = kept.
 """
 
+import os
 import statistics
 import sys
 import time
@@ -19,6 +20,7 @@ from torch import Tensor
 from embeddings.search.topk.api import TopKImplementation, top_k
 from embeddings.search.topk.cpu_kernel import dot, prefetch_row
 from embeddings.search.topk.inputs import TopKInputs
+from jobs.device import forced_kind
 
 GATHERED_BYTES = 512 << 20
 """Torch's side writes the gathered rows, in float32; a batch is as large as this allows."""
@@ -136,7 +138,8 @@ def measure(rows: int, rounds: int) -> list[SearchFigures]:
         rows: of the table.
         rounds: repetitions of each timing.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # The search needs no fbgemm-gpu, so that torch alone decides.
+    device = torch.device("cuda" if torch.cuda.is_available() and forced_kind(os.environ) != "cpu" else "cpu")
     cases = CUDA_CASES if device.type == "cuda" else CPU_CASES
     return [measure_case(case, rows, rounds, device) for case in cases]
 

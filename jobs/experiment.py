@@ -37,6 +37,7 @@ def experiment(
     settings, recipe = load_experiment(file)
     given = _folders(data or [])
 
+    from jobs.device import gpus
     from pipeline.experiment.cells import cells_of, check_names, parameters_of, refuse_changed
     from pipeline.experiment.data_sets import check_sources, open_data_sets
     from pipeline.experiment.folder import Documents, held, write_settings
@@ -50,17 +51,17 @@ def experiment(
     cells = cells_of(settings, recipe, out)
     check_names(cells)
     check_sources(settings.data, given)
+    count = gpus(os.environ)
     with held(out, settings):
         data_sets = open_data_sets(settings.data, given, out, dare)
-        gpus = _gpus()
         manifests = {name: data_set.manifest for name, data_set in data_sets.items()}
         # Every model is built once on the meta device: none turns out to be impossible after hours of others.
-        parameters = parameters_of(cells, manifests, "cuda" if gpus else "cpu")
+        parameters = parameters_of(cells, manifests, "cuda" if count else "cpu")
         refuse_changed(cells, {name: data_set.fingerprint for name, data_set in data_sets.items()})
         write_settings(out, settings)
         documents = Documents(out, settings, cells, parameters, shlex.join(["dare", *sys.argv[1:]]))
         folders = {name: data_set.folder.absolute() for name, data_set in data_sets.items()}
-        slots = _slots(parallel, gpus)
+        slots = _slots(parallel, count)
         with CellProgress(cells, len(slots)) as progress:
             complete = run_cells(cells, folders, dare, slots, documents.cell_ended, progress)
         results, pairs = documents.write()
@@ -133,14 +134,6 @@ def _folders(texts: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--data {text}: is written NAME=FOLDER")
         folders[name] = Path(folder).absolute()
     return folders
-
-
-def _gpus() -> int:
-    import torch
-
-    from pipeline.versions import fbgemm_has_cuda
-
-    return torch.cuda.device_count() if fbgemm_has_cuda() else 0
 
 
 def _slots(parallel: int | None, gpus: int) -> list[Mapping[str, str]]:

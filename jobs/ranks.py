@@ -1,24 +1,22 @@
 """What a process of `dare train`, `dare evaluate` or `dare score` does around its work, alone or as one of several.
 
-It chooses its device, joins the others, tells a failure once, and ends in order.
+It meets the others, chooses its device, tells a failure once, and ends in order.
 """
 
 import ctypes
 import logging
-import os
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from time import monotonic, sleep
 from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 
-from embeddings.distributed.process_group import leave, process_group
+from embeddings.distributed.process_group import Meeting, leave, process_group
+from jobs.device import own_device
 from pipeline.errors import exit_code, tell
-from pipeline.versions import fbgemm_has_cuda
 
 LINGER_S = 5.0
 """Seconds for which the failing rank that keeps the store waits for others that fail for the same reason."""
@@ -33,40 +31,32 @@ def on_all_ranks(work: Callable[[torch.device], object]) -> NoReturn:
         work: gets this rank's device.
     """
     _quieten()
-    device = _device()
-    if device.type == "cpu":
-        keep_large_blocks()
-    with process_group(device):
+    # Before the device: a rank that has none can still tell the others, which would wait for it in NCCL.
+    meeting = Meeting.join()
+    with ExitStack() as stack:
         try:
+            device = own_device()
+            if device.type == "cpu":
+                keep_large_blocks()
+            stack.enter_context(process_group(device, meeting))
             work(device)
         except BaseException as error:
             # Here, within the block: the group cannot be taken down in order while others are in the middle of a
             # collective.
-            leave(tell(error) if _fails_first() else exit_code(error))
+            leave(tell(error) if _fails_first(meeting) else exit_code(error))
     leave(0)
 
 
-def _device() -> torch.device:
-    if not torch.cuda.is_available() or not fbgemm_has_cuda():
-        return torch.device("cpu")
-    # torchrun numbers the processes of a node; without a launcher the first GPU is taken.
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
-
-
-def _fails_first() -> bool:
-    """Whether no other rank has failed before this one; also true if the store of the group is gone with its rank."""
+def _fails_first(meeting: Meeting) -> bool:
+    """Whether no other rank has failed before this one; also true if the store is gone with its rank."""
     with suppress(Exception):
-        store = dist.distributed_c10d._get_default_store()
-        store.set_timeout(timedelta(seconds=LINGER_S))
-        # The store counts, so exactly one rank finds 0 before it.
-        failed_before = store.add("failed_ranks", 1) - 1
+        meeting.store.set_timeout(timedelta(seconds=LINGER_S))
+        first = meeting.fail()
         # The store lives in the first rank's process, which must not end before the others have used it.
         until = monotonic() + LINGER_S
-        while dist.get_rank() == 0 and store.add("failed_ranks", 0) < dist.get_world_size() and monotonic() < until:
+        while meeting.rank == 0 and meeting.failed < meeting.ranks and monotonic() < until:
             sleep(0.05)
-        return failed_before == 0
+        return first
     return True
 
 

@@ -1,6 +1,7 @@
-"""Data sets that tests share, which nobody changes; and what every test leaves as it was."""
+"""Data sets that tests share, which nobody changes; the device of all tests; and what every test leaves as it was."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,10 @@ import pytest
 
 from schemas.shards import Split
 from tests.datasets import random_users, write_dataset
+
+# Before the first test starts a process: two ranks on a machine with one GPU would fail. What needs a GPU says so by
+# itself, and asks torch for it.
+os.environ["DEVICE"] = "cpu"
 
 
 @pytest.fixture(scope="session")

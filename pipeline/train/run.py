@@ -120,7 +120,7 @@ def _compute_deterministically() -> None:
     torch.use_deterministic_algorithms(True)
     # It would write NaN into all new memory, in case that someone reads what nobody has written: a second time for
     # every tensor of every step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _checkpoint_to_resume(run: RunFolder, settings: TrainSettings, data_set: DataSet) -> Checkpoint | None:

@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
 
 from embeddings.models import MODELS
@@ -253,9 +252,8 @@ def test_what_cannot_run_is_refused_before_anything_does(data: Path, tmp_path: P
     case("dims must not repeat 4", dims=[4, 4])
     case("toy, A, d 4, seed 7: model.features: scene is not in this data set", models={"A": SCENE})
     case("toy, A, d 4, seed 7: model.features: scene is not in this data set", models={"A": SCENE}, name="renamed")
-    if not torch.cuda.is_available():
-        adam = {"model": "dare", "settings": {"model": {"attention": {"optimizer": "adam"}}}}
-        case("A, d 4, seed 7: table item_attention: optimizer adam needs CUDA", models={"A": adam})
+    adam = {"model": "dare", "settings": {"model": {"attention": {"optimizer": "adam"}}}}
+    case("A, d 4, seed 7: table item_attention: optimizer adam needs CUDA", models={"A": adam})
     case("the experiment has no such data set; it has toy", "--data", f"other={data}")
     case("is written NAME=FOLDER", "--data", str(data))
     case("manifest.json", "--data", f"toy={tmp_path}")
