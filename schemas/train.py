@@ -1,8 +1,8 @@
 """Settings of a training run, and which of them may change when it goes on."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from schemas.model import ModelSettings
 from schemas.settings import Settings
@@ -28,6 +28,9 @@ class ValidationSettings(Settings):
     every: PositiveInt = 100
     """Steps between two validations; the end of each epoch is validated too."""
     metric: Literal["auc", "gauc"] = "auc"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """About what part of the split's users a validation evaluates, always the same ones: a hash of their raw ids
+    chooses them. The test, `dare evaluate` and `dare score` always take all."""
 
 
 class CheckpointSettings(Settings):

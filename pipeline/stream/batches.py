@@ -14,6 +14,7 @@ from pipeline.stream.epoch_plan import Block, Piece
 from pipeline.stream.reader import RowGroupReader
 from pipeline.stream.row_group import RowGroup
 from pipeline.stream.samples import HistorySamples, SequenceCut, samples_of
+from pipeline.stream.user_sample import UserSample
 from schemas.errors import UserError
 from schemas.shards import Split
 
@@ -21,7 +22,12 @@ I64 = NDArray[np.int64]
 
 
 def read_blocks(
-    data_set: DataSet, split: Split, cuts: Mapping[str, SequenceCut], blocks: tuple[Block, ...], threads: int
+    data_set: DataSet,
+    split: Split,
+    sample: UserSample,
+    cuts: Mapping[str, SequenceCut],
+    blocks: tuple[Block, ...],
+    threads: int,
 ) -> Generator[tuple[Block, HistorySamples], None, None]:
     """Read blocks in order; while one is in use, the reader's threads work on the next.
 
@@ -35,7 +41,8 @@ def read_blocks(
 
     def convert(table: pa.Table, index: int) -> HistorySamples:
         try:
-            return _samples_of_piece(data_set, split, cuts, pieces[index], RowGroup.from_table(table, largest_ids))
+            group = RowGroup.from_table(table, largest_ids)
+            return _samples_of_piece(data_set, split, sample, cuts, pieces[index], group)
         except UserError as error:
             raise UserError(f"{addresses[index]}: {error}; prepare the data set again") from None
 
@@ -49,9 +56,14 @@ def read_blocks(
 
 
 def _samples_of_piece(
-    data_set: DataSet, split: Split, cuts: Mapping[str, SequenceCut], piece: Piece, group: RowGroup
+    data_set: DataSet,
+    split: Split,
+    sample: UserSample,
+    cuts: Mapping[str, SequenceCut],
+    piece: Piece,
+    group: RowGroup,
 ) -> HistorySamples:
-    """The piece's targets, with the parts of their users' histories that they see."""
+    """The piece's targets of the sample's users, with the parts of their users' histories that they see."""
     chosen_T = np.flatnonzero(group.target_T["split"] == split)
     users, targets = int(data_set.users_G[piece.group]), int(data_set.targets_G[split.name.lower()][piece.group])
     # The epoch was planned by the index: were it wrong, targets would be left out in silence.
@@ -60,6 +72,8 @@ def _samples_of_piece(
             f"{len(group.user_id_U)} users and {len(chosen_T)} targets, "
             f"the index of row groups says {users} and {targets}"
         )
+    if sample.fraction < 1:
+        chosen_T = chosen_T[sample.keeps(group.user_id_U)[group.user_T[chosen_T]]]
     return samples_of(group, cuts).take(chosen_T[piece.first : piece.last])
 
 

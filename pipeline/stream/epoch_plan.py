@@ -24,7 +24,7 @@ ORDER = 2
 
 
 class Piece(NamedTuple):
-    """Targets first .. last of a row group, counted among its targets of the split."""
+    """Targets first .. last of a row group, counted among its targets of the split and of the sample's users."""
 
     group: int
     first: int

@@ -14,6 +14,7 @@ from pipeline.stream.epoch_plan import ORDER, Block, EpochPlan, plan_epoch, shuf
 from pipeline.stream.prefetch import Prefetch
 from pipeline.stream.row_group import RowGroup
 from pipeline.stream.samples import HistorySamples, resolve_sequences, samples_of
+from pipeline.stream.user_sample import UserSample, sampled_targets
 from schemas.errors import UserError
 from schemas.shards import SPLITS, Split
 from schemas.stream import StreamSettings
@@ -23,7 +24,8 @@ class HistoryStream:
     """Batches of one split for one rank, epoch after epoch.
 
     ``for batch in stream`` gives the batches that are left of the current epoch, ``steps_per_epoch`` if none was taken,
-    and leaves the stream at the start of the next. Over all ranks each target of the split comes exactly once an epoch.
+    and leaves the stream at the start of the next. Over all ranks each target of the split (of its sample of users)
+    comes exactly once an epoch.
     All ranks make the same number of steps; a rank's last batch may be short, or empty. An epoch is decided by the
     data set, the settings, ``seed``, ``epoch``, ``rank`` and ``world`` alone, not by threads or what was read before.
 
@@ -36,6 +38,8 @@ class HistoryStream:
         rank: which of the ``world`` readers this is.
         world: number of readers that share the split.
         pin_memory: put batches into page-locked memory, for copies to a CUDA device that do not block.
+        user_fraction: about what part of the users is read, above 0; always the same ones. Below 1 two columns of the
+            split are read at once, to count their targets.
 
     Raises:
         UserError: no data set, one that does not fit its manifest or the settings, a split without targets; while
@@ -59,6 +63,7 @@ class HistoryStream:
         rank: int = 0,
         world: int = 1,
         pin_memory: bool = False,
+        user_fraction: float = 1.0,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"split must be one of {', '.join(SPLITS)} (not {split!r})")
@@ -76,16 +81,20 @@ class HistoryStream:
         self._cuts = resolve_sequences(settings, self.data_set.manifest)
         self._seed, self._shuffle, self._rank, self._world = seed, shuffle, rank, world
         self._pin_memory = pin_memory
+        self._sample = UserSample(user_fraction)
+        self._targets_G = self.data_set.targets_G[split]
         self._prefetch: Prefetch[Batch] | None = None
         self._waited_s = 0.0
         if not self.targets:
             counts = ", ".join(f"{name} {int(count_G.sum())}" for name, count_G in self.data_set.targets_G.items())
             raise UserError(f"{folder}: no targets to stream in split {split} (targets: {counts})")
+        if user_fraction < 1:
+            self._targets_G = sampled_targets(self.data_set, Split[split.upper()], self._sample, settings.threads)
 
     @property
     def targets(self) -> int:
-        """Targets of the split, over all ranks."""
-        return int(self.data_set.targets_G[self.split].sum())
+        """Targets of the split, or of its sample of users, over all ranks."""
+        return int(self._targets_G.sum())
 
     @property
     def steps_per_epoch(self) -> int:
@@ -169,11 +178,13 @@ class HistoryStream:
             "seed": self._seed,
             "shuffle": self._shuffle,
             "order": ORDER,
+            # Only where there is one: states of streams of all users were saved without this key.
+            **({"user_fraction": self._sample.fraction} if self._sample.fraction < 1 else {}),
             **self.settings.model_dump(mode="json", exclude=speed_alone),
         }
 
     def _plan(self, epoch: int) -> EpochPlan:
-        targets_G = self.data_set.targets_G[self.split]
+        targets_G = self._targets_G
         columns = 4 * (len(self.data_set.largest_ids()) + 2)  # int32 ids and an int64 timestamp
         # What a row group takes at most: a sequence keeps no more behaviours than the users have, and no more than N
         # for each target.
@@ -206,7 +217,8 @@ class HistoryStream:
             together = self.settings.targets_per_user_per_batch
             return shuffled_order(samples.user_T, together, self._seed, epoch, block.key)
 
-        read = read_blocks(self.data_set, Split[self.split.upper()], self._cuts, blocks, self.settings.threads)
+        split = Split[self.split.upper()]
+        read = read_blocks(self.data_set, split, self._sample, self._cuts, blocks, self.settings.threads)
         try:
             for samples in cut_batches(read, order, batch_size, first_target):
                 yield self._to_batch(samples, epoch, step)

@@ -49,7 +49,7 @@ class RowGroup:
                 continue
             # ``history_item`` is item of history; ``target_history_end`` is history_end of target.
             side, column = name.split("_", 1)
-            offset_U, values = _lists(name, table[name])
+            offset_U, values = list_column(name, table[name])
             # All columns of a side have the same lists, so one array of offsets stands for all of them.
             if not np.array_equal(offsets.setdefault(side, offset_U), offset_U):
                 raise UserError(f"column {name} has lists of other lengths than the columns beside it")
@@ -61,7 +61,7 @@ class RowGroup:
                 )
             flat[side][column] = values
         group = cls(
-            _array("user_id", table["user_id"]).to_numpy(),
+            flat_column("user_id", table["user_id"]).to_numpy(),
             flat["history"],
             offsets["history"],
             flat["target"],
@@ -78,9 +78,13 @@ class RowGroup:
         return np.repeat(np.arange(len(self.user_id_U)), np.diff(self.target_offset_U))
 
 
-def _lists(name: str, column: pa.ChunkedArray) -> tuple[I64, NDArray[Any]]:
-    """Offsets, from 0, and values of a list column."""
-    array = _array(name, column)
+def list_column(name: str, column: pa.ChunkedArray) -> tuple[I64, NDArray[Any]]:
+    """Offsets, from 0, and values of a list column.
+
+    Raises:
+        UserError: it has nulls.
+    """
+    array = flat_column(name, column)
     offset_U = array.offsets.to_numpy().astype(np.int64)
     # Arrow's ``values`` are those of the whole buffer, also where the array is a slice of it.
     values = array.values.slice(offset_U[0], offset_U[-1] - offset_U[0])
@@ -89,7 +93,12 @@ def _lists(name: str, column: pa.ChunkedArray) -> tuple[I64, NDArray[Any]]:
     return offset_U - offset_U[0], values.to_numpy()
 
 
-def _array(name: str, column: pa.ChunkedArray) -> pa.Array:
+def flat_column(name: str, column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array.
+
+    Raises:
+        UserError: it has nulls.
+    """
     # A row group that is read alone comes as one chunk, which needs no copy.
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if array.null_count:

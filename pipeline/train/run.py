@@ -176,6 +176,7 @@ def _stream(data: Path, split: str, settings: TrainSettings, device: torch.devic
         rank=dist.get_rank(),
         world=dist.get_world_size(),
         pin_memory=device.type == "cuda",
+        user_fraction=settings.validation.fraction if split == "validation" else 1.0,
     )
 
 
