@@ -8,17 +8,19 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from pipeline.versions import fbgemm_has_cuda, installed
 from schemas.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a machine without a GPU needs none of it here
+    import torch
 
 HIDDEN = ("", "-1", "NoDevFiles")
 """Values of ``CUDA_VISIBLE_DEVICES`` by which a user or a scheduler leaves a process no GPU."""
 
 
-def own_device() -> torch.device:
+def own_device() -> "torch.device":
     """Return this rank's device: the GPU of its number on its node, or the CPU.
 
     On the CPU it also hides the GPUs that the machine may have from all that asks torch for them.
@@ -26,6 +28,8 @@ def own_device() -> torch.device:
     Raises:
         UserError: see `gpus`; the node has more ranks than GPUs; a GPU does not work.
     """
+    import torch
+
     count = gpus(os.environ)
     if not count:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -59,6 +63,8 @@ def gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
     sign = _sign_of_a_gpu(environment, devices)
     if sign is None:
         return 0
+    import torch
+
     if (obstacle := _obstacle()) is not None:
         raise UserError(_line(f"{sign}, but {obstacle}"))
     return torch.cuda.device_count()
@@ -93,6 +99,8 @@ def _sign_of_a_gpu(environment: Mapping[str, str], devices: Path) -> str | None:
 
 def _obstacle() -> str | None:
     """Why the programs that are installed cannot use a GPU here; None: they can."""
+    import torch
+
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: install requirements/cuda.txt (make setup)"
     if not fbgemm_has_cuda():

@@ -20,6 +20,8 @@ RUN pip install --quiet --no-deps --no-build-isolation .
 
 # What is compiled at run time is kept where every user can write. Data and runs are mounted.
 ENV NUMBA_CACHE_DIR=/tmp/numba
+# Whatever the host has: nothing in here could use its GPUs.
+ENV DEVICE=cpu
 RUN useradd --uid 1000 --create-home dare && mkdir /data /runs && chown 1000:1000 /data /runs
 USER 1000
 WORKDIR /runs

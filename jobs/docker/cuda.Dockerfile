@@ -1,8 +1,13 @@
 # The image that jobs on GPUs start from: docker build --file jobs/docker/cuda.Dockerfile --tag dare:cuda .
 FROM python:3.11-slim-bookworm
 
-# torch brings CUDA itself; the driver comes from the host, through the NVIDIA container toolkit. Triton compiles with gcc.
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+# torch brings CUDA and NCCL itself; the driver comes from the host, through the NVIDIA container toolkit. Triton compiles
+# with gcc. NCCL loads libibverbs and the provider of the adapter (Mellanox' mlx5 and others) when it finds them, and
+# sends over TCP without a word where it does not: NCCL_DEBUG=INFO tells which. On AWS, EFA needs the plugin
+# aws-ofi-nccl besides, which Debian does not have: AWS' installer of EFA brings it.
+RUN apt-get update && apt-get install --yes --no-install-recommends \
+      gcc libc6-dev libibverbs1 ibverbs-providers ibverbs-utils librdmacm1 \
+    && rm -rf /var/lib/apt/lists/*
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 

@@ -1,13 +1,15 @@
 """A command of `dare` as a torchx job: processes on nodes, the shell line that starts them, environment and role."""
 
+import os
 import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchx import specs
 
+from jobs.device import forced_kind, gpus
 from schemas.errors import UserError
 
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
@@ -39,7 +41,11 @@ class Processes:
         if not nodes or not per_node:
             raise UserError(f"-j {text}: at least one node and one process are needed")
         if gpus and per_node > gpus:
-            raise UserError(f"-j {text}: {per_node} processes on nodes of {gpus} GPUs; each needs one of its own")
+            have = f"{gpus} GPU{'s' if gpus > 1 else ''}"
+            raise UserError(
+                f"-j {text}: {per_node} processes on nodes of {have}, and each needs one of its own; "
+                "say --gpu or -h for other nodes, or set DEVICE=cpu"
+            )
         return cls(nodes, per_node)
 
 
@@ -76,27 +82,61 @@ def check_training(arguments: Sequence[str]) -> None:
         raise UserError(f"dare train: model.name: must be one of {', '.join(sorted(MODELS))} (not {name!r})")
 
 
-def node(name: str | None, cores: int, gpus: int, mebibytes: int) -> specs.Resource:
+def node(
+    name: str | None, cores: int, gpus: int, mebibytes: int, devices: Mapping[str, str] | None = None
+) -> specs.Resource:
     """Return what a job asks for on each node.
 
     Args:
-        name: name of a node that torchx knows, in place of all else; or None.
+        name: name of a node that torchx knows, in place of cores, gpus and mebibytes; or None.
         cores: cores of a node.
         gpus: GPUs of a node.
         mebibytes: memory of a node in MiB.
+        devices: how many of other devices, such as RDMA adapters, by the scheduler's name for them; None: none.
 
     Raises:
-        UserError: no such name, or a node without cores or memory.
+        UserError: no such name, or a node without cores or memory, or devices that are no number.
     """
+    if wrong := [f"{key}={count}" for key, count in (devices or {}).items() if not count.isdecimal() or not int(count)]:
+        raise UserError(f"--devices {wrong[0]}: a name and how many of it are wanted, such as vpc.amazonaws.com/efa=4")
+    counts = {key: int(count) for key, count in (devices or {}).items()}
     if name is not None:
         if name not in specs.named_resources:
             raise UserError(f"-h {name}: no such node; the shipped ones are named as the topologies of `dare plan`")
-        return specs.named_resources[name]
+        named = specs.named_resources[name]
+        return replace(named, devices=named.devices | counts)
     if cores < 1 or gpus < 0 or mebibytes < 1:
         raise UserError(
             f"--cpu {cores} --gpu {gpus} --memMB {mebibytes}: a node has cores and memory, and no less than 0 GPUs"
         )
-    return specs.Resource(cores, gpus, mebibytes)
+    return specs.Resource(cores, gpus, mebibytes, devices=counts)
+
+
+def gpus_of_node(name: str | None, said: int | None, image: str, env: Mapping[str, str]) -> tuple[int, str | None]:
+    """Return how many GPUs each node has, and on which kind of device the ranks are to compute.
+
+    Where nobody says how many, they are those of this machine: the job runs on it, or on others like it.
+
+    Args:
+        name: name of a node that torchx knows, or None.
+        said: GPUs of a node as the user has said, or None.
+        image: of a container, which has only what it is given; empty: none.
+        env: environment of the job, besides this process's.
+
+    Returns:
+        GPUs of a node; ``cpu``, ``cuda``, or None: each rank decides by its machine.
+
+    Raises:
+        UserError: see `jobs.device.gpus`.
+    """
+    environment = {**os.environ, **env}
+    if name in specs.named_resources:
+        said = specs.named_resources[name].gpu
+    found = said if said is not None else 0 if image else gpus(environment)
+    # A node that was asked for with GPUs and has none that works is then an error, whatever else tells of them; and one
+    # that was asked for without must not take those that belong to another job.
+    asked = "cuda" if found else None if said is None else "cpu"
+    return found, forced_kind(environment) or asked
 
 
 @dataclass(frozen=True)
@@ -110,6 +150,7 @@ class Job:
         env: environment, besides what `dare` needs, or in place of it.
         mounts: mounts of the container, as torchx writes them.
         max_retries: how often the scheduler starts the job again.
+        device: kind of device on which ranks compute, see `gpus_of_node`.
     """
 
     name: str
@@ -118,6 +159,7 @@ class Job:
     env: Mapping[str, str]
     mounts: Sequence[str]
     max_retries: int = 0
+    device: str | None = None
 
     def ranks(
         self,
@@ -146,7 +188,7 @@ class Job:
             raise UserError(f"--rdzv_port {rdzv_port}: not a port")
         if max_restarts < 0:
             raise UserError(f"--max_restarts {max_restarts}: less than none")
-        count = Processes.parse(processes, self.node.gpu)
+        count = Processes.parse(processes, 0 if self.device == "cpu" else self.node.gpu)
         if count.nodes == 1:
             # Port 0: a free one, so that jobs side by side do not meet each other. Only nodes that must find one
             # another need to agree on a number.
@@ -186,18 +228,20 @@ class Job:
             mounts = specs.parse_mounts(list(self.mounts))
         except (KeyError, ValueError) as error:
             raise UserError(f"--mounts {','.join(self.mounts)}: {error.args[0]}") from None
-        env = _environment(cores) | dict(self.env)
+        env = _environment(cores, self.device) | dict(self.env)
         # Slurm's list of variables ends a value at its first comma: such values travel in the command line.
         with_comma = [f"{key}={value}" for key, value in env.items() if "," in value]
         # A container has its own Python; elsewhere it is the one that torchx runs in, even if its environment is not
         # active.
         # ``exec``: the scheduler's signals reach torchrun, which passes them on, and not a shell in between.
         start = ["exec", *(["env", *with_comma] if with_comma else []), "python" if self.image else sys.executable]
+        # RDMA locks the memory that it sends from; with the usual soft limit NCCL's first message would fail.
+        limits = "ulimit -S -l hard; " if self.device == "cuda" and nodes > 1 else ""
         role = specs.Role(
             name=command,
             image=self.image,
             entrypoint="bash",
-            args=["-c", f"{shlex.join(start)} {line}"],
+            args=["-c", f"{limits}{shlex.join(start)} {line}"],
             env={key: value for key, value in env.items() if "," not in value},
             num_replicas=nodes,
             max_retries=self.max_retries,
@@ -208,9 +252,11 @@ class Job:
         return specs.AppDef(self.name, [role])
 
 
-def _environment(cores: int) -> dict[str, str]:
-    """Return the environment that processes of ``cores`` cores each need."""
+def _environment(cores: int, device: str | None) -> dict[str, str]:
+    """Return the environment that processes of ``cores`` cores each need, which compute on a kind of device."""
     return {
+        # On every rank, also where the scheduler does not pass this environment on.
+        **({"DEVICE": device} if device else {}),
         # Each process would take all cores of its node, and results would depend on how many those are.
         "OMP_NUM_THREADS": str(max(1, cores)),
         # Threads that wait for each other sleep instead of spinning.

@@ -12,6 +12,8 @@ from schemas.settings import load_settings
 
 MEMORY_SHARE = 0.96
 """Share of a node's memory that a job can have; the rest is the system's. torchx takes the same for its own nodes."""
+CORES_PER_SYSTEM_CORE = 16
+"""One core of so many is the system's; where the scheduler has reserved some, a job that asks for all never starts."""
 
 
 @cache
@@ -25,7 +27,7 @@ def node(topology: str) -> Resource:
     cluster = load_settings(ClusterSettings, [], [], settings)
     assert cluster.cores is not None
     return Resource(
-        cpu=cluster.cores,
+        cpu=cluster.cores - cluster.cores // CORES_PER_SYSTEM_CORE,
         gpu=cluster.devices_per_node if cluster.device == "cuda" else 0,
         memMB=int(cluster.host_memory / 2**20 * MEMORY_SHARE),
     )

@@ -15,17 +15,25 @@ from torchx.runner import Runner
 from torchx.specs.file_linter import validate
 from torchx.specs.finder import get_component, get_components
 
-from jobs.torchx import components
+from jobs.torchx import components, launch
 from jobs.torchx.launch import Processes
 from jobs.torchx.resources import node
-from schemas.cluster import known_clusters
+from schemas.cluster import ClusterSettings, known_clusters
+from schemas.settings import load_settings
 
 REPOSITORY = Path(__file__).parents[2]
 COMPONENTS = ("train", "evaluate", "prepare", "plan")
+RDMA = ("--devices", "vpc.amazonaws.com/efa=4")
 MOUNTS = "type=bind,src=/data,dst=/data,readonly,type=volume,src=runs,dst=/runs"
 
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
+
+
+@pytest.fixture
+def undecided_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take back what the tests have said of the device: what is asked for decides."""
+    monkeypatch.delenv("DEVICE")
 
 
 def role_of(app: specs.AppDef) -> specs.Role:
@@ -71,11 +79,71 @@ def test_a_node_of_each_topology_is_a_named_resource(name: str) -> None:
     assert found.gpu == (0 if name == "laptop-cpu" else 8)
 
 
+@pytest.mark.usefixtures("undecided_device")
 def test_a_gpu_node_gets_a_process_a_gpu_and_its_cores_are_shared() -> None:
     app = components.train(j="128", h="h200-128x8")
     assert "--nnodes=128 --nproc-per-node=8" in line_of(app)
     assert role_of(app).num_replicas == 128
     assert role_of(app).env["OMP_NUM_THREADS"] == str(specs.named_resources["h200-128x8"].cpu // 8)
+
+
+@pytest.mark.usefixtures("undecided_device")
+@pytest.mark.parametrize(
+    ("here", "per_node", "device"), [(0, 2, None), (1, 1, "cuda"), (8, 8, "cuda")], ids=["no GPU", "one", "eight"]
+)
+def test_processes_follow_this_machine_where_nothing_is_said(
+    here: int, per_node: int, device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "gpus", lambda environment: here)
+    for app in (components.train(), components.evaluate()):
+        assert f"--nnodes=1 --nproc-per-node={per_node} " in line_of(app)
+        assert role_of(app).resource.gpu == here
+        assert role_of(app).env.get("DEVICE") == device
+    assert "--nproc-per-node=1 " in line_of(components.train(j="1x1"))
+    # A container has what it is given.
+    assert role_of(components.train(image="dare:cuda")).resource.gpu == 0
+
+
+@pytest.mark.usefixtures("undecided_device")
+def test_what_is_said_of_a_node_counts_more_than_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "gpus", lambda environment: 1)
+    for arguments, per_node, device in (
+        ({"h": "a100-8"}, 8, "cuda"),
+        ({"h": "laptop-cpu"}, 2, "cpu"),
+        ({"gpu": 4}, 4, "cuda"),
+        ({"gpu": 0}, 2, "cpu"),
+    ):
+        app = components.train(**arguments)
+        assert f"--nproc-per-node={per_node} " in line_of(app)
+        assert role_of(app).env["DEVICE"] == device
+    with pytest.raises(ValueError, match="2 processes on nodes of 1 GPU, and each needs one of its own; say --gpu or"):
+        components.train(j="1x2")
+
+
+def test_device_reaches_the_ranks_and_a_wrong_one_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEVICE", "cpu")
+    app = components.train(h="a100-8")
+    assert role_of(app).env["DEVICE"] == "cpu"
+    assert "--nproc-per-node=2 " in line_of(app)
+    assert role_of(components.train(h="a100-8", env={"DEVICE": "cuda"})).env["DEVICE"] == "cuda"
+    monkeypatch.setenv("DEVICE", "gpu")
+    with pytest.raises(ValueError, match="DEVICE=gpu: must be cpu or cuda"):
+        components.evaluate(h="a100-8")
+
+
+@pytest.mark.parametrize("name", ["a100-8", "h200-128x8"])
+def test_the_system_keeps_cores_and_memory_of_a_node(name: str) -> None:
+    cluster = load_settings(ClusterSettings, [known_clusters(REPOSITORY / "jobs/clusters")[name]])
+    assert cluster.cores is not None
+    assert cluster.cores * 0.9 < node(name).cpu < cluster.cores
+    assert cluster.host_memory / 2**20 * 0.9 < node(name).memMB < cluster.host_memory / 2**20
+
+
+def test_ranks_on_several_nodes_may_lock_memory() -> None:
+    cuda = {"env": {"DEVICE": "cuda"}, "h": "a100-8"}
+    assert line_of(components.train(j="2", **cuda)).startswith("ulimit -S -l hard; exec ")
+    assert line_of(components.train(j="1", **cuda)).startswith("exec ")
+    assert subprocess.run(["bash", "-c", "ulimit -S -l hard; ulimit -H -l"], capture_output=True).returncode == 0
 
 
 def test_one_node_meets_on_its_loopback_and_several_at_the_port() -> None:
@@ -115,7 +183,9 @@ def test_a_name_that_a_scheduler_refuses_is_refused(name: str) -> None:
         ({"j": "2x"}, "-j 2x: nodes, or nodes x processes"),
         ({"j": "0"}, "at least one node"),
         ({"j": "1x0"}, "at least one node and one process"),
-        ({"j": "1x9", "h": "a100-8"}, "9 processes on nodes of 8 GPUs"),
+        ({"j": "1x9", "h": "a100-8", "env": {"DEVICE": "cuda"}}, "9 processes on nodes of 8 GPUs"),
+        ({"devices": {"rdma/hca": "many"}}, "--devices rdma/hca=many: a name and how many"),
+        ({"devices": {"rdma/hca": "0"}}, "--devices rdma/hca=0: a name and how many"),
         ({"h": "h300"}, "-h h300: no such node"),
         ({"cpu": 0}, "--cpu 0 --gpu 0 --memMB 4096"),
         ({"rdzv_port": 70000}, "--rdzv_port 70000"),
@@ -200,6 +270,7 @@ def test_local(runner: Runner, tmp_path: Path) -> None:
     assert params.env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
+@pytest.mark.usefixtures("undecided_device")
 def test_slurm(runner: Runner) -> None:
     arguments = ["-j", "2", "-h", "h100-16x8", "--rdzv_port", "29533", "--max_retries", "2", "--", "--data", "d"]
     request = runner.dryrun_component("dare.train", arguments, "slurm", {"partition": "gpu", "time": "1:00:00"}).request
@@ -211,18 +282,22 @@ def test_slurm(runner: Runner) -> None:
             "partition": "gpu",
             "time": "1:00:00",
             "ntasks-per-node": "1",
-            "cpus-per-task": "112",
+            "cpus-per-task": "105",
             "mem": str(specs.named_resources["h100-16x8"].memMB),
             "gpus-per-task": "8",
         }
         assert "--rdzv-endpoint=${SLURM_JOB_NODELIST_HET_GROUP_0:=localhost}:29533" in replica.args[1]
 
 
+@pytest.mark.usefixtures("undecided_device")
 @pytest.mark.filterwarnings("ignore:Cannot determine resource instance type")
 def test_aws_batch(runner: Runner) -> None:
     arguments = ["-j", "2", "-h", "a100-8", "--image", "dare:cuda", "--max_retries", "3", "--mounts", MOUNTS]
     request = runner.dryrun_component(
-        "dare.train", [*arguments, "--env", "A=b", "--", "--data", "/data"], "aws_batch", {"queue": "q"}
+        "dare.train",
+        [*arguments, *RDMA, "--env", "A=b", "--", "--data", "/data"],
+        "aws_batch",
+        {"queue": "q"},
     ).request
     assert request.job_def["retryStrategy"]["attempts"] == 3
     assert request.job_def["nodeProperties"]["numNodes"] == 2
@@ -231,6 +306,10 @@ def test_aws_batch(runner: Runner) -> None:
     assert container["image"] == "dare:cuda"
     assert {"name": "A", "value": "b"} in container["environment"]
     assert {"type": "GPU", "value": "8"} in container["resourceRequirements"]
+    assert [each["hostPath"] for each in container["linuxParameters"]["devices"]] == [
+        f"/dev/infiniband/uverbs{number}" for number in range(4)
+    ]
+    assert container["linuxParameters"]["sharedMemorySize"] == specs.named_resources["a100-8"].memMB
     assert [(m["containerPath"], m["readOnly"]) for m in container["mountPoints"][:2]] == [
         ("/data", True),
         ("/runs", False),
@@ -254,6 +333,7 @@ def mistakes_in_job_definition(request: dict[str, Any]) -> str:
     return ParamValidator().validate(request, shape).generate_report()
 
 
+@pytest.mark.usefixtures("undecided_device")
 def test_docker(runner: Runner) -> None:
     arguments = ["-j", "2", "-h", "a100-8", "--image", "dare:cuda", "--max_retries", "3", "--mounts", MOUNTS]
     request = runner.dryrun_component(
@@ -265,7 +345,7 @@ def test_docker(runner: Runner) -> None:
     for number, container in enumerate(request.containers):
         assert container.image == "dare:cuda"
         assert container.command[:2] == ["bash", "-c"]
-        assert container.command[2].startswith("exec python -m torch.distributed.run")
+        assert container.command[2].startswith("ulimit -S -l hard; exec python -m torch.distributed.run")
         assert "${TORCHX_RANK0_HOST:=localhost}:29500" in container.command[2]
         assert container.command[2].endswith("-m -- jobs.cli train --data /data")
         asked = container.kwargs
@@ -298,13 +378,14 @@ def test_docker(runner: Runner) -> None:
     assert "restart_policy" not in container.kwargs
 
 
+@pytest.mark.usefixtures("undecided_device")
 @pytest.mark.filterwarnings("ignore:[\\s\\S]*Role train configured")
 def test_kubernetes(runner: Runner) -> None:
     from torchx.schedulers.kubernetes_scheduler import sanitize_for_serialization
 
     arguments = ["-j", "2", "-h", "h200-16x8", "--image", "dare:cuda", "--max_retries", "3", "--mounts", MOUNTS]
     request = runner.dryrun_component(
-        "dare.train", [*arguments, "--env", "A=b", "--", "--data", "/data"], "kubernetes", {"queue": "q"}
+        "dare.train", [*arguments, *RDMA, "--env", "A=b", "--", "--data", "/data"], "kubernetes", {"queue": "q"}
     ).request
     job: Any = sanitize_for_serialization(request.resource)
     assert job["apiVersion"] == "batch.volcano.sh/v1alpha1"
@@ -329,7 +410,9 @@ def test_kubernetes(runner: Runner) -> None:
             "cpu": f"{node.cpu * 1000}m",
             "memory": f"{node.memMB}M",
             "nvidia.com/gpu": "8",
+            "vpc.amazonaws.com/efa": "4",
         }
+        assert environment["DEVICE"] == "cuda"
         mounted = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
         assert mounted == {"/dev/shm": False, "/data": True, "/runs": False}
         volumes = {volume["name"]: volume for volume in task["template"]["spec"]["volumes"]}

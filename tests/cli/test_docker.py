@@ -78,7 +78,11 @@ def test_components_find_what_they_expect(device: str) -> None:
     ran = "\n".join(rest for name, rest in found if name == "RUN")
     assert "useradd --uid 1000" in ran
     assert "mkdir /data /runs && chown 1000:1000 /data /runs" in ran
-    assert ("gcc" in ran) == (device == "cuda")
+    # Triton compiles with gcc; NCCL sends over RDMA with the libraries, of which it says nothing where they lack.
+    for package in ("gcc", "libibverbs1", "ibverbs-providers", "librdmacm1"):
+        assert (package in ran.split()) == (device == "cuda")
+    forced = [rest for name, rest in found if name == "ENV" and rest.startswith("DEVICE=")]
+    assert forced == (["DEVICE=cpu"] if device == "cpu" else [])
 
 
 def test_both_send_the_same_to_docker() -> None:
