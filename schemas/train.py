@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from schemas.model import ModelSettings
 from schemas.settings import Settings
@@ -42,6 +42,21 @@ class CheckpointSettings(Settings):
     """How many of the last checkpoints stay, beside the best one."""
 
 
+class ProfileSettings(Settings):
+    """Which steps are profiled."""
+
+    steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last of them, counted from 1: traces and a table of a step go into the run's folder ``profile``. None:
+    none are. It changes no number, but the steps take longer."""
+
+    @field_validator("steps")
+    @classmethod
+    def _first_comes_first(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and steps[0] > steps[1]:
+            raise ValueError("the first step must not come after the last")
+        return steps
+
+
 class TrainSettings(Settings):
     """All that decides what a run computes, except where its data are."""
 
@@ -55,6 +70,7 @@ class TrainSettings(Settings):
     dense: DenseSettings = DenseSettings()
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    profile: ProfileSettings = ProfileSettings()
     log_every: PositiveInt = 20
     """Steps between two points of the curves in TensorBoard, where gradients are measured too."""
 
@@ -64,6 +80,7 @@ MAY_CHANGE = (
     "validation.every",
     "checkpoint.every",
     "checkpoint.keep",
+    "profile.steps",
     "log_every",
     "stream.threads",
     "stream.prefetch_batches",

@@ -75,6 +75,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def profile(self) -> Path:
+        """Folder of the traces and the table of steps that were profiled."""
+        return self.path / "profile"
+
+    @property
     def test_file(self) -> Path:
         """File of the best checkpoint's metrics on the test split; JSON. It is there only while the run is finished."""
         return self.path / "test.json"

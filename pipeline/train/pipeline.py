@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 from torchrec.distributed.train_pipeline import TrainPipelineBase
 
@@ -132,13 +133,15 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
             StopIteration: no batch is left.
         """
         if not self._connected:
-            self._connect(dataloader_iter)
+            with record_function("dare/data"):
+                self._connect(dataloader_iter)
         # What the step before has prepared: a batch that is on its way to the device, and its ids on theirs to the
         # shards.
         batch, handle = self._cur_batch, self._handle
         if batch is None:
             raise StopIteration
-        next_batch = self._next_batch(dataloader_iter)
+        with record_function("dare/data"):
+            next_batch = self._next_batch(dataloader_iter)
         self._optimizer.zero_grad()
         # On a GPU the current stream waits for the copy here; on a CPU there is nothing to wait for.
         self._wait_for_batch(batch)
@@ -149,10 +152,13 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
         # have a next batch or none has, because an epoch has the same number of steps for every rank.
         if next_batch is not None:
             self._copy_batch_to_gpu(next_batch)
-            self._handle = self._start_search()
+            with record_function("dare/exchange"):
+                self._handle = self._start_search()
         # The tables' optimizers run in here: ids do not depend on them, so the next batch's may travel meanwhile.
-        self._backward(loss)
-        self._optimizer.step()
+        with record_function("dare/backward"):
+            self._backward(loss)
+        with record_function("dare/optimizer"):
+            self._optimizer.step()
         return output
 
     def reset(self) -> None:

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,14 @@ def train(
             processes = f"{ranks} process{'es' if ranks > 1 else ''}"
             _LOGGER.info("%s: %s, %d steps on %s", folder, _beginning(resumed), trainer.steps, processes)
             checkpoints = stack.enter_context(CheckpointWriter(run.checkpoints, settings.checkpoint.keep, documents))
-            with RunReport(run, trainer.step, trainer.steps, documents) as report:
-                trainer.train(checkpoints, report, stop)
+            profile = None
+            if settings.profile.steps is not None:
+                # Loaded by the runs that use it alone.
+                from pipeline.train.profile import StepProfile
+
+                profile = StepProfile(settings.profile.steps, run.profile, device)
+            with RunReport(run, trainer.step, trainer.steps, documents) as report, profile or nullcontext():
+                trainer.train(checkpoints, report, stop, profile)
             # The other ranks know only that their parts are written. Rank 0 names the checkpoint after that, and
             # `_test` would otherwise miss the last one.
             dist.barrier()

@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ from pipeline.train.optimizer import DenseOptimizer
 from pipeline.train.pipeline import Agreement, SearchPrefetchPipeline, agree
 from pipeline.train.reporting import RunReport
 from schemas.train import TrainSettings
+
+if TYPE_CHECKING:
+    # A step need not load it.
+    from pipeline.train.profile import StepProfile
 
 
 def seed_all(seed: int) -> None:
@@ -120,10 +124,18 @@ class Trainer(Stateful):
         """Whether all epochs are done."""
         return self.epoch >= self.settings.epochs
 
-    def train(self, checkpoints: CheckpointWriter, report: RunReport, stop: StopSignal) -> None:
+    def train(
+        self, checkpoints: CheckpointWriter, report: RunReport, stop: StopSignal, profile: "StepProfile | None" = None
+    ) -> None:
         """Train to the end, or until a rank was asked to stop; either way the last state is saved.
 
         All ranks must call it.
+
+        Args:
+            checkpoints: saves states.
+            report: shows and logs what happens.
+            stop: whether this rank was asked to stop.
+            profile: profiles some of the steps.
 
         Raises:
             UserError: a loss that is not finite, data that cannot be read, a checkpoint that cannot be written.
@@ -133,6 +145,8 @@ class Trainer(Stateful):
             # Of the step that is about to be made: hooks must be there when its forward pass runs. All ranks measure
             # the same steps, because the norms are summed over ranks.
             norms = GradientNorms() if (self.step + 1) % self.settings.log_every == 0 else None
+            if profile is not None:
+                profile.begin(self.step + 1)
             try:
                 output = self._pipeline.progress(batches, norms)
             except StopIteration:
@@ -142,6 +156,8 @@ class Trainer(Stateful):
                 batches = iter(self.stream)
                 continue
             agreed = agree(self.step + 1, output, self._optimizer.gradient_norm, stop.received)
+            if profile is not None:
+                profile.end(self.step + 1)
             self._advance()
             self._report(report, agreed, norms)
             # Items are seen a second time from the next epoch on: models often are at their best right before.
