@@ -17,6 +17,7 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan, ShardingType
 from torchrec.optim import PartialRowWiseAdam, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
+from embeddings.layers.mlp import compute_in
 from embeddings.model import CtrModel
 from embeddings.models import build_model
 from embeddings.sizes import DataSizes
@@ -251,6 +252,8 @@ def sharded_model(
         UserError: settings that do not fit the data, the device or each other; a plan that does not fit them.
     """
     model = build_model(settings.model, DataSizes.of(manifest, settings.stream), torch.device("meta"))
+    if device.type == "cuda":
+        compute_in(model, settings.compute)
     if plan is None:
         # A step looks up each target and its K behaviours of each sequence.
         bags = settings.stream.batch_size * (1 + sum(settings.model.retrieved.values()))

@@ -8,6 +8,8 @@ from schemas.model import ModelSettings
 from schemas.settings import Settings
 from schemas.stream import StreamSettings
 
+Compute = Literal["fp32", "tf32", "bf16"]
+
 
 class DenseSettings(Settings):
     """How the parameters outside of the tables are trained."""
@@ -65,6 +67,9 @@ class TrainSettings(Settings):
     epochs: PositiveInt = 2
     deterministic: bool = False
     """Whether a step on CUDA computes the same bits each time, more slowly; on a CPU it always does."""
+    compute: Compute = "fp32"
+    """How a GPU multiplies matrices. tf32: all of them with 10 bits of mantissa; bf16: the hidden layers of predictions
+    in bfloat16. Scores' softmax, batch normalisation, logits, losses and metrics are float32 in any case."""
     model: ModelSettings = ModelSettings()
     stream: StreamSettings = StreamSettings()
     dense: DenseSettings = DenseSettings()

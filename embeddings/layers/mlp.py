@@ -1,6 +1,6 @@
 """The prediction: an MLP, and its batch normalisation over the targets of all ranks.
 
-T = targets of this rank, I = width of the input, B = rows of a batch, F = their features.
+T = targets of this rank, I = width of the input, h = width of a hidden layer, B = rows of a batch, F = their features.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embeddings.distributed.collectives import sum_over_ranks
+from schemas.train import Compute
 
 SLOPE = 0.1
 """Initial slope of the PReLUs (the authors' code)."""
@@ -28,11 +29,28 @@ class MLP(nn.Module):
             layers += [nn.Linear(before, after), nn.PReLU(init=SLOPE)]
         layers.append(nn.Linear(hidden[-1], 1))
         self.layers = nn.Sequential(*layers)
+        self.hidden_dtype = torch.float32
+        """What the hidden layers compute in; the weights and their gradients are float32 in any case."""
 
     def forward(self, input_TI: Tensor) -> Tensor:
         """Predict logits, float32 (T,). In training, every rank must call it, even with no targets."""
-        logit_T1: Tensor = self.layers(input_TI)
+        norm, *hidden, last = self.layers
+        hidden_Th = norm(input_TI)
+        reduced = self.hidden_dtype != torch.float32
+        with torch.autocast(input_TI.device.type, self.hidden_dtype, enabled=reduced):
+            for layer in hidden:
+                hidden_Th = layer(hidden_Th)
+        # The last product in float32: logits of 8 bits would be equal for many targets, and the AUC would count ties.
+        logit_T1: Tensor = last(hidden_Th.float())
         return logit_T1.squeeze(1)
+
+
+def compute_in(model: nn.Module, compute: Compute) -> None:
+    """Let a GPU multiply the matrices of ``model`` as `TrainSettings.compute` says; tf32 is for the whole process."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if compute == "tf32" else "ieee"
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.hidden_dtype = torch.bfloat16 if compute == "bf16" else torch.float32
 
 
 class GlobalBatchNorm(nn.Module):

@@ -76,6 +76,8 @@ def train(
         seed_all(settings.seed + dist.get_rank())
         if settings.deterministic:
             _compute_deterministically()
+        if settings.compute != "fp32" and device.type != "cuda":
+            raise UserError(f"compute={settings.compute} needs CUDA; on a CPU: compute=fp32")
         model = sharded_model(settings, data_set.manifest, device, read_plan(plan) if plan else None)
         # All three splits at once: a split without targets is refused now, not after the training.
         streams = {split: stack.enter_context(_stream(data, split, settings, device)) for split in SPLITS}
