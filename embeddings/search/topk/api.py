@@ -1,7 +1,6 @@
 """The K best-scored behaviours of each target's window, as an operator of torch: `torch.ops.dare.top_k`.
 
-R = rows of the table, D = dim, M = behaviours of all users, T = targets, W = (target, behaviour) pairs: the sum of the
-windows' lengths, K = kept.
+R = rows of the table, D = dim, M = behaviours of all users, T = targets, W = (target, behaviour) pairs, K = kept.
 """
 
 from enum import StrEnum
@@ -9,7 +8,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from embeddings.search.topk.inputs import TopKInputs
+from embeddings.search.topk.inputs import PartKind, ScorePart, TopKInputs
 from embeddings.search.topk.reference import top_k_reference
 
 
@@ -46,6 +45,7 @@ def top_k(inputs: TopKInputs, implementation: TopKImplementation | None = None) 
     if implementation is None:
         device = inputs.rows_RD.device.type
         implementation = TopKImplementation(device) if device in ("cpu", "cuda") else TopKImplementation.REFERENCE
+    parts = inputs.parts
     # Detached, because the operator has no backward: its results must not seem to have a gradient.
     score_TK, index_TK = _top_k(
         inputs.rows_RD.detach(),
@@ -53,9 +53,16 @@ def top_k(inputs: TopKInputs, implementation: TopKImplementation | None = None) 
         inputs.start_T,
         inputs.end_T,
         inputs.query_TD.detach(),
-        inputs.additive_W.detach(),
         inputs.k,
+        [int(part.kind) for part in parts],
+        [part.rows_Rd.detach() for part in parts],
+        [part.query_Qd.detach() for part in parts],
+        [part.column_M for part in parts],
+        [part.value_T for part in parts],
+        [part.mask for part in parts],
+        None if inputs.additive_W is None else inputs.additive_W.detach(),
         inputs.scale_R,
+        inputs.longest,
         implementation,
     )
     return score_TK, index_TK
@@ -69,15 +76,25 @@ def _top_k(
     start_T: Tensor,
     end_T: Tensor,
     query_TD: Tensor,
-    additive_W: Tensor,
     k: int,
+    kinds: list[int],
+    part_rows: list[Tensor],
+    part_queries: list[Tensor],
+    part_columns: list[Tensor | None],
+    part_values: list[Tensor | None],
+    part_masks: list[int],
+    additive_W: Tensor | None,
     scale_R: Tensor | None,
+    longest: int | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     # Checked before a kernel runs, because a kernel with a wrong index would read memory that is not the table's.
-    inputs = TopKInputs(rows_RD, ids_M, start_T, end_T, query_TD, additive_W, k, scale_R)
+    of_parts = zip(map(PartKind, kinds), part_rows, part_queries, part_columns, part_values, part_masks, strict=True)
+    parts = [ScorePart(*of_part) for of_part in of_parts]
+    inputs = TopKInputs(rows_RD, ids_M, start_T, end_T, query_TD, k, parts, additive_W, scale_R, longest)
     inputs.check_kinds()
-    longest = inputs.check_values()
+    if longest is None:
+        longest = inputs.check_values()
     # Numba and Triton take a second or more to load: only those who need them pay for it.
     if implementation == TopKImplementation.CPU:
         if rows_RD.device.type != "cpu":
@@ -99,13 +116,11 @@ def _(
     start_T: Tensor,
     end_T: Tensor,
     query_TD: Tensor,
-    additive_W: Tensor,
     k: int,
-    scale_R: Tensor | None,
-    implementation: str,
+    *rest: object,
 ) -> tuple[Tensor, Tensor]:
     # Without this, `torch.compile` and `torch.export` would not know the shapes that the operator returns.
-    TopKInputs(rows_RD, ids_M, start_T, end_T, query_TD, additive_W, k, scale_R).check_kinds()
+    TopKInputs(rows_RD, ids_M, start_T, end_T, query_TD, k).check_kinds()
     return (
         rows_RD.new_empty(len(start_T), k, dtype=torch.float32),
         rows_RD.new_empty(len(start_T), k, dtype=torch.int64),

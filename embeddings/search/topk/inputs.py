@@ -1,10 +1,12 @@
 """The inputs of a top-K search, and whether they fit together.
 
-R = rows of the table, D = dim, M = behaviours of all users, T = targets, W = (target, behaviour) pairs: the sum of the
-windows' lengths.
+R = rows of a table, D = dim, M = behaviours of all users, T = targets, W = (target, behaviour) pairs: the sum of the
+windows' lengths, d = dim of a small table, Q = queries of it (one, or one a target).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 
 import torch
@@ -14,16 +16,58 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
 
 
+class PartKind(IntEnum):
+    """How a target and a behaviour find their row of a small table."""
+
+    VALUE = 0
+    """The behaviour's value is the row."""
+    POSITION = 1
+    """The target's value less the behaviour's, modulo a power of two; without a column, less the behaviour's index."""
+    INTERVAL = 2
+    """The bucket of the seconds from the behaviour's value to the target's (`embeddings.features.interval_bucket`)."""
+    MATCH = 3
+    """Row 1 if both values are equal, else row 0."""
+
+
+@dataclass(frozen=True)
+class ScorePart:
+    """A part of the score that a small table makes: ``<row, query>``.
+
+    The row depends on behaviour and target, so that one float a pair would have to be written if the kernels did not
+    find it by themselves.
+    """
+
+    kind: PartKind
+    rows_Rd: Tensor
+    """float32: all rows of the table."""
+    query_Qd: Tensor
+    """float32: a query for each target, or one for all, (1, d)."""
+    column_M: Tensor | None = None
+    """int32, int64 for an interval: the behaviours' values."""
+    value_T: Tensor | None = None
+    """int64: the targets' values; None for `PartKind.VALUE`."""
+    mask: int = -1
+    """What a position is modulo, less 1; -1: nothing."""
+
+    @property
+    def score_R(self) -> Tensor | None:
+        """float32 (R,): the score of each row where one query serves all targets, so that pairs look it up; else None.
+
+        All targets' queries times all rows would be more than the pairs where a table is not tiny.
+        """
+        return torch.mv(self.rows_Rd, self.query_Qd[0]) if len(self.query_Qd) == 1 else None
+
+
 @dataclass(frozen=True)
 class TopKInputs:
     """Rows of a table, behaviours that name rows, and targets whose windows [start_T[t], end_T[t]) are searched.
 
-    A target scores each behaviour m of its window ``<rows_RD[ids_M[m]], query_TD[t]> * scale_R[ids_M[m]] + additive``,
-    where ``additive`` is the pair's own entry of ``additive_W``.
+    A target scores each behaviour m of its window ``<rows_RD[ids_M[m]], query_TD[t]> * scale_R[ids_M[m]]``, plus the
+    ``parts``, plus the pair's own entry of ``additive_W``.
     """
 
     rows_RD: Tensor
-    """float32, float16, bfloat16 or int8: the rows of the attention table."""
+    """float32, float16, bfloat16 or int8: the rows of the attention table; D may be 0."""
     ids_M: Tensor
     """int32 or int64, 0 .. R - 1: the row of each behaviour."""
     start_T: Tensor
@@ -32,14 +76,19 @@ class TopKInputs:
     """int64: where it ends. Windows may be empty, and may overlap."""
     query_TD: Tensor
     """float32, float16 or bfloat16: the targets' rows, already divided by the root of the dim."""
-    additive_W: Tensor
-    """float32: a score of each pair that is added to the product; the first target's window, the second's, ..."""
     k: int
     """Behaviours to keep of each target, at least 1."""
+    parts: Sequence[ScorePart] = ()
+    """What small tables add to the product."""
+    additive_W: Tensor | None = None
+    """float32: a score of each pair, for what no kernel can make; the first target's window, the second's, ..."""
     # int8 rows, and half-precision ones, are for read-only copies of attention rows: a search reads every row of a
     # window, so its time is that of the bytes it reads. Tables in training are float32 or float16 and have no scale.
     scale_R: Tensor | None = None
     """float32: what each int8 row is multiplied by; None for rows of floats."""
+    longest: int | None = None
+    """No window is longer. From callers who have checked all ids, values and windows already; None: they are checked,
+    for which the host waits for a GPU."""
 
     @cached_property
     def length_T(self) -> Tensor:
@@ -62,15 +111,26 @@ class TopKInputs:
         rows_RD, scale_R = self.rows_RD, self.scale_R
         quantized = rows_RD.dtype == torch.int8
         # Kernels take whatever memory they are given, so every tensor's kind is checked before they see it.
-        for name, tensor, dimensions, dtypes in (
+        checked: list[tuple[str, Tensor | None, int, Sequence[torch.dtype]]] = [
             ("rows_RD", rows_RD, 2, (*FLOATS, torch.int8)),
             ("ids_M", self.ids_M, 1, INTEGERS),
             ("start_T", self.start_T, 1, (torch.int64,)),
             ("end_T", self.end_T, 1, (torch.int64,)),
             ("query_TD", self.query_TD, 2, FLOATS),
             ("additive_W", self.additive_W, 1, (torch.float32,)),
-            *([] if scale_R is None else [("scale_R", scale_R, 1, (torch.float32,))]),
-        ):
+            ("scale_R", scale_R, 1, (torch.float32,)),
+        ]
+        for number, part in enumerate(self.parts):
+            column = torch.int64 if part.kind == PartKind.INTERVAL else torch.int32
+            checked += [
+                (f"parts[{number}].rows_Rd", part.rows_Rd, 2, (torch.float32,)),
+                (f"parts[{number}].query_Qd", part.query_Qd, 2, (torch.float32,)),
+                (f"parts[{number}].column_M", part.column_M, 1, (column,)),
+                (f"parts[{number}].value_T", part.value_T, 1, (torch.int64,)),
+            ]
+        for name, tensor, dimensions, dtypes in checked:
+            if tensor is None:
+                continue
             if tensor.dim() != dimensions:
                 raise ValueError(f"{name}: must have {dimensions} dimensions (not {tensor.dim()})")
             if tensor.dtype not in dtypes:
@@ -87,40 +147,69 @@ class TopKInputs:
             raise ValueError(
                 f"targets: {len(self.query_TD)} queries, but {len(self.start_T)} starts and {len(self.end_T)} ends"
             )
+        for number, part in enumerate(self.parts):
+            self._check_part(f"parts[{number}]", part)
+
+    def _check_part(self, name: str, part: ScorePart) -> None:
+        targets, behaviors = len(self.start_T), len(self.ids_M)
+        if part.rows_Rd.shape[1] != part.query_Qd.shape[1]:
+            raise ValueError(
+                f"{name}: queries of dim {part.query_Qd.shape[1]}, but the rows have dim {part.rows_Rd.shape[1]}"
+            )
+        if len(part.query_Qd) not in (1, targets):
+            raise ValueError(f"{name}: {len(part.query_Qd)} queries for {targets} targets")
+        if part.column_M is None and part.kind != PartKind.POSITION:
+            raise ValueError(f"{name}: a {part.kind.name.lower()} needs column_M")
+        if part.column_M is not None and len(part.column_M) != behaviors:
+            raise ValueError(f"{name}: {len(part.column_M)} values for {behaviors} behaviours")
+        if (part.value_T is None) != (part.kind == PartKind.VALUE):
+            raise ValueError(f"{name}: value_T is {'needed' if part.value_T is None else 'not'} for {part.kind.name}")
+        if part.value_T is not None and len(part.value_T) != targets:
+            raise ValueError(f"{name}: {len(part.value_T)} values for {targets} targets")
+        if len(part.rows_Rd) < (2 if part.kind == PartKind.MATCH else 1):
+            raise ValueError(f"{name}: {len(part.rows_Rd)} rows are too few")
 
     def check_values(self) -> int:
         """Check that nothing lies outside of what it points into; on a GPU this costs one transfer to the host.
+
+        Positions and intervals beyond their table's last row have that row, so only values are checked.
 
         Returns:
             The length of the longest window.
 
         Raises:
-            ValueError: ids that are no rows, windows outside of the behaviours, more or fewer additive scores than
-                pairs.
+            ValueError: ids or values that are no rows, windows outside of the behaviours, more or fewer additive scores
+                than pairs.
         """
+        values = [(number, part) for number, part in enumerate(self.parts) if part.kind == PartKind.VALUE]
         # All figures travel in one tensor: each `.item()` of its own would wait for the GPU once more.
-        low, high, shortest, longest, first, last, pairs = (
-            int(figure)
-            for figure in torch.stack(
-                [
-                    *_extremes(self.ids_M),
-                    *_extremes(self.length_T),
-                    _extremes(self.start_T)[0],
-                    _extremes(self.end_T)[1],
-                    self.length_T.sum(),
-                ]
-            ).tolist()
-        )
+        figures = torch.stack(
+            [
+                *_extremes(self.ids_M),
+                *_extremes(self.length_T),
+                _extremes(self.start_T)[0],
+                _extremes(self.end_T)[1],
+                self.length_T.sum(),
+                *(extreme for _, part in values if part.column_M is not None for extreme in _extremes(part.column_M)),
+            ]
+        ).tolist()
+        low, high, shortest, longest, first, last, pairs = figures[:7]
         rows, behaviors = len(self.rows_RD), len(self.ids_M)
-        if low < 0 or high >= rows > 0 or behaviors > 0 == rows:
-            raise ValueError(f"ids_M: row {low if low < 0 else high}, but the table has {rows} rows")
+        _check_rows("ids_M", low, high, rows, behaviors)
+        for (number, part), low, high in zip(values, figures[7::2], figures[8::2], strict=True):
+            _check_rows(f"parts[{number}].column_M", low, high, len(part.rows_Rd), behaviors)
         if shortest < 0 or first < 0 or last > behaviors:
             raise ValueError(f"windows: must lie within the {behaviors} behaviours, and end no earlier than they start")
-        if pairs != len(self.additive_W):
+        if self.additive_W is not None and pairs != len(self.additive_W):
             raise ValueError(
                 f"additive_W: {len(self.additive_W)} scores, but the windows have {pairs} behaviours together"
             )
-        return longest
+        return int(longest)
+
+
+def _check_rows(name: str, low: int, high: int, rows: int, behaviors: int) -> None:
+    if low < 0 or high >= rows > 0 or behaviors > 0 == rows:
+        raise ValueError(f"{name}: row {low if low < 0 else high}, but the table has {rows} rows")
 
 
 def _extremes(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Top-K search in plain torch: what the other implementations must agree with, on any device.
 
 D = dim, T = targets, N = longest window, K = kept, C = targets of one pass, G = groups of overlapping windows,
-S = longest span of a group, Q = most targets of a group.
+S = longest span of a group, Q = most targets of a group, M = behaviours of all users.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from embeddings.search.topk.inputs import TopKInputs
+from embeddings.features import interval_bucket
+from embeddings.search.topk.inputs import PartKind, ScorePart, TopKInputs
 from embeddings.search.topk.keys import NOTHING, decoded, ordered
 
 CHUNK_BYTES = 64 << 20
@@ -40,9 +41,14 @@ def top_k_reference(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
         score_CN = _scores(inputs, target_C, span)
         column_N = torch.arange(score_CN.shape[1], device=device)
         valid_CN = column_N < inputs.length_T[target_C, None]
-        # Padding reads the first pair, which is there if any window is not empty, and is masked in the next line.
-        pair_CN = torch.where(valid_CN, inputs.first_pair_T[target_C, None] + column_N, 0)
-        key_CN = torch.where(valid_CN, ordered(score_CN + inputs.additive_W[pair_CN], column_N), NOTHING)
+        # Padding reads the first behaviour and pair, which are there if any window is not empty, and is masked at last.
+        index_CN = torch.where(valid_CN, start_T[target_C, None] + column_N, 0)
+        for part in inputs.parts:
+            score_CN = score_CN + _part_score(part, target_C, index_CN)
+        if inputs.additive_W is not None:
+            pair_CN = torch.where(valid_CN, inputs.first_pair_T[target_C, None] + column_N, 0)
+            score_CN = score_CN + inputs.additive_W[pair_CN]
+        key_CN = torch.where(valid_CN, ordered(score_CN, column_N), NOTHING)
         # A window shorter than K gives fewer columns; `decoded` fills them up.
         key_CK = key_CN.topk(min(k, score_CN.shape[1])).values
         score_TK[target_C], index_TK[target_C] = decoded(key_CK, start_T[target_C], k)
@@ -112,3 +118,35 @@ def _scores(inputs: TopKInputs, target_C: Tensor, span: _Span) -> Tensor:
     # From columns of the group's span to columns of each target's own window.
     column_CN = (start_C - begin_G[group_C])[:, None] + torch.arange(longest, device=begin_G.device)
     return score_GQS[group_C, slot_C].gather(1, column_CN.clamp(max=S - 1))
+
+
+def _part_score(part: ScorePart, target_C: Tensor, index_CN: Tensor) -> Tensor:
+    """What a small table adds to the scores of some targets, float32 (C, N)."""
+    row_CN = part_row(part, target_C, index_CN)
+    if part.score_R is not None:
+        return part.score_R[row_CN]
+    return torch.einsum("cnd,cd->cn", part.rows_Rd[row_CN], part.query_Qd[target_C])
+
+
+def part_row(part: ScorePart, target_C: Tensor, index_CN: Tensor) -> Tensor:
+    """The row of a small table that each of some pairs has, int64 (C, N).
+
+    Args:
+        part: of the score.
+        target_C: int64, the targets.
+        index_CN: int64, which of the M behaviours.
+    """
+    # Without a column the value of a behaviour is its index.
+    value_CN = index_CN if part.column_M is None else part.column_M[index_CN].long()
+    if part.kind == PartKind.VALUE:
+        return value_CN
+    assert part.value_T is not None
+    value_C1 = part.value_T[target_C, None]
+    if part.kind == PartKind.MATCH:
+        return (value_C1 == value_CN).long()
+    difference_CN = value_C1 - value_CN
+    if part.kind == PartKind.INTERVAL:
+        row_CN = interval_bucket(difference_CN).long()
+    else:
+        row_CN = difference_CN & part.mask
+    return row_CN.clamp(0, len(part.rows_Rd) - 1)
