@@ -99,6 +99,7 @@ class Search:
     @property
     def additive_TN(self) -> Tensor:
         """What is added to the products."""
+        assert self.inputs.additive_W is not None
         return self.inputs.additive_W.view(-1, self.length)
 
     @cached_property
@@ -244,10 +245,11 @@ def _readings(search: Search, pool: ThreadPoolExecutor) -> dict[str, Callable[[]
 @njit(nogil=True)
 def _sum_of_rows(rows_RD: np.ndarray, ids_M: np.ndarray, ones_D: np.ndarray, ahead: int) -> float:
     base, row_bytes, total = rows_RD.ctypes.data, rows_RD.strides[0], np.float32(0)
+    ones = ones_D.ctypes.data
     for index in range(len(ids_M)):
         if ahead and index + ahead < len(ids_M):
             prefetch_row(rows_RD, base + np.int64(ids_M[index + ahead]) * row_bytes, (row_bytes + 63) // 64)
-        total += dot(rows_RD, base + np.int64(ids_M[index]) * row_bytes, ones_D, len(ones_D))
+        total += dot(rows_RD, base + np.int64(ids_M[index]) * row_bytes, ones, len(ones_D))
     return float(total)
 
 

@@ -229,12 +229,12 @@ class _OnShard:
             for value in self.model.state_dict().values():
                 for piece in value.local_shards() if hasattr(value, "local_shards") else []:
                     piece.tensor.normal_(generator=torch.Generator().manual_seed(dist.get_rank()))
-            self.cross = self.model.tables.cross_rows(CPU)
+            self.small = self.model.tables.small_rows(CPU)
 
     @torch.no_grad()
     def search(self, batch: Batch) -> Selection:
         """The K best of each sample."""
-        return self.model.search(batch, self.cross, self.model.start_search(batch))["history"]
+        return self.model.search(batch, self.small, self.model.start_search(batch))["history"]
 
 
 class _RowWise(EmbeddingCollectionSharder):
@@ -265,7 +265,7 @@ class _Stock:
         attention = ours.model.tables.inherent["attention"]
         rows = row_wise_tables(attention)["item"].local_Rd
         self.collection._lookups[0]._emb_modules[0].split_embedding_weights()[0].copy_(rows)
-        position_Rd = ours.cross["attention"]["history"]["position"]
+        position_Rd = ours.small.cross["attention"]["history"]["position"]
         score_R = position_Rd @ position_Rd[0] * position_Rd.shape[1] ** -0.5
         self.additive_N = score_R[1:].flip(0)
 

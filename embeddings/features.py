@@ -4,13 +4,13 @@ Inherent features (item, category) belong to a target or a behaviour alone. Cros
 on both, or (behavior, scene) have small tables that are treated alike.
 
 T = targets, K = behaviours selected of each, M = behaviours of all users, X = any shape of (target, behaviour) pairs,
-D = dim of the inherent features together, d = dim of a cross feature, R = rows of its table, E = dim of all features
-together.
+D = dim of the inherent features together, d = dim of one feature, R = rows of its table, L = rows looked up, E = dim of
+all features together.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import cached_property
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,20 +18,32 @@ from torch.nn.functional import embedding
 
 from embeddings.batch import Batch, History, Selection, gather_or_zeros
 from schemas.errors import UserError
-from schemas.model import Feature
+from schemas.model import INHERENT, Feature
 
 Role = Literal["attention", "representation"]
 """What rows are used for: to score and weight behaviours, or to be pooled and predicted from."""
 
 
-@dataclass(frozen=True)
 class Rows:
-    """Embedding rows of targets (T, ...) or of behaviours (T, K, ...) in one set of tables."""
+    """Embedding rows of targets (T, ...) or of behaviours (T, K, ...) in one set of tables.
 
-    inherent: Tensor
-    """float32 (..., D): item and category, concatenated."""
-    cross: Mapping[Feature, Tensor]
-    """float32 (..., d) each."""
+    Args:
+        inherent: float32 (..., D): item and category, concatenated.
+        cross: float32 (..., d) each.
+    """
+
+    def __init__(self, inherent: Tensor, cross: Mapping[Feature, Tensor]) -> None:
+        self._inherent, self._cross = inherent, cross
+
+    @property
+    def inherent(self) -> Tensor:
+        """float32 (..., D): item and category, concatenated."""
+        return self._inherent
+
+    @property
+    def cross(self) -> Mapping[Feature, Tensor]:
+        """float32 (..., d) each."""
+        return self._cross
 
     def parts(self) -> list[Tensor]:
         """The inherent features' rows, then those of each cross feature."""
@@ -44,6 +56,42 @@ class Rows:
     def concatenated(self) -> Tensor:
         """All features side by side, (..., E)."""
         return torch.cat(self.parts(), dim=-1) if self.cross else self.inherent
+
+
+class IndexedRows(NamedTuple):
+    """Rows of one feature that are named by an index, and not copied."""
+
+    rows_Ld: Tensor
+    """float32; at least one row."""
+    index_X: Tensor
+    """int64, 0 .. L - 1."""
+
+    def gathered(self) -> Tensor:
+        """The rows themselves, (X, d)."""
+        # The backward pass of `embedding` adds up in a fixed order, on a GPU too.
+        return embedding(self.index_X, self.rows_Ld)
+
+
+class IndexedBehaviors(Rows):
+    """Embedding rows of selected behaviours (T, K, ...), which are gathered only if someone wants them as they are.
+
+    Products with queries and weighted sums do not (`embeddings.layers.row_products`).
+
+    Args:
+        features: the rows of each feature, the inherent ones first; index (T, K).
+    """
+
+    def __init__(self, features: Mapping[Feature, IndexedRows]) -> None:
+        self.features = features
+
+    @cached_property
+    def _inherent(self) -> Tensor:  # type: ignore[override]
+        parts = [rows.gathered() for feature, rows in self.features.items() if feature in INHERENT]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+    @cached_property
+    def _cross(self) -> Mapping[Feature, Tensor]:  # type: ignore[override]
+        return {feature: rows.gathered() for feature, rows in self.features.items() if feature not in INHERENT}
 
 
 class RowHook(Protocol):
@@ -146,7 +194,7 @@ def target_rows(batch: Batch, tables: Mapping[Feature, Tensor]) -> dict[Feature,
 
 def selected_rows(
     batch: Batch, history: History, selected: Selection, tables: Mapping[Feature, Tensor]
-) -> dict[Feature, Tensor]:
+) -> dict[Feature, IndexedRows]:
     """Embedding rows of the selected behaviours, (T, K, d) for each cross feature; padding has row 0.
 
     Args:
@@ -156,10 +204,10 @@ def selected_rows(
         tables: by cross feature, all rows of its table.
     """
     target_T1 = torch.arange(len(batch), device=selected.index_TK.device)[:, None]
-    rows: dict[Feature, Tensor] = {}
+    rows: dict[Feature, IndexedRows] = {}
     for feature, rows_Rd in tables.items():
         # Padding has index 0, which seen from its target may be a position that the table does not have: so rows are
         # masked before they are looked up.
         row_TK = behavior_row(feature, batch, history, selected.index_TK, target_T1)
-        rows[feature] = embedding(torch.where(selected.valid_TK, row_TK, 0), rows_Rd)
+        rows[feature] = IndexedRows(rows_Rd, torch.where(selected.valid_TK, row_TK, 0).long())
     return rows

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from embeddings.distributed.collectives import Column, ColumnsAllToAll, CountsAllToAll, ranks, sum_over_ranks
+from embeddings.distributed.collectives import Column, ColumnsAllToAll, exchange_counts, ranks, sum_over_ranks
 from embeddings.features import Role, Rows
 from embeddings.tables.batch_rows import BatchRows
 
@@ -78,11 +78,9 @@ def _added_by_id(id_L: Tensor, gradient_L2d: Tensor) -> Tensor:
     group = dist.group.WORLD
     assert group is not None
 
-    def send(wanted_S: Tensor) -> ColumnsAllToAll:
-        sent, received = count_S.tolist(), wanted_S.tolist()
-        return ColumnsAllToAll(group, [Column(values[order_U], sent, received) for values in (id_U, gradient_U2d)])
-
-    return _sums(*CountsAllToAll(group, count_S, send).wait().wait())[1]
+    (sent,), (received,) = exchange_counts(count_S[:, None], group)
+    columns = [Column(values[order_U], sent, received) for values in (id_U, gradient_U2d)]
+    return _sums(*ColumnsAllToAll(group, columns).wait())[1]
 
 
 def _sums(id_L: Tensor, gradient_L2d: Tensor) -> tuple[Tensor, Tensor]:

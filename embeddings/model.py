@@ -5,7 +5,6 @@ prediction sees of a target.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -19,10 +18,10 @@ from embeddings.layers.mlp import MLP
 from embeddings.layers.pooling import Representation, history_inputs, pooled
 from embeddings.layers.scoring import DinScore, DotProduct, MappedScore, ScaledDotProduct, attention_weights
 from embeddings.search.local import LocalRows, search_by_dot_product, search_by_score
-from embeddings.search.sharded import SearchHandle, ShardedTopK
+from embeddings.search.sharded import SearchChannel, SearchHandle, ShardedTopK, SmallAttentionRows
 from embeddings.sizes import DataSizes, check_bounds
 from embeddings.tables.batch_rows import BatchRows, pooled_on_shards
-from embeddings.tables.collections import AllCrossRows, Tables
+from embeddings.tables.collections import SmallRows, Tables
 from embeddings.tables.specs import TableRoles
 from schemas.errors import UserError
 from schemas.model import INHERENT, Feature, ModelSettings
@@ -110,36 +109,34 @@ class CtrModel(nn.Module):
     def make_modules(self) -> None:
         """Make the other modules that this model needs, before the prediction is made."""
 
-    def start_search(self, batch: Batch, stream: torch.cuda.Stream | None = None) -> SearchHandle | None:
-        """Send the ids of a batch to the shards that will search for it; every rank must call it.
+    def start_search(self, batch: Batch, channel: SearchChannel | None = None) -> SearchHandle | None:
+        """Check a batch, and send its ids to the shards that will search for it; every rank must call it.
 
         Ids do not depend on weights, so a batch's search may start while the batch before it is still learnt from.
 
         Args:
             batch: the very object that `forward` will be given.
-            stream: on a GPU, where to start it (see `SearchHandle`); None: the current stream, or a CPU.
+            channel: what the ids travel on; None: the tables' group and the current stream.
 
         Returns:
             What `forward` takes beside the batch; None where this model does not search on the shards.
 
         Raises:
-            UserError: the batch lacks a sequence or a feature of the settings, or has windows longer than N.
+            UserError: the batch, or that of another rank, lacks a sequence or a feature of the settings, is not within
+                the tables, or has windows longer than N.
         """
-        # The check brings figures to the host, which waits for its stream alone: on a stream of its own it does not
-        # wait for the step that is still running.
-        with torch.cuda.stream(stream) if stream is not None else nullcontext():
-            check_bounds(batch, self.sizes)
         if not self.searches_on_shards:
+            check_bounds(batch, self.sizes)
             return None
         assert isinstance(self.scoring, DotProduct)
-        return SearchHandle(self._top_k(self.scoring), batch, stream)
+        return SearchHandle(self._top_k(self.scoring), batch, channel)
 
-    def search(self, batch: Batch, cross: AllCrossRows, handle: SearchHandle | None) -> dict[str, Selection]:
+    def search(self, batch: Batch, small: SmallRows, handle: SearchHandle | None) -> dict[str, Selection]:
         """Select the K behaviours of each sequence that score highest for each target, without gradient.
 
         Args:
             batch: the targets and their histories.
-            cross: all rows of the cross tables.
+            small: all rows of the small tables.
             handle: the search that was started for this batch; None: the behaviours are searched on this rank.
 
         Returns:
@@ -147,14 +144,18 @@ class CtrModel(nn.Module):
         """
         if handle is None:
             # Not on the shards: the rows of all behaviours come to this rank, or none are needed at all.
-            return self.search_locally(batch, cross)
+            return self.search_locally(batch, small)
         # The same object, not an equal one: the handle's indices point into the histories that were sent.
         assert handle.batch is batch, "the search of another batch"
-        return handle.finish(cross[self.roles.target_attention], cross[self.roles.history_attention])
+        target_set, history_set = self.roles.target_attention, self.roles.history_attention
+        attention = SmallAttentionRows(
+            small.cross[target_set], small.cross[history_set], small.inherent[target_set], small.inherent[history_set]
+        )
+        return handle.finish(attention)
 
-    def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+    def search_locally(self, batch: Batch, small: SmallRows) -> dict[str, Selection]:
         """Search on the rank that has the targets; arguments and result are those of `search`."""
-        rows, retrieved = self._local_rows(batch, cross), self.settings.retrieved
+        rows, retrieved = self._local_rows(batch, small), self.settings.retrieved
         if isinstance(self.scoring, DotProduct):
             return search_by_dot_product(rows, self.scoring, retrieved)
         return search_by_score(rows, self.scoring, retrieved)
@@ -221,7 +222,9 @@ class CtrModel(nn.Module):
     @property
     def pools_on_shards(self) -> bool:
         """Whether histories are pooled where their rows are, so that one vector a history travels back."""
-        return self.searches_on_shards and self.could_pool_on_shards
+        # Where one rank has all rows, a sum of rows is made where it is needed.
+        name = self.roles.history_representation
+        return self.searches_on_shards and self.could_pool_on_shards and self.tables.ranks(name) > 1
 
     @property
     def could_pool_on_shards(self) -> bool:
@@ -247,25 +250,25 @@ class CtrModel(nn.Module):
         """
         if handle is None:
             handle = self.start_search(batch)
-        # From here on every rank enters the same collectives in the same order: cross tables, search, lookups, pooling,
+        # From here on every rank enters the same collectives in the same order: small tables, search, lookups, pooling,
         # batch normalisation. In the backward pass they come in the reverse order, which autograd makes the same on all
         # ranks.
-        cross = self.tables.cross_rows(batch.item_T.device)
+        small = self.tables.small_rows(batch.item_T.device)
         # Evaluation needs the main prediction alone.
         predicts_twice = self.auxiliary is not None and self.training
         looks_up_all = predicts_twice or self.attends_all
         # With all behaviours looked up, those selected and the whole history are taken from one lookup.
         sequences = self.settings.retrieved if looks_up_all else ()
         everything = {sequence: Selection.everything(batch.histories[sequence]) for sequence in sequences}
-        selected = everything if self.attends_all else self.search(batch, cross, handle)
-        rows = self._look_up(batch, cross, selected, looks_up_all)
+        selected = everything if self.attends_all else self.search(batch, small, handle)
+        rows = self._look_up(batch, small, selected, looks_up_all)
         # Twice the same rows, except in models that look at the gradients of both roles before they are added.
         attention_rows, representation_rows = self.split_gradients(rows)
 
         # Equation 1 of DARE, over the K that were kept; then ``h = sum_i w_i (e_i * v_t)`` and the prediction.
         weights = self._attend(attention_rows, selected, self.attention, row_hook)
         if self.pools_on_shards:
-            input_TI = self._pool_on_shards(batch, cross, selected, weights, row_hook)
+            input_TI = self._pool_on_shards(batch, small, selected, weights, row_hook)
         else:
             input_TI = self._pool_locally(representation_rows, selected, weights, row_hook)
         logit_T = self.prediction(input_TI)
@@ -287,13 +290,13 @@ class CtrModel(nn.Module):
         parts = (2 if self.target_aware else 1) * heads
         return inherent + len(self.settings.retrieved) * (cross + parts * (inherent + cross))
 
-    def _local_rows(self, batch: Batch, cross: AllCrossRows) -> LocalRows:
+    def _local_rows(self, batch: Batch, small: SmallRows) -> LocalRows:
         """The attention rows of all targets and behaviours, on this rank and without gradient."""
         target_set, history_set = self.roles.target_attention, self.roles.history_attention
-        return LocalRows.look_up(batch, self.tables, cross, target_set, history_set)
+        return LocalRows.look_up(batch, self.tables, small, target_set, history_set, self.sizes.lengths)
 
     def _look_up(
-        self, batch: Batch, cross: AllCrossRows, selected: Mapping[str, Selection], looks_up_all: bool
+        self, batch: Batch, small: SmallRows, selected: Mapping[str, Selection], looks_up_all: bool
     ) -> BatchRows:
         """The rows that come to this rank, with gradient: representation's only if they are pooled here."""
         target_sets, history_sets = {self.roles.target_attention}, {self.roles.history_attention}
@@ -301,7 +304,7 @@ class CtrModel(nn.Module):
         if not self.pools_on_shards:
             target_sets.add(self.roles.target_representation)
             history_sets.add(self.roles.history_representation)
-        return BatchRows(batch, self.tables, cross, target_sets, history_sets, selected, looks_up_all)
+        return BatchRows(batch, self.tables, small, target_sets, history_sets, selected, looks_up_all)
 
     def _attend(
         self,
@@ -359,7 +362,7 @@ class CtrModel(nn.Module):
     def _pool_on_shards(
         self,
         batch: Batch,
-        cross: AllCrossRows,
+        small: SmallRows,
         selected: Mapping[str, Selection],
         weights: Mapping[str, Tensor],
         row_hook: RowHook | None,
@@ -367,7 +370,7 @@ class CtrModel(nn.Module):
         """All that the prediction sees, (T, inputs); the behaviours' representation rows stay where they are."""
         name = self.roles.history_representation
         # One set serves targets and behaviours here, as `could_pool_on_shards` asks.
-        histories = pooled_on_shards(batch, self.tables, name, cross[name], selected, weights)
+        histories = pooled_on_shards(batch, self.tables, name, small, selected, weights)
         input_TI = self._prediction_input(histories.values())
         if row_hook is not None and self.training:
 

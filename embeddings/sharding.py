@@ -7,13 +7,15 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch.optim import SGD, Adagrad, Adam, Optimizer
+from torchrec import EmbeddingBagCollection
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.embedding_sharding import USE_ONE_TBE_PER_TABLE
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, TrainerConfig
-from torchrec.distributed.types import ShardingEnv, ShardingPlan, ShardingType
+from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingPlan, ShardingType
 from torchrec.optim import PartialRowWiseAdam, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
@@ -23,7 +25,7 @@ from embeddings.models import build_model
 from embeddings.sizes import DataSizes
 from schemas.errors import UserError
 from schemas.manifest import Manifest
-from schemas.model import Memory, TableOptimizer
+from schemas.model import INHERENT, Memory, TableOptimizer
 from schemas.train import TrainSettings
 
 OPTIMIZERS: dict[TableOptimizer, type[Optimizer]] = {
@@ -53,6 +55,22 @@ class TableSharder(EmbeddingBagCollectionSharder):
     def __init__(self) -> None:
         # FBGEMM's default logs such an id and reads row 0 in its place: training would go on, on wrong rows.
         super().__init__(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
+
+    def shard(
+        self,
+        module: EmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedEmbeddingBagCollection:
+        """Shard a collection; the tables of one that is looked up by id have a kernel each.
+
+        A kernel looks up as many bags in each of its tables, and an item table is asked for other ids than a small one.
+        """
+        apart = any(spec.feature_names[0] in INHERENT for spec in module.embedding_bag_configs())
+        sharder = EmbeddingBagCollectionSharder(fused_params={**self.fused_params, USE_ONE_TBE_PER_TABLE: apart})
+        return sharder.shard(module, params, env, device, module_fqn)
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """The sharding types that the planner may choose from."""

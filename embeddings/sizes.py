@@ -70,39 +70,85 @@ def check_bounds(batch: Batch, sizes: DataSizes) -> None:
     """Refuse a batch that would read from outside of a table; on a GPU this costs one transfer to the host.
 
     Raises:
-        UserError: the batch lacks a sequence, has an item or a category that the tables do not have, or a window
-            longer than N.
+        UserError: the batch lacks a sequence, has ids that the tables do not have, or a window that is longer than N or
+            outside of its behaviours.
+    """
+    check_extremes(extremes(batch, sizes).tolist(), batch.origin, sizes)
+
+
+def extremes(batch: Batch, sizes: DataSizes) -> Tensor:
+    """The least and the greatest of all that points into something, int64 (X,), for `check_extremes`.
+
+    FBGEMM would refuse a wrong id too, but could not say which batch it is of, and a search would read foreign memory.
+
+    Raises:
+        UserError: the batch lacks a sequence.
     """
     for sequence in sizes.lengths:
         if sequence not in batch.histories:
             raise UserError(
                 f"model.retrieved.{sequence}: not a sequence of {batch.origin}; it has {', '.join(batch.histories)}"
             )
-    histories = {sequence: batch.histories[sequence] for sequence in sizes.lengths}
-    checked = [
-        [batch.item_T, *(history.item_M for history in histories.values())],
-        [batch.category_T, *(history.category_M for history in histories.values())],
-        *([history.end_T - history.start_T] for history in histories.values()),
-    ]
-    # All figures in one tensor: a GPU is waited for once. FBGEMM would refuse a wrong id too, but could not say which
-    # batch it is of.
-    extremes = torch.stack([_extremes(values) for values in checked]).tolist()
-    for feature, (low, high) in zip(INHERENT, extremes, strict=False):
+    checked = [values for _, values in _id_columns(batch, sizes)]
+    for sequence in sizes.lengths:
+        history = batch.histories[sequence]
+        checked += [history.end_T - history.start_T, history.start_T, len(history.item_M) - history.end_T]
+    # All figures in one tensor: a GPU is waited for once. `aminmax` of nothing is an error, and 0 is within all bounds.
+    zero = batch.timestamp_T.new_zeros(())
+    pairs = [values.aminmax() if len(values) else (zero, zero) for values in checked]
+    return torch.stack([extreme.long() for pair in pairs for extreme in pair])
+
+
+def check_extremes(figures: list[int], origin: str, sizes: DataSizes) -> None:
+    """Refuse a batch by its `extremes`.
+
+    Args:
+        figures: the extremes, as numbers.
+        origin: what to call the batch.
+        sizes: of the data.
+
+    Raises:
+        UserError: it has ids that the tables do not have, or a window that is longer than N or outside of its
+            behaviours.
+    """
+    pairs = list(zip(figures[::2], figures[1::2], strict=True))
+    features = _id_features(sizes)
+    for feature, (low, high) in zip(features, pairs, strict=False):
         rows = sizes.rows(feature)
         if low < 0 or high >= rows:
             wrong = low if low < 0 else high
-            raise UserError(f"{batch.origin}: {feature} {wrong}, but the {feature} tables have {rows} rows")
-    for (sequence, allowed), (_, longest) in zip(sizes.lengths.items(), extremes[len(INHERENT) :], strict=True):
+            raise UserError(f"{origin}: {feature} {wrong}, but the {feature} tables have {rows} rows")
+    windows = pairs[len(features) :]
+    for number, (sequence, allowed) in enumerate(sizes.lengths.items()):
+        (shortest, longest), (first, _), (behind, _) = windows[3 * number : 3 * number + 3]
         if longest > allowed:
             raise UserError(
-                f"{batch.origin}: a history of {longest} behaviours in {sequence}; the model was built for {allowed}"
+                f"{origin}: a history of {longest} behaviours in {sequence}; the model was built for {allowed}"
             )
+        if shortest < 0 or first < 0 or behind < 0:
+            raise UserError(f"{origin}: a window of {sequence} is outside of its behaviours")
 
 
-def _extremes(values: list[Tensor]) -> Tensor:
-    """The least and the greatest of all values and of 0, int64 (2,)."""
-    # `aminmax` of nothing is an error; with the 0 there is always a value, and it is within every table.
-    each = [torch.stack(part.aminmax()).long() for part in values if len(part)]
-    zero = values[0].new_zeros(2, dtype=torch.int64)
-    both = torch.stack([zero, *each])
-    return torch.stack([both[:, 0].min(), both[:, 1].max()])
+def _id_features(sizes: DataSizes) -> list[Feature]:
+    """The feature of each column of ids that is checked."""
+    features: list[Feature] = ["item", "category"]
+    behaviors: list[Feature] = ["behavior"] * (sizes.behaviors is not None)
+    scenes: list[Feature] = ["scene"] * (sizes.scenes is not None)
+    for _ in sizes.lengths:
+        features += ["item", "category"]
+        features += behaviors + scenes
+    return features + scenes
+
+
+def _id_columns(batch: Batch, sizes: DataSizes) -> list[tuple[Feature, Tensor]]:
+    columns: list[Tensor | None] = [batch.item_T, batch.category_T]
+    for sequence in sizes.lengths:
+        history = batch.histories[sequence]
+        columns += [history.item_M, history.category_M]
+        columns += [history.behavior_type_M] * (sizes.behaviors is not None)
+        columns += [history.scene_M] * (sizes.scenes is not None)
+    columns += [batch.scene_T] * (sizes.scenes is not None)
+    # A batch may lack a column that no feature needs.
+    nothing = batch.item_T[:0]
+    features = _id_features(sizes)
+    return [(feature, nothing if ids is None else ids) for feature, ids in zip(features, columns, strict=True)]

@@ -2,19 +2,19 @@
 
 Without a process group a process is alone, and sums and maxima are its own values.
 
-n = values.
+n = values, S = ranks, X = counts of a rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
-from torchrec.distributed.types import Awaitable, LazyAwaitable, QuantizedCommCodecs
+from torchrec.distributed.types import Awaitable, QuantizedCommCodecs
 
 from schemas.model import Communication
 
@@ -81,19 +81,6 @@ def codecs_of(communication: Communication) -> QuantizedCommCodecs:
     return get_qcomm_codecs(QCommsConfig(forward_precision=values, backward_precision=gradients))
 
 
-Arriving = TypeVar("Arriving")
-
-
-def narrowest(largest: int) -> torch.dtype:
-    """The narrowest of uint8, uint16, int32 and int64 that holds 0 .. ``largest``."""
-    # Only types that hold 2^n - 1 as their largest value: `embeddings.search.messages` uses it as a bit mask. torch
-    # moves uint16 but cannot add or index with it, so whoever receives a column widens it first.
-    for dtype in (torch.uint8, torch.uint16, torch.int32):
-        if largest <= torch.iinfo(dtype).max:
-            return dtype
-    return torch.int64
-
-
 @dataclass(frozen=True)
 class Column:
     """Values for each rank, one rank's after the other's."""
@@ -107,42 +94,35 @@ class Column:
 
 
 class ColumnsAllToAll(Awaitable[list[Tensor]]):
-    """One all-to-all of all columns; `wait` returns them as they were received, one rank's values after the other's."""
+    """An all-to-all of each column; `wait` returns them as they were received, one rank's values after the other's."""
 
     def __init__(self, group: dist.ProcessGroup, columns: Sequence[Column]) -> None:
         super().__init__()
         self._columns = columns
-        ranks = range(group.size())
-        # All columns travel as bytes in one collective: each one of its own would wait for the slowest rank again.
-        sizes = [column.values.element_size() * column.values.shape[1:].numel() for column in columns]
-        # `outgoing[column][rank]` are the bytes of a column for a rank. Sizes are in bytes of one value, trailing dims
-        # included.
-        outgoing = [
-            column.values.contiguous().flatten().view(torch.uint8).split([count * size for count in column.sent])
-            for column, size in zip(columns, sizes, strict=True)
-        ]
-        # The bytes carry no header: their lengths follow from the counts, which both sides know, and from the types,
-        # which must be the same on all ranks.
-        self._received = [
-            column.received[rank] * size for rank in ranks for column, size in zip(columns, sizes, strict=True)
-        ]
-        # In memory: all columns' parts for rank 0, then all columns' parts for rank 1, ...
-        sent = [sum(len(parts[rank]) for parts in outgoing) for rank in ranks]
-        received = [sum(self._received[rank * len(columns) : (rank + 1) * len(columns)]) for rank in ranks]
-        self._outgoing = torch.cat([parts[rank] for rank in ranks for parts in outgoing])
-        self._incoming = self._outgoing.new_empty(sum(received))
-        self._work = dist.all_to_all_single(self._incoming, self._outgoing, received, sent, group=group, async_op=True)
+        self._incoming: list[Tensor] = []
+        self._works: list[dist.Work] = []
+        for column in columns:
+            outgoing = column.values.contiguous()
+            # Alone, a rank has what it sends.
+            incoming = outgoing
+            if group.size() > 1:
+                incoming = outgoing.new_empty(sum(column.received), *outgoing.shape[1:])
+                # Bytes, which every backend carries; gloo knows no 16-bit floats. All columns are on their way before
+                # the first is waited for. In one collective they would have to be laid side by side for each rank,
+                # which takes longer than their way as soon as ranks are many.
+                into, out_of = (part.view(len(part), _width(part)).view(torch.uint8) for part in (incoming, outgoing))
+                received, sent = list(column.received), list(column.sent)
+                self._works.append(dist.all_to_all_single(into, out_of, received, sent, group=group, async_op=True))
+            self._incoming.append(incoming)
 
     def _wait_impl(self) -> list[Tensor]:
-        self._work.wait()
-        parts = self._incoming.split(self._received)
-        # Parts lie by rank, then by column: every n-th one, from the column's own, is of the same column.
-        return [
-            # `cat` also copies to fresh memory: a part may begin at any byte, and `view` wants an offset that the type
-            # divides.
-            torch.cat(parts[number :: len(self._columns)]).view(column.values.dtype).view(-1, *column.values.shape[1:])
-            for number, column in enumerate(self._columns)
-        ]
+        for work in self._works:
+            work.wait()
+        return self._incoming
+
+
+def _width(values: Tensor) -> int:
+    return int(values.shape[1:].numel())
 
 
 class _WithGradient(torch.autograd.Function):
@@ -183,7 +163,8 @@ def all_to_all_with_gradient(
 ) -> tuple[Tensor, ...]:
     """Send floats to their ranks, all columns at once; in the backward pass their gradients return.
 
-    TorchRec's all-to-all of a `KeyedJaggedTensor` runs without gradient, so its weights cannot learn.
+    TorchRec's all-to-all of a `KeyedJaggedTensor` runs without gradient, so its weights cannot learn. Alone, a rank has
+    what it sends, and nothing is encoded.
 
     Args:
         columns: of floating values.
@@ -194,6 +175,8 @@ def all_to_all_with_gradient(
     Returns:
         Each column's values as they were received, one rank's after the other's.
     """
+    if group.size() == 1:
+        return tuple(column.values for column in columns)
     arrived: tuple[Tensor, ...] = _WithGradient.apply(
         group,
         [column.sent for column in columns],
@@ -205,30 +188,21 @@ def all_to_all_with_gradient(
     return arrived
 
 
-class CountsAllToAll(Awaitable[Arriving]):
-    """How much each rank sends to each, on its way; `wait` starts the exchange that these counts are needed for."""
+def exchange_counts(count_SX: Tensor, group: dist.ProcessGroup) -> tuple[list[list[int]], list[list[int]]]:
+    """Tell each rank how much it will be sent; every rank must call it.
 
-    def __init__(self, group: dist.ProcessGroup, counts: Tensor, send: Callable[[Tensor], Arriving]) -> None:
-        super().__init__()
-        # An all-to-all without sizes cuts the first dimension into equal parts: row s of the counts goes to rank s.
-        self._sent, self._received, self._send = counts, torch.empty_like(counts), send
-        self._work = dist.all_to_all_single(self._received, self._sent, group=group, async_op=True)
+    Args:
+        count_SX: integers, (S, X): row s is for rank s.
+        group: the ranks.
 
-    def _wait_impl(self) -> Arriving:
-        self._work.wait()
-        # TorchRec's modules call `input_dist(...).wait().wait()`: the first wait is for counts, the second for the
-        # values.
-        return self._send(self._received)
-
-
-class ReturnedParts(LazyAwaitable[Tensor]):
-    """Parts that the shards have sent back, to be joined when they are waited for."""
-
-    def __init__(self, parts: tuple[Tensor, ...], join: Callable[[tuple[Tensor, ...]], Tensor]) -> None:
-        super().__init__()
-        # The parts have arrived already, because an autograd function returns tensors and not promises; only joining
-        # them can still wait. `ShardedModule.output_dist` has to return an awaitable.
-        self._parts, self._join = parts, join
-
-    def _wait_impl(self) -> Tensor:
-        return self._join(self._parts)
+    Returns:
+        The counts for each rank, and those from each rank: X lists of S numbers.
+    """
+    # An all-to-all without sizes cuts the first dimension into equal parts: row s of the counts goes to rank s.
+    received_SX = count_SX
+    if group.size() > 1:
+        received_SX = torch.empty_like(count_SX)
+        dist.all_to_all_single(received_SX, count_SX.contiguous(), group=group)
+    # Both at once: on a GPU the host waits here, because collectives need their sizes on the host.
+    both: tuple[list[list[int]], list[list[int]]] = tuple(torch.stack([count_SX.T, received_SX.T]).tolist())
+    return both

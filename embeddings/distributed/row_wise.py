@@ -1,37 +1,29 @@
-"""Where the rows of row-wise sharded tables are, how to read them, and what lookups of them with gradient share.
+"""Where the rows of row-wise sharded tables are, and how they are read there: without gradient, or by a lookup with it.
 
-In a lookup ids travel to the shards that have their rows, and parts of the result travel back to the rank that has
-asked ("the requesting rank").
-
-B = ids of this rank, G = ids known to all ranks, S = shards (one a rank), R = local rows, d = dim of a table, U =
-distinct ids, I = ids in a lookup, L = bags in it, the most of a table, P = parts that travel back, D = dim of all
-tables of a collection together.
+B = ids of this rank, G = ids known to all ranks, S = shards (one a rank), R = local rows, d = dim of a table.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.types import QuantizedCommCodecs, ShardedModule, ShardingType
-from torchrec.streamable import Multistreamable
+from torchrec.distributed.types import ShardingType
 
-from embeddings.distributed.collectives import Column, ColumnsAllToAll, ReturnedParts, all_to_all_with_gradient
+from embeddings.distributed.collectives import Column, ColumnsAllToAll, exchange_counts
 from schemas.model import INHERENT, Feature
 
 
 class Bucketed(NamedTuple):
     """Ids by the shard that has their rows, one shard's after the other's, each shard's in their old order."""
 
-    counts: list[int]
-    """Ids of each of the S shards."""
+    count_S: Tensor
+    """Integer: ids of each of the S shards."""
     row_B: Tensor
     """int32 or int64: the rows, counted within their shard."""
     index_B: Tensor
@@ -59,63 +51,87 @@ class RowWiseTable:
         # Asked for anew each time, because the newest values may lie in a cache that `_local` writes back first.
         return self._local().detach()
 
+    @property
+    def local_rows(self) -> int:
+        """R."""
+        return max(0, min(self.block, self.rows - self.group.rank() * self.block))
+
     def bucketed(self, id_B: Tensor) -> Bucketed:
-        """Sort ids (int32 or int64) by the shard of their rows; those of a shard keep their order."""
-        # One table and one bag of all ids: what the operator calls the position within a bag is then the index of the
-        # id.
-        length = torch.tensor([len(id_B)], dtype=id_B.dtype, device=id_B.device)
-        block = torch.tensor([self.block], dtype=id_B.dtype, device=id_B.device)
-        count_S, row_B, _, index_B, _ = torch.ops.fbgemm.block_bucketize_sparse_features(
-            length, id_B, True, False, block, self.group.size()
-        )
-        # On a GPU, `tolist` waits for the device: the collectives need their sizes on the host.
-        return Bucketed(count_S.tolist(), row_B, index_B)
+        """Sort ids (int32 or int64) by the shard of their rows; those of a shard keep their order, on every device."""
+        return bucketed(id_B, self.block, self.group.size())
 
     def fetch(self, id_B: Tensor) -> Tensor:
         """Fetch the rows of this rank's ids, (B, d), without gradient; every rank must call it, if with no ids."""
         ids = self.bucketed(id_B)
         # Three exchanges: how many ids, the ids, their rows.
-        sent_S = torch.tensor(ids.counts, device=id_B.device)
-        received_S = torch.empty_like(sent_S)
-        dist.all_to_all_single(received_S, sent_S, group=self.group)
-        received = received_S.tolist()
-        (local_row_I,) = ColumnsAllToAll(self.group, [Column(ids.row_B, ids.counts, received)]).wait()
+        (sent,), (received,) = exchange_counts(ids.count_S[:, None], self.group)
+        (local_row_I,) = ColumnsAllToAll(self.group, [Column(ids.row_B, sent, received)]).wait()
         local_rows_Id = self.local_Rd.index_select(0, local_row_I)
-        (by_shard_Bd,) = ColumnsAllToAll(self.group, [Column(local_rows_Id, received, ids.counts)]).wait()
+        (by_shard_Bd,) = ColumnsAllToAll(self.group, [Column(local_rows_Id, received, sent)]).wait()
         # The rows come back in the order in which they were asked for, by shard; each is written where its id was.
-        rows_Bd = torch.empty_like(by_shard_Bd)
-        rows_Bd[ids.index_B.long()] = by_shard_Bd
-        return rows_Bd
+        return torch.empty_like(by_shard_Bd).index_copy_(0, ids.index_B.long(), by_shard_Bd)
 
-    def gather(self, id_G: Tensor) -> Tensor:
-        """Gather rows of ids that all ranks know, (G, d) on all of them: each shard sends what it has to all, once."""
-        id_U, slot_G = torch.unique(id_G.long(), return_inverse=True)  # sorted, so by shard
-        # All ranks have the same ids, so each knows which shard sends which rows, and no counts need to travel.
-        owner_U = id_U // self.block
-        count_S = torch.bincount(owner_U, minlength=self.group.size())
-        longest = max(1, int(count_S.max()))
-        rank = self.group.rank()
-        local_Rd = self.local_Rd
+    def gather(self, id_G: Tensor, held: Sequence[int] | None) -> Tensor:
+        """Gather rows of ids that all ranks know, (G, d) on all of them: each shard sends what it has to all.
+
+        Args:
+            id_G: integer, the same on all ranks.
+            held: how many of them each shard has; None: every rank finds it out, for which a GPU is waited for.
+        """
+        local_Rd, id_G = self.local_Rd, id_G.long()
+        if self.group.size() == 1:
+            return local_Rd.index_select(0, id_G)
+        # All ranks sort alike, so each knows which shard sends which rows, and in which order.
+        ids = self.bucketed(id_G)
+        held = ids.count_S.tolist() if held is None else held
+        rank, longest = self.group.rank(), max(1, *held)
+        first = sum(held[:rank])
+        # Each shard's part is filled up to the longest, because the collective needs equal parts.
         own = local_Rd.new_zeros(longest, local_Rd.shape[1])
-        mine = id_U[owner_U == rank] - rank * self.block
-        own[: len(mine)] = local_Rd.index_select(0, mine)
+        own[: held[rank]] = local_Rd.index_select(0, ids.row_B[first : first + held[rank]])
         everyone = own.new_empty(self.group.size() * longest, local_Rd.shape[1])
         dist.all_gather_into_tensor(everyone, own, group=self.group)
-        # Each shard's part is padded to the longest, because the collective needs equal parts.
-        first_S = count_S.cumsum(0) - count_S
-        index_U = torch.arange(len(id_U), device=id_U.device) - first_S[owner_U] + owner_U * longest
-        return everyone.index_select(0, index_U[slot_G])
+        # The n-th id of a shard lies n rows behind the shard's first.
+        count_S = ids.count_S.long()
+        shift_S = torch.arange(len(count_S), device=id_G.device) * longest - (count_S.cumsum(0) - count_S)
+        index_G = torch.arange(len(id_G), device=id_G.device)
+        index_G += shift_S.repeat_interleave(count_S, output_size=len(id_G))
+        return torch.empty_like(everyone[: len(id_G)]).index_copy_(0, ids.index_B.long(), everyone[index_G])
 
 
-class Bags(NamedTuple):
-    """Bags of local rows to be summed, of one table, on this rank's shard of it."""
+def bucketed(id_B: Tensor, block: int, shards: int) -> Bucketed:
+    """Sort ids by shard: row r is row ``r % block`` of shard ``r // block``; those of a shard keep their order.
 
-    row_I: Tensor
-    """int32 or int64, local rows: the first bag's, the second's, ..."""
-    length_L: Tensor | None = None
-    """Integer; None: bags of one."""
-    weight_I: Tensor | None = None
-    """float32, may require a gradient; of all tables, or of none."""
+    Args:
+        id_B: int32 or int64.
+        block: rows of a shard.
+        shards: S.
+    """
+    if shards == 1:
+        return Bucketed(id_B.new_full((1,), len(id_B)), id_B, torch.arange(len(id_B), device=id_B.device))
+    if id_B.device.type == "cpu":
+        # One table and one bag of all ids: what the operator calls the position within a bag is then the index of the
+        # id. On a CPU it keeps the order of ids.
+        length, blocks = (torch.tensor([number], dtype=id_B.dtype) for number in (len(id_B), block))
+        count_S, row_B, _, index_B, _ = torch.ops.fbgemm.block_bucketize_sparse_features(
+            length, id_B, True, False, blocks, shards
+        )
+        return Bucketed(count_S, row_B, index_B)
+    return bucketed_by_sort(id_B, block, shards)
+
+
+def bucketed_by_sort(id_B: Tensor, block: int, shards: int) -> Bucketed:
+    """What `bucketed` returns, by a stable sort of the shards' numbers.
+
+    FBGEMM's operator does not keep the order of ids on a GPU, and one bag of all ids is the work of a single warp.
+    """
+    # Few bits, which a radix sort passes over less often. Ids outside of the table go somewhere; `check_bounds` reports
+    # them before anything is done with them.
+    owner_B = torch.div(id_B, block, rounding_mode="floor").clamp(0, shards - 1)
+    owner_B, index_B = owner_B.to(torch.int16 if shards < 2**15 else torch.int32).sort(stable=True)
+    end_S = torch.searchsorted(owner_B, torch.arange(1, shards + 1, dtype=owner_B.dtype, device=id_B.device))
+    row_B = id_B.index_select(0, index_B).remainder(block)
+    return Bucketed(torch.diff(end_S, prepend=end_S.new_zeros(1)), row_B, index_B)
 
 
 # It is no `nn.Module`, though it holds the collection's kernels: as a submodule it would name their parameters twice.
@@ -129,51 +145,48 @@ class RowWiseLookup:
         collection: sharded; all its tables are row-wise.
     """
 
-    def __init__(self, collection: ShardedEmbeddingBagCollection) -> None:
-        assert is_row_wise(collection), collection._sharding_types
-        tables = _tables(collection)
-        # TorchRec has one sharding and one lookup for each sharding type: here the row-wise one alone. It groups a
-        # rank's tables by type, kernel and optimizer, so the order of a lookup may differ from that of the declaration;
-        # the features of the sharding are in the lookup's order.
-        (sharding,), (self._lookup,) = collection._embedding_shardings, collection._lookups
-        self.tables = {feature: tables[feature] for feature in sharding.feature_names()}
-        """By the feature that is looked up in them, in the order of the lookup."""
-        self.dims = dict(zip(self.tables, sharding.embedding_dims(), strict=True))
+    def __init__(self, collection: torch.nn.Module) -> None:
+        assert isinstance(collection, ShardedEmbeddingBagCollection) and is_row_wise(collection), collection
+        self.tables = _tables(collection)
+        """By the feature that is looked up in them."""
+        self._kernels: list[BatchedFusedEmbeddingBag] = list(collection._lookups[0]._emb_modules)
         self.group: dist.ProcessGroup = collection._env.process_group
         # TorchRec takes each rank's loss for its own, and makes the step for the mean of all ranks' losses.
         self.gradient_scale = 1.0 / self.group.size() if get_gradient_division() else 1.0
         """What the gradients that come to a shard are multiplied by."""
 
-    def __call__(self, bags: Sequence[Bags]) -> list[Tensor]:
-        """Sum the local rows of bags, weighted.
+    def rows(self, rows: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+        """Look up local rows, with gradient.
 
         Args:
-            bags: of each table, in the order of ``tables``.
+            rows: by feature, integer (B,), local rows; features may have different numbers of them.
 
         Returns:
-            For each table, the sums of its bags, (bags, d).
+            By feature, float32 (B, d); of features that were asked for alone.
         """
-        device = bags[0].row_I.device
-        lengths = [
-            torch.ones(len(row_I), dtype=torch.int32, device=device) if length_L is None else length_L.to(torch.int32)
-            for row_I, length_L, _ in bags
-        ]
-        # The kernel wants as many bags in each table. At least one: else no gradient would pass through it, and the
-        # backward collectives of this rank, which the others wait for, would not run.
-        most = max(1, *map(len, lengths))
-        weights = [weight_I for _, _, weight_I in bags if weight_I is not None]
-        # `None` for all weights, not ones: unweighted bags have a kernel of their own. Lengths lie table by table, as
-        # the values do, and bags that fill a table up to ``most`` are empty, so they move no offset of a real one.
-        features = KeyedJaggedTensor(
-            keys=list(self.tables),
-            values=torch.cat([row_I for row_I, _, _ in bags]),
-            lengths=torch.cat([torch.nn.functional.pad(length_L, (0, most - len(length_L))) for length_L in lengths]),
-            weights=torch.cat(weights) if weights else None,
-            stride=most,
-        )
-        rows_LD: Tensor = self._lookup(features)
-        parts = rows_LD.split(list(self.dims.values()), dim=1)
-        return [part_Ld[: len(length_L)] for part_Ld, length_L in zip(parts, lengths, strict=True)]
+        found: dict[Any, Tensor] = {}
+        for kernel in self._kernels:
+            tables = kernel.config.embedding_tables
+            features = [table.feature_names[0] for table in tables]
+            wanted = [rows[feature] for feature in features if feature in rows]
+            if not wanted:
+                continue
+            # The kernel wants as many bags in each of its tables: bags of one, and empty ones behind them. At least one
+            # bag, or no gradient would pass, and the backward collectives that others wait for would not run.
+            most = max(1, *map(len, wanted))
+            row_I = torch.cat(wanted).long() if len(wanted) > 1 else wanted[0].long()
+            ends, before = [torch.zeros(1, dtype=torch.int64, device=row_I.device)], 0
+            for feature in features:
+                count = len(rows[feature]) if feature in rows else 0
+                bag_B = torch.arange(before + 1, before + most + 1, device=row_I.device)
+                ends.append(bag_B if count == most else bag_B.clamp(max=before + count))
+                before += count
+            looked_up: Tensor = kernel.emb_module(row_I, torch.cat(ends))
+            parts = looked_up.float().split([table.local_cols for table in tables], dim=1)
+            for feature, part_Bd in zip(features, parts, strict=True):
+                if feature in rows:
+                    found[feature] = part_Bd[: len(rows[feature])]
+        return found
 
 
 def is_row_wise(collection: torch.nn.Module | None) -> bool:
@@ -211,68 +224,3 @@ def _local_rows(kernel: BatchedFusedEmbeddingBag, number: int) -> Callable[[], T
         return rows_Rd
 
     return local
-
-
-@dataclass
-class RowWiseContext(Multistreamable):
-    """What the requesting rank remembers of a lookup; lists have an entry for each table, in the lookup's order."""
-
-    indices: list[Tensor] = field(default_factory=list)
-    """int64: how parts and results belong to each other; each kind of lookup says how."""
-    sent: list[list[int]] = field(default_factory=list)
-    """Parts that this rank requests of each shard."""
-    received: list[list[int]] = field(default_factory=list)
-    """Parts that each rank requests of this shard."""
-    features: tuple[str, ...] = ()
-    """The order in which the result has the features side by side."""
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        """Tell the allocator that ``stream`` uses the tensors."""
-        for index in self.indices:
-            index.record_stream(stream)
-
-
-C = TypeVar("C", bound=RowWiseContext)
-
-
-class RowWiseModule(ShardedModule[list[Bags], list[Tensor], Tensor, C]):
-    """A lookup in the shards of a collection, with gradient.
-
-    It has no parameters: the rows are those of the collection, and so are their optimizers.
-
-    Args:
-        collection: sharded row-wise.
-        codecs: of the parts and of their gradients on their way; None: as they are.
-    """
-
-    def __init__(self, collection: ShardedEmbeddingBagCollection, codecs: QuantizedCommCodecs | None = None) -> None:
-        super().__init__()
-        self._codecs = codecs
-        self._lookup = RowWiseLookup(collection)
-        self._group = self._lookup.group
-
-    @property
-    def unsharded_module_type(self) -> type[EmbeddingBagCollection]:
-        """The module whose tables it reads, before sharding."""
-        unsharded: type[EmbeddingBagCollection] = EmbeddingBagCollection
-        return unsharded
-
-    def compute(self, ctx: C, dist_input: list[Bags]) -> list[Tensor]:
-        """Make the parts that this shard has of all ranks' results: for each table (parts, d)."""
-        return self._lookup(dist_input)
-
-    def output_dist(self, ctx: C, output: list[Tensor]) -> ReturnedParts:
-        """Send the parts back to the ranks that have requested them."""
-        # The way back: a shard returns as many parts to each rank as that rank requested of it.
-        columns = list(map(Column, output, ctx.received, ctx.sent))
-        parts = all_to_all_with_gradient(columns, self._lookup.gradient_scale, self._group, self._codecs)
-
-        def joined(parts: tuple[Tensor, ...]) -> Tensor:
-            by_feature = dict(zip(self._lookup.tables, self.assemble(ctx, parts), strict=True))
-            return torch.cat([by_feature[feature] for feature in ctx.features], dim=1)
-
-        return ReturnedParts(parts, joined)
-
-    def assemble(self, ctx: C, parts: tuple[Tensor, ...]) -> Iterable[Tensor]:
-        """Make the result of each table, (B, d), in the order of the lookup, of its parts (P, d)."""
-        raise NotImplementedError

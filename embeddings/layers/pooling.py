@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embeddings.features import Rows
+from embeddings.features import IndexedBehaviors, Rows
+from embeddings.layers import row_products
+from schemas.model import INHERENT
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class Representation:
 
 def pooled(weight_TK: Tensor, behaviors: Rows) -> Rows:
     """Pool representation rows of behaviours (T, K, ...) with their weights: ``sum_i w_i e_i``, (T, ...)."""
+    if isinstance(behaviors, IndexedBehaviors) and weight_TK.dim() == 2:
+        sums = {feature: row_products.weighted_sum(weight_TK, *rows) for feature, rows in behaviors.features.items()}
+        inherent = [sum_Td for feature, sum_Td in sums.items() if feature in INHERENT]
+        cross = {feature: sum_Td for feature, sum_Td in sums.items() if feature not in INHERENT}
+        return Rows(torch.cat(inherent, dim=1) if len(inherent) > 1 else inherent[0], cross)
     return behaviors.map(lambda rows_TKd: weighted_sum(weight_TK, rows_TKd))
 
 

@@ -4,12 +4,16 @@ T = targets, K = behaviours of each, H = heads, D = dim of the inherent features
 of one head, E = dim of all features together, h = hidden units.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from embeddings.features import Rows
+from embeddings.features import IndexedBehaviors, IndexedRows, Rows
+from embeddings.layers import row_products
 from embeddings.layers.projections import RowsMap
+from schemas.model import INHERENT, Feature
 
 
 class DotProduct(nn.Module):
@@ -152,10 +156,23 @@ class MultiHeadScore(nn.Module):
 
 def product(query: Rows, behaviors: Rows) -> Tensor:
     """Dot products over all features, float32 (T, K), of queries (T, ...) with K behaviours of each (T, K, ...)."""
+    if isinstance(behaviors, IndexedBehaviors):
+        return _indexed_product(query, behaviors.features)
     score_TK = _dot(behaviors.inherent, query.inherent)
     for feature, rows_TKd in behaviors.cross.items():
         score_TK = score_TK + _dot(rows_TKd, query.cross[feature])
     return score_TK
+
+
+def _indexed_product(query: Rows, features: Mapping[Feature, IndexedRows]) -> Tensor:
+    # The query of the inherent features is cut again into those of item and category, whose rows lie apart.
+    inherent = [feature for feature in features if feature in INHERENT]
+    dims = [features[feature].rows_Ld.shape[1] for feature in inherent]
+    queries = dict(zip(inherent, query.inherent.split(dims, dim=-1), strict=True)) | dict(query.cross)
+    parts = [
+        row_products.dot(queries[feature].expand(len(rows.index_X), -1), *rows) for feature, rows in features.items()
+    ]
+    return sum(parts[1:], start=parts[0])
 
 
 def _dot(rows_TKD: Tensor, query_TD: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from embeddings.layers.scoring import DinScore
 from embeddings.model import SearchPlace
 from embeddings.models.twin import Twin
 from embeddings.search.by_category import latest
-from embeddings.tables.collections import AllCrossRows
+from embeddings.tables.collections import SmallRows
 
 
 class Din(Twin):
@@ -36,6 +36,6 @@ class DinShort(Din):
 
     searched = "ids"
 
-    def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+    def search_locally(self, batch: Batch, small: SmallRows) -> dict[str, Selection]:
         """Select the K latest behaviours; no rows are looked up."""
         return latest(batch, self.settings.retrieved)

@@ -7,7 +7,7 @@ from embeddings.layers.projections import Signature
 from embeddings.model import SearchPlace
 from embeddings.models.twin import Twin
 from embeddings.search.local import search_by_signature
-from embeddings.tables.collections import AllCrossRows
+from embeddings.tables.collections import SmallRows
 
 
 class Eta(Twin):
@@ -30,6 +30,6 @@ class Eta(Twin):
         """One multiplication for each bit."""
         return self.settings.hash_bits
 
-    def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+    def search_locally(self, batch: Batch, small: SmallRows) -> dict[str, Selection]:
         """Select the K behaviours of the nearest signatures, on the sample's rank."""
-        return search_by_signature(self._local_rows(batch, cross), self.signature, self.settings.retrieved)
+        return search_by_signature(self._local_rows(batch, small), self.signature, self.settings.retrieved)

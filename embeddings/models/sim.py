@@ -15,7 +15,7 @@ from embeddings.model import SearchPlace
 from embeddings.models.twin import Twin
 from embeddings.search.by_category import search_by_category
 from embeddings.search.local import search_by_dot_product
-from embeddings.tables.collections import AllCrossRows
+from embeddings.tables.collections import SmallRows
 
 
 class SimHard(Twin):
@@ -35,9 +35,9 @@ class SimHard(Twin):
         """Make the attention's score, of each head."""
         return MultiHeadScore(sum(super().represented_dims().values()), self.heads)
 
-    def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+    def search_locally(self, batch: Batch, small: SmallRows) -> dict[str, Selection]:
         """Select the K latest behaviours of the target's category; no rows are looked up."""
-        return search_by_category(batch, self.settings.retrieved, filled=False)
+        return search_by_category(batch, self.settings.retrieved, self.sizes.lengths, filled=False)
 
 
 class SimSoft(SimHard):
@@ -58,12 +58,12 @@ class SimSoft(SimHard):
         of_target, of_behavior = (RowsMap(dims, tuple(dims), dims, bias=False) for _ in range(2))
         self.searching = MappedDotProduct(of_target, of_behavior)
 
-    def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+    def search_locally(self, batch: Batch, small: SmallRows) -> dict[str, Selection]:
         """Select the K best by the search's score, on the sample's rank.
 
         It could be made on the shards, but in training the auxiliary prediction needs all rows on that rank anyway.
         """
-        return search_by_dot_product(self._local_rows(batch, cross), self.searching, self.settings.retrieved)
+        return search_by_dot_product(self._local_rows(batch, small), self.searching, self.settings.retrieved)
 
     def search_products(self, dim: int) -> int:
         """The multiplications of one product of mapped rows."""

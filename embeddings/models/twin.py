@@ -1,6 +1,6 @@
 """TWIN, whose attention and representation share their embedding tables (arXiv 2302.02352), and its variants.
 
-M = behaviours of all users, D = dim of the inherent features together.
+M = behaviours of all users, d = dim of an item row.
 """
 
 import math
@@ -15,7 +15,7 @@ from embeddings.search.by_category import search_by_category
 from embeddings.search.clusters import log_counts
 from embeddings.search.local import search_by_dot_product
 from embeddings.tables.batch_rows import BatchRows
-from embeddings.tables.collections import AllCrossRows
+from embeddings.tables.collections import SmallRows
 from embeddings.tables.specs import TableRoles
 
 
@@ -58,9 +58,9 @@ class TwinHard(Twin):
     searched = "ids"
     needs_categories = True
 
-    def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+    def search_locally(self, batch: Batch, small: SmallRows) -> dict[str, Selection]:
         """Select by category; no rows are looked up."""
-        return search_by_category(batch, self.settings.retrieved, filled=True)
+        return search_by_category(batch, self.settings.retrieved, self.sizes.lengths, filled=True)
 
 
 class TwinV2(Twin):
@@ -83,14 +83,12 @@ class TwinV2(Twin):
         splits = math.ceil(math.log2(max(1, max(self.sizes.lengths.values()) / self.settings.cluster_size)))
         return dim + 4 * item * splits
 
-    def search_locally(self, batch: Batch, cross: AllCrossRows) -> dict[str, Selection]:
+    def search_locally(self, batch: Batch, small: SmallRows) -> dict[str, Selection]:
         """Select the K clusters of the highest score, each by the behaviour that stands for it."""
-        rows = self._local_rows(batch, cross)
-        item = self.tables.inherent_dims(self.roles.history_attention)["item"]
+        rows = self._local_rows(batch, small)
 
-        def cluster_weights(rows_MD: Tensor, history: History) -> Tensor:
-            # A row is item and category side by side: the first columns are the item's.
-            return log_counts(rows_MD[:, :item], history, self.settings.cluster_size)
+        def cluster_weights(rows_Md: Tensor, history: History) -> Tensor:
+            return log_counts(rows_Md, history, self.settings.cluster_size)
 
         return search_by_dot_product(rows, self.scoring, self.settings.retrieved, cluster_weights)
 

@@ -1,26 +1,29 @@
 """Search by ids alone: the latest behaviours of the target's category, or the latest of all. No rows are looked up.
 
-T = targets, K = behaviours to keep of each, W = (target, behaviour) pairs.
+T = targets, K = behaviours to keep of each, N = longest window.
 """
 
 from collections.abc import Mapping
 
 import torch
 
-from embeddings.batch import Batch, Selection, gather_or_zeros
-from embeddings.search.local import select_best
-from embeddings.search.pairs import Pairs
+from embeddings.batch import Batch, Selection
+from embeddings.search.topk.api import top_k
+from embeddings.search.topk.inputs import PartKind, ScorePart, TopKInputs
 
 EXACT = 1 << 24
 """A float32 holds all integers below it."""
 
 
-def search_by_category(batch: Batch, retrieved: Mapping[str, int], *, filled: bool) -> dict[str, Selection]:
+def search_by_category(
+    batch: Batch, retrieved: Mapping[str, int], lengths: Mapping[str, int], *, filled: bool
+) -> dict[str, Selection]:
     """Keep the K latest behaviours of the target's category ("hard search", SIM, arXiv 2006.05639, section 3.1).
 
     Args:
-        batch: the targets and their histories.
+        batch: the targets and their histories; `embeddings.sizes.check_bounds` has checked it.
         retrieved: K by sequence.
+        lengths: N by sequence.
         filled: where there are fewer than K, take the latest of the others after them.
 
     Returns:
@@ -28,18 +31,25 @@ def search_by_category(batch: Batch, retrieved: Mapping[str, int], *, filled: bo
     """
     selected = {}
     for sequence, k in retrieved.items():
-        history = batch.histories[sequence]
-        pairs = Pairs(history.start_T, history.end_T, len(history.item_M))
-        # The ordinary top K does the work: the order in time, as a float, is the score.
-        index_W = pairs.of_behaviors(torch.arange(len(history.item_M), device=history.item_M.device))
-        same_W = gather_or_zeros(history.category_M, index_W) == pairs.of_targets(batch.category_T)
-        # Counted within the window, so that indices stay exact as floats however many users a batch has.
-        order_W = index_W - pairs.of_targets(history.start_T)
-        longest = int((history.end_T - history.start_T).max()) if len(batch) else 0
+        history, longest = batch.histories[sequence], lengths[sequence]
         assert 2 * longest < EXACT, longest
-        others_W = order_W.float() if filled else torch.full_like(order_W, -torch.inf, dtype=torch.float32)
-        # Adding the longest window puts every behaviour of the category above all others.
-        selected[sequence] = select_best(torch.where(same_W, (order_W + longest).float(), others_W), history, k)
+        # The ordinary top K does the work, on rows of no dims: its score is how late a behaviour is, counted back from
+        # the end of the window; N more puts every behaviour of the category above all others.
+        position_R1 = -torch.arange(longest + 1, device=history.item_M.device, dtype=torch.float32)[:, None]
+        one_11 = position_R1.new_ones(1, 1)
+        other = 0.0 if filled else -torch.inf
+        match_21 = torch.cat([one_11 * other, one_11 * longest])
+        parts = [
+            ScorePart(PartKind.MATCH, match_21, one_11, history.category_M, batch.category_T.long()),
+            ScorePart(PartKind.POSITION, position_R1, one_11, None, history.end_T),
+        ]
+        rows_RD, query_TD = position_R1.new_empty(1, 0), position_R1.new_empty(len(batch), 0)
+        ids_M = torch.zeros_like(history.item_M)
+        score_TK, index_TK = top_k(
+            TopKInputs(rows_RD, ids_M, history.start_T, history.end_T, query_TD, k, parts, longest=longest)
+        )
+        valid_TK = (index_TK >= 0) & (score_TK != -torch.inf)
+        selected[sequence] = Selection(torch.where(valid_TK, index_TK, 0), valid_TK)
     return selected
 
 

@@ -7,7 +7,7 @@ a window.
 import numpy as np
 from numpy.typing import NDArray
 
-from embeddings.search.topk.cpu_kernel import compiled
+from embeddings.compiled import compiled
 
 SUMS = {"reassoc", "contract", "nsz"}
 """Liberties that the compiler may take with a sum's order; without them it does not use vectors."""

@@ -5,7 +5,7 @@ behaviour's item and category rows lie apart, so that only a dot product, which 
 
 T = targets, K = behaviours to keep of each, M = behaviours of all users, W = (target, behaviour) pairs: all behaviours
 of the first target's window, then of the second's, ..., N = longest window, C = targets of a chunk, D = dim of the
-inherent features together, d = dim of one feature, B = bits of a signature.
+inherent features together, d = dim of one feature, L = rows looked up, B = bits of a signature.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,20 +18,21 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from embeddings.batch import Batch, History, Selection, gather_or_zeros
-from embeddings.features import Rows, behavior_row, target_row
+from embeddings.distributed.row_wise import row_wise_tables
+from embeddings.features import IndexedRows, Rows, behavior_row, target_row
 from embeddings.layers.projections import Signature
 from embeddings.layers.scoring import DotProduct
-from embeddings.search.pairs import Pairs, cross_score, search_rows
+from embeddings.search.score_parts import PairRows, pair_rows, score_parts, search_rows
 from embeddings.search.topk.api import top_k
-from embeddings.search.topk.inputs import TopKInputs
-from embeddings.tables.collections import AllCrossRows, CrossRows, Tables
+from embeddings.search.topk.inputs import PartKind, TopKInputs
+from embeddings.tables.collections import CrossRows, SmallRows, Tables
 from schemas.model import Feature
 
 CHUNK_PAIRS = {"cpu": 1 << 13, "cuda": 1 << 18}
 """How many pairs' rows are in memory at once in `search_by_score`: on a CPU, as many as its caches hold."""
 
 ClusterWeights = Callable[[Tensor, History], Tensor]
-"""Takes a sequence's rows (M, D) and its windows. Returns, float32 (W,), the logarithm of how many behaviours each
+"""Takes a sequence's item rows (M, d) and its windows. Returns, float32 (W,), the logarithm of how many behaviours each
 pair's behaviour stands for; -inf where another behaviour stands for it."""
 
 
@@ -43,10 +44,12 @@ class LocalRows:
     """
 
     batch: Batch
+    lengths: Mapping[str, int]
+    """N by sequence."""
     target_TD: Tensor
     """float32: item and category rows of the targets."""
-    behavior_MD: Mapping[str, Tensor]
-    """float32, by sequence: item and category rows of its behaviours."""
+    behaviors: Mapping[str, Mapping[Feature, IndexedRows]]
+    """By sequence and inherent feature: the rows of its behaviours, index (M,)."""
     target_cross: CrossRows
     """All rows of the targets' cross tables."""
     history_cross: CrossRows
@@ -54,38 +57,67 @@ class LocalRows:
 
     @classmethod
     @torch.no_grad()
-    def look_up(cls, batch: Batch, tables: Tables, cross: AllCrossRows, target_set: str, history_set: str) -> Self:
+    def look_up(
+        cls,
+        batch: Batch,
+        tables: Tables,
+        small: SmallRows,
+        target_set: str,
+        history_set: str,
+        lengths: Mapping[str, int],
+    ) -> Self:
         """Look all rows up; every rank must call it.
 
         Args:
             batch: the targets and their histories.
             tables: where the rows are.
-            cross: by set, all rows of the cross tables.
+            small: all rows of the small tables.
             target_set: the set of tables that targets are looked up in.
             history_set: the set of tables that behaviours are looked up in.
+            lengths: N by sequence.
         """
-        # All sequences share the tables, so all their behaviours are one lookup. Equal ids travel once (`ShardedRows`).
+        # All sequences share the tables, so all their behaviours are one lookup. Equal ids travel once.
         items = [batch.histories[sequence].item_M for sequence in tables.sequences]
         categories = [batch.histories[sequence].category_M for sequence in tables.sequences]
+        targets: dict[Feature, Tensor] = {"item": batch.item_T, "category": batch.category_T}
 
-        def rows(set_name: str, item: list[Tensor], category: list[Tensor]) -> Tensor:
+        def rows(set_name: str, item: list[Tensor], category: list[Tensor]) -> dict[Feature, IndexedRows]:
             ids: dict[Feature, Tensor] = {"item": torch.cat(item), "category": torch.cat(category)}
-            return tables.inherent_rows(set_name, ids, torch.ones_like(ids["item"], dtype=torch.bool))
+            if tables.row_wise(set_name) and tables.ranks(set_name) == 1:
+                # All rows are on this rank: they are read where they are.
+                local = row_wise_tables(tables.inherent[set_name])
+                return {feature: IndexedRows(table.local_Rd, ids[feature].long()) for feature, table in local.items()}
+            looked_up = tables.inherent_rows(set_name, ids, None, small)
+            return {feature: IndexedRows(of.rows_Ld, of.index_B) for feature, of in looked_up.items()}
 
         counts = [len(item_M) for item_M in items]
         if target_set == history_set:
             # One lookup for both: a rank that asks twice waits for the others twice.
             together = rows(history_set, [*items, batch.item_T], [*categories, batch.category_T])
-            *behaviors, target_TD = together.split([*counts, len(batch)])
+            parts = {feature: of.index_X.split([*counts, len(batch)]) for feature, of in together.items()}
+            of_targets = {feature: IndexedRows(of.rows_Ld, parts[feature][-1]) for feature, of in together.items()}
         else:
-            behaviors = list(rows(history_set, items, categories).split(counts))
-            target_TD = rows(target_set, [batch.item_T], [batch.category_T])
-        behavior_MD = dict(zip(tables.sequences, behaviors, strict=True))
-        return cls(batch, target_TD, behavior_MD, cross[target_set], cross[history_set])
+            together = rows(history_set, items, categories)
+            parts = {feature: of.index_X.split(counts) for feature, of in together.items()}
+            of_targets = rows(target_set, [targets["item"]], [targets["category"]])
+        behaviors = {
+            sequence: {feature: IndexedRows(of.rows_Ld, parts[feature][number]) for feature, of in together.items()}
+            for number, sequence in enumerate(tables.sequences)
+        }
+        target_TD = torch.cat([of.gathered().float() for of in of_targets.values()], dim=1)
+        return cls(batch, lengths, target_TD, behaviors, small.cross[target_set], small.cross[history_set])
 
     def targets(self, sequence: str) -> Rows:
         """The targets' rows as scores make queries of them, seen from a sequence; see `search_rows`."""
         return search_rows(self.target_TD, partial(target_row, batch=self.batch), self.target_cross[sequence])
+
+    def gathered(self, sequence: str, index_X: Tensor | None = None) -> Tensor:
+        """Item and category rows of some behaviours of a sequence, side by side, float32 (X, D); None: of all."""
+        parts = [
+            embedding(of.index_X if index_X is None else gather_or_zeros(of.index_X, index_X), of.rows_Ld).float()
+            for of in self.behaviors[sequence].values()
+        ]
+        return torch.cat(parts, dim=-1)
 
 
 @torch.no_grad()
@@ -105,29 +137,42 @@ def search_by_dot_product(
         By sequence, the best first.
     """
     batch, selected = rows.batch, {}
-    target_T = torch.arange(len(batch), device=rows.target_TD.device)
     for sequence, k in retrieved.items():
-        history, rows_MD = batch.histories[sequence], rows.behavior_MD[sequence]
+        history, features = batch.histories[sequence], rows.behaviors[sequence]
         queries = scoring.queries(rows.targets(sequence))
-        # The rows were brought here behaviour by behaviour, so behaviour m has row m: no ids are left.
-        ids_M = torch.arange(len(rows_MD), device=rows_MD.device)
-        pairs = Pairs(history.start_T, history.end_T, len(rows_MD))
-        index_W, target_W = pairs.of_behaviors(ids_M), pairs.of_targets(target_T)
-        row = partial(behavior_row, batch=batch, history=history, index_X=index_W, target_X=target_W)
-        # The part of the score that is of small tables comes as one float a pair; the kernel adds it to the product of
-        # rows.
-        additive_W = cross_score(pairs, queries.cross, row, rows.history_cross[sequence])
-        weight_W = None if cluster_weights is None else cluster_weights(rows_MD, history)
-        if weight_W is not None:
-            additive_W = additive_W + weight_W
-        query_TD = queries.inherent.contiguous()
-        inputs = TopKInputs(rows_MD, ids_M, history.start_T, history.end_T, query_TD, additive_W, k)
+        # The query of the inherent features is cut again into those of item and category, whose rows lie apart.
+        dims = [of.rows_Ld.shape[1] for of in features.values()]
+        by_feature = dict(zip(features, queries.inherent.split(dims, dim=1), strict=True)) | dict(queries.cross)
+        tables, pairs = dict(rows.history_cross[sequence]), dict[Feature, PairRows]()
+        for feature in tables:
+            pairs[feature] = pair_rows(feature, batch, history)
+        for feature, of in features.items():
+            if feature != "item":
+                tables[feature] = of.rows_Ld.float()
+                pairs[feature] = PairRows(PartKind.VALUE, of.index_X.to(torch.int32))
+        item = features["item"]
+        weight_W = None
+        if cluster_weights is not None:
+            weight_W = cluster_weights(item.gathered().float(), history)
+        inputs = TopKInputs(
+            rows_RD=item.rows_Ld,
+            ids_M=item.index_X,
+            start_T=history.start_T,
+            end_T=history.end_T,
+            query_TD=by_feature["item"].contiguous(),
+            k=k,
+            parts=score_parts(by_feature, tables, pairs),
+            additive_W=weight_W,
+            longest=rows.lengths[sequence],
+        )
         score_TK, index_TK = top_k(inputs)
         valid_TK, log_count_TK = index_TK >= 0, None
         if weight_W is not None:
             # Behaviours that another one stands for have -inf: they fill up a selection of fewer than K clusters.
             valid_TK &= score_TK != -torch.inf
-            pair_TK = pairs.pair_index(torch.where(valid_TK, index_TK, history.start_T[:, None]))
+            # Which of the W pairs each target is with its selected behaviours; padding reads any.
+            pair_TK = inputs.first_pair_T[:, None] + index_TK - history.start_T[:, None]
+            pair_TK = torch.where(valid_TK, pair_TK, 0)
             log_count_TK = torch.where(valid_TK, gather_or_zeros(weight_W, pair_TK), 0)
         selected[sequence] = Selection(torch.where(valid_TK, index_TK, 0), valid_TK, log_count_TK)
     return selected
@@ -150,12 +195,12 @@ def search_by_score(
     selected, device = {}, rows.target_TD.device
     target_T = torch.arange(len(rows.batch), device=device)
     for sequence, k in retrieved.items():
-        history, rows_MD = rows.batch.histories[sequence], rows.behavior_MD[sequence]
-        targets, window = rows.targets(sequence), Selection.everything(history)
+        history, targets = rows.batch.histories[sequence], rows.targets(sequence)
+        window = Selection.everything(history)
         longest = window.index_TK.shape[1]
         # The score may need many floats for a pair: only the pairs of a few targets are in memory at a time.
         chunk = max(1, CHUNK_PAIRS[device.type] // max(1, longest))
-        scores = [rows_MD.new_empty(0)]
+        scores = [rows.target_TD.new_empty(0)]
         for target_C in target_T.split(chunk) if longest else ():
             index_CN, valid_CN = window.index_TK[target_C], window.valid_TK[target_C]
             # Row 0 for padding (times False): an index of 0 may be a position that the table does not have.
@@ -166,7 +211,7 @@ def search_by_score(
                 for feature, rows_Rd in rows.history_cross[sequence].items()
             }
             score_CN = scoring(
-                targets.map(partial(_of_targets, target_C=target_C)), Rows(embedding(index_CN, rows_MD), cross)
+                targets.map(partial(_of_targets, target_C=target_C)), Rows(rows.gathered(sequence, index_CN), cross)
             )
             scores.append(score_CN[valid_CN])
         selected[sequence] = select_best(torch.cat(scores), history, k)
@@ -187,11 +232,12 @@ def select_best(score_W: Tensor, history: History, k: int) -> Selection:
         history: the behaviours and windows.
         k: K.
     """
-    # A table of one row 0, which every behaviour has: so the score is the additive part alone.
-    zero = score_W.new_zeros(1, 1)
+    # Rows of no dims, so that the score is the additive part alone.
     ids_M = torch.zeros_like(history.item_M)
-    query_TD = zero.expand(len(history.start_T), 1).contiguous()
-    score_TK, index_TK = top_k(TopKInputs(zero, ids_M, history.start_T, history.end_T, query_TD, score_W, k))
+    rows_RD, query_TD = score_W.new_empty(1, 0), score_W.new_empty(len(history.start_T), 0)
+    score_TK, index_TK = top_k(
+        TopKInputs(rows_RD, ids_M, history.start_T, history.end_T, query_TD, k, additive_W=score_W)
+    )
     valid_TK = (index_TK >= 0) & (score_TK != -torch.inf)
     return Selection(torch.where(valid_TK, index_TK, 0), valid_TK)
 
@@ -212,10 +258,13 @@ def search_by_signature(rows: LocalRows, signature: Signature, retrieved: Mappin
     for sequence, k in retrieved.items():
         history = rows.batch.histories[sequence]
         # The product of two vectors of B signs is B less twice their distance: the nearest have the largest product.
-        sign_MB = _signs(signature(rows.behavior_MD[sequence]))
+        sign_MB = _signs(signature(rows.gathered(sequence)))
         ids_M = torch.arange(len(sign_MB), device=sign_MB.device)
-        zero_W = sign_MB.new_zeros(int((history.end_T - history.start_T).sum()))
-        _, index_TK = top_k(TopKInputs(sign_MB, ids_M, history.start_T, history.end_T, target_TB, zero_W, k))
+        _, index_TK = top_k(
+            TopKInputs(
+                sign_MB, ids_M, history.start_T, history.end_T, target_TB, k, longest=rows.lengths[sequence]
+            )
+        )
         selected[sequence] = Selection(index_TK.clamp(min=0), index_TK >= 0)
     return selected
 

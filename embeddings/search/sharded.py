@@ -3,16 +3,17 @@
 `SearchHandle` is a search of one batch, from its start to its result; `ShardedTopK` is the `ShardedModule` behind it,
 whose steps are TorchRec's: input_dist, compute, output_dist.
 
-T = targets of this rank, G = targets of all ranks, S = shards (one a rank), W = (target, behaviour) pairs, K = kept,
-F = behaviours that all shards have selected for this rank: shard 0 for the first target, for the second, ..., then
-shard 1, ..., L = most of them for a target, D = dim of the item and category tables together, C = categories that a
-shard has met, R = all categories, d = their dim.
+T = targets of this rank, G = targets of all ranks, S = shards (one a rank), K = kept, F = behaviours that all shards have
+selected for this rank: shard 0 for the first target, for the second, ..., then shard 1, ..., L = most of them for a
+target, D = dim of the item and category tables together, C = categories that a shard has met, R = all categories, d =
+their dim, X = figures of a rank, M = behaviours of this rank.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,17 +24,26 @@ from torchrec.distributed.types import Awaitable, LazyAwaitable, QuantizedCommCo
 from torchrec.streamable import Multistreamable
 
 from embeddings.batch import Batch, Selection
-from embeddings.distributed.collectives import Column, ColumnsAllToAll, codecs_of, narrowest
+from embeddings.distributed.collectives import Column, ColumnsAllToAll, codecs_of
 from embeddings.distributed.row_wise import row_wise_tables
 from embeddings.layers.scoring import DotProduct
 from embeddings.search.messages import LocalWindows, SearchMessages, SearchSizes, ShardHistory, ShardInput
-from embeddings.search.pairs import Pairs, cross_score, search_rows, small_table_score
+from embeddings.search.score_parts import PairRows, score_parts, search_rows
 from embeddings.search.topk.api import top_k
-from embeddings.search.topk.inputs import TopKInputs
+from embeddings.search.topk.inputs import PartKind, TopKInputs
 from embeddings.search.topk.keys import NOTHING, ordered
-from embeddings.sizes import DataSizes
+from embeddings.sizes import DataSizes, check_extremes, extremes
 from embeddings.tables.collections import CrossRows
 from schemas.model import Feature
+
+
+class SearchChannel(NamedTuple):
+    """Where what a search sends ahead travels, so that it does not queue behind the step that is still running."""
+
+    group: dist.ProcessGroup
+    """A process group of its own: one group's collectives are one queue."""
+    stream: torch.cuda.Stream | None
+    """On a GPU, a stream that has waited for the batch."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +52,25 @@ class ShardBest:
 
     score_GK: Tensor
     """float32"""
-    local_index_GK: Tensor
-    """int64, counted in the part of the window that is on the shard; negative where there are fewer than K."""
+    index_GK: Tensor
+    """int64, counted in the shard's behaviours; -1 where there are fewer than K."""
+    start_G: Tensor
+    """int64, where the windows begin."""
     count_G: Tensor
     """int64, how many there are."""
+
+
+class SmallAttentionRows(NamedTuple):
+    """All rows of attention's small tables, as they are when the shards search."""
+
+    target_cross: CrossRows
+    """By sequence, those of the targets' cross tables."""
+    history_cross: CrossRows
+    """By sequence, those of the behaviours' cross tables."""
+    target_inherent: Mapping[Feature, Tensor]
+    """Those of the targets' small inherent tables."""
+    history_inherent: Mapping[Feature, Tensor]
+    """Those of the behaviours' small inherent tables."""
 
 
 @dataclass
@@ -53,54 +78,58 @@ class TopKContext(Multistreamable):
     """What the sample's rank remembers of a search between its steps."""
 
     windows: dict[str, LocalWindows] = field(default_factory=dict)
-    """By sequence."""
-    sizes: SearchSizes = field(default_factory=lambda: SearchSizes((), {}, 0))
-    """Known when all ranks have sent theirs."""
-    target_cross: CrossRows = field(default_factory=dict)
-    """By sequence, all rows of the targets' cross tables, as they are when `compute` is called."""
-    history_cross: CrossRows = field(default_factory=dict)
-    """By sequence, all rows of the behaviours' cross tables, as they are when `compute` is called."""
+    """By sequence; empty where one rank has all rows."""
+    sizes: SearchSizes | None = None
+    """None where one rank has all rows."""
+    small: SmallAttentionRows | None = None
+    """Given before `compute`."""
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that ``stream`` uses the tensors."""
         for windows in self.windows.values():
             windows.record_stream(stream)
+        if self.sizes is not None:
+            for tensor in (self.sizes.targets_S, *self.sizes.behaviors_S.values()):
+                tensor.record_stream(stream)
 
 
-class BehaviorsAllToAll(Awaitable[ShardInput]):
-    """Second step of the input: targets, behaviours and windows on their way to the shards."""
+class RecordsAllToAll(Awaitable[ShardInput]):
+    """Targets, behaviours and windows on their way to the shards."""
 
-    def __init__(self, columns: ColumnsAllToAll, unpack: Callable[[list[Tensor]], ShardInput]) -> None:
+    def __init__(self, messages: SearchMessages, sizes: SearchSizes, all_to_all: ColumnsAllToAll) -> None:
         super().__init__()
-        self._columns, self._unpack = columns, unpack
+        self._messages, self._sizes, self._all_to_all = messages, sizes, all_to_all
 
     def _wait_impl(self) -> ShardInput:
-        return self._unpack(self._columns.wait())
+        records, sequences = self._all_to_all.wait(), list(self._sizes.sent)
+        targets, behaviors = records[: len(sequences)], records[len(sequences) :]
+        by_sequence = dict(zip(sequences, targets, strict=True)), dict(zip(sequences, behaviors, strict=True))
+        return self._messages.unpack(*by_sequence, self._sizes)
 
 
-class SizesAllGather(Awaitable[BehaviorsAllToAll]):
-    """First step of the input: how much each rank sends to each; `wait` starts the second."""
+class Here(Awaitable[ShardInput]):
+    """The input of a shard that has all rows, for which nothing needs to travel."""
 
-    def __init__(self, group: dist.ProcessGroup, sizes: Tensor, send: Callable[[Tensor], BehaviorsAllToAll]) -> None:
+    def __init__(self, shard_input: ShardInput) -> None:
         super().__init__()
-        self._send = send
-        self._sizes = sizes.new_empty(group.size() * len(sizes))
-        self._work = dist.all_gather_into_tensor(self._sizes, sizes, group=group, async_op=True)
+        self._shard_input = shard_input
 
-    def _wait_impl(self) -> BehaviorsAllToAll:
-        self._work.wait()
-        return self._send(self._sizes)
+    def _wait_impl(self) -> ShardInput:
+        return self._shard_input
 
 
-class ScoresAllToAll(LazyAwaitable[dict[str, Selection]]):
+class AnswersAllToAll(LazyAwaitable[dict[str, Selection]]):
     """The output: scores and indices on their way back to the samples' ranks, where they are merged."""
 
-    def __init__(self, columns: ColumnsAllToAll, merge: Callable[[list[Tensor]], dict[str, Selection]]) -> None:
+    def __init__(self, top_k: "ShardedTopK", ctx: TopKContext, best: Mapping[str, ShardBest]) -> None:
         super().__init__()
-        self._columns, self._merge = columns, merge
+        self._top_k, self._ctx, self._best = top_k, ctx, best
+        self._all_to_all = None if ctx.sizes is None else top_k.send_answers(ctx.sizes, best)
 
     def _wait_impl(self) -> dict[str, Selection]:
-        return self._merge(self._columns.wait())
+        if self._all_to_all is None:
+            return {sequence: _alone(best) for sequence, best in self._best.items()}
+        return self._top_k.merge_answers(self._ctx, self._all_to_all.wait())
 
 
 class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Selection], TopKContext]):
@@ -110,18 +139,20 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
 
     - input_dist: a user's behaviours travel once, whatever the number of the user's targets, to the shards of their
       items: row, category, index, ..., and each target's window in them;
-    - compute: the shards send each other the targets' item rows, and fetch the rows of the categories that they were
-      sent; then each keeps the K best of its own behaviours for each target of all ranks;
+    - compute: the shards send each other the targets' item rows; then each keeps the K best of its own behaviours for
+      each target of all ranks;
     - output_dist: at most K scores and indices a target and shard travel back, and are merged into K.
+
+    One rank has all rows, and nothing travels.
 
     Args:
         targets: the sharded collection that targets are looked up in.
         history: the one that behaviours are looked up in, often the same.
         scoring: the score.
         retrieved: K by sequence.
-        sizes: of the data: lengths of the sequences, rows of the tables.
+        sizes: of the data.
         cross: the cross features that the score is made of.
-        codecs: of the scores on their way back; None: as they are.
+        codecs: of the scores on their way; None: as they are.
     """
 
     def __init__(
@@ -131,17 +162,17 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         scoring: DotProduct,
         retrieved: Mapping[str, int],
         sizes: DataSizes,
-        cross: Sequence[Feature],
+        cross: tuple[Feature, ...],
         codecs: QuantizedCommCodecs | None = None,
     ) -> None:
         super().__init__()
         self._codec = (codecs or codecs_of("fp32")).forward
-        self._target_tables, history_tables = row_wise_tables(targets), row_wise_tables(history)
-        self._scoring, self._retrieved, self._lengths = scoring, dict(retrieved), sizes.lengths
+        self._target_tables, self._history_tables = row_wise_tables(targets), row_wise_tables(history)
+        self._scoring, self._retrieved, self._sizes = scoring, dict(retrieved), sizes
         # The item table is by far the largest, so it decides where a behaviour goes; all else travels there.
-        self._item, self._category = history_tables["item"], history_tables.get("category")
+        self._item = self._history_tables["item"]
         self._group = self._item.group
-        self._messages = SearchMessages((*history_tables, *cross), self._item.block, sizes)
+        self._messages = SearchMessages((*self._history_tables, *cross), self._item.block, sizes)
 
     @property
     def unsharded_module_type(self) -> type[EmbeddingBagCollection]:
@@ -154,119 +185,191 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         return TopKContext()
 
     @torch.no_grad()
-    def input_dist(self, ctx: TopKContext, batch: Batch) -> SizesAllGather:
-        """Send the targets and histories of this rank to the shards."""
-        for sequence in self._retrieved:
-            history = batch.histories[sequence]
-            ctx.windows[sequence] = LocalWindows.of(history, self._item.bucketed(history.item_M))
+    def input_dist(
+        self, ctx: TopKContext, batch: Batch, group: dist.ProcessGroup | None = None
+    ) -> RecordsAllToAll | Here:
+        """Check the batch of each rank, and send its targets and histories to the shards.
+
+        Args:
+            ctx: a new one for this search.
+            batch: of this rank.
+            group: the ranks once more, for what is sent here; None: the tables' group.
+
+        Raises:
+            UserError: the batch, or that of another rank, is not within the tables or has windows longer than N.
+        """
+        group = group or self._group
+        extremes_X = extremes(batch, self._sizes)
+        if group.size() == 1:
+            check_extremes(extremes_X.tolist(), batch.origin, self._sizes)
+            return Here(self._messages.alone(batch))
         earliest, span = self._messages.times(batch)
+        target_S = self._target_tables["item"].bucketed(batch.item_T).count_S.long()
+        counts = [target_S]
+        for sequence, k in self._retrieved.items():
+            history = batch.histories[sequence]
+            windows = LocalWindows.of(history, self._item.bucketed(history.item_M))
+            ctx.windows[sequence] = windows
+            # How much each shard will send back is known already: all of a window that it has, up to K.
+            counts += [windows.behaviors.count_S.long(), windows.length_ST.clamp(max=k).sum(1)]
+        sent_SX = torch.stack(counts, dim=1)
+        received_SX = torch.empty_like(sent_SX)
+        dist.all_to_all_single(received_SX, sent_SX, group=group)
+        # A shard needs the number of targets of every rank, the longest span, and how many rows the others will send.
+        own_X = torch.cat([torch.stack([span, received_SX[:, 0].sum()]), span.new_full((1,), len(batch)), extremes_X])
+        all_SX = own_X.new_empty(group.size(), len(own_X))
+        dist.all_gather_into_tensor(all_SX, own_X, group=group)
+        # The one moment in which the host waits for a GPU: all figures at once.
+        figures = torch.cat([sent_SX, received_SX, all_SX], dim=1)
+        ctx.sizes = sizes = self._known_sizes(figures.T.tolist(), batch, all_SX[:, 2].contiguous(), received_SX)
+        columns: list[Column] = []
+        for sequence, windows in ctx.windows.items():
+            record_Xw = self._messages.pack_targets(sequence, batch, windows, earliest, sizes.span)
+            columns.append(Column(record_Xw, [len(batch)] * group.size(), sizes.targets))
+        for sequence, windows in ctx.windows.items():
+            record_Mw = self._messages.pack_behaviors(sequence, batch, windows, earliest, sizes.span)
+            columns.append(Column(record_Mw, sizes.sent[sequence], sizes.behaviors[sequence]))
+        return RecordsAllToAll(self._messages, sizes, ColumnsAllToAll(group, columns))
 
-        def send(gathered: Tensor) -> BehaviorsAllToAll:
-            # Called when all ranks have said their sizes, which types and lengths of the columns depend on.
-            ctx.sizes = sizes = self._sizes(gathered)
-            columns = self._messages.target_columns(batch, earliest, sizes.targets)
-            for sequence, windows in ctx.windows.items():
-                columns += self._messages.history_columns(sequence, batch, windows, earliest, sizes)
-            all_to_all = ColumnsAllToAll(self._group, columns)
-            return BehaviorsAllToAll(all_to_all, lambda received: self._messages.unpack(received, sizes))
-
-        # An all-gather, not an all-to-all of counts: a shard needs the number of targets of every rank, and the longest
-        # span.
-        counts = [count for windows in ctx.windows.values() for count in windows.behaviors.counts]
-        return SizesAllGather(self._group, torch.tensor([len(batch), span, *counts], device=batch.item_T.device), send)
-
-    def _sizes(self, gathered: Tensor) -> SearchSizes:
-        """What all ranks have said of themselves: targets, span, behaviours for each shard of each sequence."""
-        ranks, rank = self._group.size(), self._group.rank()
-        # Of each rank: targets, span, then for each sequence the behaviours for each shard; this shard's column is
-        # taken.
-        by_rank = gathered.view(ranks, -1)
-        to_this_shard = by_rank[:, 2:].view(ranks, len(self._retrieved), ranks)[:, :, rank].T.tolist()
-        behaviors = dict(zip(self._retrieved, to_this_shard, strict=True))
-        return SearchSizes(by_rank[:, 0].tolist(), behaviors, int(by_rank[:, 1].max()))
+    def _known_sizes(
+        self, figures: list[list[int]], batch: Batch, targets_S: Tensor, received_SX: Tensor
+    ) -> SearchSizes:
+        """What all ranks have said of themselves, taken apart; columns by figure, with a number of each rank."""
+        width = received_SX.shape[1]
+        sent, received, own = figures[:width], figures[width : 2 * width], figures[2 * width :]
+        span, held, targets, *limits = own
+        for rank, of_rank in enumerate(zip(*limits, strict=True)):
+            origin = batch.origin if rank == self._group.rank() else f"the batch of rank {rank}"
+            check_extremes(list(of_rank), origin, self._sizes)
+        # After the targets' rows: for each sequence, behaviours and answers.
+        numbers = {sequence: 1 + 2 * number for number, sequence in enumerate(self._retrieved)}
+        return SearchSizes(
+            targets=targets,
+            held=held,
+            sent={sequence: sent[number] for sequence, number in numbers.items()},
+            behaviors={sequence: received[number] for sequence, number in numbers.items()},
+            answers={sequence: (sent[number + 1], received[number + 1]) for sequence, number in numbers.items()},
+            span=max(span),
+            targets_S=targets_S,
+            behaviors_S={sequence: received_SX[:, number] for sequence, number in numbers.items()},
+        )
 
     @torch.no_grad()
     def compute(self, ctx: TopKContext, dist_input: ShardInput) -> dict[str, ShardBest]:
-        """Find the K best of this shard, by sequence; the context must have the rows of the cross tables."""
-        targets = dist_input.targets
+        """Find the K best of this shard, by sequence; the context must have the rows of the small tables."""
+        assert ctx.small is not None
+        targets, small = dist_input.targets, ctx.small
         # Rows of the targets first, on all shards alike. They are read here and not in `input_dist`, so that they are
         # those of this step even where the ids were sent ahead.
-        rows = [table.gather(targets.columns[feature]).float() for feature, table in self._target_tables.items()]
-        target_GD = torch.cat(rows, dim=1)
-        # This fetch is a collective: it comes once for all sequences, outside of the loop, and in the same place on all
+        rows = {}
+        for feature, table in self._target_tables.items():
+            if feature in small.target_inherent:
+                rows[feature] = small.target_inherent[feature].index_select(0, targets.columns[feature])
+            else:
+                held = ctx.sizes.held if ctx.sizes is not None and feature == "item" else None
+                rows[feature] = table.gather(targets.columns[feature], held).float()
+        target_GD = torch.cat(list(rows.values()), dim=1)
+        # A fetch is a collective: it comes once for all sequences, outside of the loop, and in the same place on all
         # ranks.
-        categories = self._categories(dist_input.histories)
+        tables, fetched = self._behavior_tables(dist_input.histories, small)
         best = {}
         for sequence, history in dist_input.histories.items():
-            k = self._retrieved[sequence]
-            query = self._scoring.queries(search_rows(target_GD, targets.row, ctx.target_cross[sequence]))
+            k, cross = self._retrieved[sequence], small.history_cross[sequence]
+            query = self._scoring.queries(search_rows(target_GD, targets.row, small.target_cross[sequence]))
             # The query of the inherent features is cut again into those of item and category, whose rows are in
             # different places.
-            dims = [part.shape[1] for part in rows]
-            inherent = dict(zip(self._target_tables, query.inherent.split(dims, dim=1), strict=True))
-            pairs = Pairs(history.start_G, history.end_G, len(history.columns["item"]))
-            row = partial(history.row, targets=targets, pairs=pairs)
-            additive_W = cross_score(pairs, query.cross, row, ctx.history_cross[sequence])
-            if categories:
-                # A behaviour's category row lies on another shard than its item row, so its part of the score is
-                # made of the few rows that were fetched, and added.
-                rows_Cd, slot_R = categories
-                slot_W = pairs.of_behaviors(slot_R.index_select(0, history.columns["category"].to(torch.int32)))
-                additive_W += small_table_score(pairs, inherent["category"], rows_Cd, slot_W)
-            # The item part is the large one, and is made by the kernel, from rows that do not leave this shard.
+            dims = [part.shape[1] for part in rows.values()]
+            queries = dict(zip(rows, query.inherent.split(dims, dim=1), strict=True)) | dict(query.cross)
+            pairs = dict(history.pairs)
+            for feature, slot_R in fetched.items():
+                column_M = pairs[feature].column_M
+                assert column_M is not None
+                pairs[feature] = PairRows(PartKind.VALUE, slot_R.index_select(0, column_M))
+            # The item part is the large one, and is made from rows that do not leave this shard.
             score_GK, index_GK = top_k(
                 TopKInputs(
                     rows_RD=self._item.local_Rd,
-                    ids_M=history.columns["item"].to(torch.int32),
+                    ids_M=history.item_M,
                     start_T=history.start_G,
                     end_T=history.end_G,
-                    query_TD=inherent["item"].contiguous(),
-                    additive_W=additive_W,
+                    query_TD=queries["item"].contiguous(),
                     k=k,
+                    parts=score_parts(queries, {**tables, **cross}, pairs),
+                    longest=self._sizes.lengths[sequence],
                 )
             )
             count_G = (history.end_G - history.start_G).clamp(max=k)
-            best[sequence] = ShardBest(score_GK, index_GK - history.start_G[:, None], count_G)
+            best[sequence] = ShardBest(score_GK, index_GK, history.start_G, count_G)
         return best
 
-    def _categories(self, histories: Mapping[str, ShardHistory]) -> tuple[Tensor, Tensor] | None:
-        """Rows of the categories that this shard has met, float32 (C, d), and which of the C each category is, (R,)."""
-        if self._category is None:
-            return None
-        # A flag for each category, rather than `unique`, which would sort all behaviours. Counting the flags numbers
-        # them.
-        present_R = torch.zeros(self._category.rows, dtype=torch.bool, device=self._item.local_Rd.device)
-        for history in histories.values():
-            present_R[history.columns["category"].long()] = True
-        return self._category.fetch(present_R.nonzero().flatten()).float(), present_R.cumsum(0) - 1
+    def _behavior_tables(
+        self, histories: Mapping[str, ShardHistory], small: SmallAttentionRows
+    ) -> tuple[dict[Feature, Tensor], dict[Feature, Tensor]]:
+        """By inherent feature but item: rows of its table; and, where not all are here, which of them each value has.
+
+        A behaviour's category row lies on another shard than its item row. Small tables are here as a whole; of larger
+        ones the rows that are needed are fetched.
+        """
+        tables, fetched = dict(small.history_inherent), dict[Feature, Tensor]()
+        for feature, table in self._history_tables.items():
+            if feature == "item" or feature in tables:
+                continue
+            # A flag for each category, rather than `unique`, which would sort all behaviours. Counting the flags
+            # numbers them.
+            present_R = torch.zeros(table.rows, dtype=torch.bool, device=table.local_Rd.device)
+            for history in histories.values():
+                column_M = history.pairs[feature].column_M
+                assert column_M is not None
+                present_R.index_fill_(0, column_M.long(), True)
+            rows_Cd = table.fetch(present_R.nonzero().flatten()).float()
+            # On a shard without behaviours no row is needed, but a table has at least one.
+            tables[feature] = rows_Cd if len(rows_Cd) else rows_Cd.new_zeros(1, rows_Cd.shape[1])
+            fetched[feature] = (present_R.cumsum(0) - 1).to(torch.int32)
+        return tables, fetched
 
     @torch.no_grad()
-    def output_dist(self, ctx: TopKContext, output: dict[str, ShardBest]) -> ScoresAllToAll:
+    def output_dist(self, ctx: TopKContext, output: dict[str, ShardBest]) -> AnswersAllToAll:
         """Send the best of this shard back to the samples' ranks, and merge what comes back to this one."""
-        columns, counts = [], {}
+        return AnswersAllToAll(self, ctx, output)
+
+    def send_answers(self, sizes: SearchSizes, output: Mapping[str, ShardBest]) -> ColumnsAllToAll:
+        """Send scores and indices, each sequence's a column of its own."""
+        columns = []
         for sequence, best in output.items():
-            k = self._retrieved[sequence]
-            # How much each shard sends back is known here already: all of a window that it has, up to K.
-            counts[sequence] = ctx.windows[sequence].length_ST.clamp(max=k)
-            sent = [int(part.sum()) for part in best.count_G.split(ctx.sizes.targets)]
-            received = counts[sequence].sum(1).tolist()
-            # Only what is there travels. The best come first, so the rest of a row of K is filling.
-            valid_GK = torch.arange(k, device=best.count_G.device) < best.count_G[:, None]
-            indices = best.local_index_GK[valid_GK].to(narrowest(self._lengths[sequence] - 1))
-            scores = self._codec.encode(best.score_GK[valid_GK])
-            columns += [Column(scores, sent, received), Column(indices, sent, received)]
+            received, sent = sizes.answers[sequence]
+            # Only what is there travels. The best come first, so the rest of a row of K is filling. How many there are
+            # is known, so nobody has to be asked which they are.
+            target_F = torch.arange(len(best.count_G), device=best.count_G.device)
+            target_F = target_F.repeat_interleave(best.count_G, output_size=sum(sent))
+            first_G = best.count_G.cumsum(0) - best.count_G
+            column_F = torch.arange(sum(sent), device=target_F.device) - first_G.index_select(0, target_F)
+            flat_F = target_F * self._retrieved[sequence] + column_F
+            scores_F = self._codec.encode(best.score_GK.flatten().index_select(0, flat_F))
+            # Counted from the window's start, as the sample's rank does.
+            index_F = best.index_GK.flatten().index_select(0, flat_F) - best.start_G.index_select(0, target_F)
+            columns += [Column(scores_F, sent, received), Column(index_F.to(torch.int32), sent, received)]
+        return ColumnsAllToAll(self._group, columns)
 
-        def merge(columns: list[Tensor]) -> dict[str, Selection]:
-            selected, rest = {}, iter(columns)
-            for sequence, count_ST in counts.items():
-                score_F, index_F = next(rest), ctx.windows[sequence].index_of(count_ST, next(rest))
-                selected[sequence] = merged(count_ST, self._codec.decode(score_F), index_F, self._retrieved[sequence])
-            return selected
+    def merge_answers(self, ctx: TopKContext, columns: list[Tensor]) -> dict[str, Selection]:
+        """Merge what the shards have sent for this rank's targets."""
+        selected, rest = {}, iter(columns)
+        for sequence, k in self._retrieved.items():
+            windows = ctx.windows[sequence]
+            count_ST, score_F = windows.length_ST.clamp(max=k), self._codec.decode(next(rest))
+            index_F = windows.index_of(count_ST, next(rest))
+            # A target has no more than K of each shard, and no more than its window.
+            longest = min(k * self._group.size(), self._sizes.lengths[sequence])
+            selected[sequence] = merged(count_ST, score_F, index_F, k, longest)
+        return selected
 
-        return ScoresAllToAll(ColumnsAllToAll(self._group, columns), merge)
+
+def _alone(best: ShardBest) -> Selection:
+    """What the only shard has selected, whose indices are those of the batch."""
+    valid_TK = best.index_GK >= 0
+    return Selection(torch.where(valid_TK, best.index_GK, 0), valid_TK)
 
 
-def merged(count_ST: Tensor, score_F: Tensor, index_F: Tensor, k: int) -> Selection:
+def merged(count_ST: Tensor, score_F: Tensor, index_F: Tensor, k: int, longest: int) -> Selection:
     """Merge the best of all shards into the K best of each target; of equal scores the earlier behaviour wins.
 
     It is exact if each shard has selected its own K best: the best K of a union are among the best K of its parts.
@@ -276,20 +379,20 @@ def merged(count_ST: Tensor, score_F: Tensor, index_F: Tensor, k: int) -> Select
         score_F: float32.
         index_F: int64, below 2^32.
         k: K.
+        longest: no target has more of them (L).
     """
     S, T = count_ST.shape
-    count_T = count_ST.sum(0)
-    longest = max(k, int(count_T.max()) if T else 0)
     # Laid out as (T, L), a behaviour's column is how many of its target come before it: those of earlier shards, and
     # those of its own shard that are better.
     flat_ST = count_ST.flatten()
     before_F = (count_ST.cumsum(0) - count_ST).flatten() - (flat_ST.cumsum(0) - flat_ST)
-    column_F = torch.arange(len(score_F), device=score_F.device) + before_F.repeat_interleave(flat_ST)
-    target_F = torch.arange(T, device=score_F.device).repeat(S).repeat_interleave(flat_ST)
+    target_F = torch.arange(S * T, device=score_F.device).repeat_interleave(flat_ST, output_size=len(score_F))
+    column_F = torch.arange(len(score_F), device=score_F.device) + before_F.index_select(0, target_F)
     # Keys order by score and then by index, as in the kernels, so the result does not depend on the number of shards.
-    key_TL = torch.full((T, longest), NOTHING, device=score_F.device)
-    key_TL[target_F, column_F] = ordered(score_F, index_F)
-    key_TK = key_TL.topk(k, dim=1).values
+    longest = max(k, longest)
+    key_X = torch.full((T * longest,), NOTHING, device=score_F.device)
+    key_X.index_copy_(0, target_F.remainder(max(T, 1)) * longest + column_F, ordered(score_F, index_F))
+    key_TK = key_X.view(T, longest).topk(k, dim=1).values
     valid_TK = key_TK != NOTHING
     # A key's lower half is 0xFFFFFFFF less the index, so that the earlier behaviour has the larger key.
     return Selection(torch.where(valid_TK, 0xFFFFFFFF - (key_TK & 0xFFFFFFFF), 0), valid_TK)
@@ -304,25 +407,27 @@ class SearchHandle:
     Args:
         top_k: the search.
         batch: the targets and their histories, on the device of the tables.
-        stream: of a GPU, to send the ids on; it must have waited for the batch. None: the current stream, or a CPU.
+        channel: what the ids travel on; None: the tables' group and the current stream.
+
+    Raises:
+        UserError: a rank's batch is not within the tables or has windows longer than N.
     """
 
-    def __init__(self, top_k: ShardedTopK, batch: Batch, stream: torch.cuda.Stream | None = None) -> None:
-        self.batch, self._top_k, self._stream = batch, top_k, stream
+    def __init__(self, top_k: ShardedTopK, batch: Batch, channel: SearchChannel | None = None) -> None:
+        self.batch, self._top_k = batch, top_k
+        self._stream = channel.stream if channel else None
         self._context = top_k.create_context()
-        with torch.cuda.stream(stream) if stream is not None else nullcontext():
-            # Waiting here for sizes starts the exchange of ids; that one is waited for in `finish`.
-            self._input = top_k.input_dist(self._context, batch).wait()
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            self._input = top_k.input_dist(self._context, batch, channel.group if channel else None)
 
-    def finish(self, target_cross: CrossRows, history_cross: CrossRows) -> dict[str, Selection]:
+    def finish(self, small: SmallAttentionRows) -> dict[str, Selection]:
         """Wait for the ids, search on the shards, and return the K best behaviours of each target, by sequence.
 
         Args:
-            target_cross: by sequence, all rows of the targets' cross tables.
-            history_cross: by sequence, all rows of the behaviours' cross tables.
+            small: all rows of attention's small tables.
         """
         # Only now, because they are weights: while the ids travelled, the optimizers may have changed them.
-        self._context.target_cross, self._context.history_cross = target_cross, history_cross
+        self._context.small = small
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             shard_input = self._input.wait()
         if self._stream is not None:

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from embeddings.batch import Batch, Selection, gather_or_zeros
-from embeddings.features import Rows, selected_rows, target_rows
-from embeddings.layers.pooling import Representation, weighted_sum
-from embeddings.tables.collections import AllCrossRows, CrossRows, Tables
+from embeddings.distributed.lookups import Bags, RowsOfIds
+from embeddings.features import IndexedBehaviors, IndexedRows, Rows, selected_rows, target_rows
+from embeddings.layers import row_products
+from embeddings.layers.pooling import Representation
+from embeddings.tables.collections import SmallRows, Tables
 from schemas.model import Feature
 
 
@@ -36,7 +38,7 @@ class BatchRows:
     Args:
         batch: the targets and their histories.
         tables: where the rows are.
-        cross: all rows of the cross tables.
+        small: all rows of the small tables.
         target_sets: the sets of tables that targets are looked up in.
         history_sets: the sets that behaviours are looked up in.
         selected: the behaviours of each sequence.
@@ -47,37 +49,36 @@ class BatchRows:
         self,
         batch: Batch,
         tables: Tables,
-        cross: AllCrossRows,
+        small: SmallRows,
         target_sets: set[str],
         history_sets: set[str],
         selected: Mapping[str, Selection],
         looks_up_all: bool,
     ) -> None:
-        self._batch, self._tables, self._cross = batch, tables, cross
+        self._batch, self._tables, self._cross = batch, tables, small.cross
         self._selected = None if looks_up_all else selected
-        # Sorted here and below: a set of strings has another order in each process, and every lookup is a collective,
-        # which ranks must enter in the same order.
-        self._dims = {name: tables.inherent_dims(name) for name in sorted(target_sets | history_sets)}
-        self._targets: dict[str, Tensor] = {}
-        self._behaviors: dict[str, dict[str, Tensor]] = {}
-        self._ids: dict[tuple[str, str | None], dict[Feature, Tensor]] = {}
-        """The ids that were looked up: by set and sequence, where None stands for the targets."""
+        self._rows: dict[str, dict[Feature, RowsOfIds]] = {}
+        """By set: what was looked up, behaviours of one sequence after the other's, and targets at last."""
+        self._first: dict[str | None, int] = {}
+        """Where each sequence's behaviours begin in a lookup that has them; None: the targets."""
         self._last_rows: dict[tuple[str, str], tuple[Selection, Rows]] = {}
         """By set and sequence: the selection that `behaviors` was last called with, and the rows that it returned."""
-        histories = {name: batch.histories[name] for name in selected}
         # What to look up of the behaviours, sequence by sequence: all of them, or the T x K that were selected.
-        item, category, valid = [], [], []
-        for name, history in histories.items():
-            chosen = selected[name]
+        item, category, valid, self._behaviors = list[Tensor](), list[Tensor](), list[Tensor](), 0
+        for name, chosen in selected.items():
+            history = batch.histories[name]
             item.append(history.item_M if looks_up_all else gather_or_zeros(history.item_M, chosen.index_TK).flatten())
             category.append(
                 history.category_M if looks_up_all else gather_or_zeros(history.category_M, chosen.index_TK).flatten()
             )
-            valid.append(torch.ones_like(item[-1], dtype=torch.bool) if looks_up_all else chosen.valid_TK.flatten())
-        counts = [len(ids) for ids in item]
+            valid += [] if looks_up_all else [chosen.valid_TK.flatten()]
+            self._first[name] = self._behaviors
+            self._behaviors += len(item[-1])
+        self._history_sets = history_sets
+        targets = torch.ones_like(batch.item_T, dtype=torch.bool)
         # One lookup for each set of tables, of behaviours and targets together: a rank waits for the others once, and a
-        # row that is needed twice travels once. A list times a bool is the list, or nothing.
-        all_targets = torch.ones_like(batch.item_T, dtype=torch.bool)
+        # row that is needed twice travels once. Sorted: a set of strings has another order in each process, and every
+        # lookup is a collective, which ranks must enter in the same order.
         for name in sorted(target_sets | history_sets):
             has_history, has_target = name in history_sets, name in target_sets
             # A list times False is empty: a set that serves targets alone looks up no behaviours, and vice versa.
@@ -85,21 +86,17 @@ class BatchRows:
                 "item": torch.cat([*item * has_history, *[batch.item_T] * has_target]),
                 "category": torch.cat([*category * has_history, *[batch.category_T] * has_target]),
             }
-            valid_L = torch.cat([*valid * has_history, *[all_targets] * has_target])
-            parts = tables.inherent_rows(name, ids, valid_L).split(counts * has_history + [len(batch)] * has_target)
-            # The targets were put last.
-            if has_target:
-                self._targets[name] = parts[-1]
-                self._ids[name, None] = {"item": batch.item_T, "category": batch.category_T}
-            if has_history:
-                # Not strict: the targets' part may follow.
-                self._behaviors[name] = dict(zip(histories, parts, strict=False))
-                for sequence, item_L, category_L in zip(histories, item, category, strict=True):
-                    self._ids[name, sequence] = {"item": item_L, "category": category_L}
+            valid_B = torch.cat([*valid, *[targets] * has_target]) if valid and has_history else None
+            self._rows[name] = tables.inherent_rows(name, ids, valid_B, small)
 
     def targets(self, name: str, sequence: str) -> Rows:
         """Rows (T, ...) of the targets in set ``name``, seen from a sequence."""
-        return Rows(self._targets[name], target_rows(self._batch, self._cross[name][sequence]))
+        first = self._behaviors * (name in self._history_sets)
+        parts = [
+            embedding(rows.index_B[first : first + len(self._batch)], rows.rows_Ld) for rows in self._rows[name].values()
+        ]
+        inherent = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return Rows(inherent, target_rows(self._batch, self._cross[name][sequence]))
 
     def behaviors(self, name: str, sequence: str, selected: Selection) -> Rows:
         """Rows (T, K, ...) of the selected behaviours in set ``name``.
@@ -111,69 +108,60 @@ class BatchRows:
         last = self._last_rows.get((name, sequence))
         if last is not None and last[0] is selected:
             return last[1]
-        rows = self._behaviors[name][sequence]
-        if self._selected is None:
-            # On a rank without behaviours, the sum of no rows is a row of zeros that still belongs to the graph. The
-            # backward pass of `embedding` adds up in a fixed order, on a GPU too. Padding takes index 0; its gradient
-            # is zero, because its weight is.
-            inherent = embedding(selected.index_TK, rows if len(rows) else rows.sum(0, keepdim=True))
-        else:
-            assert selected is self._selected[sequence], "rows of another selection"
-            inherent = rows.view(*selected.index_TK.shape, rows.shape[1])
-        history = self._batch.histories[sequence]
-        taken = Rows(inherent, selected_rows(self._batch, history, selected, self._cross[name][sequence]))
+        history, first = self._batch.histories[sequence], self._first[sequence]
+        features: dict[Feature, IndexedRows] = {}
+        for feature, rows in self._rows[name].items():
+            if self._selected is None:
+                # Padding takes index 0; its gradient is zero, because its weight is.
+                index_M = rows.index_B[first : first + len(history.item_M)]
+                index_TK = gather_or_zeros(index_M, selected.index_TK)
+            else:
+                assert selected is self._selected[sequence], "rows of another selection"
+                index_TK = rows.index_B[first : first + selected.index_TK.numel()].view_as(selected.index_TK)
+            features[feature] = IndexedRows(rows.rows_Ld, index_TK)
+        features |= selected_rows(self._batch, history, selected, self._cross[name][sequence])
+        taken = IndexedBehaviors(features)
         self._last_rows[name, sequence] = selected, taken
         return taken
 
     def parts(self) -> list[LookedUp]:
-        """All that was looked up, table by table: rows of ids first, then all rows of small tables."""
-        looked_up: list[LookedUp] = []
-        # The tables of a set came side by side; here each has its own columns again, with its name and its ids.
-        for name, sequence, rows_LD in self._inherent():
-            columns = rows_LD.split(list(self._dims[name].values()), dim=1)
-            for feature, rows_Ld in zip(self._dims[name], columns, strict=True):
-                table, id_L = self._tables.spec(name, feature).name, self._ids[name, sequence][feature]
-                looked_up.append(LookedUp(table, rows_Ld, id_L))
-        for name in self._dims:
-            for sequence, by_feature in self._cross[name].items():
+        """All that was looked up, table by table: rows of ids first, then all rows of the cross features' tables."""
+        looked_up = [
+            LookedUp(self._tables.spec(name, feature).name, rows.rows_Ld, rows.id_L)
+            for name, by_feature in self._rows.items()
+            for feature, rows in by_feature.items()
+        ]
+        for name in self._rows:
+            for sequence, cross in self._cross[name].items():
                 looked_up += [
                     LookedUp(self._tables.spec(name, feature, sequence).name, rows_Rd, None)
-                    for feature, rows_Rd in by_feature.items()
+                    for feature, rows_Rd in cross.items()
                 ]
         return looked_up
 
     def replaced(self, rows: Sequence[Tensor]) -> Self:
         """The lookup with other rows in the place of those that `parts` returns, in their order."""
-        # The order is that of `parts`: inherent rows by use, then cross rows by set, sequence and feature.
         other, rest = copy(self), iter(rows)
         other._last_rows = {}
-        joined = iter([torch.cat([next(rest) for _ in self._dims[name]], dim=1) for name, _, _ in self._inherent()])
-        other._targets = {name: next(joined) for name in self._targets}
-        other._behaviors = {
-            name: {sequence: next(joined) for sequence in by_sequence} for name, by_sequence in self._behaviors.items()
+        other._rows = {
+            name: {feature: of_ids._replace(rows_Ld=next(rest)) for feature, of_ids in by_feature.items()}
+            for name, by_feature in self._rows.items()
         }
         other._cross = {
             name: {
                 sequence: {feature: next(rest) for feature in by_feature}
                 for sequence, by_feature in self._cross[name].items()
             }
-            for name in self._dims
+            for name in self._rows
         }
         return other
-
-    def _inherent(self) -> list[tuple[str, str | None, Tensor]]:
-        """The rows of the inherent features, by set and sequence, where None stands for the targets."""
-        by_use: list[tuple[str, str | None, Tensor]] = [(name, None, rows) for name, rows in self._targets.items()]
-        for name, by_sequence in self._behaviors.items():
-            by_use += [(name, sequence, rows) for sequence, rows in by_sequence.items()]
-        return by_use
 
 
 def pooled_on_shards(
     batch: Batch,
     tables: Tables,
     name: str,
-    cross: CrossRows,
+    small: SmallRows,
     selected: Mapping[str, Selection],
     weights: Mapping[str, Tensor],
 ) -> dict[str, Representation]:
@@ -185,33 +173,47 @@ def pooled_on_shards(
         batch: the targets and their histories.
         tables: where the rows are.
         name: the set of tables, sharded row-wise.
-        cross: all rows of its cross tables.
+        small: all rows of the small tables.
         selected: the behaviours of each sequence.
         weights: float32 (T, K) for each sequence, with gradient; 0 where there is no behaviour.
 
     Returns:
         The representation of targets and histories, for each sequence.
     """
-    # First the targets, each a bag of one with weight 1, then for each sequence a bag for each target.
-    item, category = [batch.item_T], [batch.category_T]
-    weight, length = [torch.ones(len(batch), device=batch.item_T.device)], [torch.ones_like(batch.item_T)]
-    for sequence, chosen in selected.items():
+    count, device = len(batch), batch.item_T.device
+    target_T = torch.arange(count, device=device)
+    # First the targets, each a bag of one with weight 1, then for each sequence a bag for each target. Padding is left
+    # out of the bags, so an empty history is an empty bag, and its sum is 0.
+    ids: dict[Feature, list[Tensor]] = {"item": [batch.item_T], "category": [batch.category_T]}
+    weight, valid = [torch.ones(count, device=device)], [torch.ones_like(batch.item_T, dtype=torch.bool)]
+    bag = [target_T]
+    for number, (sequence, chosen) in enumerate(selected.items()):
         history = batch.histories[sequence]
-        # Padding is left out of the bags, so an empty history is an empty bag, and its sum is 0.
-        item.append(gather_or_zeros(history.item_M, chosen.index_TK)[chosen.valid_TK])
-        category.append(gather_or_zeros(history.category_M, chosen.index_TK)[chosen.valid_TK])
-        weight.append(weights[sequence][chosen.valid_TK])
-        length.append(chosen.valid_TK.sum(1))
-    ids: dict[Feature, Tensor] = {"item": torch.cat(item), "category": torch.cat(category)}
-    target_TD, *pooled = tables.pooled_rows(name, ids, torch.cat(weight), torch.cat(length)).split(
-        [len(batch)] * len(length)
+        ids["item"].append(gather_or_zeros(history.item_M, chosen.index_TK).flatten())
+        ids["category"].append(gather_or_zeros(history.category_M, chosen.index_TK).flatten())
+        weight.append(weights[sequence].flatten())
+        valid.append(chosen.valid_TK.flatten())
+        bag.append((target_T + count * (number + 1))[:, None].expand_as(chosen.index_TK).flatten())
+    # Rows of small tables are on this rank anyway, so they are pooled here.
+    here = small.inherent[name]
+    elsewhere = {feature: torch.cat(ids[feature]) for feature in tables.inherent_features if feature not in here}
+    bags = Bags(elsewhere, torch.cat(weight), torch.cat(valid), torch.cat(bag), count * len(bag))
+    sums = {feature: sum_Bd.split([count] * len(bag)) for feature, sum_Bd in tables.pooled_rows(name, bags).items()}
+    for feature, rows_Rd in here.items():
+        pooled = [
+            row_products.weighted_sum(weights[sequence], rows_Rd, id_E.view_as(chosen.index_TK).long())
+            for id_E, (sequence, chosen) in zip(ids[feature][1:], selected.items(), strict=True)
+        ]
+        sums[feature] = (embedding(ids[feature][0].long(), rows_Rd), *pooled)
+    target_TD, *pooled_TD = (
+        torch.cat(parts, dim=1) for parts in zip(*(sums[feature] for feature in tables.inherent_features), strict=True)
     )
     histories = {}
-    for (sequence, chosen), pooled_TD in zip(selected.items(), pooled, strict=True):
-        # Rows of cross features are on this rank anyway, so they are pooled here.
-        rows = selected_rows(batch, batch.histories[sequence], chosen, cross[sequence])
-        pooled_cross = {feature: weighted_sum(weights[sequence], rows_TKd) for feature, rows_TKd in rows.items()}
+    for (sequence, chosen), history_TD in zip(selected.items(), pooled_TD, strict=True):
+        cross = small.cross[name][sequence]
+        rows = selected_rows(batch, batch.histories[sequence], chosen, cross)
+        pooled_cross = {feature: row_products.weighted_sum(weights[sequence], *of) for feature, of in rows.items()}
         histories[sequence] = Representation(
-            Rows(target_TD, target_rows(batch, cross[sequence])), Rows(pooled_TD, pooled_cross)
+            Rows(target_TD, target_rows(batch, cross)), Rows(history_TD, pooled_cross)
         )
     return histories

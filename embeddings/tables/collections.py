@@ -2,11 +2,12 @@
 
 Tables may be sharded row-wise, sharded in another way, or not at all; callers of `Tables` need not know which.
 
-B = ids, V = valid ones of them, L = bags of any length, I = ids in them, D = dim of a set's inherent features together,
-R = rows of a small table, d = its dim.
+B = ids, E = entries of bags, D = dim of a set's inherent features together, R = rows of a small table, d = dim of a
+table, L = rows looked up.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import Awaitable
 
 from embeddings.distributed.collectives import codecs_of, max_over_ranks
-from embeddings.distributed.lookups import ShardedRows, ShardedWeightedPooling, WeightedBags, all_gathered_tables
+from embeddings.distributed.lookups import Bags, RowsOfIds, all_gathered_tables, sharded_rows, sharded_sums
 from embeddings.distributed.row_wise import is_row_wise
 from embeddings.sizes import DataSizes
 from embeddings.tables.specs import TableSpec, declare_tables
@@ -31,17 +32,26 @@ INITIAL_DEVIATION = 0.01
 CrossRows = Mapping[str, Mapping[Feature, Tensor]]
 """All rows of the cross tables of one set: by sequence, then by feature; float32 (R, d) each."""
 
-AllCrossRows = Mapping[str, CrossRows]
-"""All rows of the cross tables of every set: by set, then as `CrossRows`."""
+
+@dataclass(frozen=True)
+class SmallRows:
+    """All rows of the small tables, on every rank, with gradient."""
+
+    cross: Mapping[str, CrossRows]
+    """By set: the cross features'."""
+    inherent: Mapping[str, Mapping[Feature, Tensor]]
+    """By set: those of inherent features whose table is small enough (`TableSpec.gathered`), float32 (R, d) each."""
 
 
 class Tables(nn.Module):
     """All tables of a model, in `EmbeddingBagCollection`s that TorchRec can shard.
 
     - Inherent features (item, category): one collection for each set of tables, looked up by id.
-    - Cross features (position, interval, behavior, scene): one collection for all sets. These tables are small, so a
-      step looks up all their rows at once and indexes the result. That leaves their optimizer, sharding and checkpoint
-      to TorchRec, as for all others.
+    - Cross features (position, interval, behavior, scene): one collection for all sets.
+
+    Small tables, which are those of cross features and of the inherent ones that have few values, are looked up as a
+    whole: a step gathers all their rows at once and indexes the result. That leaves their optimizer, sharding and
+    checkpoint to TorchRec, as for all others.
     """
 
     def __init__(
@@ -89,88 +99,100 @@ class Tables(nn.Module):
         """Dims of the cross features in set ``name``; they are the same in all sequences."""
         return {feature: self.spec(name, feature, self.sequences[0]).dim for feature in self.cross_features}
 
-    def inherent_rows(self, name: str, ids: Mapping[Feature, Tensor], valid_B: Tensor) -> Tensor:
-        """Rows of the inherent features, concatenated; with gradient. Every rank must call it.
+    def inherent_rows(
+        self, name: str, ids: Mapping[Feature, Tensor], valid_B: Tensor | None, small: SmallRows
+    ) -> dict[Feature, RowsOfIds]:
+        """Rows of the inherent features, with gradient. Every rank must call it.
 
         Args:
             name: the set of tables.
             ids: for each inherent feature, int32 (B,).
-            valid_B: bool; where False nothing is looked up, and the row is 0.
+            valid_B: bool; where False nothing is looked up, and the row is any; None: all are valid.
+            small: all rows of the small tables.
 
-        Returns:
-            float32 (B, D).
         """
-        # Padding is not looked up: it would read row 0, the unknown id, and give it a gradient.
-        index_V = valid_B.nonzero().flatten()
-        valid_ids = {feature: ids[feature].index_select(0, index_V) for feature in self.inherent_features}
-        rows_VD: Tensor
+        # Small tables are here as a whole: an index is all that is needed.
+        rows = {
+            feature: RowsOfIds(rows_Rd, ids[feature].long(), None) for feature, rows_Rd in small.inherent[name].items()
+        }
+        others = {feature: ids[feature] for feature in self.inherent_features if feature not in rows}
         if self.row_wise(name):
-            # Made anew each time, since sharding puts other collections in the place of these after the model was
-            # built. Tables in fp16 give rows in fp16; all that follows computes in float32.
-            rows_VD = ShardedRows(self.inherent[name], self.codecs)(valid_ids).wait().float()
+            rows |= sharded_rows(self.inherent[name], others, valid_B, self.codecs)
         else:
-            rows_VD = self._bags_of_one(name, valid_ids)
-        if len(rows_VD) == len(valid_B):
-            return rows_VD
-        # Padding gets rows of 0, through which no gradient passes.
-        zeros_BD = rows_VD.new_zeros(len(valid_B), rows_VD.shape[1])
-        return zeros_BD.index_copy(0, index_V, rows_VD)
+            rows |= self._bags_of_one(name, others, valid_B)
+        return {feature: rows[feature] for feature in self.inherent_features}
 
-    def _bags_of_one(self, name: str, ids: Mapping[Feature, Tensor]) -> Tensor:
+    def _bags_of_one(self, name: str, ids: Mapping[Feature, Tensor], valid_B: Tensor | None) -> dict[Feature, RowsOfIds]:
         """Rows of ids, looked up by the collection itself as bags of one; it need not be sharded."""
         count, device = len(ids["item"]), ids["item"].device
         sharded = isinstance(self.inherent[name], ShardedEmbeddingBagCollection)
         # Gloo's collectives need as many bags on all ranks. At least one bag, if an empty one: without any, no gradient
         # would pass, and other ranks would wait in the backward pass.
         bags = max(1, max_over_ranks([count], device)[0] if sharded else count)
-        # Bags of one for the ids, then empty bags up to the rank that has most.
+        # Bags of one for the ids, empty ones for those that are not valid, and empty bags up to the rank that has most.
         lengths = torch.zeros(bags, dtype=torch.int32, device=device)
-        lengths[:count] = 1
+        lengths[:count] = 1 if valid_B is None else valid_B.to(torch.int32)
         features = KeyedJaggedTensor(
-            keys=list(self.inherent_features),
-            values=torch.cat(list(ids.values())),
-            lengths=lengths.repeat(len(self.inherent_features)),
+            keys=list(ids),
+            values=torch.cat([id_B if valid_B is None else id_B[valid_B] for id_B in ids.values()]),
+            lengths=lengths.repeat(len(ids)),
         )
-        return _side_by_side(self.inherent[name], features, self.inherent_features)[:count]
+        rows = _looked_up(self.inherent[name], features).to_dict()
+        # A bag behind the last id stays, empty: there is at least one row, as callers expect.
+        index_B = torch.arange(count, device=device)
+        zero = lengths.new_zeros(bags - count)
+        return {feature: RowsOfIds(rows[feature].float(), index_B, torch.cat([id_B, zero])) for feature, id_B in ids.items()}
 
     def row_wise(self, name: str) -> bool:
         """Whether the rows of set ``name`` are spread over ranks, so that shards can search and pool them."""
         return is_row_wise(self.inherent[name])
 
-    def pooled_rows(self, name: str, ids: Mapping[Feature, Tensor], weight_I: Tensor, length_L: Tensor) -> Tensor:
-        """Weighted sums of rows of the inherent features, concatenated; made on the shards. Every rank must call it.
+    def ranks(self, name: str) -> int:
+        """Over how many ranks a sharded set is spread."""
+        collection = self.inherent[name]
+        assert isinstance(collection, ShardedEmbeddingBagCollection)
+        ranks: int = collection._env.world_size
+        return ranks
+
+    def pooled_rows(self, name: str, bags: Bags) -> dict[Feature, Tensor]:
+        """Weighted sums of rows of inherent features, (bags, d) by feature; made on the shards. Every rank must call it.
 
         Args:
             name: the set of tables, sharded row-wise.
-            ids: for each inherent feature, int32 (I,): the first bag's, the second's, ...
-            weight_I: float32, may require a gradient.
-            length_L: int32 or int64, ids of each of L bags.
-
-        Returns:
-            float32 (L, D).
+            bags: of ids of those features whose tables are not small.
         """
-        pooling = ShardedWeightedPooling(self.inherent[name], self.codecs)
-        # The order in which a row concatenates the features, whatever the order in ``ids``.
-        in_order: dict[str, Tensor] = {feature: ids[feature] for feature in self.inherent_features}
-        sums_LD: Tensor = pooling(WeightedBags(in_order, weight_I, length_L)).wait()
-        return sums_LD.float()
+        return sharded_sums(self.inherent[name], bags, self.codecs)
 
-    def cross_rows(self, device: torch.device) -> AllCrossRows:
-        """All rows of all cross tables, looked up with ids on ``device``; every rank must call it."""
+    def small_rows(self, device: torch.device) -> SmallRows:
+        """All rows of all small tables, looked up with ids on ``device``; every rank must call it."""
         # Every set and sequence has an entry, also without cross features, so that nobody who reads them needs a
         # branch.
-        by_set: dict[str, dict[str, dict[Feature, Tensor]]] = {
+        cross: dict[str, dict[str, dict[Feature, Tensor]]] = {
             name: {sequence: {} for sequence in self.sequences} for name in self.sets
         }
-        if self.cross is None:
-            return by_set
-        row_wise = is_row_wise(self.cross)
-        # The branch depends on how the tables are sharded, which is the same on all ranks.
-        tables = all_gathered_tables(self.cross) if row_wise else self._all_rows(self.cross, device)
-        for spec in self._cross_specs:
-            assert spec.sequence is not None
-            by_set[spec.set][spec.sequence][spec.feature] = tables[spec.name][: spec.rows].float()
-        return by_set
+        inherent: dict[str, dict[Feature, Tensor]] = {name: {} for name in self.sets}
+        # The branches depend on how the tables are sharded, which is the same on all ranks.
+        gathered: dict[str, list[str]] = {
+            name: [spec.feature for spec in self.specs.values() if spec.set == name and spec.inherent and spec.gathered]
+            for name in self.sets
+            if self.row_wise(name)
+        }
+        collections: list[tuple[nn.Module, list[str]]] = [
+            (self.inherent[name], features) for name, features in gathered.items() if features
+        ]
+        together = is_row_wise(self.cross)
+        if self.cross is not None and together:
+            collections.append((self.cross, [spec.name for spec in self._cross_specs]))
+        # One exchange for all of them.
+        tables = all_gathered_tables(collections) if collections else []
+        for name, of_set in zip([name for name, features in gathered.items() if features], tables, strict=False):
+            inherent[name] = {_feature(feature): rows_Rd for feature, rows_Rd in of_set.items()}
+        if self.cross is not None:
+            of_cross = tables[-1] if together else self._all_rows(self.cross, device)
+            for spec in self._cross_specs:
+                assert spec.sequence is not None
+                cross[spec.set][spec.sequence][spec.feature] = of_cross[spec.name][: spec.rows].float()
+        return SmallRows(cross, inherent)
 
     def _all_rows(self, collection: nn.Module, device: torch.device) -> dict[str, Tensor]:
         """All rows of each table, looked up by the collection itself and padded to the longest table."""
@@ -208,8 +230,6 @@ def _looked_up(collection: nn.Module, features: KeyedJaggedTensor) -> KeyedTenso
     return rows.wait() if isinstance(rows, Awaitable) else rows
 
 
-def _side_by_side(collection: nn.Module, features: KeyedJaggedTensor, order: Sequence[str]) -> Tensor:
-    """The rows of a lookup in the given order of features; a sharded collection has an order of its own."""
-    rows = _looked_up(collection, features)
-    values: Tensor = rows.values() if rows.keys() == list(order) else torch.cat([rows[key] for key in order], dim=1)
-    return values.float()
+def _feature(name: str) -> Feature:
+    """The inherent feature of that name; a collection of them is looked up by it."""
+    return next(feature for feature in INHERENT if feature == name)

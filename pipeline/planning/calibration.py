@@ -28,10 +28,9 @@ from embeddings.initialization import initialize
 from embeddings.layers.mlp import MLP
 from embeddings.layers.scoring import ScaledDotProduct
 from embeddings.models import build_model
-from embeddings.search.pairs import Pairs, cross_score
 from embeddings.search.sharded import ShardedTopK
 from embeddings.search.topk.api import top_k
-from embeddings.search.topk.inputs import TopKInputs
+from embeddings.search.topk.inputs import PartKind, ScorePart, TopKInputs
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
 from pipeline.planning.dry_run import dry_run
@@ -202,7 +201,7 @@ def _behavior(task: StepTask, link: Link) -> float:
     search = ShardedTopK(tables, tables, ScaledDotProduct(), retrieved, task.sizes, cross)
     ns = _ns(lambda: search.input_dist(search.create_context(), batch).wait().wait(), together=True)
     with TrafficCounter() as traffic:
-        search.input_dist(search.create_context(), batch).wait().wait()
+        search.input_dist(search.create_context(), batch).wait()
     # Two collectives, and the bytes, are what the model counts as traffic.
     sent = traffic.bytes / link.bandwidth + 2 * link.latency * 1e3
     return max(0.1, float(ns - sent) / len(batch.histories["history"].item_M))
@@ -215,24 +214,18 @@ def _pairs(bandwidth: float, rate: float) -> dict[str, float]:
     rows_RD = torch.randn(users * length, DIM)
     start_T = torch.arange(targets) // (targets // users) * length
     end_T, query_TD = start_T + length, torch.randn(targets, DIM)
-    additive_W, ids_M = torch.zeros(targets * length), torch.arange(users * length)
-    inputs = TopKInputs(rows_RD, ids_M, start_T, end_T, query_TD, additive_W, k=20)
-    search = _ns(lambda: top_k(inputs)) / len(additive_W)
+    ids_M = torch.arange(users * length)
 
+    def search(*parts: ScorePart) -> float:
+        inputs = TopKInputs(rows_RD, ids_M, start_T, end_T, query_TD, 20, parts, longest=length)
+        return _ns(lambda: top_k(inputs)) / (targets * length)
+
+    plain = search()
     # A cross feature: a small table, one query for all targets.
-    rows: dict[Feature, torch.Tensor] = {"position": rows_RD[: length + 1]}
-
-    def position() -> torch.Tensor:
-        pairs = Pairs(start_T, end_T, len(ids_M))
-
-        def row_W(feature: Feature) -> torch.Tensor:
-            return pairs.of_targets(end_T) - pairs.of_behaviors(ids_M)
-
-        return cross_score(pairs, {"position": rows_RD[:1]}, row_W, rows)
-
+    position = ScorePart(PartKind.POSITION, rows_RD[: length + 1], rows_RD[:1], None, end_T)
     # The products are counted by themselves.
     products = 2 * DIM / (rate * 1e3)
-    return {"pair": max(0.1, search - products), "cross": _ns(position) / len(additive_W)}
+    return {"pair": max(0.1, plain - products), "cross": max(0.1, search(position) - plain)}
 
 
 def _collectives() -> dict[str, float]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from embeddings.distributed.collectives import WIRE_BYTES
 from embeddings.model import CtrModel
-from embeddings.search.pairs import PRODUCTS_A_PAIR
 from pipeline.planning.planned_tables import PlannedTable
 from pipeline.planning.traffic import (
     FLOAT,
@@ -194,13 +193,9 @@ class StepModel:
         yield self._compute("search", "merging", merged * costs.pair)
 
     def _category_scores(self, table: PlannedTable) -> float:
-        """Nanoseconds of the category scores on a shard (`small_table_score` in `embeddings.search.pairs`)."""
+        """Nanoseconds of the category scores on a shard: a product of rows for each pair, from a table in the caches."""
         work, costs = self._work, self._cluster.costs
-        products = work.targets * work.ranks * distinct(work.behaviors, table.rows)
-        # The search chooses by the same rule: score each target with each category, or look up each pair's category.
-        if products <= PRODUCTS_A_PAIR * work.pairs:
-            return work.pairs * costs.cross + products * 2 * table.dim / self._rate
-        return work.pairs * (2 * costs.row + table.dim * FLOAT * PAIR_PASSES / self._bandwidth)
+        return work.pairs * (costs.cross + 2 * table.dim / self._rate)
 
     def _scores(self, dim: int, pair: float) -> float:
         """Nanoseconds of scoring all pairs."""

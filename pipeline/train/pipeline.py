@@ -17,7 +17,7 @@ from embeddings.batch import Batch
 from embeddings.features import RowHook
 from embeddings.loss import click_loss
 from embeddings.model import CtrModel
-from embeddings.search.sharded import SearchHandle
+from embeddings.search.sharded import SearchChannel, SearchHandle
 from pipeline.train.optimizer import DenseOptimizer
 from schemas.errors import UserError
 
@@ -118,7 +118,11 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
         inner = get_unwrapped_module(model)
         assert isinstance(inner, CtrModel)
         self._ctr_model = inner
-        self._ids_stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self._channel: SearchChannel | None = None
+        if inner.searches_on_shards and dist.get_world_size() > 1:
+            group = dist.new_group()
+            assert isinstance(group, dist.ProcessGroup)
+            self._channel = SearchChannel(group, torch.cuda.Stream() if device.type == "cuda" else None)
         self._handle: SearchHandle | None = None
         """The search of ``_cur_batch``, which was started in the step before."""
 
@@ -173,7 +177,8 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
         assert self._cur_batch is not None
         if not self._ctr_model.searches_on_shards:
             return None
-        if self._ids_stream is not None and self._memcpy_stream is not None:
+        stream = self._channel.stream if self._channel else None
+        if stream is not None and self._memcpy_stream is not None:
             # The ids that are sent are those of the copy, which must be complete before.
-            self._ids_stream.wait_stream(self._memcpy_stream)
-        return self._ctr_model.start_search(self._cur_batch, self._ids_stream)
+            stream.wait_stream(self._memcpy_stream)
+        return self._ctr_model.start_search(self._cur_batch, self._channel)

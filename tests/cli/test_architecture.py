@@ -19,7 +19,7 @@ MODULES_OF_THE_TRAINER = 60
 
 ROOMS = {
     "embeddings": (
-        ("batch", "features", "sizes"),
+        ("batch", "compiled", "features", "sizes"),
         ("distributed",),
         ("layers",),
         ("tables",),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from embeddings.search.topk import cpu, cpu_kernel, keys, reference
 from embeddings.search.topk.api import TopKImplementation, top_k
-from embeddings.search.topk.inputs import TopKInputs
+from embeddings.search.topk.inputs import PartKind, ScorePart, TopKInputs
 from tests.top_k_inputs import DTYPES, assert_same, searches
 
 IMPLEMENTATIONS = [TopKImplementation.REFERENCE, TopKImplementation.CPU]
@@ -31,12 +31,30 @@ def by_hand(search: TopKInputs) -> tuple[torch.Tensor, torch.Tensor]:
             row = int(search.ids_M[behavior])
             score = search.rows_RD[row].float() @ search.query_TD[target]
             score *= 1 if search.scale_R is None else search.scale_R[row]
-            scored.append((float(score + search.additive_W[pair]), behavior))
+            for part in search.parts:
+                query = part.query_Qd[target if len(part.query_Qd) > 1 else 0]
+                score += part.rows_Rd[row_by_hand(part, target, behavior)] @ query
+            scored.append((float(score + (0 if search.additive_W is None else search.additive_W[pair])), behavior))
             pair += 1
         scored.sort(key=lambda one: (not math.isnan(one[0]), 0 if math.isnan(one[0]) else -one[0], one[1]))
         for column, (score, behavior) in enumerate(scored[: search.k]):
             score_TK[target, column], index_TK[target, column] = score, behavior
     return score_TK, index_TK
+
+
+def row_by_hand(part: ScorePart, target: int, behavior: int) -> int:
+    last = len(part.rows_Rd) - 1
+    value = behavior if part.column_M is None else int(part.column_M[behavior])
+    if part.kind == PartKind.VALUE:
+        return value
+    of_target = int(part.value_T[target])
+    if part.kind == PartKind.MATCH:
+        return int(of_target == value)
+    if part.kind == PartKind.POSITION:
+        return min(max((of_target - value) % (part.mask + 1) if part.mask > 0 else of_target - value, 0), last)
+    # Bucket b is for 2^(b - 1) - 1 .. 2^b - 2 seconds; 33 is the last.
+    seconds = max(of_target - value, 0)
+    return min(next((bucket for bucket in range(1, 33) if seconds < 2**bucket - 1), 33), last)
 
 
 @given(search=searches(), chunk_bytes=st.sampled_from([1, 300, reference.CHUNK_BYTES]))
@@ -127,8 +145,14 @@ def one_search(**changes: object) -> TopKInputs:
 
 
 def values_of(search: TopKInputs) -> dict[str, object]:
-    """By field, in the operator's order."""
-    return {field.name: getattr(search, field.name) for field in fields(search)}
+    """By field, in the operator's order; parts are spelled out."""
+    values: dict[str, object] = {}
+    for field in fields(search):
+        if field.name == "parts":
+            values |= {f"parts.{of.name}": [getattr(part, of.name) for part in search.parts] for of in fields(ScorePart)}
+        else:
+            values[field.name] = getattr(search, field.name)
+    return values
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -247,7 +271,7 @@ def test_results_do_not_depend_on_threads() -> None:
 
 class Searcher(torch.nn.Module):
     def forward(self, rows_RD, ids_M, start_T, end_T, query_TD, additive_W) -> torch.Tensor:
-        score_TK, index_TK = top_k(TopKInputs(rows_RD, ids_M, start_T, end_T, query_TD * 2, additive_W, 3))
+        score_TK, index_TK = top_k(TopKInputs(rows_RD, ids_M, start_T, end_T, query_TD * 2, 3, additive_W=additive_W))
         return score_TK.softmax(1) * index_TK
 
 

@@ -4,15 +4,14 @@ T = targets, K = kept, N = longest window, D = dim, U = units of work: targets w
 that they share what the caches hold, P = cuts between parts of the work.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embeddings.compiled import in_threads
 from embeddings.search.topk import cpu_kernel
 from embeddings.search.topk.inputs import TopKInputs
 
@@ -32,7 +31,6 @@ def top_k_cpu(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
     # Nothing is cleared: the kernel writes all K columns, filling included.
     score_TK = torch.empty(targets, inputs.k)
     index_TK = torch.empty(targets, inputs.k, dtype=torch.int64)
-    threads = torch.get_num_threads() if len(inputs.additive_W) * rows_RD.shape[1] >= WORTH_THREADS else 1
     # A slice of a table's columns is searched as it lies, by the distance between its rows; only the values of a row
     # must be neighbours.
     rows_RD = rows_RD if rows_RD.stride(1) == 1 else rows_RD.contiguous()
@@ -42,14 +40,18 @@ def top_k_cpu(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
         rows_RD.stride(0) * rows_RD.itemsize,
         np.empty(0, np.float32) if scale_R is None else scale_R.contiguous().numpy(),
     )
+    parts_P, held = _parts(inputs)
     windows = cpu_kernel.SearchWindows(
         inputs.ids_M.contiguous().numpy(),
         inputs.start_T.numpy(),
         inputs.end_T.numpy(),
-        inputs.first_pair_T.numpy(),
         inputs.query_TD.float().contiguous().numpy(),
-        inputs.additive_W.contiguous().numpy(),
+        inputs.first_pair_T.numpy(),
+        np.empty(0, np.float32) if inputs.additive_W is None else inputs.additive_W.contiguous().numpy(),
+        parts_P,
     )
+    products = int(inputs.length_T.numpy().sum()) * int(rows_RD.shape[1] + parts_P["dim"].sum())
+    threads = torch.get_num_threads() if products >= WORTH_THREADS else 1
     units = _units(windows, min(TARGETS_TOGETHER, -(-targets // threads)))
 
     def search(first_unit: int, end_unit: int) -> None:
@@ -57,14 +59,38 @@ def top_k_cpu(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
         bits_TK = score_TK.view(torch.int32).numpy()
         cpu_kernel.search(table, windows, units, first_unit, end_unit, bits_TK, index_TK.numpy())
 
-    if threads == 1:
-        search(0, len(units.offset_U) - 1)
-    else:
-        cut_P = _cuts(units, inputs.length_T.numpy(), threads * PARTS_PER_THREAD)
-        # More parts than threads, of about equal work each, though users' histories differ in length by orders of
-        # magnitude. The kernel lets go of the GIL. `list` waits, and raises what a thread has raised.
-        list(_pool(os.getpid(), threads).map(search, cut_P[:-1], cut_P[1:]))
+    # More parts than threads, of about equal work each, though users' histories differ in length by orders of magnitude.
+    parts = threads * PARTS_PER_THREAD if threads > 1 else 1
+    in_threads(search, _cuts(units, inputs.length_T.numpy(), parts), threads)
+    # Until here the kernel has read them by their addresses.
+    del held
     return score_TK, index_TK
+
+
+def _parts(inputs: TopKInputs) -> tuple[NDArray[Any], list[Tensor]]:
+    """The parts of the score as the kernel takes them, and the tensors that their addresses are of."""
+    parts_P, held = np.zeros(len(inputs.parts), cpu_kernel.PART), list[Tensor]()
+
+    def address(tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        held.append(tensor.contiguous())
+        return held[-1].data_ptr()
+
+    for number, part in enumerate(inputs.parts):
+        score_R, dim = part.score_R, part.rows_Rd.shape[1]
+        parts_P[number] = (
+            part.kind,
+            len(part.rows_Rd),
+            part.mask,
+            address(part.column_M),
+            address(part.value_T),
+            address(score_R),
+            address(part.rows_Rd),
+            address(part.query_Qd),
+            1 if score_R is not None else dim,
+        )
+    return parts_P, held
 
 
 def _units(windows: cpu_kernel.SearchWindows, most: int) -> cpu_kernel.Units:
@@ -88,8 +114,3 @@ def _cuts(units: cpu_kernel.Units, length_T: NDArray[np.int64], parts: int) -> l
     shares_P = np.arange(1, parts) * (pairs_U[-1] / parts)
     return sorted({0, *np.searchsorted(pairs_U, shares_P).tolist(), len(units.offset_U) - 1})
 
-
-@lru_cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process; ``process`` is its id, because a forked child lacks the threads of its parent."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="top-k")

@@ -8,18 +8,20 @@ bfloat16. Sums are in float32 and in an order that depends on D alone, so result
 
 R = rows of the table, D = dim, M = behaviours of all users, T = targets, W = (target, behaviour) pairs, K = kept,
 U = units of work: a few targets each, whose windows overlap if there are several, Q = targets of the largest unit,
-X = any number of keys.
+B = behaviours of a block, P = parts of the score, X = any number of keys.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from embeddings.compiled import compiled
 
 LANES, SUMS = 16, 4
 """Floats of a vector, and vectors that are summed independently, so that no addition waits for the one before."""
@@ -28,8 +30,31 @@ PREFETCHED_ROWS, PREFETCHED_LINES = 16, 4
 SHORT_LINES, SMALL_TABLE_BYTES = 2, 4 << 20
 """Rows of so few lines, in a larger table, are fetched past the second-level cache: a quarter of the time less."""
 LINE_BYTES = 64
-BLOCK_BYTES = 32 << 10
+BLOCK_BYTES = 16 << 10
 """All targets of a unit score so many bytes of rows before any moves on: the rows stay in the first-level cache."""
+BLOCK_BEHAVIORS = 1 << 10
+"""Behaviours of a block at most, if rows are short or there are none."""
+
+VALUE, POSITION, INTERVAL, MATCH = range(4)
+"""The kinds of `embeddings.search.topk.inputs.PartKind`; the compiler knows plain integers alone."""
+INTERVAL_LIMIT = 1 << 33
+"""Seconds from which on all intervals are in the last bucket."""
+
+# A part's tensors come as addresses: their number differs from model to model, and code would be compiled anew for each.
+PART = np.dtype(
+    [
+        ("kind", np.int64),
+        ("rows", np.int64),  # how many
+        ("mask", np.int64),
+        ("column_M", np.int64),  # 0: there is none
+        ("value_T", np.int64),  # 0: there is none
+        ("score_R", np.int64),  # 0: each target has a query of its own
+        ("rows_Rd", np.int64),
+        ("query_Td", np.int64),
+        ("dim", np.int64),
+    ]
+)
+"""A part of the score (`embeddings.search.topk.inputs.ScorePart`): numbers, and addresses of contiguous tensors."""
 
 NOTHING = np.int64(np.iinfo(np.int64).min)
 """Less than any key."""
@@ -41,25 +66,6 @@ _MINUS_INFINITY = np.int32(-0x800000)
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 Keys = NDArray[np.int64]
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def compiled(fastmath: bool | set[str] = False) -> Callable[[Function], Function]:
-    """A decorator that compiles a function and keeps the code on disk where there is a place to write to.
-
-    Args:
-        fastmath: which of LLVM's liberties with floating-point numbers the compiler may take.
-    """
-
-    def decorate(function: Function) -> Function:
-        try:
-            cached: Function = njit(nogil=True, cache=True, fastmath=fastmath)(function)
-            return cached
-        except RuntimeError:  # Numba refuses to cache in a read-only installation without a home directory.
-            fresh: Function = njit(nogil=True, fastmath=fastmath)(function)
-            return fresh
-
-    return decorate
 
 
 class TableRows(NamedTuple):
@@ -80,10 +86,13 @@ class SearchWindows(NamedTuple):
     """int32 or int64."""
     start_T: NDArray[np.int64]
     end_T: NDArray[np.int64]
+    query_TD: NDArray[np.float32]
     first_pair_T: NDArray[np.int64]
     """Where in ``additive_W`` a window begins."""
-    query_TD: NDArray[np.float32]
     additive_W: NDArray[np.float32]
+    """Empty if there is none."""
+    parts_P: NDArray[Any]
+    """`PART`."""
 
 
 class Units(NamedTuple):
@@ -98,20 +107,30 @@ class Units(NamedTuple):
 # Numba has no half-precision floats and does not always use vectors for a sum, so the product is written in LLVM's
 # own language.
 @intrinsic
-def dot(_: Any, rows_RD: Any, address: Any, query_D: Any, dim: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """float32 ``<row, query_D>`` of the row of ``rows_RD``'s type at ``address``.
+def dot(_: Any, rows_RD: Any, row: Any, query: Any, dim: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """float32 product of the row of ``rows_RD``'s type at an address with the float32 query at another.
 
     Vectors of 16 lanes, then of 4, then single floats; on a processor with shorter vectors the compiler splits them.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        # The row comes as an address: Numba has no arrays of half-precision floats, and would make a slice for each
-        # row.
-        row = builder.inttoptr(arguments[1], ir.PointerType())
-        query = context.make_array(signature.args[2])(context, builder, arguments[2]).data
+        # Addresses: Numba has no arrays of half-precision floats, and would make a slice for each row.
+        row, query = (builder.inttoptr(address, ir.PointerType()) for address in arguments[1:3])
         return _dot(builder, rows_RD.dtype, row, query, arguments[3])
 
-    return types.float32(rows_RD, types.int64, query_D, types.int64), generate
+    return types.float32(rows_RD, types.int64, types.int64, types.int64), generate
+
+
+def _load(kind: types.Type, element: ir.Type) -> Any:
+    @intrinsic
+    def load(_: Any, address: Any, index: Any) -> tuple[Any, Callable[..., ir.Value]]:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+            array = builder.inttoptr(arguments[0], ir.PointerType())
+            return builder.load(builder.gep(array, [arguments[1]], source_etype=element), typ=element)
+
+        return kind(types.int64, types.int64), generate
+
+    return load
 
 
 def _dot(builder: ir.IRBuilder, kind: types.Type, row: ir.Value, query: ir.Value, dim: ir.Value) -> ir.Value:
@@ -206,6 +225,17 @@ def _prefetch(locality: int) -> Any:
 
 
 _past_second_level, _into_second_level = _prefetch(0), _prefetch(2)
+_float_at, _int_at, _long_at = _load(types.float32, _F32), _load(types.int32, _I32), _load(types.int64, _I64)
+
+
+@intrinsic
+def _bit_length(_: Any, number: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """How many bits a positive int64 has: 1 + floor(log2)."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.sub(_I64(64), builder.ctlz(arguments[0], ir.IntType(1)(0)))
+
+    return types.int64(types.int64), generate
 
 
 @intrinsic
@@ -307,6 +337,37 @@ def sort_descending(keys_X: Keys, spare_X: Keys, size: int) -> None:
 
 
 @compiled()
+def part_row(part: Any, target: int, behavior: int) -> Any:
+    """The row of a small table that a pair has; beyond the last one it is the last one."""
+    if part.kind == VALUE:
+        return np.int64(_int_at(part.column_M, behavior))
+    if part.kind == INTERVAL:
+        seconds = _long_at(part.value_T, target) - _long_at(part.column_M, behavior)
+        return min(_bit_length(min(max(seconds, 0), INTERVAL_LIMIT) + 1), part.rows - 1)
+    value = np.int64(_int_at(part.column_M, behavior)) if part.column_M else np.int64(behavior)
+    if part.kind == MATCH:
+        return np.int64(_long_at(part.value_T, target) == value)
+    return min(max((_long_at(part.value_T, target) - value) & part.mask, 0), part.rows - 1)
+
+
+@compiled()
+def add_parts(parts_P: NDArray[Any], target: int, begin: int, end: int, score_B: NDArray[np.float32]) -> None:
+    """Add what small tables make of a target's score of the behaviours ``begin`` .. ``end`` to ``score_B``."""
+    # Only for its type: rows of small tables are float32.
+    floats = np.empty((0, 0), np.float32)
+    for number in range(len(parts_P)):
+        part = parts_P[number]
+        if part.score_R:
+            for behavior in range(begin, end):
+                score_B[behavior - begin] += _float_at(part.score_R, part_row(part, target, behavior))
+        else:
+            query = part.query_Td + target * part.dim * 4
+            for behavior in range(begin, end):
+                row = part.rows_Rd + part_row(part, target, behavior) * part.dim * 4
+                score_B[behavior - begin] += dot(floats, row, query, part.dim)
+
+
+@compiled()
 def search(
     table: TableRows,
     windows: SearchWindows,
@@ -331,9 +392,12 @@ def search(
     ids_M, start_T, end_T = windows.ids_M, windows.start_T, windows.end_T
     query_TD, additive_W = windows.query_TD, windows.additive_W
     dim, k = query_TD.shape[1], bits_TK.shape[1]
-    base = rows_RD.ctypes.data
+    base, queries = rows_RD.ctypes.data, query_TD.ctypes.data
     lines = (dim * rows_RD.itemsize + LINE_BYTES - 1) // LINE_BYTES
-    block = max(BLOCK_BYTES // (dim * rows_RD.itemsize), PREFETCHED_ROWS) if dim else len(ids_M) + 1
+    block = BLOCK_BEHAVIORS
+    if dim:
+        block = min(max(BLOCK_BYTES // (dim * rows_RD.itemsize), PREFETCHED_ROWS), BLOCK_BEHAVIORS)
+    score_B = np.empty(block, np.float32)
     most = 0
     for unit in range(first_unit, end_unit):
         most = max(most, units.offset_U[unit + 1] - units.offset_U[unit])
@@ -347,12 +411,12 @@ def search(
         # The behaviours from the first start to the last end of the unit's windows are gone through once, block by
         # block.
         targets = units.order_T[units.offset_U[unit] : units.offset_U[unit + 1]]
-        begin = reach = start_T[targets[0]]
+        first = reach = start_T[targets[0]]
         for slot in range(len(targets)):
             reach = max(reach, end_T[targets[slot]])
             size_Q[slot], worst_Q[slot] = 0, NOTHING
-        ahead = begin
-        for block_begin in range(begin, reach, block):
+        ahead = first
+        for block_begin in range(first, reach, block):
             ahead = max(ahead, block_begin)
             # The first rows of a block, before any target needs them.
             while ahead < min(block_begin + PREFETCHED_ROWS, reach):
@@ -360,21 +424,26 @@ def search(
                 ahead += 1
             for slot in range(len(targets)):
                 target = targets[slot]
-                start = start_T[target]
-                # Pair ``pair + behavior`` is that of this target and a behaviour.
-                pair = windows.first_pair_T[target] - start
-                query_D, keys_X = query_TD[target], keys_QX[slot]
-                size, worst = size_Q[slot], worst_Q[slot]
-                for behavior in range(max(start, block_begin), min(end_T[target], block_begin + block)):
+                start, query = start_T[target], queries + target * dim * 4
+                begin, end = max(start, block_begin), min(end_T[target], block_begin + block)
+                for behavior in range(begin, end):
                     # The first target of a unit asks for the rows ahead; the others find them in the cache.
                     if ahead < reach and ahead <= behavior + PREFETCHED_ROWS:
                         prefetch_row(rows_RD, base + np.int64(ids_M[ahead]) * row_bytes, lines)
                         ahead += 1
                     row = np.int64(ids_M[behavior])
-                    score = dot(rows_RD, base + row * row_bytes, query_D, dim)
+                    score = dot(rows_RD, base + row * row_bytes, query, dim)
                     if len(scale_R):
                         score *= scale_R[row]
-                    key = ordered(score + additive_W[pair + behavior], behavior - start)
+                    score_B[behavior - begin] = score
+                add_parts(windows.parts_P, target, begin, end, score_B)
+                if len(additive_W):
+                    pair = windows.first_pair_T[target] - start
+                    for behavior in range(begin, end):
+                        score_B[behavior - begin] += additive_W[pair + behavior]
+                keys_X, size, worst = keys_QX[slot], size_Q[slot], worst_Q[slot]
+                for behavior in range(begin, end):
+                    key = ordered(score_B[behavior - begin], behavior - start)
                     # Written in any case, and kept only if it is good enough: no branch to mispredict.
                     keys_X[size] = key
                     size += key > worst

@@ -1,0 +1,77 @@
+"""Loops of `embeddings.layers.row_products` on a CPU. Compiled on first use, kept on disk.
+
+T = targets, K = behaviours of each, L = rows, d = their dim.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embeddings.compiled import compiled
+
+# A sum may be made in several parts side by side, which vectors need; its order is that of the compiled code, always.
+_SUMS = {"reassoc", "contract"}
+
+
+@compiled(fastmath=_SUMS)
+def dot(
+    query_Td: NDArray[Any],
+    rows_Ld: NDArray[Any],
+    index_TK: NDArray[np.int64],
+    first: int,
+    end: int,
+    score_TK: NDArray[Any],
+) -> None:
+    """Write the products of each target's query with its K rows, for the targets ``first`` .. ``end``."""
+    dim = query_Td.shape[1]
+    for target in range(first, end):
+        query_d = query_Td[target]
+        for column in range(index_TK.shape[1]):
+            row_d = rows_Ld[index_TK[target, column]]
+            total = query_d[:0].sum()
+            for d in range(dim):
+                total += query_d[d] * row_d[d]
+            score_TK[target, column] = total
+
+
+@compiled(fastmath=_SUMS)
+def weighted_sum(
+    weight_TK: NDArray[Any],
+    rows_Ld: NDArray[Any],
+    index_TK: NDArray[np.int64],
+    first: int,
+    end: int,
+    sum_Td: NDArray[Any],
+) -> None:
+    """Write the weighted sum of each target's K rows, for the targets ``first`` .. ``end``."""
+    dim = sum_Td.shape[1]
+    for target in range(first, end):
+        sum_d = sum_Td[target]
+        sum_d[:] = 0
+        for column in range(index_TK.shape[1]):
+            weight, row_d = weight_TK[target, column], rows_Ld[index_TK[target, column]]
+            for d in range(dim):
+                sum_d[d] += weight * row_d[d]
+
+
+@compiled(fastmath=_SUMS)
+def add_outer(
+    weight_TK: NDArray[Any],
+    query_Td: NDArray[Any],
+    index_TK: NDArray[np.int64],
+    first: int,
+    end: int,
+    rows_Ld: NDArray[Any],
+) -> None:
+    """Add ``weight_TK[t, k] * query_Td[t]`` to the row of each target and column, for the rows ``first`` .. ``end``."""
+    # Threads have rows and not targets: so they never write to one place, and the order of a sum is that of the
+    # targets, whatever the number of threads.
+    for target in range(weight_TK.shape[0]):
+        query_d = query_Td[target]
+        for column in range(index_TK.shape[1]):
+            row = index_TK[target, column]
+            if first <= row < end:
+                weight, row_d = weight_TK[target, column], rows_Ld[row]
+                for d in range(len(query_d)):
+                    row_d[d] += weight * query_d[d]
