@@ -19,7 +19,7 @@ from embeddings.batch import Batch
 from embeddings.model import CtrModel
 from embeddings.models import twin
 from embeddings.search import local
-from embeddings.search.topk.inputs import TopKInputs
+from embeddings.search.topk.inputs import ScorePart, TopKInputs
 
 LAMBDA = 8.0
 """A bound that holds for n roundings but for a chance of ``2 n exp(-LAMBDA**2 / 2)``: 3e-14 for each."""
@@ -77,8 +77,10 @@ def in_float64() -> Iterator[None]:
         return rounded
 
     def to_float32(value: Any) -> Any:
-        if isinstance(value, TopKInputs):
-            return TopKInputs(**{field.name: to_float32(getattr(value, field.name)) for field in fields(value)})
+        if isinstance(value, TopKInputs | ScorePart):
+            return type(value)(**{field.name: to_float32(getattr(value, field.name)) for field in fields(value)})
+        if isinstance(value, list | tuple):
+            return [to_float32(one) for one in value]
         return value.to(torch.float32) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     log_counts = in_float32(twin.log_counts)

@@ -81,6 +81,15 @@ def codecs_of(communication: Communication) -> QuantizedCommCodecs:
     return get_qcomm_codecs(QCommsConfig(forward_precision=values, backward_precision=gradients))
 
 
+def narrowest(largest: int) -> torch.dtype:
+    """The narrowest of uint8, uint16, int32 and int64 that holds 0 .. ``largest``."""
+    # torch moves uint16 but cannot add or index with it, so whoever receives a column widens it first.
+    for dtype in (torch.uint8, torch.uint16, torch.int32):
+        if largest <= torch.iinfo(dtype).max:
+            return dtype
+    return torch.int64
+
+
 @dataclass(frozen=True)
 class Column:
     """Values for each rank, one rank's after the other's."""

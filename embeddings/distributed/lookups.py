@@ -20,7 +20,13 @@ from torch.nn.functional import embedding_bag, pad
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import QuantizedCommCodecs
 
-from embeddings.distributed.collectives import Column, ColumnsAllToAll, all_to_all_with_gradient, exchange_counts
+from embeddings.distributed.collectives import (
+    Column,
+    ColumnsAllToAll,
+    all_to_all_with_gradient,
+    exchange_counts,
+    narrowest,
+)
 from embeddings.distributed.row_wise import RowWiseLookup, RowWiseTable
 from schemas.model import Feature
 
@@ -75,7 +81,9 @@ def sharded_rows(
     requests, id_of = list[Tensor](), dict[Feature, Tensor]()
     for (feature, of), count in zip(distinct.items(), sent, strict=True):
         id_of[feature] = of.id_B[: sum(count)]
-        requests.append(id_of[feature].remainder(lookup.tables[feature].block).to(torch.int32))
+        # Rows counted within their shard are smaller numbers, which need fewer bytes.
+        block = lookup.tables[feature].block
+        requests.append(id_of[feature].remainder(block).to(narrowest(block - 1)))
     arrived = ColumnsAllToAll(lookup.group, list(map(Column, requests, sent, received))).wait()
     rows = lookup.rows(dict(zip(distinct, arrived, strict=True)))
     # The way back: a shard returns as many rows to each rank as that rank requested of it.
@@ -183,7 +191,8 @@ def sharded_sums(
         (sent_entries,), (received_entries,) = sent[entries], received[entries]
         (sent_parts,), (received_parts,) = sent[counts], received[counts]
         order_I = of.order_E[: sum(sent_entries)]
-        row_I = id_E.index_select(0, order_I).remainder(lookup.tables[feature].block).to(torch.int32)
+        block = lookup.tables[feature].block
+        row_I = id_E.index_select(0, order_I).remainder(block).to(narrowest(block - 1))
         ids.append(Column(row_I, sent_entries, received_entries))
         weights.append(Column(bags.weight_E.index_select(0, order_I), sent_entries, received_entries))
         # Only shards that have some of a bag's entries hear of the bag, and only they answer.

@@ -114,7 +114,7 @@ def bucketed(id_B: Tensor, block: int, shards: int) -> Bucketed:
         # id. On a CPU it keeps the order of ids.
         length, blocks = (torch.tensor([number], dtype=id_B.dtype) for number in (len(id_B), block))
         count_S, row_B, _, index_B, _ = torch.ops.fbgemm.block_bucketize_sparse_features(
-            length, id_B, True, False, blocks, shards
+            length, id_B.contiguous(), True, False, blocks, shards
         )
         return Bucketed(count_S, row_B, index_B)
     return bucketed_by_sort(id_B, block, shards)

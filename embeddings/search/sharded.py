@@ -24,7 +24,7 @@ from torchrec.distributed.types import Awaitable, LazyAwaitable, QuantizedCommCo
 from torchrec.streamable import Multistreamable
 
 from embeddings.batch import Batch, Selection
-from embeddings.distributed.collectives import Column, ColumnsAllToAll, codecs_of
+from embeddings.distributed.collectives import Column, ColumnsAllToAll, codecs_of, narrowest
 from embeddings.distributed.row_wise import row_wise_tables
 from embeddings.layers.scoring import DotProduct
 from embeddings.search.messages import LocalWindows, SearchMessages, SearchSizes, ShardHistory, ShardInput
@@ -217,8 +217,9 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         dist.all_to_all_single(received_SX, sent_SX, group=group)
         # A shard needs the number of targets of every rank, the longest span, and how many rows the others will send.
         own_X = torch.cat([torch.stack([span, received_SX[:, 0].sum()]), span.new_full((1,), len(batch)), extremes_X])
-        all_SX = own_X.new_empty(group.size(), len(own_X))
+        all_SX = own_X.new_empty(group.size() * len(own_X))
         dist.all_gather_into_tensor(all_SX, own_X, group=group)
+        all_SX = all_SX.view(group.size(), len(own_X))
         # The one moment in which the host waits for a GPU: all figures at once.
         figures = torch.cat([sent_SX, received_SX, all_SX], dim=1)
         ctx.sizes = sizes = self._known_sizes(figures.T.tolist(), batch, all_SX[:, 2].contiguous(), received_SX)
@@ -347,7 +348,8 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
             scores_F = self._codec.encode(best.score_GK.flatten().index_select(0, flat_F))
             # Counted from the window's start, as the sample's rank does.
             index_F = best.index_GK.flatten().index_select(0, flat_F) - best.start_G.index_select(0, target_F)
-            columns += [Column(scores_F, sent, received), Column(index_F.to(torch.int32), sent, received)]
+            index_F = index_F.to(narrowest(self._sizes.lengths[sequence] - 1))
+            columns += [Column(scores_F, sent, received), Column(index_F, sent, received)]
         return ColumnsAllToAll(self._group, columns)
 
     def merge_answers(self, ctx: TopKContext, columns: list[Tensor]) -> dict[str, Selection]:

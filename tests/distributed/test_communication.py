@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from embeddings.initialization import initialize
+from embeddings.distributed.lookups import Bags, sharded_rows
 from embeddings.loss import click_loss
 from embeddings.models import build_model
 from embeddings.sharding import make_plan, shard
@@ -45,6 +46,12 @@ def counted(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
     return found, traffic.bytes
 
 
+def rows_of(model: torch.nn.Module, ids: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Item and category rows of ids, side by side."""
+    rows = sharded_rows(model.tables.inherent["attention"], ids, None, model.tables.codecs)
+    return torch.cat([rows[name].rows_Ld[rows[name].index_B] for name in ids], dim=1)
+
+
 def lookups(communication: Communication) -> dict[str, tuple[torch.Tensor, float]]:
     """What a rank finds, and the bytes that it sends."""
     model, sharded = model_of(communication)
@@ -53,14 +60,15 @@ def lookups(communication: Communication) -> dict[str, tuple[torch.Tensor, float
         name: torch.randint(0, rows, (IDS,), generator=draw, dtype=torch.int32)
         for name, rows in (("item", 51), ("category", 8))
     }
-    weight, length = torch.rand(IDS, generator=draw), torch.full((IDS // 4,), 4)
+    weight, bag = torch.rand(IDS, generator=draw), torch.arange(IDS) // 4
+    bags = Bags(ids, weight, torch.ones(IDS, dtype=torch.bool), bag, IDS // 4)
     found = {
-        "rows": counted(lambda: model.tables.inherent_rows("attention", ids, torch.ones(IDS, dtype=torch.bool))),
-        "sums": counted(lambda: model.tables.pooled_rows("representation", ids, weight, length)),
+        "rows": counted(lambda: rows_of(model, ids)),
+        "sums": counted(lambda: torch.cat(list(model.tables.pooled_rows("representation", bags).values()), dim=1)),
     }
     batch = part(toy_batch(1, targets=24, lengths={"history": 12}), dist.get_rank(), dist.get_world_size())
     sharded.eval()
-    cross = model.tables.cross_rows(CPU)
+    cross = model.tables.small_rows(CPU)
     chosen, sent = counted(lambda: model.search(batch, cross, model.start_search(batch))["history"].index_TK)
     found["best"] = chosen, sent
     sharded.train()
@@ -100,7 +108,7 @@ def bytes_of_rows(communication: Communication) -> tuple[float, float]:
     """Bytes that a lookup of all rows sends, and its backward pass."""
     model, _ = model_of(communication)
     ids = {"item": torch.arange(51, dtype=torch.int32), "category": torch.arange(51, dtype=torch.int32) % 8}
-    rows, there = counted(lambda: model.tables.inherent_rows("attention", ids, torch.ones(51, dtype=torch.bool)))
+    rows, there = counted(lambda: rows_of(model, ids))
     _, back = counted(lambda: rows.sum().backward())
     return there, back
 

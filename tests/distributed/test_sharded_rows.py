@@ -12,6 +12,7 @@ from embeddings.distributed.collectives import sum_over_ranks
 from embeddings.models import build_model
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
+from embeddings.tables import specs
 from pipeline.planning.measuring import TrafficCounter
 from pipeline.planning.planned_tables import planned_tables
 from pipeline.planning.traffic import all_rows, rows_lookup
@@ -62,6 +63,12 @@ def asked_of(rank: int, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tenso
     return ids, torch.rand(count, generator=draw) < (0.0 if seed == 4 else 0.8), factor
 
 
+def looked_up(model: torch.nn.Module, ids: dict[str, torch.Tensor], valid: torch.Tensor) -> torch.Tensor:
+    """Rows of the attention tables, side by side, with zeros for those that are not valid."""
+    rows = model.tables.inherent_rows("attention", ids, valid, model.tables.small_rows(CPU))
+    return torch.cat([of.rows_Ld[of.index_B] for of in rows.values()], dim=1) * valid[:, None]
+
+
 def loss_alone(tables: dict[str, torch.Tensor], rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     ids, valid, factor = asked_of(rank, seed)
     rows = torch.cat([embedding(ids[name], table) for name, table in tables.items()], dim=1) * valid[:, None]
@@ -77,7 +84,7 @@ def rows_as_alone(rates: dict[str, float], change: Callable[[dict], None] = lamb
         for name, rows in tables.items():
             fill(model.state[f"{name}_attention"], rows)
         ids, valid, factor = asked_of(rank, seed)
-        found = model.tables.inherent_rows("attention", ids, valid)
+        found = looked_up(model, ids, valid)
         (found * factor).square().sum().backward()
 
         grown = {name: rows.clone().requires_grad_() for name, rows in tables.items()}
@@ -91,6 +98,8 @@ def rows_as_alone(rates: dict[str, float], change: Callable[[dict], None] = lamb
 
 
 def rows_with_one_optimizer_and_with_two() -> None:
+    rows_as_alone({"item": 1.0, "category": 1.0})
+    specs.GATHERED_BYTES = 0  # now categories are looked up by id, as items are
     rows_as_alone({"item": 1.0, "category": 1.0})
     rows_as_alone({"category": 0.5, "item": 1.0})
 
@@ -129,7 +138,7 @@ def whole_as_alone(change: Callable[[dict], None] = lambda plan: None) -> None:
     for name, rows in tables.items():
         fill(model.state[name], rows)
     for _ in range(2):
-        found = model.tables.cross_rows(CPU)
+        found = model.tables.small_rows(CPU).cross
         loss = torch.zeros(())
         for name, rows in tables.items():
             _, feature, of = name.split("_")
@@ -159,16 +168,19 @@ def bytes_of_lookups() -> None:
     tables = planned_tables(build_model(settings_of(item=1.0, category=1.0), SIZES, META), plan)
     shard(model, CPU, plan)
     ids = {name: torch.arange(1000, dtype=torch.int32) % rows for name, rows in ROWS.items()}
+    specs.GATHERED_BYTES = 0
+    small = model.tables.small_rows(CPU)
     with TrafficCounter() as counted:
-        model.tables.inherent_rows("attention", ids, torch.ones(1000, dtype=torch.bool)).sum().backward()
+        rows = model.tables.inherent_rows("attention", ids, None, small)
+        sum(of.rows_Ld.sum() for of in rows.values()).backward()
     asked = [table for table in tables if table.set == "attention" and table.inherent]
     planned = sum(part.to_each for part in rows_lookup("it", asked, 1000, ranks, gradient=True)) * (ranks - 1)
     # The last shards have fewer rows to send.
     assert sum_over_ranks(torch.tensor(counted.bytes)).item() / ranks == pytest.approx(planned, rel=0.02)
 
     with TrafficCounter() as counted:
-        rows = model.tables.cross_rows(CPU)
-        sum(part.sum() for of in rows.values() for part in of["history"].values()).backward()
+        rows = model.tables.small_rows(CPU)
+        sum(part.sum() for of in rows.cross.values() for part in of["history"].values()).backward()
     small = [table for table in tables if not table.inherent]
     assert counted.bytes == sum(part.to_each for part in all_rows("it", small)) * (ranks - 1)
 

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import embedding_bag
 
+from embeddings.distributed.lookups import Bags
 from embeddings.models import build_model
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
@@ -61,8 +62,16 @@ def pooled_as_alone(learning_rates: tuple[float, float]) -> None:
             fill(state[f"{name}_representation"], rows)
 
         ids, weight, length, factor = bags_of(rank, seed)
-        pooled = model.tables.pooled_rows("representation", ids, weight, length)
-        loss = (pooled * factor).square().sum()
+        bag = torch.arange(len(length)).repeat_interleave(length)
+        # Entries that are not valid are between those that are; their weights and ids are of no meaning.
+        valid = torch.rand(2 * len(bag), generator=draw).argsort() < len(bag)
+        place = valid.nonzero().flatten()
+        padded_bag = bag[(valid.cumsum(0) - 1).clamp(min=0)] if len(bag) else bag
+        padded = {name: torch.zeros(len(valid), dtype=torch.int32).index_copy(0, place, of) for name, of in ids.items()}
+        padded_weight = torch.full((len(valid),), torch.nan).index_copy(0, place, weight)
+        bags = Bags(padded, padded_weight, valid, padded_bag, len(length))
+        sums = model.tables.pooled_rows("representation", bags)
+        loss = (torch.cat([sums[name] for name in DIMS], dim=1) * factor).square().sum()
         loss.backward()
 
         grown = {name: rows.clone().requires_grad_() for name, rows in tables.items()}

@@ -105,7 +105,7 @@ def test_search_keeps_what_the_definition_keeps(name: str, shape: str) -> None:
     definition, searched = Definition.of(model), 0
     for seed in range(3):
         batch = batch_of(settings, seed)
-        for sequence, selected in model.search(batch, model.tables.cross_rows(CPU), model.start_search(batch)).items():
+        for sequence, selected in model.search(batch, model.tables.small_rows(CPU), model.start_search(batch)).items():
             for t in range(len(batch)):
                 kept = selected.index_TK[t][selected.valid_TK[t]].tolist()
                 assert kept == list(definition.retrieve(batch, sequence, t)), (sequence, t)
@@ -200,7 +200,7 @@ def test_clusters_are_bounded_and_count_every_behaviour(size: int) -> None:
     settings = settings_of("twin-v2", cluster_size=size, retrieved={"ads": 12})
     batch = batch_of(settings, seed=6)
     model = model_of(settings)
-    chosen = model.search(batch, model.tables.cross_rows(CPU), model.start_search(batch))["ads"]
+    chosen = model.search(batch, model.tables.small_rows(CPU), model.start_search(batch))["ads"]
     history = batch.histories["ads"]
     count_TK = chosen.log_count_TK.exp().round() * chosen.valid_TK
     assert int(count_TK.max()) <= size

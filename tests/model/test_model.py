@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from embeddings.batch import Batch, History
 from embeddings.distributed.process_group import process_group
@@ -14,9 +15,10 @@ from embeddings.loss import click_loss
 from embeddings.models import MODELS, build_model
 from embeddings.sharding import make_plan, shard
 from schemas.model import ModelSettings
+from tests.launcher import run_ranks
 from tests.model.definitions import DEFINITIONS, Definition
 from tests.tolerance import in_float64, largest, rounding, summands
-from tests.toy_batch import toy_batch
+from tests.toy_batch import part, toy_batch
 from tests.toy_model import ALL, CPU, META, TWO, batch_of, model_of, settings_of, sharded_like, sizes_of
 
 CASES = {
@@ -171,14 +173,16 @@ def test_measuring_changes_no_bit(name: str, shape: dict[str, object]) -> None:
         assert torch.equal(gradient, gradients[1][key]), key
 
 
+def norms_of(search: str) -> dict[str, float]:
+    settings = settings_of("dare", search=search, **TWO)
+    sharded = sharded_like(model_of(settings))
+    assert sharded.module.pools_on_shards == (search == "shard")
+    batch = part(batch_of(settings, seed=3), dist.get_rank(), dist.get_world_size())
+    row_hook = GradientNorms()
+    click_loss(sharded(batch, row_hook=row_hook), batch.label_T).backward()
+    return row_hook.norms()
+
+
 def test_norms_are_the_same_wherever_histories_are_pooled() -> None:
-    norms = []
-    for search in ("shard", "local"):
-        with process_group(CPU):
-            settings = settings_of("dare", search=search, **TWO)
-            sharded = sharded_like(model_of(settings))
-            assert sharded.module.pools_on_shards == (search == "shard")
-            batch, row_hook = batch_of(settings, seed=3), GradientNorms()
-            click_loss(sharded(batch, row_hook=row_hook), batch.label_T).backward()
-            norms.append(row_hook.norms())
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    shard, local = run_ranks(2, norms_of, "shard"), run_ranks(2, norms_of, "local")
+    assert shard[0] == pytest.approx(local[0], rel=1e-4)

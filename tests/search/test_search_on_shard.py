@@ -72,8 +72,8 @@ def searched(name: str) -> int:
             {"longest": case.get("longest", 30)} | shapes[rank] | ({"targets": 0} if seed % ranks == rank > 0 else {})
         )
         batch = toy_batch(100 * rank + seed, items=case["items"], categories=categories, lengths=lengths, **mine)
-        selected = model.search(batch, model.tables.cross_rows(CPU), model.start_search(batch))
-        cross = alone.tables.cross_rows(CPU)
+        selected = model.search(batch, model.tables.small_rows(CPU), model.start_search(batch))
+        cross = alone.tables.small_rows(CPU)
         expected = alone.search(batch, cross, alone.start_search(batch))
         assert list(selected) == list(expected)
         for sequence, chosen in expected.items():

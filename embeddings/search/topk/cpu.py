@@ -29,7 +29,7 @@ def top_k_cpu(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
     """The search of `embeddings.search.topk.api.top_k`, with as many threads as torch uses; inputs are checked."""
     rows_RD, scale_R, targets = inputs.rows_RD, inputs.scale_R, len(inputs.start_T)
     # Nothing is cleared: the kernel writes all K columns, filling included.
-    score_TK = torch.empty(targets, inputs.k)
+    score_TK = torch.empty(targets, inputs.k, dtype=torch.float32)
     index_TK = torch.empty(targets, inputs.k, dtype=torch.int64)
     # A slice of a table's columns is searched as it lies, by the distance between its rows; only the values of a row
     # must be neighbours.
