@@ -65,9 +65,13 @@ class IndexedRows(NamedTuple):
     """float32; at least one row."""
     index_X: Tensor
     """int64, 0 .. L - 1."""
+    in_order: bool = False
+    """Whether the index names each row once, in order."""
 
     def gathered(self) -> Tensor:
         """The rows themselves, (X, d)."""
+        if self.in_order:
+            return self.rows_Ld.view(*self.index_X.shape, -1)
         # The backward pass of `embedding` adds up in a fixed order, on a GPU too.
         return embedding(self.index_X, self.rows_Ld)
 

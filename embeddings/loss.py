@@ -27,7 +27,7 @@ def click_loss(prediction: Prediction, label_T: Tensor) -> Tensor:
     """
     # Counted in each step, because ranks may have different numbers of targets, or none. The clamp is for a step in
     # which no rank has any.
-    targets = sum_over_ranks(torch.tensor(float(len(label_T)), device=label_T.device)).clamp(min=1)
+    targets = sum_over_ranks(label_T.new_full((), len(label_T))).clamp(min=1)
     # A sum, because the mean of an empty batch would be not a number. On logits, which stay exact where a sigmoid would
     # round to 0 or 1.
     total = binary_cross_entropy_with_logits(prediction.logit_T, label_T, reduction="sum")

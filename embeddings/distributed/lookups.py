@@ -40,6 +40,8 @@ class RowsOfIds(NamedTuple):
     """int64, 0 .. L - 1."""
     id_L: Tensor | None
     """int32 or int64: the id of each row; None: these are all rows of the table, in order."""
+    in_order: bool = False
+    """Whether the rows are those of the ids, one after the other."""
 
 
 class _Distinct(NamedTuple):
@@ -103,14 +105,14 @@ def _local_rows(lookup: RowWiseLookup, ids: Mapping[Feature, Tensor], valid_B: T
         first = valid_B.to(torch.uint8).argmax(0, keepdim=True)
         ids = {feature: torch.where(valid_B, id_B, id_B.index_select(0, first)) for feature, id_B in ids.items()}
     return {
-        feature: _rows_of_ids(rows_Bd, torch.arange(len(rows_Bd), device=rows_Bd.device), ids[feature])
+        feature: _rows_of_ids(rows_Bd, torch.arange(len(rows_Bd), device=rows_Bd.device), ids[feature], True)
         for feature, rows_Bd in lookup.rows(ids).items()
     }
 
 
-def _rows_of_ids(rows_Ld: Tensor, index_B: Tensor, id_L: Tensor) -> RowsOfIds:
+def _rows_of_ids(rows_Ld: Tensor, index_B: Tensor, id_L: Tensor, in_order: bool = False) -> RowsOfIds:
     if len(rows_Ld):
-        return RowsOfIds(rows_Ld, index_B, id_L)
+        return RowsOfIds(rows_Ld, index_B, id_L, in_order)
     # On a rank without ids, the sum of no rows is a row of zeros that still belongs to the graph: padding may name it,
     # and the backward pass, which others wait for, runs. Its gradient is 0, whatever id it is said to have.
     return RowsOfIds(rows_Ld.sum(0, keepdim=True), index_B, id_L.new_zeros(1))

@@ -5,9 +5,11 @@ T = targets of this rank, I = width of the input, h = width of a hidden layer, B
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from embeddings.distributed.collectives import sum_over_ranks
 from schemas.train import Compute
@@ -81,27 +83,71 @@ class GlobalBatchNorm(nn.Module):
             # The running statistics are equal on all ranks, so nothing has to be exchanged.
             scale_F = self.weight * torch.rsqrt(self.running_variance_F + self.epsilon)
             return (values_BF - self.running_mean_F) * scale_F + self.bias
-        wide_BF = values_BF.double()
-        mean_F, variance_F = self._statistics(wide_BF)
-        normal_BF = (wide_BF - mean_F) * torch.rsqrt(variance_F + self.epsilon)
-        return (normal_BF * self.weight + self.bias).to(values_BF.dtype)
+        normal_BF: Tensor = _Normalize.apply(values_BF, self.weight, self.bias, self._statistics(values_BF.detach()))
+        return normal_BF
 
-    def _statistics(self, values_BF: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of the global batch; the running statistics (unbiased) move towards them."""
+    @torch.no_grad()
+    def _statistics(self, values_BF: Tensor) -> "_Statistics":
+        """Mean and deviation of the global batch; the running statistics (unbiased) move towards them."""
+        wide_BF = values_BF.double()
         # The count stays a tensor, so that no branch below has to bring it to the host.
-        count = values_BF.new_full((1,), len(values_BF))
+        count = wide_BF.new_full((1,), len(wide_BF))
         # One all-reduce for count, sums and squares: three would each wait for the slowest rank.
-        total = sum_over_ranks(torch.cat([count, values_BF.sum(0), values_BF.square().sum(0)]))
-        count, sum_F, square_F = total.split([1, values_BF.shape[1], values_BF.shape[1]])
+        total = sum_over_ranks(torch.cat([count, wide_BF.sum(0), wide_BF.square().sum(0)]))
+        count, sum_F, square_F = total.split([1, wide_BF.shape[1], wide_BF.shape[1]])
         several, some = count > 1, count.clamp(min=1)
         # E[x^2] - E[x]^2 can come out below 0 by rounding where a column is constant; in float64 hardly anything is
         # lost to it.
+        difference_F = square_F / some - (sum_F / some).square()
         mean_F = torch.where(several, sum_F / some, self.running_mean_F)
-        variance_F = torch.where(several, (square_F / some - mean_F.square()).clamp(min=0), self.running_variance_F)
-        with torch.no_grad():
-            unbiased_F = torch.where(several, variance_F * count / (count - 1).clamp(min=1), variance_F)
-            # All ranks have the same sums, so these stay equal although DistributedModelParallel does not broadcast
-            # buffers.
-            self.running_mean_F.lerp_(mean_F.to(self.running_mean_F.dtype), self.momentum)
-            self.running_variance_F.lerp_(unbiased_F.to(self.running_variance_F.dtype), self.momentum)
-        return mean_F, variance_F
+        variance_F = torch.where(several, difference_F.clamp(min=0), self.running_variance_F)
+        unbiased_F = torch.where(several, variance_F * count / (count - 1).clamp(min=1), variance_F)
+        # All ranks have the same sums, so these stay equal although DistributedModelParallel does not broadcast
+        # buffers.
+        self.running_mean_F.lerp_(mean_F.to(self.running_mean_F.dtype), self.momentum)
+        self.running_variance_F.lerp_(unbiased_F.to(self.running_variance_F.dtype), self.momentum)
+        inverse_F = torch.rsqrt(variance_F + self.epsilon)
+        return _Statistics(mean_F, inverse_F, several / some, several & (difference_F >= 0))
+
+
+class _Statistics(NamedTuple):
+    """What a global batch is normalised by, and how the values of the batch change it; all float64."""
+
+    mean_F: Tensor
+    inverse_F: Tensor
+    """One over the standard deviation."""
+    share_of_mean: Tensor
+    """By how much a value moves the mean: one over the count; 0 where the running statistics are taken, (1,)."""
+    moves_variance_F: Tensor
+    """bool: whether the values move the variance; not where the running one is taken, or where it was cut off at 0."""
+
+
+class _Normalize(torch.autograd.Function):
+    """``(x - mean) / deviation * weight + bias``, where mean and deviation are those of all ranks' values.
+
+    Autograd would go through more than sixty operators for it, most of them on all values in float64.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, values_BF: Tensor, weight_F: Tensor, bias_F: Tensor, statistics: _Statistics
+    ) -> Tensor:
+        normal_BF = values_BF.double().sub_(statistics.mean_F).mul_(statistics.inverse_F)
+        context.save_for_backward(normal_BF, weight_F)
+        context.statistics = statistics
+        return torch.addcmul(bias_F.double(), normal_BF, weight_F.double()).to(values_BF.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient_BF: Tensor) -> tuple[Tensor | None, ...]:
+        normal_BF, weight_F = context.saved_tensors
+        statistics: _Statistics = context.statistics
+        wide_BF = gradient_BF.double()
+        # The gradients of bias and weight, of this rank's values. Those of mean and variance are the same sums over all
+        # ranks, times the weight.
+        own_2F = torch.stack([wide_BF.sum(0), (wide_BF * normal_BF).sum(0)])
+        of_mean_F, of_variance_F = sum_over_ranks(own_2F) * statistics.share_of_mean
+        of_variance_F = of_variance_F * statistics.moves_variance_F
+        wide_BF = wide_BF - torch.addcmul(of_mean_F, normal_BF, of_variance_F)
+        values = wide_BF.mul_(statistics.inverse_F * weight_F).to(gradient_BF.dtype)
+        return values, own_2F[1].to(weight_F.dtype), own_2F[0].to(weight_F.dtype), None

@@ -56,20 +56,31 @@ def weighted_sum(
 
 
 @compiled(fastmath=_SUMS)
-def add_outer(
+def outer(
     weight_TK: NDArray[Any],
     query_Td: NDArray[Any],
     index_TK: NDArray[np.int64],
+    in_order: bool,
     first: int,
     end: int,
     rows_Ld: NDArray[Any],
 ) -> None:
-    """Add ``weight_TK[t, k] * query_Td[t]`` to the row of each target and column, for the rows ``first`` .. ``end``."""
+    """Add ``weight_TK[t, k] * query_Td[t]`` to the row of each target and column, for the rows ``first`` .. ``end``.
+
+    Where the index names each row once, in order, it is written and not added.
+    """
+    targets, columns = index_TK.shape
+    if in_order:
+        for row in range(first, end):
+            weight, query_d = weight_TK[row // columns, row % columns], query_Td[row // columns]
+            for d in range(len(query_d)):
+                rows_Ld[row, d] = weight * query_d[d]
+        return
     # Threads have rows and not targets: so they never write to one place, and the order of a sum is that of the
     # targets, whatever the number of threads.
-    for target in range(weight_TK.shape[0]):
+    for target in range(targets):
         query_d = query_Td[target]
-        for column in range(index_TK.shape[1]):
+        for column in range(columns):
             row = index_TK[target, column]
             if first <= row < end:
                 weight, row_d = weight_TK[target, column], rows_Ld[row]

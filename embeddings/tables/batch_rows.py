@@ -59,12 +59,14 @@ class BatchRows:
         self._selected = None if looks_up_all else selected
         self._rows: dict[str, dict[Feature, RowsOfIds]] = {}
         """By set: what was looked up, behaviours of one sequence after the other's, and targets at last."""
-        self._first: dict[str | None, int] = {}
-        """Where each sequence's behaviours begin in a lookup that has them; None: the targets."""
+        self._counts: dict[str, int] = {}
+        """How many behaviours of each sequence were looked up."""
+        self._cut: dict[tuple[str, Feature], Sequence[Tensor]] = {}
+        """By set and feature: rows that came in the order of their ids, cut into those of each sequence and targets."""
         self._last_rows: dict[tuple[str, str], tuple[Selection, Rows]] = {}
         """By set and sequence: the selection that `behaviors` was last called with, and the rows that it returned."""
         # What to look up of the behaviours, sequence by sequence: all of them, or the T x K that were selected.
-        item, category, valid, self._behaviors = list[Tensor](), list[Tensor](), list[Tensor](), 0
+        item, category, valid = list[Tensor](), list[Tensor](), list[Tensor]()
         for name, chosen in selected.items():
             history = batch.histories[name]
             item.append(history.item_M if looks_up_all else gather_or_zeros(history.item_M, chosen.index_TK).flatten())
@@ -72,9 +74,8 @@ class BatchRows:
                 history.category_M if looks_up_all else gather_or_zeros(history.category_M, chosen.index_TK).flatten()
             )
             valid += [] if looks_up_all else [chosen.valid_TK.flatten()]
-            self._first[name] = self._behaviors
-            self._behaviors += len(item[-1])
-        self._history_sets = history_sets
+            self._counts[name] = len(item[-1])
+        self._history_sets, self._target_sets = history_sets, target_sets
         targets = torch.ones_like(batch.item_T, dtype=torch.bool)
         # One lookup for each set of tables, of behaviours and targets together: a rank waits for the others once, and a
         # row that is needed twice travels once. Sorted: a set of strings has another order in each process, and every
@@ -91,10 +92,7 @@ class BatchRows:
 
     def targets(self, name: str, sequence: str) -> Rows:
         """Rows (T, ...) of the targets in set ``name``, seen from a sequence."""
-        first = self._behaviors * (name in self._history_sets)
-        parts = [
-            embedding(rows.index_B[first : first + len(self._batch)], rows.rows_Ld) for rows in self._rows[name].values()
-        ]
+        parts = [self._part(name, feature, None).gathered() for feature in self._rows[name]]
         inherent = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return Rows(inherent, target_rows(self._batch, self._cross[name][sequence]))
 
@@ -108,21 +106,40 @@ class BatchRows:
         last = self._last_rows.get((name, sequence))
         if last is not None and last[0] is selected:
             return last[1]
-        history, first = self._batch.histories[sequence], self._first[sequence]
+        history = self._batch.histories[sequence]
         features: dict[Feature, IndexedRows] = {}
-        for feature, rows in self._rows[name].items():
+        for feature in self._rows[name]:
+            part = self._part(name, feature, sequence)
             if self._selected is None:
                 # Padding takes index 0; its gradient is zero, because its weight is.
-                index_M = rows.index_B[first : first + len(history.item_M)]
-                index_TK = gather_or_zeros(index_M, selected.index_TK)
+                index_TK = gather_or_zeros(part.index_X, selected.index_TK)
+                features[feature] = IndexedRows(part.rows_Ld, index_TK)
             else:
                 assert selected is self._selected[sequence], "rows of another selection"
-                index_TK = rows.index_B[first : first + selected.index_TK.numel()].view_as(selected.index_TK)
-            features[feature] = IndexedRows(rows.rows_Ld, index_TK)
+                features[feature] = part._replace(index_X=part.index_X.view_as(selected.index_TK))
         features |= selected_rows(self._batch, history, selected, self._cross[name][sequence])
         taken = IndexedBehaviors(features)
         self._last_rows[name, sequence] = selected, taken
         return taken
+
+    def _part(self, name: str, feature: Feature, sequence: str | None) -> IndexedRows:
+        """The rows of one sequence's behaviours, or of the targets (None), as they were looked up."""
+        rows = self._rows[name][feature]
+        counts = [*self._counts.values()] if name in self._history_sets else []
+        counts += [len(self._batch)] if name in self._target_sets else []
+        number = list(self._counts).index(sequence) if sequence is not None else len(counts) - 1
+        if not rows.in_order:
+            first = sum(counts[:number])
+            return IndexedRows(rows.rows_Ld, rows.index_B[first : first + counts[number]])
+        # Cut once: so the gradients of the parts are laid side by side, where slices would each be filled up with
+        # zeros and then added.
+        if (name, feature) not in self._cut:
+            self._cut[name, feature] = rows.rows_Ld.split(counts)
+        cut = self._cut[name, feature][number]
+        if not len(cut):
+            # Of no rows a row of zeros is left, which padding may name.
+            return IndexedRows(cut.sum(0, keepdim=True), rows.index_B[:0])
+        return IndexedRows(cut, rows.index_B[: len(cut)], in_order=True)
 
     def parts(self) -> list[LookedUp]:
         """All that was looked up, table by table: rows of ids first, then all rows of the cross features' tables."""
@@ -142,7 +159,7 @@ class BatchRows:
     def replaced(self, rows: Sequence[Tensor]) -> Self:
         """The lookup with other rows in the place of those that `parts` returns, in their order."""
         other, rest = copy(self), iter(rows)
-        other._last_rows = {}
+        other._last_rows, other._cut = {}, {}
         other._rows = {
             name: {feature: of_ids._replace(rows_Ld=next(rest)) for feature, of_ids in by_feature.items()}
             for name, by_feature in self._rows.items()
