@@ -20,7 +20,10 @@ class DenseOptimizer(KeyedOptimizerWrapper):
         kind = {"adam": Adam, "adamw": AdamW}[settings.optimizer]
         super().__init__(
             dict(in_backward_optimizer_filter(model.named_parameters())),
-            lambda parameters: kind(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay),
+            # Fused: one operator for all parameters, where the plain optimizer has nine for each.
+            lambda parameters: kind(
+                parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+            ),
         )
         self._settings = settings
         self._steps = 0

@@ -59,32 +59,58 @@ class Agreement(NamedTuple):
     """A rank was asked to stop."""
 
 
-def agree(step: int, output: StepOutput, gradient_norm: Tensor, stop: bool) -> Agreement:
-    """Exchange what each rank knows of a step, in one small all-reduce; all ranks must call it after each step.
+class StartedAgreement:
+    """An exchange of what each rank knows of a step, which is on its way; arguments as of `agree`."""
+
+    def __init__(self, step: int, output: StepOutput, gradient_norm: Tensor, stop: bool) -> None:
+        self.step, self._output = step, output
+        self._sound = torch.isfinite(output.loss) & torch.isfinite(gradient_norm)
+        # A loss that is nan would make the sum nan, and no rank could tell whose it was: it counts as 0, and the fault
+        # is counted beside it. float64 holds counts exactly up to 2^53. One small vector, because the cost of the
+        # exchange is its latency; made on the device, for an upload would wait for it.
+        numbers = output.loss.new_zeros(4, dtype=torch.float64)
+        numbers[0], numbers[3] = torch.where(self._sound, output.loss, 0), ~self._sound
+        numbers[1].fill_(output.targets)
+        numbers[2].fill_(stop)
+        self._work = dist.all_reduce(numbers, async_op=True)
+        self._numbers = numbers
+        self._copied: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            # To the host as soon as the device is there, while the host goes on.
+            self._work.wait()
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def result(self) -> Agreement:
+        """Wait for the exchange; all ranks must call it, in the order of the steps.
+
+        Raises:
+            UserError: the loss or the gradients are not finite, on all ranks; names the step and the batch of the ranks
+                concerned.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        else:
+            self._work.wait()
+        loss, targets, stops, faults = self._numbers.tolist()
+        # The sum is the same on all ranks, so all of them go into the gather in there, and none goes on alone.
+        if faults:
+            _raise_not_finite(self.step, self._output, bool(self._sound))
+        return Agreement(loss / dist.get_world_size(), int(targets), stops > 0)
+
+
+def agree(step: int, output: StepOutput, gradient_norm: Tensor, stop: bool) -> StartedAgreement:
+    """Start to exchange what each rank knows of a step, in one small all-reduce; all ranks must call it after each step.
 
     Args:
-        step: number of the step, for the message.
+        step: number of the step.
         output: what this rank has made of it.
         gradient_norm: norm of the dense parameters' gradients, scalar.
         stop: whether this rank was asked to stop.
-
-    Raises:
-        UserError: the loss or the gradients are not finite, on all ranks; names the step and the batch of the ranks
-            concerned.
     """
-    device = output.loss.device
-    sound = torch.isfinite(output.loss) & torch.isfinite(gradient_norm)
-    # float64 holds counts exactly up to 2^53. One small vector, because the cost of the exchange is its latency.
-    numbers = torch.tensor([0, output.targets, stop, 0], dtype=torch.float64, device=device)
-    # A loss that is nan would make the sum nan, and no rank could tell whose it was: it counts as 0, and the fault is
-    # counted beside it.
-    numbers[0], numbers[3] = torch.where(sound, output.loss, 0), ~sound
-    dist.all_reduce(numbers)
-    loss, targets, stops, faults = numbers.tolist()
-    # The sum is the same on all ranks, so all of them go into the gather in there, and none goes on alone.
-    if faults:
-        _raise_not_finite(step, output, bool(sound))
-    return Agreement(loss / dist.get_world_size(), int(targets), stops > 0)
+    return StartedAgreement(step, output, gradient_norm, stop)
 
 
 def _raise_not_finite(step: int, output: StepOutput, sound: bool) -> None:
@@ -119,8 +145,8 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
         assert isinstance(inner, CtrModel)
         self._ctr_model = inner
         self._channel: SearchChannel | None = None
-        if inner.searches_on_shards and dist.get_world_size() > 1:
-            group = dist.new_group()
+        if inner.searches_on_shards:
+            group = dist.new_group() if dist.get_world_size() > 1 else dist.group.WORLD
             assert isinstance(group, dist.ProcessGroup)
             self._channel = SearchChannel(group, torch.cuda.Stream() if device.type == "cuda" else None)
         self._handle: SearchHandle | None = None

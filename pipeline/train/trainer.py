@@ -20,7 +20,7 @@ from pipeline.runs.checkpoint import keys_in, load
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.stream.history_stream import HistoryStream
 from pipeline.train.optimizer import DenseOptimizer
-from pipeline.train.pipeline import Agreement, SearchPrefetchPipeline, agree
+from pipeline.train.pipeline import Agreement, SearchPrefetchPipeline, StartedAgreement, agree
 from pipeline.train.reporting import RunReport
 from schemas.train import TrainSettings
 
@@ -140,7 +140,7 @@ class Trainer(Stateful):
         Raises:
             UserError: a loss that is not finite, data that cannot be read, a checkpoint that cannot be written.
         """
-        batches = iter(self.stream)
+        batches, started = iter(self.stream), list[StartedAgreement]()
         while not self.done:
             # Of the step that is about to be made: hooks must be there when its forward pass runs. All ranks measure
             # the same steps, because the norms are summed over ranks.
@@ -155,21 +155,30 @@ class Trainer(Stateful):
                 self._pipeline.reset()
                 batches = iter(self.stream)
                 continue
-            agreed = agree(self.step + 1, output, self._optimizer.gradient_norm, stop.received)
+            started.append(agree(self.step + 1, output, self._optimizer.gradient_norm, stop.received))
             if profile is not None:
                 profile.end(self.step + 1)
             self._advance()
-            self._report(report, agreed, norms)
             # Items are seen a second time from the next epoch on: models often are at their best right before.
             due = self._is_due(self.settings.validation.every) or self.step_of_epoch == 0
+            saves = self._is_due(self.settings.checkpoint.every)
+            # What the ranks agree on is looked at when the next step is under way, so that the host does not wait for a
+            # GPU in between; unless something depends on it now.
+            agreed = self._settle(started, report, all_of_them=due or saves or norms is not None)
+            if agreed is not None and agreed.stop:
+                agreed = self._settle(started, report, all_of_them=True) or agreed
+            stops = agreed is not None and agreed.stop
+            if norms is not None:
+                assert agreed is not None
+                self._report_norms(report, agreed, norms)
             # The validation comes before the checkpoint: its score is saved with the very weights that it has measured.
             better = due and self._validate(report)
-            if better or agreed.stop or self._is_due(self.settings.checkpoint.every):
+            if better or stops or saves:
                 # The logs first: what they have beyond the checkpoint is cut off when the run goes on, but what they
                 # lack is never written again.
                 report.flush()
                 checkpoints.save(self.state_dict(), self.step, self.best if better else None)
-            if agreed.stop:
+            if stops:
                 break
             # A checkpoint that failed in the background (a full disk) ends the run now, not when the next one is due.
             checkpoints.check()
@@ -184,18 +193,30 @@ class Trainer(Stateful):
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.done
 
-    def _report(self, report: RunReport, agreed: Agreement, norms: GradientNorms | None) -> None:
-        report.step(self.step, agreed)
-        if norms is not None:
-            model = self.settings.model
-            rates = {
-                "dense": self._optimizer.learning_rate,
-                "attention": model.attention.learning_rate,
-                "representation": model.representation.learning_rate,
-            }
-            by_name = {str(role): norm for role, norm in norms.norms().items()}
-            by_name["dense"] = float(self._optimizer.gradient_norm)
-            report.point(self.step, agreed, rates, by_name, self.stream.waited_s)
+    def _settle(self, started: list[StartedAgreement], report: RunReport, *, all_of_them: bool) -> Agreement | None:
+        """Look at what was agreed on after the steps before the last, or after all; report it, and return the latest.
+
+        A stop that was agreed on in any of them is in what is returned.
+        """
+        agreed = None
+        while len(started) > (0 if all_of_them else 1):
+            former, step = agreed, started[0].step
+            agreed = started.pop(0).result()
+            if former is not None and former.stop:
+                agreed = agreed._replace(stop=True)
+            report.step(step, agreed)
+        return agreed
+
+    def _report_norms(self, report: RunReport, agreed: Agreement, norms: GradientNorms) -> None:
+        model = self.settings.model
+        rates = {
+            "dense": self._optimizer.learning_rate,
+            "attention": model.attention.learning_rate,
+            "representation": model.representation.learning_rate,
+        }
+        by_name = {str(role): norm for role, norm in norms.norms().items()}
+        by_name["dense"] = float(self._optimizer.gradient_norm)
+        report.point(self.step, agreed, rates, by_name, self.stream.waited_s)
 
     def _validate(self, report: RunReport) -> bool:
         """Evaluate on the validation split, and return whether the result is the best so far."""
