@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from functools import cache
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
@@ -84,6 +85,7 @@ def asked_for(*searches: TopKInputs) -> set[Variant]:
     return recorder.variants
 
 
+@cache
 def warmed(k: int, dtype: torch.dtype) -> set[Variant]:
     """The variants that `cuda.warm` compiles."""
     recorder = _Recorder()

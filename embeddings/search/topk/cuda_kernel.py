@@ -1,8 +1,9 @@
 """The GPU's search loop, in Triton: score a block of a window, keep the K best keys.
 
-A variant of `search` is compiled for each `embeddings.search.topk.cuda.Mode` and type of rows, and for nothing else: what differs from batch to batch, or
-from table to table, is an argument that the compiler takes no notice of (`do_not_specialize`). What a search has or
-lacks (additive scores, parts, dims that vectors fit) are branches that all threads take alike, so they cost little.
+A variant of `search` is compiled for each `embeddings.search.topk.cuda.Mode` and type of rows, and for nothing else:
+what differs from batch to batch, or from table to table, is an argument whose value the compiler takes no notice of
+(`do_not_specialize`). What a search has or lacks (additive scores, parts, dims that vectors fit) are branches that all
+threads take alike, so they cost little.
 
 Arguments are `tl.tensor` and `tl.constexpr` by annotation, because Triton reads annotations as code, in which it knows
 no other module's names.
@@ -14,8 +15,8 @@ P = parts of the score, X = keys of a target, d = dim of a small table. Pointers
 import triton
 import triton.language as tl
 
-from embeddings.search.topk.inputs import PartKind
 from embeddings.intervals import INTERVAL_BUCKETS
+from embeddings.search.topk.inputs import PartKind
 from embeddings.search.topk.keys import NOTHING
 
 PART_FIELDS = 10
@@ -108,11 +109,8 @@ def search(
     length = tl.load(end_T + target) - start
     every = k > kept and columns > 0
     begin = number * share
-    end = begin + share
-    if every:
-        end = tl.minimum(end, columns)
-    else:
-        end = tl.minimum(end, length)
+    # Where keys of all are written, those behind the window's end are, too, as padding.
+    end = tl.minimum(begin + share, columns if every else length)
     pair = start
     if has_additive:
         pair = tl.load(first_pair_T + target)
@@ -182,7 +180,7 @@ def _dot(
 
     With an ``alignment`` of 16 each row begins at a multiple of 16 bytes, and ends at one: it is read in vectors.
     """
-    # Elements of a vector of ``alignment`` bytes. Divided and multiplied by it, a number is seen to be a multiple of it.
+    # Elements of ``alignment`` bytes. Divided and multiplied by it, a number is seen to be a multiple of it.
     vector: tl.constexpr = (alignment * 8) // rows_RD.dtype.element_ty.primitive_bitwidth
     if alignment > 1:
         dim = (dim // vector) * vector
