@@ -35,8 +35,8 @@ def _part(draw: st.DrawFn, kind: PartKind, search: TopKInputs) -> ScorePart:
         value_T = torch.randint(0, rows, (targets,), generator=values)
     elif kind == PartKind.POSITION:
         if draw(st.booleans()):
-            # As they travel: modulo a power of two above the longest window.
-            mask = 63
+            # As they travel, modulo a power of two; here it may be less than a window.
+            mask = draw(st.sampled_from([3, 63]))
             column_M = torch.arange(behaviors, dtype=torch.int32) & mask
             value_T = (search.end_T + draw(st.integers(0, 3))) & mask
         else:

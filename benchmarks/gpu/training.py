@@ -115,7 +115,7 @@ def synchronisations() -> None:
         places = [
             f"{Path(warning.filename).name}:{warning.lineno}"
             for warning in caught
-            if "synchron" in str(warning.message)
+            if "called a synchronizing" in str(warning.message)
         ]
         goal = 8 if (model, search) == ("dare", "shard") else None
         tell(f"synchronisations of a step, {model}, {search}", len(places), at_most=goal)
