@@ -9,12 +9,14 @@ $(error DEVICE=$(DEVICE): must be cpu or cuda)
 endif
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# A Python that was named, else that of .venv if it is built, else what there is.
+CHECK_PYTHON = $(if $(filter environment command,$(origin PYTHON)),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 READY := .venv/ready-$(DEVICE)
 JOURNEY := data/completejourney
 # One process a GPU, and two on a CPU.
 PROCESSES ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | head -2 | wc -l),2)
 
-.PHONY: demo test test-slow test-spark test-slurm setup lint types docs examples format bench clean
+.PHONY: demo test test-slow test-spark test-slurm setup lint types docs examples format bench check-gpu clean
 
 demo: $(JOURNEY)/manifest.json  ## prepare real histories, train DARE and TWIN on them, compare
 	$(BIN)/dare inspect $(JOURNEY)
@@ -62,6 +64,9 @@ bench: $(READY)  ## timings, side by side
 	$(BIN)/dare bench reader
 	$(BIN)/dare bench search
 	$(BIN)/dare bench shard-search
+
+check-gpu:  ## what one GPU shows in ten minutes; it builds nothing, so it runs where there is no package index
+	$(CHECK_PYTHON) -m benchmarks.gpu.check $(CHECK)
 
 $(JOURNEY)/manifest.json: schemas/presets/completejourney.yaml | $(READY)
 	$(BIN)/dare prepare --preset completejourney --out $(JOURNEY) --overwrite

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from embeddings.batch import Batch, History, Selection, gather_or_zeros
+from embeddings.intervals import interval_bucket
 from schemas.errors import UserError
 from schemas.model import INHERENT, Feature
 
@@ -119,26 +120,6 @@ class RowHook(Protocol):
             weights: for each of ``rows``: None for rows as they are; (T, K) for sums ``sum_k w_tk e_k`` that were made
                 elsewhere, so that the gradient of row ``e_k`` is ``w_tk`` times that of the sum.
         """
-
-
-INTERVAL_BUCKETS = 34
-"""Rows of an interval table: row 0 for targets and padding, and 33 for spans up to 2^33 seconds (272 years)."""
-
-
-def interval_bucket(seconds: Tensor) -> Tensor:
-    """The logarithmic bucket of a time between behaviour and target: 1 + floor(log2(1 + seconds)), at most 33.
-
-    Bucket 1 is the same second, 2 is 1-2 s, 3 is 3-6 s, ...
-
-    Args:
-        seconds: int64, any shape; negative spans count as 0.
-
-    Returns:
-        int32 of the same shape, 1 .. 33.
-    """
-    # frexp is exact: x = m 2^e with m in [0.5, 1), so e = 1 + floor(log2(x)). float64 holds integers up to 2^53.
-    _, exponent = torch.frexp((seconds.clamp(min=0) + 1).to(torch.float64))
-    return exponent.clamp(max=INTERVAL_BUCKETS - 1).to(torch.int32)
 
 
 TARGET_ROW = 0

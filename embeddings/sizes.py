@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from embeddings.batch import Batch
-from embeddings.features import INTERVAL_BUCKETS
+from embeddings.intervals import INTERVAL_BUCKETS
 from schemas.errors import UserError
 from schemas.manifest import Manifest
 from schemas.model import INHERENT, Feature

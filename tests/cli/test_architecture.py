@@ -19,7 +19,7 @@ MODULES_OF_THE_TRAINER = 60
 
 ROOMS = {
     "embeddings": (
-        ("batch", "compiled", "features", "sizes"),
+        ("batch", "compiled", "features", "intervals", "sizes"),
         ("distributed",),
         ("layers",),
         ("tables",),

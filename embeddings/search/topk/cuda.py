@@ -1,164 +1,210 @@
-"""Top-K search on a GPU: one pass over the rows; up to a K of `BLOCK_N` nothing of size (T, N) is written.
+"""Top-K search on a GPU: one pass over the rows; up to a K of `MANY` nothing of size (T, N) is written.
 
-R = rows of the table, D = dim, M = behaviours of all users, T = targets, W = (target, behaviour) pairs, N = longest
-window, K = kept, X = keys of a target: those of its whole window, or the best of each part of it.
+R = rows of a table, D = dim, M = behaviours of all users, T = targets, N = longest window, K = kept, P = parts of the
+score, d = dim of a small table, X = keys of a target: those of its whole window, or the best of each share of it.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
-from embeddings.search.topk.inputs import TopKInputs
-from embeddings.search.topk.keys import NOTHING, decoded
+from embeddings.search.topk import cuda_kernel
+from embeddings.search.topk.inputs import ScorePart, TopKInputs
+from embeddings.search.topk.keys import decoded
 
-BLOCK_N, BLOCK_D = 128, 32
-"""Behaviours, and dims of each, that are multiplied at a time; more would not stay in registers."""
-PROGRAMS = 2048
-"""Windows are cut into parts as long as there are fewer programs than this, so that few targets fill a GPU too."""
+
+class Mode(NamedTuple):
+    """How a program goes over a window: each mode is compiled once for each type of rows."""
+
+    kept: int
+    """Keys that stay in registers, a power of two; for more than that all keys are written, and torch selects."""
+    block_n: int
+    """Behaviours that are scored at a time, a power of two; 32 threads for 32 of them."""
+
+    @property
+    def warps(self) -> int:
+        """Groups of 32 threads."""
+        return max(1, self.block_n // 32)
+
+
+SHORT = Mode(32, 32)
+"""For windows of one block of 32: on many shards, few behaviours of a window are a shard's own. No K can be more."""
+FEW, MANY = Mode(32, 128), Mode(128, 128)
+"""For longer windows; larger blocks would not stay in registers."""
+PROGRAMS = 1024
+"""Windows are cut into shares as long as there are no more programs than this, so that few targets fill a GPU too."""
 KEY_BYTES = 256 << 20
 """Keys that are written at a time."""
 
-_NOTHING = tl.constexpr(NOTHING)
-_LOW = tl.constexpr(0xFFFFFFFF)
-_MAGNITUDE = tl.constexpr(0x7FFFFFFF)
-_NAN = tl.constexpr(0x7FC00000)
+_VECTOR_BYTES = 16
 
 
 def top_k_cuda(inputs: TopKInputs, longest: int) -> tuple[Tensor, Tensor]:
-    """The search of `embeddings.search.topk.api.top_k`; inputs are checked, and ``longest`` is their longest window."""
-    rows_RD, scale_R, start_T, k = inputs.rows_RD, inputs.scale_R, inputs.start_T, inputs.k
-    targets, dim = inputs.query_TD.shape
+    """The search of `embeddings.search.topk.api.top_k`; inputs are checked, and no window is longer than ``longest``.
+
+    The host does not wait for the GPU.
+    """
+    start_T, k, targets = inputs.start_T, inputs.k, len(inputs.start_T)
     if not targets or not longest:
         return decoded(start_T.new_empty(targets, 0), start_T, k)
-    rows_RD = rows_RD if rows_RD.stride(1) == 1 else rows_RD.contiguous()
-    # Triton's blocks have a power of two of elements.
-    kept = max(triton.next_power_of_2(min(k, longest)), 2)
-    # A larger K would not stay in registers: then all keys are written, and torch selects the best.
-    fused = kept <= BLOCK_N
-    # A program searches one part of one target's window.
-    parts = min(triton.cdiv(PROGRAMS, targets), triton.cdiv(longest, BLOCK_N)) if fused else 1
-    part = triton.cdiv(triton.cdiv(longest, parts), BLOCK_N) * BLOCK_N
-    columns = parts * kept if fused else longest
+    mode = SHORT if longest <= SHORT.block_n else _long_mode(k)
+    # A program searches one share of one target's window.
+    shares = max(1, min(PROGRAMS // targets, triton.cdiv(longest, mode.block_n)))
+    share = triton.cdiv(triton.cdiv(longest, shares), mode.block_n) * mode.block_n
+    launch = _Launch(inputs, mode, shares, share)
+    if k > mode.kept and mode is not SHORT:
+        columns = longest
+    elif shares > 1:
+        columns = shares * mode.kept
+    else:
+        # One program sees all keys of a target: what it keeps is the answer, already sorted.
+        score_TK = torch.empty(targets, k, device=start_T.device)
+        index_TK = torch.empty(targets, k, dtype=torch.int64, device=start_T.device)
+        launch(0, targets, 0, index_TK, score_TK, index_TK)
+        return score_TK, index_TK
     best = []
     # So many targets at a time that their keys, of 8 bytes, stay within the limit.
     step = max(1, KEY_BYTES // (8 * columns))
-    for begin in range(0, targets, step):
-        some = slice(begin, min(begin + step, targets))
-        key_TX = torch.empty(some.stop - begin, columns, dtype=torch.int64, device=rows_RD.device)
-        _search[(some.stop - begin, parts)](
-            rows_RD,
-            rows_RD.stride(0),
-            scale_R if scale_R is not None else inputs.additive_W,  # not read: a kernel wants a tensor
-            inputs.ids_M.contiguous(),
-            start_T[some].contiguous(),
-            inputs.end_T[some].contiguous(),
-            inputs.first_pair_T[some],
-            inputs.query_TD[some].float().contiguous(),
-            inputs.additive_W.contiguous(),
-            key_TX,
-            columns,
-            dim,
-            part,
-            scaled=scale_R is not None,
-            fused=fused,
-            kept=kept if fused else 1,
-            block_n=BLOCK_N,
-            block_d=min(BLOCK_D, triton.next_power_of_2(max(dim, 1))),
-        )
-        # Keys sort as the search must, so an ordinary top K of integers merges the parts.
+    for first in range(0, targets, step):
+        key_TX = start_T.new_empty(min(step, targets - first), columns)
+        launch(first, len(key_TX), columns, key_TX, launch.no_floats, key_TX)
+        # Keys sort as the search must, so an ordinary top K of integers merges the shares.
         best.append(key_TX.topk(min(k, columns)).values)
     return decoded(torch.cat(best), start_T, k)
 
 
-@triton.jit
-def _search(
-    rows_RD: Any,
-    row_stride: Any,
-    scale_R: Any,
-    ids_M: Any,
-    start_T: Any,
-    end_T: Any,
-    first_pair_T: Any,
-    query_TD: Any,
-    additive_W: Any,
-    key_TX: Any,
-    columns: Any,
-    dim: Any,
-    part: Any,
-    scaled: tl.constexpr,
-    fused: tl.constexpr,
-    kept: tl.constexpr,
-    block_n: tl.constexpr,
-    block_d: tl.constexpr,
-) -> None:
-    """Write the keys of one part of one target's window: the ``kept`` best of them, or all, padded with NOTHING."""
-    # In 64 bits: the products with it below may exceed 32.
-    target, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start = tl.load(start_T + target)
-    length = tl.load(end_T + target) - start
-    pair = tl.load(first_pair_T + target)
-    begin = number * part
-    written = key_TX + target * columns
-    # The best so far stay in registers; only they are written, at the end.
-    best = tl.full([kept], _NOTHING, tl.int64)
-    worst = tl.min(best)
-    end = tl.minimum(begin + part, length) if fused else columns
-    for block in range(begin, end, block_n):
-        column = block + tl.arange(0, block_n)
-        valid = column < length
-        # Behind the window's end nothing is read: the mask stands for zeros, and the key is NOTHING.
-        row = tl.load(ids_M + start + column, mask=valid, other=0).to(tl.int64)
-        score = _dot(rows_RD, row_stride, row, valid, query_TD + target * dim, dim, block_n, block_d)
-        if scaled:
-            score *= tl.load(scale_R + row, mask=valid, other=0.0)
-        score += tl.load(additive_W + pair + column, mask=valid, other=0.0)
-        key = tl.where(valid, _ordered(score, column), _NOTHING)
-        if fused:
-            # After the first blocks most blocks have no key that is good enough, and need no sorting.
-            if tl.max(key) > worst:
-                both = tl.reshape(tl.join(best, tl.topk(key, kept)), [2 * kept])
-                best = tl.topk(both, kept)
-                worst = tl.min(best)
-        else:
-            tl.store(written + column, key, mask=column < columns)
-    if fused:
-        tl.store(written + number * kept + tl.arange(0, kept), best)
+def warm(k: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile and load all that searches of this K in rows of this type can need: none compiles later.
 
+    Dims, parts, numbers and lengths do not matter: the compiler takes no notice of them.
 
-@triton.jit
-def _dot(
-    rows_RD: Any,
-    row_stride: Any,
-    row: Any,
-    valid: Any,
-    query_D: Any,
-    dim: Any,
-    block_n: tl.constexpr,
-    block_d: tl.constexpr,
-) -> Any:
-    """Dot products of the rows with the query, float32 (block_n,)."""
-    total = tl.zeros([block_n], tl.float32)
-    for first in range(0, dim, block_d):
-        # The last block of a dim that is no multiple is masked, with zeros on both sides.
-        d = first + tl.arange(0, block_d)
-        inside = d < dim
-        query = tl.load(query_D + d, mask=inside, other=0.0)
-        values = tl.load(
-            rows_RD + row[:, None] * row_stride + d[None, :], mask=valid[:, None] & inside[None, :], other=0
+    Args:
+        k: K.
+        dtype: of the rows that will be searched.
+        device: a CUDA device.
+    """
+    # A window for each mode, and one target, whose long window is cut into shares.
+    for longest in (1, 2 * _long_mode(k).block_n):
+        inputs = TopKInputs(
+            rows_RD=torch.zeros(1, 1, dtype=dtype, device=device),
+            ids_M=torch.zeros(longest, dtype=torch.int32, device=device),
+            start_T=torch.zeros(1, dtype=torch.int64, device=device),
+            end_T=torch.full((1,), longest, device=device),
+            query_TD=torch.zeros(1, 1, device=device),
+            k=k,
+            scale_R=torch.ones(1, device=device) if dtype == torch.int8 else None,
         )
-        total += tl.sum(values.to(tl.float32) * query[None, :], axis=1)
-    return total
+        top_k_cuda(inputs, longest)
 
 
-@triton.jit
-def _ordered(score: Any, column: Any) -> Any:
-    """The keys of `embeddings.search.topk.keys.ordered`."""
-    # -0.0 equals 0.0, and must have the same bits.
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    # NaN is the only value that differs from itself; one bit pattern for all of them, above infinity's.
-    bits = tl.where(score == score, bits, _NAN)
-    monotonic = tl.where(bits < 0, bits ^ _MAGNITUDE, bits)
-    return (monotonic.to(tl.int64) << 32) | (_LOW - column.to(tl.int64))
+def _long_mode(k: int) -> Mode:
+    return FEW if k <= FEW.kept else MANY
+
+
+class _Launch:
+    """Starts the kernel with the inputs of a search; it keeps the tensors whose addresses the kernel is given."""
+
+    def __init__(self, inputs: TopKInputs, mode: Mode, shares: int, share: int) -> None:
+        rows_RD, targets = inputs.rows_RD, len(inputs.start_T)
+        # A slice of a table's columns is searched as it lies, if only the values of a row are neighbours.
+        self._rows_RD = rows_RD if rows_RD.stride(1) == 1 else rows_RD.contiguous()
+        self._ids_M = inputs.ids_M.contiguous()
+        self._start_T, self._end_T = inputs.start_T.contiguous(), inputs.end_T.contiguous()
+        self._query_TD = inputs.query_TD.float().contiguous()
+        self.no_floats = torch.empty(0, device=rows_RD.device)
+        """For what is neither read nor written: a missing tensor would make a variant of its own."""
+        self._scale_R = self.no_floats if inputs.scale_R is None else inputs.scale_R.contiguous()
+        self._additive_W = self.no_floats if inputs.additive_W is None else inputs.additive_W.contiguous()
+        self._first_pair_T = self._start_T if inputs.additive_W is None else inputs.first_pair_T
+        self._has_additive, self._parts, self._k = inputs.additive_W is not None, len(inputs.parts), inputs.k
+        self._part_PF, self._of_parts = _described(inputs.parts, targets, self._start_T)
+        self._mode, self._shares, self._share = mode, shares, share
+
+    def __call__(
+        self, first_target: int, targets: int, columns: int, key_TX: Tensor, score_TK: Tensor, index_TK: Tensor
+    ) -> None:
+        """Search the windows of some targets; see `cuda_kernel.search` for what is written where."""
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device_of(self._rows_RD):
+            cuda_kernel.search[(targets, self._shares)](
+                self._rows_RD,
+                self._rows_RD.stride(0),
+                int(_in_vectors(self._rows_RD)),
+                self._scale_R,
+                self._ids_M.data_ptr(),
+                int(self._ids_M.dtype == torch.int64),
+                self._start_T,
+                self._end_T,
+                self._query_TD,
+                self._query_TD.shape[1],
+                self._part_PF,
+                self._parts,
+                self._first_pair_T,
+                self._additive_W,
+                int(self._has_additive),
+                first_target,
+                columns,
+                self._share,
+                self._k,
+                key_TX,
+                score_TK,
+                index_TK,
+                kept=self._mode.kept,
+                block_n=self._mode.block_n,
+                num_warps=self._mode.warps,
+            )
+
+
+def _described(parts: Sequence[ScorePart], targets: int, like_T: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """What the kernel is told of the parts: (P, `cuda_kernel.PART_FIELDS`), and the tensors whose addresses it has."""
+    if not parts:
+        return like_T, []
+    described: list[list[int]] = []
+    tensors: list[Tensor] = []
+
+    def address(tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        tensors.append(tensor)
+        return tensor.data_ptr()
+
+    for part in parts:
+        score_R, query_Qd = part.score_R, None
+        rows_Rd = _with_vectors(part.rows_Rd) if score_R is None else score_R[:, None]
+        if score_R is None:
+            query_Qd = _with_vectors(part.query_Qd)
+            assert len(query_Qd) == targets
+        described.append(
+            [
+                int(part.kind),
+                address(rows_Rd),
+                rows_Rd.stride(0),
+                len(rows_Rd),
+                address(query_Qd),
+                0 if query_Qd is None else query_Qd.stride(0),
+                rows_Rd.shape[1],
+                address(None if part.column_M is None else part.column_M.contiguous()),
+                address(None if part.value_T is None else part.value_T.contiguous()),
+                part.mask,
+            ]
+        )
+    # From pinned memory, so that the host does not wait until the GPU has it.
+    part_PF = torch.tensor(described, pin_memory=like_T.is_cuda).to(like_T.device, non_blocking=True)
+    return part_PF, tensors
+
+
+def _in_vectors(rows_Rd: Tensor) -> bool:
+    """Whether each row begins and ends at a multiple of 16 bytes."""
+    row_bytes, stride_bytes = rows_Rd.shape[1] * rows_Rd.itemsize, rows_Rd.stride(0) * rows_Rd.itemsize
+    return all(count % _VECTOR_BYTES == 0 for count in (rows_Rd.data_ptr(), row_bytes, stride_bytes))
+
+
+def _with_vectors(rows_Rd: Tensor) -> Tensor:
+    """The rows as they lie if vectors fit them; else a copy, whose dims are filled up with zeros."""
+    if rows_Rd.stride(1) == 1 and _in_vectors(rows_Rd):
+        return rows_Rd
+    return pad(rows_Rd, (0, -rows_Rd.shape[1] % (_VECTOR_BYTES // rows_Rd.itemsize))).clone()

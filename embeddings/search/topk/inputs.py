@@ -24,7 +24,7 @@ class PartKind(IntEnum):
     POSITION = 1
     """The target's value less the behaviour's, modulo a power of two; without a column, less the behaviour's index."""
     INTERVAL = 2
-    """The bucket of the seconds from the behaviour's value to the target's (`embeddings.features.interval_bucket`)."""
+    """The bucket of the seconds from the behaviour's value to the target's (`embeddings.intervals.interval_bucket`)."""
     MATCH = 3
     """Row 1 if both values are equal, else row 0."""
 

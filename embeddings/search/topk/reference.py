@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from embeddings.features import interval_bucket
+from embeddings.intervals import interval_bucket
 from embeddings.search.topk.inputs import PartKind, ScorePart, TopKInputs
 from embeddings.search.topk.keys import NOTHING, decoded, ordered
 

@@ -1,0 +1,1 @@
+"""What a machine with a GPU must show: `make check-gpu`."""
