@@ -3,7 +3,6 @@
 T = targets of this rank.
 """
 
-import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 

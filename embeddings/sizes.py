@@ -14,7 +14,7 @@ from embeddings.batch import Batch
 from embeddings.intervals import INTERVAL_BUCKETS
 from schemas.errors import UserError
 from schemas.manifest import Manifest
-from schemas.model import INHERENT, Feature
+from schemas.model import Feature
 from schemas.stream import StreamSettings
 
 

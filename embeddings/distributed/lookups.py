@@ -4,9 +4,9 @@ An id travels once to the shard that has its row. Of a row, the row travels back
 part of the sum, so that D floats travel back for a bag and not a row for each of its ids. A lookup waits once for a
 GPU: for the numbers of ids, without which nothing can be sent.
 
-B = ids of this rank, U = distinct ids of it, L = rows that were looked up, E = entries of bags, I = ids that a shard was sent by all ranks, P =
-parts: bags of this rank that have an entry on a shard, one shard's after the other's, S = shards (one a rank), F =
-tables, R = rows of a table, d = its dim, V = values of all tables on a shard.
+B = ids of this rank, U = distinct ids of it, L = rows that were looked up, E = entries of bags, I = ids that a shard
+was sent by all ranks, P = parts: bags of this rank that have an entry on a shard, one shard's after the other's, S =
+shards (one a rank), R = rows of a table, d = its dim, V = values of all tables on a shard.
 """
 
 from collections.abc import Mapping, Sequence
@@ -97,7 +97,9 @@ def sharded_rows(
     }
 
 
-def _local_rows(lookup: RowWiseLookup, ids: Mapping[Feature, Tensor], valid_B: Tensor | None) -> dict[Feature, RowsOfIds]:
+def _local_rows(
+    lookup: RowWiseLookup, ids: Mapping[Feature, Tensor], valid_B: Tensor | None
+) -> dict[Feature, RowsOfIds]:
     """What `sharded_rows` returns where one rank has all rows: nothing travels, and equal ids stay apart."""
     if valid_B is not None and len(valid_B):
         # Ids that are not valid stand for the first valid one: so no row is touched but those that were asked for, and
@@ -303,7 +305,9 @@ def all_gathered_tables(
         tables = {feature: lookup.tables[feature] for feature in features}
         device = next(iter(tables.values())).local_Rd.device
         # Looked up rather than read: so the gradient comes back to the kernel, whose optimizer takes its step there.
-        rows = lookup.rows({feature: torch.arange(table.local_rows, device=device) for feature, table in tables.items()})
+        rows = lookup.rows(
+            {feature: torch.arange(table.local_rows, device=device) for feature, table in tables.items()}
+        )
         local += [(number, feature, table, rows[feature]) for feature, table in tables.items()]
     gathered: list[dict[str, Tensor]] = [{} for _ in collections]
     if group.size() == 1:

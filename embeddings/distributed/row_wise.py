@@ -146,7 +146,8 @@ class RowWiseLookup:
     """
 
     def __init__(self, collection: torch.nn.Module) -> None:
-        assert isinstance(collection, ShardedEmbeddingBagCollection) and is_row_wise(collection), collection
+        assert isinstance(collection, ShardedEmbeddingBagCollection), collection
+        assert is_row_wise(collection), collection._sharding_types
         self.tables = _tables(collection)
         """By the feature that is looked up in them."""
         self._kernels: list[BatchedFusedEmbeddingBag] = list(collection._lookups[0]._emb_modules)

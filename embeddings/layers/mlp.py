@@ -129,9 +129,7 @@ class _Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        context: Any, values_BF: Tensor, weight_F: Tensor, bias_F: Tensor, statistics: _Statistics
-    ) -> Tensor:
+    def forward(context: Any, values_BF: Tensor, weight_F: Tensor, bias_F: Tensor, statistics: _Statistics) -> Tensor:
         normal_BF = values_BF.double().sub_(statistics.mean_F).mul_(statistics.inverse_F)
         context.save_for_backward(normal_BF, weight_F)
         context.statistics = statistics

@@ -261,9 +261,7 @@ def search_by_signature(rows: LocalRows, signature: Signature, retrieved: Mappin
         sign_MB = _signs(signature(rows.gathered(sequence)))
         ids_M = torch.arange(len(sign_MB), device=sign_MB.device)
         _, index_TK = top_k(
-            TopKInputs(
-                sign_MB, ids_M, history.start_T, history.end_T, target_TB, k, longest=rows.lengths[sequence]
-            )
+            TopKInputs(sign_MB, ids_M, history.start_T, history.end_T, target_TB, k, longest=rows.lengths[sequence])
         )
         selected[sequence] = Selection(index_TK.clamp(min=0), index_TK >= 0)
     return selected

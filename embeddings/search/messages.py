@@ -140,7 +140,7 @@ class SearchSizes:
     targets: Sequence[int]
     """Targets of each rank."""
     held: Sequence[int]
-    """Of how many targets of all ranks each shard has the item row."""
+    """How many item rows of all ranks' targets each shard has."""
     sent: Mapping[str, Sequence[int]]
     """By sequence, the behaviours that this rank sends to each shard."""
     behaviors: Mapping[str, Sequence[int]]
@@ -148,7 +148,7 @@ class SearchSizes:
     answers: Mapping[str, tuple[Sequence[int], Sequence[int]]]
     """By sequence, how many behaviours each shard selects for this rank, and this shard for each rank."""
     span: int
-    """Seconds between the earliest behaviour of a batch and its latest behaviour or target, the longest of all ranks."""
+    """Seconds from the earliest behaviour of a batch to its latest behaviour or target, the longest of all ranks."""
     targets_S: Tensor
     """int64: ``targets``, on the device."""
     behaviors_S: Mapping[str, Tensor]

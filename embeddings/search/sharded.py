@@ -3,16 +3,15 @@
 `SearchHandle` is a search of one batch, from its start to its result; `ShardedTopK` is the `ShardedModule` behind it,
 whose steps are TorchRec's: input_dist, compute, output_dist.
 
-T = targets of this rank, G = targets of all ranks, S = shards (one a rank), K = kept, F = behaviours that all shards have
-selected for this rank: shard 0 for the first target, for the second, ..., then shard 1, ..., L = most of them for a
-target, D = dim of the item and category tables together, C = categories that a shard has met, R = all categories, d =
+T = targets of this rank, G = targets of all ranks, S = shards (one a rank), K = kept, F = behaviours that all shards
+have selected for this rank: shard 0 for the first target, for the second, ..., then shard 1, ..., L = most of them for
+a target, D = dim of the item and category tables together, C = categories that a shard has met, R = all categories, d =
 their dim, X = figures of a rank, M = behaviours of this rank.
 """
 
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import torch

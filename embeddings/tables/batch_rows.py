@@ -230,7 +230,5 @@ def pooled_on_shards(
         cross = small.cross[name][sequence]
         rows = selected_rows(batch, batch.histories[sequence], chosen, cross)
         pooled_cross = {feature: row_products.weighted_sum(weights[sequence], *of) for feature, of in rows.items()}
-        histories[sequence] = Representation(
-            Rows(target_TD, target_rows(batch, cross)), Rows(history_TD, pooled_cross)
-        )
+        histories[sequence] = Representation(Rows(target_TD, target_rows(batch, cross)), Rows(history_TD, pooled_cross))
     return histories

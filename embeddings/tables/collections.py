@@ -122,7 +122,9 @@ class Tables(nn.Module):
             rows |= self._bags_of_one(name, others, valid_B)
         return {feature: rows[feature] for feature in self.inherent_features}
 
-    def _bags_of_one(self, name: str, ids: Mapping[Feature, Tensor], valid_B: Tensor | None) -> dict[Feature, RowsOfIds]:
+    def _bags_of_one(
+        self, name: str, ids: Mapping[Feature, Tensor], valid_B: Tensor | None
+    ) -> dict[Feature, RowsOfIds]:
         """Rows of ids, looked up by the collection itself as bags of one; it need not be sharded."""
         count, device = len(ids["item"]), ids["item"].device
         sharded = isinstance(self.inherent[name], ShardedEmbeddingBagCollection)
@@ -141,7 +143,9 @@ class Tables(nn.Module):
         # A bag behind the last id stays, empty: there is at least one row, as callers expect.
         index_B = torch.arange(count, device=device)
         zero = lengths.new_zeros(bags - count)
-        return {feature: RowsOfIds(rows[feature].float(), index_B, torch.cat([id_B, zero])) for feature, id_B in ids.items()}
+        return {
+            feature: RowsOfIds(rows[feature].float(), index_B, torch.cat([id_B, zero])) for feature, id_B in ids.items()
+        }
 
     def row_wise(self, name: str) -> bool:
         """Whether the rows of set ``name`` are spread over ranks, so that shards can search and pool them."""
@@ -155,7 +159,7 @@ class Tables(nn.Module):
         return ranks
 
     def pooled_rows(self, name: str, bags: Bags) -> dict[Feature, Tensor]:
-        """Weighted sums of rows of inherent features, (bags, d) by feature; made on the shards. Every rank must call it.
+        """Weighted sums of inherent features' rows, (bags, d) by feature; made on the shards. Every rank must call it.
 
         Args:
             name: the set of tables, sharded row-wise.

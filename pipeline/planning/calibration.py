@@ -44,7 +44,6 @@ from pipeline.planning.measuring import (
 )
 from pipeline.planning.traffic import FLOAT
 from schemas.cluster import ClusterSettings, CollectiveShares, Costs, Link
-from schemas.model import Feature
 from schemas.plan import PlanSettings
 from schemas.settings import load_settings
 

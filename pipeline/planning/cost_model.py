@@ -193,7 +193,7 @@ class StepModel:
         yield self._compute("search", "merging", merged * costs.pair)
 
     def _category_scores(self, table: PlannedTable) -> float:
-        """Nanoseconds of the category scores on a shard: a product of rows for each pair, from a table in the caches."""
+        """Nanoseconds of the category scores on a shard: a product of rows a pair, of a table that the caches hold."""
         work, costs = self._work, self._cluster.costs
         return work.pairs * (costs.cross + 2 * table.dim / self._rate)
 

@@ -102,7 +102,7 @@ class StartedAgreement:
 
 
 def agree(step: int, output: StepOutput, gradient_norm: Tensor, stop: bool) -> StartedAgreement:
-    """Start to exchange what each rank knows of a step, in one small all-reduce; all ranks must call it after each step.
+    """Start to exchange what each rank knows of a step, in one small all-reduce; all ranks must call it after a step.
 
     Args:
         step: number of the step.

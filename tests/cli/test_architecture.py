@@ -87,7 +87,8 @@ def imports_at_once(module: str) -> frozenset[str]:
     """Modules of the product that are loaded when ``module`` is, packages included, directly."""
     found: set[str] = set()
     for statement in parsed(module).body:
-        if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        only_types = isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING"
+        if not only_types and not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found |= imported(module, statement)
     found |= {name.rsplit(".", depth)[0] for name in found for depth in range(1, name.count(".") + 1)}
     return frozenset(found & modules().keys())

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from embeddings.initialization import initialize
 from embeddings.distributed.lookups import Bags, sharded_rows
+from embeddings.initialization import initialize
 from embeddings.loss import click_loss
 from embeddings.models import build_model
 from embeddings.sharding import make_plan, shard

@@ -149,7 +149,9 @@ def values_of(search: TopKInputs) -> dict[str, object]:
     values: dict[str, object] = {}
     for field in fields(search):
         if field.name == "parts":
-            values |= {f"parts.{of.name}": [getattr(part, of.name) for part in search.parts] for of in fields(ScorePart)}
+            values |= {
+                f"parts.{of.name}": [getattr(part, of.name) for part in search.parts] for of in fields(ScorePart)
+            }
         else:
             values[field.name] = getattr(search, field.name)
     return values

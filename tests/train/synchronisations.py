@@ -1,8 +1,8 @@
 """Counts what would make the host wait for a GPU in a training step, on a CPU.
 
-Counted are calls that read a tensor's values (`tolist`, `item`, `int()`, `bool()`, ...), uploads of lists, and operators
-whose output's size depends on values: on a GPU each of them waits. What runs in compiled code of the CPU, and numpy, is
-not counted: it has another path on a GPU.
+Counted are calls that read a tensor's values (`tolist`, `item`, `int()`, `bool()`, ...), uploads of lists, and
+operators whose output's size depends on values: on a GPU each of them waits. What runs in compiled code of the CPU, and
+numpy, is not counted: it has another path on a GPU.
 """
 
 import contextlib
@@ -19,17 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = str(Path(__file__).parents[2])
 READS = ("tolist", "item", "__int__", "__float__", "__bool__", "__index__")
 SIZED_BY_VALUES = {
-    "nonzero", "_unique2", "unique_dim", "unique_consecutive", "equal", "masked_select", "bincount", "_local_scalar_dense"
-}  # fmt: skip
+    *("nonzero", "_unique2", "unique_dim", "unique_consecutive", "equal", "masked_select", "bincount"),
+    "_local_scalar_dense",
+}
 
 ON_THE_HOST = ("fbgemm_gpu/split_table_batched_embeddings_ops_training.py", "torch/optim/optimizer.py")
 """Files that read nothing but counts of steps and rates, which they keep in the host's memory on a GPU too."""
 
 NO_WORK = {
-    "detach", "slice", "view", "_unsafe_view", "_reshape_alias", "t", "transpose", "as_strided", "split", "split_with_sizes", "select",
-    "expand", "unsqueeze", "squeeze", "alias", "permute", "chunk", "unbind", "empty", "new_empty", "empty_like", "empty_strided",
-    "_local_scalar_dense", "_record_function_enter_new", "_record_function_exit", "lift_fresh",
-}  # fmt: skip
+    *("detach", "slice", "view", "_unsafe_view", "_reshape_alias", "t", "transpose", "as_strided", "split", "select"),
+    *("split_with_sizes", "expand", "unsqueeze", "squeeze", "alias", "permute", "chunk", "unbind", "lift_fresh"),
+    *("empty", "new_empty", "empty_like", "empty_strided", "_local_scalar_dense"),
+    *("_record_function_enter_new", "_record_function_exit"),
+}
 """Operators that launch nothing on a GPU: views of a tensor, fresh memory, notes of a profiler."""
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from embeddings.search.topk.inputs import PartKind, ScorePart, TopKInputs
-from embeddings.search.topk.reference import top_k_reference
 
 
 class TopKImplementation(StrEnum):
@@ -106,6 +105,8 @@ def _top_k(
         from embeddings.search.topk.cuda import top_k_cuda
 
         return top_k_cuda(inputs, longest)
+    from embeddings.search.topk.reference import top_k_reference
+
     return top_k_reference(inputs)
 
 

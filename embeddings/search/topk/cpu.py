@@ -13,6 +13,7 @@ from torch import Tensor
 
 from embeddings.compiled import in_threads
 from embeddings.search.topk import cpu_kernel
+from embeddings.search.topk.cpu_arguments import PART, SearchWindows, TableRows, Units
 from embeddings.search.topk.inputs import TopKInputs
 
 TARGETS_TOGETHER = 64
@@ -35,13 +36,13 @@ def top_k_cpu(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
     # must be neighbours.
     rows_RD = rows_RD if rows_RD.stride(1) == 1 else rows_RD.contiguous()
     # Views, not copies: numpy shares the memory of the tensors. Half precision goes in as integers.
-    table = cpu_kernel.TableRows(
+    table = TableRows(
         rows_RD.view(_AS_INTEGERS.get(rows_RD.dtype, rows_RD.dtype)).numpy(),
         rows_RD.stride(0) * rows_RD.itemsize,
         np.empty(0, np.float32) if scale_R is None else scale_R.contiguous().numpy(),
     )
     parts_P, held = _parts(inputs)
-    windows = cpu_kernel.SearchWindows(
+    windows = SearchWindows(
         inputs.ids_M.contiguous().numpy(),
         inputs.start_T.numpy(),
         inputs.end_T.numpy(),
@@ -59,7 +60,8 @@ def top_k_cpu(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
         bits_TK = score_TK.view(torch.int32).numpy()
         cpu_kernel.search(table, windows, units, first_unit, end_unit, bits_TK, index_TK.numpy())
 
-    # More parts than threads, of about equal work each, though users' histories differ in length by orders of magnitude.
+    # More parts than threads, of about equal work each, though users' histories differ in length by orders of
+    # magnitude.
     parts = threads * PARTS_PER_THREAD if threads > 1 else 1
     in_threads(search, _cuts(units, inputs.length_T.numpy(), parts), threads)
     # Until here the kernel has read them by their addresses.
@@ -69,7 +71,7 @@ def top_k_cpu(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
 
 def _parts(inputs: TopKInputs) -> tuple[NDArray[Any], list[Tensor]]:
     """The parts of the score as the kernel takes them, and the tensors that their addresses are of."""
-    parts_P, held = np.zeros(len(inputs.parts), cpu_kernel.PART), list[Tensor]()
+    parts_P, held = np.zeros(len(inputs.parts), PART), list[Tensor]()
 
     def address(tensor: Tensor | None) -> int:
         if tensor is None:
@@ -93,7 +95,7 @@ def _parts(inputs: TopKInputs) -> tuple[NDArray[Any], list[Tensor]]:
     return parts_P, held
 
 
-def _units(windows: cpu_kernel.SearchWindows, most: int) -> cpu_kernel.Units:
+def _units(windows: SearchWindows, most: int) -> Units:
     """Targets whose windows overlap, in units of at most ``most``."""
     # Targets of a user lie next to each other in this order, for a user's windows are in one stretch of the behaviours.
     order_T = np.argsort(windows.start_T, kind="stable")
@@ -104,13 +106,12 @@ def _units(windows: cpu_kernel.SearchWindows, most: int) -> cpu_kernel.Units:
     begins_T[1:] = start_T[1:] >= np.maximum.accumulate(end_T)[:-1]
     # The place of each target in its group; every ``most``-th one begins a unit.
     in_group_T = rank_T - np.maximum.accumulate(np.where(begins_T, rank_T, 0))
-    return cpu_kernel.Units(order_T, np.append(rank_T[in_group_T % max(most, 1) == 0], len(order_T)))
+    return Units(order_T, np.append(rank_T[in_group_T % max(most, 1) == 0], len(order_T)))
 
 
-def _cuts(units: cpu_kernel.Units, length_T: NDArray[np.int64], parts: int) -> list[int]:
+def _cuts(units: Units, length_T: NDArray[np.int64], parts: int) -> list[int]:
     """Cuts between units, such that about as many behaviours lie between each two of them."""
     # Where each unit begins, in pairs. A cut goes to the first unit behind an equal share.
     pairs_U = np.append(0, length_T[units.order_T].cumsum())[units.offset_U]
     shares_P = np.arange(1, parts) * (pairs_U[-1] / parts)
     return sorted({0, *np.searchsorted(pairs_U, shares_P).tolist(), len(units.offset_U) - 1})
-

@@ -12,7 +12,7 @@ B = behaviours of a block, P = parts of the score, X = any number of keys.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -22,6 +22,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from embeddings.compiled import compiled
+from embeddings.search.topk.cpu_arguments import SearchWindows, TableRows, Units
 
 LANES, SUMS = 16, 4
 """Floats of a vector, and vectors that are summed independently, so that no addition waits for the one before."""
@@ -40,22 +41,6 @@ VALUE, POSITION, INTERVAL, MATCH = range(4)
 INTERVAL_LIMIT = 1 << 33
 """Seconds from which on all intervals are in the last bucket."""
 
-# A part's tensors come as addresses: their number differs from model to model, and code would be compiled anew for each.
-PART = np.dtype(
-    [
-        ("kind", np.int64),
-        ("rows", np.int64),  # how many
-        ("mask", np.int64),
-        ("column_M", np.int64),  # 0: there is none
-        ("value_T", np.int64),  # 0: there is none
-        ("score_R", np.int64),  # 0: each target has a query of its own
-        ("rows_Rd", np.int64),
-        ("query_Td", np.int64),
-        ("dim", np.int64),
-    ]
-)
-"""A part of the score (`embeddings.search.topk.inputs.ScorePart`): numbers, and addresses of contiguous tensors."""
-
 NOTHING = np.int64(np.iinfo(np.int64).min)
 """Less than any key."""
 _LOW = np.int64(0xFFFFFFFF)
@@ -66,42 +51,6 @@ _MINUS_INFINITY = np.int32(-0x800000)
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 Keys = NDArray[np.int64]
-
-
-class TableRows(NamedTuple):
-    """The rows that are searched."""
-
-    rows_RD: NDArray[Any]
-    """float32, int16 (float16), uint16 (bfloat16) or int8; neighbours in a row are neighbours in memory."""
-    row_bytes: int
-    """From one row to the next."""
-    scale_R: NDArray[np.float32]
-    """float32, what each row is multiplied by; empty if all are 1."""
-
-
-class SearchWindows(NamedTuple):
-    """What each target searches. Everything has been checked: ids are rows, windows lie within the behaviours."""
-
-    ids_M: NDArray[Any]
-    """int32 or int64."""
-    start_T: NDArray[np.int64]
-    end_T: NDArray[np.int64]
-    query_TD: NDArray[np.float32]
-    first_pair_T: NDArray[np.int64]
-    """Where in ``additive_W`` a window begins."""
-    additive_W: NDArray[np.float32]
-    """Empty if there is none."""
-    parts_P: NDArray[Any]
-    """`PART`."""
-
-
-class Units(NamedTuple):
-    """Targets that are searched for together."""
-
-    order_T: NDArray[np.int64]
-    """The targets, unit by unit."""
-    offset_U: NDArray[np.int64]
-    """(U + 1,): unit u is ``order_T[offset_U[u]:offset_U[u + 1]]``."""
 
 
 # Numba has no half-precision floats and does not always use vectors for a sum, so the product is written in LLVM's
@@ -228,24 +177,22 @@ _past_second_level, _into_second_level = _prefetch(0), _prefetch(2)
 _float_at, _int_at, _long_at = _load(types.float32, _F32), _load(types.int32, _I32), _load(types.int64, _I64)
 
 
-@intrinsic
-def _bit_length(_: Any, number: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """How many bits a positive int64 has: 1 + floor(log2)."""
+def _instruction(result: types.Type, argument: types.Type, build: Callable[[ir.IRBuilder, ir.Value], ir.Value]) -> Any:
+    @intrinsic
+    def apply(_: Any, number: Any) -> tuple[Any, Callable[..., ir.Value]]:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+            return build(builder, arguments[0])
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        return builder.sub(_I64(64), builder.ctlz(arguments[0], ir.IntType(1)(0)))
+        return result(argument), generate
 
-    return types.int64(types.int64), generate
+    return apply
 
 
-@intrinsic
-def _bits(_: Any, number: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """A float32's bits as int32."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        return builder.bitcast(arguments[0], _I32)
-
-    return types.int32(types.float32), generate
+# A float32's bits as int32; how many bits a positive int64 has, 1 + floor(log2).
+_bits = _instruction(types.int32, types.float32, lambda builder, value: builder.bitcast(value, _I32))
+_bit_length = _instruction(
+    types.int64, types.int64, lambda builder, value: builder.sub(_I64(64), builder.ctlz(value, ir.IntType(1)(0)))
+)
 
 
 @compiled()

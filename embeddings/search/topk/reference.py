@@ -145,8 +145,5 @@ def part_row(part: ScorePart, target_C: Tensor, index_CN: Tensor) -> Tensor:
     if part.kind == PartKind.MATCH:
         return (value_C1 == value_CN).long()
     difference_CN = value_C1 - value_CN
-    if part.kind == PartKind.INTERVAL:
-        row_CN = interval_bucket(difference_CN).long()
-    else:
-        row_CN = difference_CN & part.mask
+    row_CN = interval_bucket(difference_CN).long() if part.kind == PartKind.INTERVAL else difference_CN & part.mask
     return row_CN.clamp(0, len(part.rows_Rd) - 1)
