@@ -131,6 +131,19 @@ class CtrModel(nn.Module):
         assert isinstance(self.scoring, DotProduct)
         return SearchHandle(self._top_k(self.scoring), batch, channel)
 
+    def warm_search(self, device: torch.device) -> None:
+        """Compile, or load, what searches on a GPU will need, so that no step has to wait for it; nothing on a CPU."""
+        if device.type != "cuda" or self.searched == "none":
+            return
+        # Triton takes a second or more to load: only those who need it pay for it.
+        from embeddings.search.topk.cuda import warm
+
+        rows = self.tables.spec(self.roles.history_attention, "item").settings.precision
+        # Rows that were looked up are float32, those that are read where they are may be 16 bits.
+        for k in set(self.settings.retrieved.values()):
+            for dtype in {torch.float32, {"fp32": torch.float32, "fp16": torch.float16}[rows]}:
+                warm(k, dtype, device)
+
     def search(self, batch: Batch, small: SmallRows, handle: SearchHandle | None) -> dict[str, Selection]:
         """Select the K behaviours of each sequence that score highest for each target, without gradient.
 

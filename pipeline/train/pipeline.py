@@ -144,6 +144,7 @@ class SearchPrefetchPipeline(TrainPipelineBase[Batch, StepOutput]):
         inner = get_unwrapped_module(model)
         assert isinstance(inner, CtrModel)
         self._ctr_model = inner
+        inner.warm_search(device)
         self._channel: SearchChannel | None = None
         if inner.searches_on_shards:
             group = dist.new_group() if dist.get_world_size() > 1 else dist.group.WORLD
