@@ -142,8 +142,7 @@ def _measured(size: Size, threads: int, rounds: int) -> list[TrainingFigures]:
 def _sharded(settings: TrainSettings, sizes: DataSizes) -> DistributedModelParallel:
     """The model as `dare train` makes it, but with weights so large that losses depend on who is selected."""
     model = build_model(settings.model, sizes, torch.device("meta"))
-    bags = settings.stream.batch_size * (1 + sum(settings.model.retrieved.values()))
-    sharded = shard(model, CPU, make_plan(model, CPU, bags))
+    sharded = shard(model, CPU, make_plan(model, CPU, settings.stream.batch_size))
     initialize(sharded, seed=1)
     # First weights of about 0.01 make scores of 0 and logits of 0: all models would have the same loss, log 2.
     with torch.no_grad():

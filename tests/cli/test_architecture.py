@@ -19,13 +19,14 @@ MODULES_OF_THE_TRAINER = 60
 
 ROOMS = {
     "embeddings": (
-        ("batch", "features", "sizes"),
+        ("batch", "features", "sizes", "workload"),
         ("distributed",),
         ("layers",),
         ("tables",),
         ("search", "gradient_routing", "initialization"),
         ("model",),
         ("models", "loss"),
+        ("planning",),
         ("sharding",),
     ),
     "pipeline": (
