@@ -118,12 +118,15 @@ def bench_train(
     batch: Annotated[int, typer.Option(min=2, help="Targets of a batch.")] = 2048,
     threads: Annotated[int, typer.Option(min=1, help="Threads of both sides.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each timing; medians are reported.")] = 5,
+    tuned: Annotated[
+        bool, typer.Option("--tuned", help="Give plain torch a fused Adam, and memory that is kept.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
 ) -> None:
     """Measure training steps against the same model in plain torch, after checking that the losses are the same."""
     from benchmarks.training import measure
 
-    figures = measure(items, batch, threads, rounds)
+    figures = measure(items, batch, threads, rounds, tuned=tuned)
     if json:
         print(json_format.dumps(figures))
         return

@@ -73,7 +73,7 @@ def _step(settings: TrainSettings, sizes: DataSizes) -> tuple[float, float]:
     for prefetch in (False, True):
         # A model of its own for each side, with the same first weights: their losses must stay equal to the last bit.
         model = build_model(settings.model, sizes, torch.device("meta"))
-        sharded = shard(model, device, make_plan(model, device, bags=1))
+        sharded = shard(model, device, make_plan(model, device, batch_size=1))
         initialize(sharded, seed=1)
         optimizer = DenseOptimizer(sharded, settings.dense)
         kind = SearchPrefetchPipeline if prefetch else TrainPipelineBase

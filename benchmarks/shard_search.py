@@ -32,7 +32,8 @@ from embeddings.distributed.process_group import leave, process_group, rank_envi
 from embeddings.distributed.row_wise import row_wise_tables
 from embeddings.model import CtrModel
 from embeddings.models import build_model
-from embeddings.sharding import make_plan, shard, topology
+from embeddings.planning import topology_of
+from embeddings.sharding import machines_here, make_plan, shard
 from embeddings.sizes import DataSizes
 from pipeline.planning.measuring import TrafficCounter
 from schemas.model import ModelSettings, TableSet
@@ -224,7 +225,7 @@ class _OnShard:
         )
         sizes = DataSizes(rows - 1, 1, {"history": case.length})
         self.model: CtrModel = build_model(settings, sizes, META)
-        shard(self.model, CPU, make_plan(self.model, CPU, bags=1))
+        shard(self.model, CPU, make_plan(self.model, CPU, batch_size=1))
         with torch.no_grad():
             for value in self.model.state_dict().values():
                 for piece in value.local_shards() if hasattr(value, "local_shards") else []:
@@ -254,7 +255,8 @@ class _Stock:
         module = torch.nn.Sequential(EmbeddingCollection(tables=[config], device=META))
         group, sharders = dist.group.WORLD, [_RowWise()]
         assert group is not None
-        plan = EmbeddingShardingPlanner(topology=topology(CPU), batch_size=1).collective_plan(module, sharders, group)
+        planner = EmbeddingShardingPlanner(topology=topology_of(machines_here(CPU)), batch_size=1)
+        plan = planner.collective_plan(module, sharders, group)
         env = ShardingEnv.from_process_group(group)
         model = DistributedModelParallel(module, env=env, device=CPU, plan=plan, sharders=sharders)
         self.collection = model.module[0]

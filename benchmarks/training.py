@@ -30,6 +30,7 @@ from embeddings.loss import click_loss
 from embeddings.models import build_model
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
+from jobs.ranks import keep_large_blocks
 from pipeline.planning.measuring import StepTask, made_up_batch, on_gloo_ranks
 from pipeline.train.optimizer import DenseOptimizer
 from pipeline.train.pipeline import SearchPrefetchPipeline
@@ -76,6 +77,8 @@ class TrainingFigures:
     """Greatest relative difference of the two losses of a batch, before the first step."""
     batch: int
     threads: int
+    tuned: bool
+    """Whether plain torch had a fused Adam and memory that is kept."""
 
 
 def measure(
@@ -87,6 +90,8 @@ def measure(
     length: int = 200,
     k: int = 20,
     dim: int = 16,
+    *,
+    tuned: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure steps with one target of a user in a batch, and with many; progress goes to standard error.
 
@@ -99,18 +104,23 @@ def measure(
         length: behaviours of every history.
         k: behaviours kept.
         dim: floats of an item's, a category's and a position's row.
+        tuned: give plain torch what it does not have by itself: one fused pass of Adam over each table, and the memory
+            of large tensors kept for the next ones, as `dare train` keeps it.
 
     Raises:
         RuntimeError: the process failed; the losses of both sides differ, for one.
     """
     size = Size(items, categories, length, k, dim, batch)
     # A process of its own, because a process that has had a process group must end by `leave`.
-    (figures,) = on_gloo_ranks(1, _measured, size, threads, rounds, timeout_s=3600)
+    (figures,) = on_gloo_ranks(1, _measured, size, threads, rounds, tuned, timeout_s=3600)
     return [asdict(of_case) for of_case in figures]
 
 
-def _measured(size: Size, threads: int, rounds: int) -> list[TrainingFigures]:
+def _measured(size: Size, threads: int, rounds: int, tuned: bool) -> list[TrainingFigures]:
     torch.set_num_threads(threads)
+    # For plain torch alone: here no tensor of a step is large enough for it to matter.
+    if tuned:
+        keep_large_blocks()
     settings = load_settings(
         TrainSettings,
         overrides=[
@@ -132,9 +142,9 @@ def _measured(size: Size, threads: int, rounds: int) -> list[TrainingFigures]:
     }
     # All losses before the first step: from then on the two optimizers go different ways.
     differences = {sharing: _loss_difference(ours, plain, of_case[:2]) for sharing, of_case in batches.items()}
-    sides = _Ours(ours, settings.dense), _Plain(plain, settings.dense)
+    sides = _Ours(ours, settings.dense), _Plain(plain, settings.dense, tuned)
     return [
-        _timed(size, sharing, batches[sharing], sides, rounds, differences[sharing], threads)
+        _timed(size, sharing, batches[sharing], sides, rounds, differences[sharing], threads, tuned)
         for sharing in TARGETS_PER_USER
     ]
 
@@ -142,8 +152,7 @@ def _measured(size: Size, threads: int, rounds: int) -> list[TrainingFigures]:
 def _sharded(settings: TrainSettings, sizes: DataSizes) -> DistributedModelParallel:
     """The model as `dare train` makes it, but with weights so large that losses depend on who is selected."""
     model = build_model(settings.model, sizes, torch.device("meta"))
-    bags = settings.stream.batch_size * (1 + sum(settings.model.retrieved.values()))
-    sharded = shard(model, CPU, make_plan(model, CPU, bags))
+    sharded = shard(model, CPU, make_plan(model, CPU, settings.stream.batch_size))
     initialize(sharded, seed=1)
     # First weights of about 0.01 make scores of 0 and logits of 0: all models would have the same loss, log 2.
     with torch.no_grad():
@@ -280,10 +289,11 @@ class _Ours:
 class _Plain:
     """The authors' step: Adam over all parameters, every row of every table among them."""
 
-    def __init__(self, model: PlainDare, settings: DenseSettings) -> None:
+    def __init__(self, model: PlainDare, settings: DenseSettings, fused: bool) -> None:
         self.model = model
+        # None, not False: what torch chooses by itself is the authors' way.
         self.optimizer = torch.optim.Adam(
-            model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused or None
         )
 
     def seconds(self, batch: PaddedBatch) -> float:
@@ -303,6 +313,7 @@ def _timed(
     rounds: int,
     difference: float,
     threads: int,
+    tuned: bool,
 ) -> TrainingFigures:
     ours, plain = sides
     padded = [PaddedBatch.of(batch) for batch in batches]
@@ -328,4 +339,5 @@ def _timed(
         loss_difference=difference,
         batch=size.batch,
         threads=threads,
+        tuned=tuned,
     )

@@ -3,29 +3,33 @@
 Training, evaluation and scoring all build their model here.
 """
 
+import ctypes
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch.optim import SGD, Adagrad, Adam, Optimizer
-from torchrec import EmbeddingBagCollection
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.embedding_sharding import USE_ONE_TBE_PER_TABLE
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, TrainerConfig
-from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingPlan, ShardingType
+from torchrec.distributed.types import ShardingEnv, ShardingPlan, ShardingType
 from torchrec.optim import PartialRowWiseAdam, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from embeddings.layers.mlp import compute_in
 from embeddings.model import CtrModel
 from embeddings.models import build_model
+from embeddings.planning import Machines, TableSharder, plan_tables, searched_in_place, usable, used_on_shards
 from embeddings.sizes import DataSizes
+from embeddings.workload import Workload, mean_load
 from schemas.errors import UserError
 from schemas.manifest import Manifest
-from schemas.model import INHERENT, Memory, TableOptimizer
+from schemas.model import TableOptimizer
 from schemas.train import TrainSettings
 
 OPTIMIZERS: dict[TableOptimizer, type[Optimizer]] = {
@@ -38,124 +42,89 @@ OPTIMIZERS: dict[TableOptimizer, type[Optimizer]] = {
 CPU_OPTIMIZERS: tuple[TableOptimizer, ...] = ("rowwise_adagrad", "adagrad", "sgd")
 """What FBGEMM fuses into the backward pass on a CPU."""
 
-KERNELS: dict[Memory, str] = {
-    "device": EmbeddingComputeKernel.FUSED.value,
-    "host": EmbeddingComputeKernel.FUSED_UVM_CACHING.value,
-}
-"""By where a table's rows are."""
 
+def machines_here(device: torch.device) -> Machines:
+    """The ranks of the default process group, and the memory of the poorest of them; every rank must call it.
 
-class TableSharder(EmbeddingBagCollectionSharder):
-    """Row-wise or table-wise on every device, gradients and optimizer fused; an id outside of its table is an error.
-
-    TorchRec's own sharder offers no row-wise sharding on a CPU. Data-parallel tables are left out: FBGEMM's dense
-    kernels pool what they should not on a CPU, and their gradients are dense.
+    Args:
+        device: where this rank computes.
     """
-
-    def __init__(self) -> None:
-        # FBGEMM's default logs such an id and reads row 0 in its place: training would go on, on wrong rows.
-        super().__init__(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
-
-    def shard(
-        self,
-        module: EmbeddingBagCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> ShardedEmbeddingBagCollection:
-        """Shard a collection; the tables of one that is looked up by id have a kernel each.
-
-        A kernel looks up as many bags in each of its tables, and an item table is asked for other ids than a small one.
-        """
-        apart = any(spec.feature_names[0] in INHERENT for spec in module.embedding_bag_configs())
-        sharder = EmbeddingBagCollectionSharder(fused_params={**self.fused_params, USE_ONE_TBE_PER_TABLE: apart})
-        return sharder.shard(module, params, env, device, module_fqn)
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        """The sharding types that the planner may choose from."""
-        return [ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value]
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """The compute kernels that tables may have; which one a table gets follows from its settings."""
-        # Fused kernels alone: each takes its optimizer's step in the backward pass, so no gradient of a whole table
-        # exists.
-        return [KERNELS["device"]] if compute_device_type == "cpu" else list(KERNELS.values())
-
-
-def topology(device: torch.device) -> Topology:
-    """The default process group as a topology of TorchRec's planner."""
     ranks = dist.get_world_size()
-    # Ranks on CPUs count as one node, wherever they are.
-    local = torch.cuda.device_count() if device.type == "cuda" else ranks
-    return TopologyFactory.create_topology(
-        TrainerConfig(world_size=ranks, local_world_size=min(ranks, local)),
-        kernel_config=KernelConfig(compute_device=device.type),
+    # The launcher's number of ranks on a node; a group without a launcher is on this one.
+    local = min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    host = psutil.virtual_memory()
+    host_bytes = usable(min(host.total, _container_limit()) // local, host.available // local)
+    device_bytes = 0
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        # What the allocator keeps for this process is free for new tables.
+        device_bytes = usable(total, free + torch.cuda.memory_reserved(device))
+    found: list[Any] = [None] * ranks
+    dist.all_gather_object(found, (device_bytes, host_bytes))
+    return Machines(
+        device="cuda" if device.type == "cuda" else "cpu",
+        ranks=ranks,
+        ranks_per_node=local,
+        device_bytes=min(of_device for of_device, _ in found),
+        host_bytes=min(of_host for _, of_host in found),
     )
 
 
-def constraints(model: CtrModel, device_type: str, ranks: int) -> dict[str, ParameterConstraints]:
-    """What TorchRec's planner must keep to: every table row-wise, in equal parts on all ranks.
-
-    Shards search and pool the item and category tables; a row that is needed elsewhere travels once; and the cross
-    tables, which every rank needs whole, are gathered in equal parts from all (`embeddings.tables`). With a table-wise
-    table one rank would send a vector for every bag of every other rank.
-
-    Args:
-        model: not sharded yet.
-        device_type: ``cpu`` or ``cuda``, where the tables will be.
-        ranks: number of ranks.
-
-    Returns:
-        The constraints of each table, by its name.
-    """
-    # The planner has little left to choose: it fills in sizes and devices, and checks that the tables fit into memory.
-    by_table, on_shard = {}, _searched_on_shards(model)
-    for spec, weight in model.tables.weights():
-        # Where a rank would have no rows, FBGEMM's backward pass on a CPU takes the next table for this one.
-        small = device_type == "cpu" and spec.name not in on_shard and _leaves_out_a_rank(len(weight), ranks)
-        kind = ShardingType.TABLE_WISE.value if small else ShardingType.ROW_WISE.value
-        by_table[spec.name] = ParameterConstraints(
-            sharding_types=[kind], compute_kernels=[KERNELS[spec.settings.memory]], pooling_factors=[1.0]
-        )
-    return by_table
+def _container_limit() -> int:
+    """Bytes that the container of this process may use; without a limit, more than any machine has."""
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            return int(Path(file).read_text())  # the text "max" where there is no limit
+    return sys.maxsize
 
 
-def _leaves_out_a_rank(rows: int, ranks: int) -> bool:
-    """Whether a table in equal parts (the last ones shorter) has no rows left for the last rank."""
-    # Blocks of ceil(rows / ranks) rows may be used up before the last rank: 4 rows on 3 ranks are 2 + 2 + 0.
-    return ranks > 1 and -(-rows // ranks) * (ranks - 1) >= rows
-
-
-def _searched_on_shards(model: CtrModel) -> set[str]:
-    """Names of the tables that shards search or pool; none where the rows travel to the samples' ranks."""
-    if model.settings.search == "local" or model.searched != "shard":
-        return set()
-    return {spec.name for spec in model.tables.specs.values() if spec.inherent}
-
-
-def make_plan(model: CtrModel, device: torch.device, bags: int) -> ShardingPlan:
-    """The planner's plan for ``model``, the same on all ranks of the default process group.
+def make_plan(
+    model: CtrModel, device: torch.device, batch_size: int, targets_per_user: float = 1.0, filled: float = 1.0
+) -> ShardingPlan:
+    """The plan for ``model``, the same on all ranks of the default process group; every rank must call it.
 
     Args:
-        model: not sharded yet.
+        model: not sharded yet, its optimizers not fused.
         device: where this rank's tables will be.
-        bags: number of rows that a rank looks up in a step, for the planner's estimates.
+        batch_size: targets of a rank in a step.
+        targets_per_user: targets of a batch that share a user's history.
+        filled: the share of N that a history fills.
+
+    Raises:
+        UserError: the tables do not fit into the memory that the ranks have.
     """
-    by_table = constraints(model, device.type, dist.get_world_size())
-    # The first rank plans and sends the plan to the others, so that none depends on what it sees of its own machine.
-    planner = EmbeddingShardingPlanner(topology=topology(device), batch_size=bags, constraints=by_table)
-    group = dist.group.WORLD
-    assert group is not None, "no process group; see embeddings.distributed.process_group"
-    return planner.collective_plan(model, [TableSharder()], group)
+    machines = machines_here(device)
+    work = Workload.of(model.settings.retrieved, model.sizes, machines.ranks, batch_size, targets_per_user, filled)
+    message: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            message = [plan_tables(model, machines, work).plan]
+        except UserError as error:
+            message = [str(error)]
+    # The first rank plans, for with many ranks it takes a while, and all must follow the same plan, or fail together.
+    dist.broadcast_object_list(message)
+    (plan,) = message
+    if isinstance(plan, str):
+        raise UserError(plan)
+    assert isinstance(plan, ShardingPlan)
+    return plan
 
 
 def check_tables(model: CtrModel, device: str) -> None:
     """Refuse tables whose settings a kind of device, ``cpu`` or ``cuda``, cannot train.
 
     Raises:
-        UserError: an optimizer, a precision or a place in memory that it does not have; names the table.
+        UserError: an optimizer, a precision or a place in memory that it does not have, or that the model cannot
+            search in; names the table.
     """
+    searched = searched_in_place(model)
+    for name, spec in model.tables.specs.items():
+        # Each read would first write back all that the device has cached of the table, and then read the host's copy.
+        if name in searched and spec.settings.memory == "host":
+            raise UserError(
+                f"table {name}: memory host cannot be searched with model.search=shard: set memory: device for the "
+                "item and category tables of model.attention, or model.search=local"
+            )
     if device != "cpu":
         return
     for name, spec in model.tables.specs.items():
@@ -208,7 +177,7 @@ def shard(model: CtrModel, device: torch.device, plan: ShardingPlan) -> Distribu
     fuse_optimizers(model, device)
     group = dist.group.WORLD
     assert group is not None, "no process group; see embeddings.distributed.process_group"
-    return DistributedModelParallel(
+    sharded = DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(group),
         device=device,
@@ -217,6 +186,34 @@ def shard(model: CtrModel, device: torch.device, plan: ShardingPlan) -> Distribu
         # Every parameter has a gradient in every step, on an empty batch too: nothing to search for or to record.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
     )
+    if device.type == "cpu":
+        _use_huge_pages(sharded)
+    return sharded
+
+
+_MADV_HUGEPAGE = 14
+"""A number of Linux's <sys/mman.h>."""
+_HUGE_PAGE = 2 << 20
+
+
+def _use_huge_pages(sharded: DistributedModelParallel) -> None:
+    """Ask the kernel for pages of 2 MiB under large tables and their optimizers' state; before they are filled.
+
+    Rows are read at random, and with pages of 4 KiB the processor looks up an address for nearly each of them. Does
+    nothing where the system has no such pages.
+    """
+    with suppress(AttributeError, OSError):
+        advise = ctypes.CDLL(None, use_errno=True).madvise
+        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        for module in sharded.modules():
+            if not isinstance(module, ShardedEmbeddingBagCollection):
+                continue
+            for kernel in module._lookups[0]._emb_modules:
+                for values in (*kernel.emb_module.parameters(), *kernel.emb_module.buffers()):
+                    begin = -(-values.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+                    size = values.data_ptr() + values.nbytes - begin
+                    if size >= _HUGE_PAGE:
+                        advise(begin, size, _MADV_HUGEPAGE)
 
 
 def _check_plan(model: CtrModel, device: torch.device, plan: ShardingPlan) -> None:
@@ -227,7 +224,7 @@ def _check_plan(model: CtrModel, device: torch.device, plan: ShardingPlan) -> No
     if planned.keys() != rows.keys():
         differing = ", ".join(sorted(planned.keys() ^ rows.keys()))
         raise UserError(f"the sharding plan is not of this model: {differing} is only in one of them")
-    ranks, on_shard = dist.get_world_size(), _searched_on_shards(model)
+    ranks, on_shard = dist.get_world_size(), used_on_shards(model)
     for name, (count, dim) in rows.items():
         sharding = planned[name]
         if sharding.ranks and max(sharding.ranks) >= ranks:
@@ -270,10 +267,10 @@ def sharded_model(
         UserError: settings that do not fit the data, the device or each other; a plan that does not fit them.
     """
     model = build_model(settings.model, DataSizes.of(manifest, settings.stream), torch.device("meta"))
+    # What the device cannot train is told before whether it fits.
+    check_tables(model, device.type)
     if device.type == "cuda":
         compute_in(model, settings.compute)
     if plan is None:
-        # A step looks up each target and its K behaviours of each sequence.
-        bags = settings.stream.batch_size * (1 + sum(settings.model.retrieved.values()))
-        plan = make_plan(model, device, bags)
+        plan = make_plan(model, device, settings.stream.batch_size, *mean_load(manifest, settings.stream))
     return shard(model, device, plan)

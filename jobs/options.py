@@ -14,6 +14,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Take the place of 
 TrainedRun = Annotated[Path, typer.Option(help="Folder of a run that `dare train` wrote.")]
 PredictedSplit = Annotated[Literal["train", "validation", "test"], typer.Option(help="What to predict.")]
 CheckpointOfRun = Annotated[Literal["best", "last"], typer.Option(help="Which checkpoint of the run.")]
+PlanFile = Annotated[
+    Path | None, typer.Option(help="Sharding plan that `dare plan --save` wrote, for this number of processes.")
+]
 DataOfRun = Annotated[Path | None, typer.Option(help="Data set; if not given, the one of the run.")]
 
 

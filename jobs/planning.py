@@ -63,7 +63,7 @@ def plan(
     settings, sizes = _settings(topology, config or [], [text for text in overrides or [] if text not in swept], data)
 
     from pipeline.planning.dry_run import dry_run
-    from pipeline.planning.text import as_dict, lack_text, report
+    from pipeline.planning.text import as_dict, report
     from pipeline.runs.plan_file import differences, plan_text, read_plan
 
     before = None if diff is None else read_plan(diff)
@@ -99,7 +99,7 @@ def plan(
     if run.lack is not None:
         fits = "; or ".join(result["remedies"])
         advice = f"it would fit with any one of: {fits}" if fits else "no single change that was tried makes it fit"
-        raise UserError(f"the model does not fit {settings.cluster.name}: {lack_text(run.lack)}; {advice}")
+        raise UserError(f"the model does not fit {settings.cluster.name}: {run.lack}; {advice}")
 
 
 def _settings(

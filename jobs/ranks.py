@@ -5,6 +5,7 @@ It meets the others, chooses its device, tells a failure once, and ends in order
 
 import ctypes
 import logging
+import resource
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -31,6 +32,7 @@ def on_all_ranks(work: Callable[[torch.device], object]) -> NoReturn:
         work: gets this rank's device.
     """
     _quieten()
+    allow_many_files()
     # Before the device: a rank that has none can still tell the others, which would wait for it in NCCL.
     meeting = Meeting.join()
     with ExitStack() as stack:
@@ -65,6 +67,16 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files to the highest that the system grants.
+
+    The first rank's process keeps the store, with two connections of each rank: one of training, one of what writes
+    checkpoints. The usual 1,024 end at 500 ranks.
+    """
+    highest = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest, highest))
 
 
 # Numbers of parameters in glibc's <malloc.h>.

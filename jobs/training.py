@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import CheckpointOfRun, Config, DataOfRun, Json, Overwrite, PredictedSplit, TrainedRun
+from jobs.options import CheckpointOfRun, Config, DataOfRun, Json, Overwrite, PlanFile, PredictedSplit, TrainedRun
 
 
 def train(
@@ -21,9 +21,7 @@ def train(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. model=twin.")
     ] = None,
     config: Config = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="Sharding plan that `dare plan --save` wrote, for this number of processes.")
-    ] = None,
+    plan: PlanFile = None,
     score: Annotated[
         Path | None, typer.Option(help="Folder for the best checkpoint's predictions of the test, as by `dare score`.")
     ] = None,
@@ -62,6 +60,7 @@ def evaluate(
     split: PredictedSplit = "test",
     checkpoint: CheckpointOfRun = "best",
     data: DataOfRun = None,
+    plan: PlanFile = None,
     json: Json = False,
 ) -> None:
     """Compute AUC, GAUC, log loss and the like of a run's checkpoint."""
@@ -73,7 +72,7 @@ def evaluate(
     from pipeline.progress import first_rank
 
     def work(device: torch.device) -> None:
-        evaluation = evaluate_run(run, split, checkpoint, data, device)
+        evaluation = evaluate_run(run, split, checkpoint, data, device, plan)
         if first_rank():
             for name, value in vars(evaluation).items():
                 print(f"{name:20} {value:,}" if isinstance(value, int) else f"{name:20} {value:.5f}")
@@ -89,6 +88,7 @@ def score(
     split: PredictedSplit = "test",
     checkpoint: CheckpointOfRun = "best",
     data: DataOfRun = None,
+    plan: PlanFile = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write user, item, label and predicted probability of each target."""
@@ -99,7 +99,7 @@ def score(
     from pipeline.progress import first_rank
 
     def work(device: torch.device) -> None:
-        samples = score_run(run, split, checkpoint, data, out, device, overwrite=overwrite)
+        samples = score_run(run, split, checkpoint, data, out, device, overwrite=overwrite, plan=plan)
         if first_rank():
             print(f"{out}: {samples:,} predictions")
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ByteSize, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import ByteSize, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from schemas.settings import Settings
+from schemas.settings import Settings, without_former
 
 
 class Link(Settings):
@@ -74,12 +74,16 @@ class ClusterSettings(Settings):
     dense_rate: PositiveFloat
     """TFLOP/s of a device in matrix products of the sizes here, not its peak."""
     costs: Costs = Costs()
-    reserved: float = Field(0.15, ge=0, lt=1)
-    """Share of the memory that a plan leaves free: the allocator, NCCL, the batches to come."""
     price: PositiveFloat | None = None
     """Price of a device-hour, in any currency."""
     measured: str | None = None
     """When and where the figures were measured; None: from data sheets."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reserve_is_fixed(cls, values: object) -> object:
+        why = "`dare plan` leaves as much of the memory free as `dare train` does"
+        return without_former("cluster", values, "reserved", why)
 
     @property
     def ranks(self) -> int:

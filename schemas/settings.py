@@ -43,6 +43,21 @@ def renamed(key: str, value: object, names: Mapping[str, str]) -> object:
     return names[value]
 
 
+def without_former(section: str, values: object, key: str, why: str) -> object:
+    """Return the values of a section without a key that an earlier version had; log so once.
+
+    Args:
+        section: dotted name of the section, for the notice.
+        values: the section as it was given.
+        key: the former key.
+        why: what holds instead, for the notice.
+    """
+    if not isinstance(values, dict) or key not in values:
+        return values
+    _notice(f"{section}.{key} is no setting any more and changes nothing: {why}")
+    return {name: value for name, value in values.items() if name != key}
+
+
 @cache
 def _notice(line: str) -> None:
     # Cached by its line, so a sweep that loads the same settings many times says it once.

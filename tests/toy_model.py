@@ -52,7 +52,7 @@ def model_of(settings: ModelSettings, seed: int = 1, tables: float = 30, dense: 
 def sharded_like(model: CtrModel) -> DistributedModelParallel:
     """A sharded model with the values of an unsharded one; needs a process group."""
     other = build_model(model.settings, model.sizes, META)
-    sharded = shard(other, CPU, make_plan(other, CPU, bags=200))
+    sharded = shard(other, CPU, make_plan(other, CPU, batch_size=200))
     load_values(sharded, model.state_dict())
     return sharded
 

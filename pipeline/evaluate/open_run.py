@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec.distributed.types import ShardingPlan
 
 from embeddings.sharding import sharded_model
 from pipeline.evaluate.evaluate import evaluate
 from pipeline.evaluate.metrics import Evaluation
 from pipeline.runs.checkpoint import Checkpoint, best_checkpoint, last_checkpoint, load
+from pipeline.runs.plan_file import read_plan
 from pipeline.runs.run_folder import RunFolder
 from pipeline.stream.history_stream import HistoryStream
 from schemas.errors import UserError
@@ -45,7 +47,7 @@ def load_model(model: nn.Module, checkpoint: Path) -> None:
 
 @contextmanager
 def opened_run(
-    folder: Path, split: str, which: str, data: Path | None, device: torch.device
+    folder: Path, split: str, which: str, data: Path | None, device: torch.device, plan: Path | None = None
 ) -> Iterator[tuple[nn.Module, HistoryStream]]:
     """Open the model of a run's checkpoint, and the stream of a split for this rank; all ranks must call it.
 
@@ -55,9 +57,11 @@ def opened_run(
         which: ``best`` or ``last`` checkpoint.
         data: folder of the data set; None: the one that the run was trained on.
         device: device of this rank.
+        plan: file of a sharding plan to follow, for this number of ranks; None: that of the run where it was trained on
+            as many ranks of such a device, else one is made.
 
     Raises:
-        UserError: run, checkpoint and data do not fit each other.
+        UserError: run, checkpoint, data and plan do not fit each other; the model does not fit the ranks.
     """
     run = RunFolder(folder)
     settings, checkpoint = run.settings(), choose_checkpoint(run, which)
@@ -75,12 +79,24 @@ def opened_run(
         data_set = stream.data_set
         # Before a model is built: rows of another dictionary would give predictions that look right and mean nothing.
         run.check_dictionaries(data_set.folder, data_set.fingerprint, data_set.dictionaries())
-        model = sharded_model(settings, data_set.manifest, device)
+        model = sharded_model(settings, data_set.manifest, device, read_plan(plan) if plan else _plan_of(run, device))
         load_model(model, checkpoint.path)
         yield model, stream
 
 
-def evaluate_run(folder: Path, split: str, which: str, data: Path | None, device: torch.device) -> Evaluation:
+def _plan_of(run: RunFolder, device: torch.device) -> ShardingPlan | None:
+    """The plan that the run was last trained by, if it is for ranks like these."""
+    starts = run.starts()
+    if not starts or not run.plan_file.is_file():
+        return None
+    topology = starts[-1].get("topology") or {}
+    alike = (topology.get("ranks"), topology.get("device")) == (dist.get_world_size(), device.type)
+    return read_plan(run.plan_file) if alike else None
+
+
+def evaluate_run(
+    folder: Path, split: str, which: str, data: Path | None, device: torch.device, plan: Path | None = None
+) -> Evaluation:
     """Compute the metrics of a run's checkpoint on a split; arguments and errors are those of `opened_run`."""
-    with opened_run(folder, split, which, data, device) as (model, stream):
+    with opened_run(folder, split, which, data, device, plan) as (model, stream):
         return evaluate(model, stream, device).compute()

@@ -25,7 +25,15 @@ COMPRESSION = "zstd"
 
 
 def score_run(
-    run: Path, split: str, which: str, data: Path | None, out: Path, device: torch.device, *, overwrite: bool
+    run: Path,
+    split: str,
+    which: str,
+    data: Path | None,
+    out: Path,
+    device: torch.device,
+    *,
+    overwrite: bool,
+    plan: Path | None = None,
 ) -> int:
     """Write user_id, item_id (raw ids; null for an unknown item), label and score (probability) of each target.
 
@@ -39,6 +47,7 @@ def score_run(
         out: folder that appears when all ranks are done.
         device: device of this rank.
         overwrite: whether it may take the place of what is in ``out``.
+        plan: file of a sharding plan to follow; None: see `pipeline.evaluate.open_run.opened_run`.
 
     Returns:
         Number of predictions over all ranks.
@@ -47,7 +56,7 @@ def score_run(
         UserError: run, checkpoint, data and output do not fit each other.
     """
     rank = dist.get_rank()
-    with opened_run(run, split, which, data, device) as (model, stream), _folder_of_all(out, overwrite) as folder:
+    with opened_run(run, split, which, data, device, plan) as (model, stream), _folder_of_all(out, overwrite) as folder:
         # The dictionary once for each rank; batches hold dense ids.
         raw_I = _raw_items(stream.data_set.folder)
         schema = pa.schema(

@@ -91,7 +91,6 @@ def calibrated() -> ClusterSettings:
             scan=measured["pair"],
             step=0,
         ),
-        reserved=0.3,
         measured=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {RANKS} processes, load average {load:.1f}",
     )
     # Long histories and few targets: hardly anything else than behaviours travels.
@@ -193,7 +192,7 @@ def _lookups(bandwidth: float) -> dict[str, float]:
 def _behavior(task: StepTask, link: Link) -> float:
     """Nanoseconds of a behaviour's way to its shard in search there, the bytes aside."""
     model = build_model(task.settings.model, task.sizes, torch.device("meta"))
-    initialize(shard(model, torch.device("cpu"), make_plan(model, torch.device("cpu"), bags=1)), seed=1)
+    initialize(shard(model, torch.device("cpu"), make_plan(model, torch.device("cpu"), batch_size=1)), seed=1)
     batch = made_up_batch(task, seed=dist.get_rank())
     tables = model.tables.inherent["attention"]
     retrieved, cross = task.settings.model.retrieved, model.tables.cross_features

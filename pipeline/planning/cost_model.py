@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from embeddings.distributed.collectives import WIRE_BYTES
 from embeddings.model import CtrModel
+from embeddings.planning import dense_parameters, looks_up_all
+from embeddings.workload import Search, Workload, distinct
 from pipeline.planning.planned_tables import PlannedTable
 from pipeline.planning.traffic import (
     FLOAT,
@@ -21,7 +23,6 @@ from pipeline.planning.traffic import (
     rows_lookup,
     search_on_shard,
 )
-from pipeline.planning.workload import Search, Workload, distinct
 from schemas.cluster import ClusterSettings
 
 # Counts, not times: a calibration measures the figures of a cluster, never these. `dare bench plan` tells how far off
@@ -108,12 +109,10 @@ class StepModel:
             name: [table for table in tables if table.set == name and table.inherent] for name in model.tables.inherent
         }
         self._cross = [table for table in tables if not table.inherent]
-        self.looks_up_all = model.auxiliary is not None or model.attends_all
-        """All behaviours are looked up with gradient, not only those that the search has selected."""
+        self._looks_up_all = looks_up_all(model)
         self._wire = WIRE_BYTES[model.settings.communication]
-        dense = [(name, weight) for name, weight in model.named_parameters() if ".embedding_bags." not in name]
-        self.dense_parameters = sum(weight.numel() for _, weight in dense)
-        self.inputs = model.predicted_from
+        self._dense_parameters = dense_parameters(model)
+        self._inputs = model.predicted_from
 
     def estimate(self, search: Search) -> StepEstimate:
         """A step with search on the shard or locally; the same where the model leaves no choice."""
@@ -127,17 +126,6 @@ class StepModel:
             Cost("step", "whatever its size", 0, 0, self._cluster.costs.step / 1e6),
         ]
         return StepEstimate(search, self._work.targets, tuple(costs))
-
-    def search_bytes(self, search: Search) -> float:
-        """Device memory of the search's rows and scores, beside the tables' own buffers."""
-        behaviors, pairs = self._work.behaviors, self._work.pairs
-        if self._model.searched in ("ids", "none"):
-            return pairs * 24
-        if search == "shard" and self._model.searched == "shard":
-            # Rough: a behaviour's columns and indices, 32 bytes, and a pair's score, index and sort key, 24.
-            return behaviors * 32 + pairs * 24
-        dim = self._dim(self._model.roles.history_attention)
-        return behaviors * dim * FLOAT * LOCAL_PASSES + pairs * 24
 
     def _cross_rows(self) -> Iterator[Cost]:
         """All rows of all cross tables."""
@@ -209,8 +197,8 @@ class StepModel:
         targets = {roles.target_attention, roles.target_representation}
         history = {roles.history_attention, roles.history_representation}
         # Each id is bucketed and gets its row back; only different ones travel.
-        ids = work.behaviors if self.looks_up_all else work.kept
-        different = work.behaviors if self.looks_up_all else work.selected
+        ids = work.behaviors if self._looks_up_all else work.kept
+        different = work.behaviors if self._looks_up_all else work.selected
         for name in sorted(targets | history):
             # Pooled where the rows are: one vector a bag and shard comes back, not one a behaviour.
             if search == "shard" and self._model.could_pool_on_shards and name == roles.history_representation:
@@ -238,16 +226,16 @@ class StepModel:
     def _dense(self) -> Iterator[Cost]:
         """Attention, pooling, prediction, and the gradients of the dense parameters."""
         work, costs = self._work, self._cluster.costs
-        kept = work.pairs if self.looks_up_all else work.kept
+        kept = work.pairs if self._looks_up_all else work.kept
         crosses = sum(table.dim for table in self._cross)
         dim = sum(self._dim(name) for name in self._inherent) + crosses / max(1, len(work.sequences))
         attended = kept * dim * FLOAT * PASSES / self._bandwidth
         yield self._compute("dense", "attention and pooling", attended)
         # A product and a sum for each weight and target; the backward pass makes twice as many as the forward pass.
-        products = 3 * 2 * self.dense_parameters * work.targets / self._rate
-        inputs = self.inputs * work.targets * costs.input
+        products = 3 * 2 * self._dense_parameters * work.targets / self._rate
+        inputs = self._inputs * work.targets * costs.input
         yield self._compute("dense", "prediction", products + inputs)
-        for traffic in dense_gradients(self.dense_parameters, self.inputs, work.ranks):
+        for traffic in dense_gradients(self._dense_parameters, self._inputs, work.ranks):
             yield self._sent(traffic)
 
     def _lookup(

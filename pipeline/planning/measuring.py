@@ -176,8 +176,7 @@ def measured_step(task: StepTask) -> float:
     device, settings = torch.device("cpu"), task.settings
     # The parts of `dare train`, without its stream and its checkpoints.
     model = build_model(settings.model, task.sizes, torch.device("meta"))
-    bags = settings.stream.batch_size * (1 + sum(settings.model.retrieved.values()))
-    sharded = shard(model, device, make_plan(model, device, bags))
+    sharded = shard(model, device, make_plan(model, device, settings.stream.batch_size))
     initialize(sharded, seed=1)
     optimizer = DenseOptimizer(sharded, settings.dense)
     # One batch for all steps: rows that it needs are in the cache more often than those of new data would be.

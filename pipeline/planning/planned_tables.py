@@ -6,18 +6,10 @@ from math import prod
 from torchrec.distributed.types import ParameterSharding, ShardingPlan
 
 from embeddings.model import CtrModel
+from embeddings.planning import STATE_BYTES
 from embeddings.tables.specs import TableSpec
 from schemas.errors import UserError
-from schemas.model import INHERENT, Feature, TableOptimizer
-
-STATE_BYTES: dict[TableOptimizer, tuple[int, int]] = {
-    "sgd": (0, 0),
-    "rowwise_adagrad": (4, 0),
-    "adagrad": (0, 4),
-    "adam": (0, 8),
-    "rowwise_adam": (4, 4),
-}
-"""Bytes of optimizer state, for a row and for each of its values."""
+from schemas.model import INHERENT, Feature
 
 VALUE_BYTES = {"fp32": 4, "fp16": 2}
 """Bytes of a value of a row."""

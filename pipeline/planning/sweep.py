@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
+from embeddings.models import MODELS
 from embeddings.sizes import DataSizes
 from pipeline.planning.dry_run import DryRun, dry_run
 from schemas.errors import UserError
@@ -119,11 +120,13 @@ def remedies(failed: DryRun) -> Iterator[str]:
         yield from _dims(failed, ("representation",))
     yield from _dims(failed, ("attention", "representation"))
     if settings.cluster.device == "cuda":
-        # Neither exists on a CPU (`check_tables`).
-        for key, value in (("precision", "fp16"), ("memory", "host")):
-            changes = {role: {key: value} for role in ("attention", "representation")}
-            words = " ".join(f"model.{role}.{key}={value}" for role in changes)
-            yield from _tried(failed, {"model": changes}, words)
+        # Neither exists on a CPU (`check_tables`), and what a shard searches must be on the device.
+        both = ("attention", "representation")
+        yield from _tables(failed, both, "precision", "fp16")
+        if failed.search == "local":
+            yield from _tables(failed, both, "memory", "host")
+        elif not MODELS[model.name].roles.attention & MODELS[model.name].roles.representation:
+            yield from _tables(failed, ("representation",), "memory", "host")
     yield from _smallest(
         failed,
         lambda batch: ({"stream": {"batch_size": batch}}, f"stream.batch_size={batch}"),
@@ -178,6 +181,12 @@ def _smallest(failed: DryRun, change: Callable[[int], tuple[Changes, str]], valu
         if _fits(failed, changes):
             yield words
             return
+
+
+def _tables(failed: DryRun, roles: tuple[str, ...], key: str, value: str) -> Iterator[str]:
+    """One value of a setting for all tables of these roles, if it fits."""
+    words = " ".join(f"model.{role}.{key}={value}" for role in roles)
+    yield from _tried(failed, {"model": {role: {key: value} for role in roles}}, words)
 
 
 def _tried(failed: DryRun, changes: Changes, words: str) -> Iterator[str]:

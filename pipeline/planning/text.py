@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.planning.dry_run import DryRun, Lack
-from pipeline.planning.workload import Search
+from embeddings.planning import RESERVED, size_text
+from embeddings.workload import Search
+from pipeline.planning.dry_run import DryRun
 
 GIB = 1 << 30
 SEARCHES: tuple[Search, ...] = ("shard", "local")
@@ -63,14 +64,6 @@ def device_hours(run: DryRun) -> float:
     return run.settings.workload.samples / run.samples_per_second / 3600 * run.settings.cluster.ranks
 
 
-def lack_text(lack: Lack) -> str:
-    """Which memory lacks how much, in one line."""
-    return (
-        f"a rank lacks {_size(lack.needed - lack.usable)} of {lack.memory} memory: it needs {_size(lack.needed)} of "
-        f"{_size(lack.usable)} usable, most of it for table {lack.table} ({_size(lack.table_bytes)} a rank)"
-    )
-
-
 def report(run: DryRun) -> Iterator[str]:
     """Lines of text about a dry run: its tables, memory, a step, and what training takes.
 
@@ -85,7 +78,7 @@ def report(run: DryRun) -> Iterator[str]:
     )
     yield f"figures of the cluster: {cluster.measured or 'from data sheets, not measured'}"
     if run.lack is not None:
-        yield f"does not fit: {lack_text(run.lack)}"
+        yield f"does not fit: {run.lack}"
         return
     load = settings.workload
     yield f"a history serves {load.targets_per_user:.3g} targets of a batch, and fills {load.filled:.0%} of its length"
@@ -114,13 +107,13 @@ def _tables(run: DryRun) -> Iterator[str]:
                 table.compute_kernel,
                 where,
                 f"{max(table.shard_rows):,}",
-                _size(table.weight_bytes),
-                _size(table.state_bytes),
+                size_text(table.weight_bytes),
+                size_text(table.state_bytes),
             ]
         )
     declared = sum(table.rows for table in run.tables)
     total = sum(table.weight_bytes for table in run.tables), sum(table.state_bytes for table in run.tables)
-    rows.append(["all", f"{declared:,}", "", "", "", "", "", _size(total[0]), _size(total[1])])
+    rows.append(["all", f"{declared:,}", "", "", "", "", "", size_text(total[0]), size_text(total[1])])
     yield from aligned(rows, left=(0, 3, 4))
 
 
@@ -135,12 +128,12 @@ def _memory(run: DryRun) -> Iterator[str]:
         # A CPU has no device memory: no row about nothing.
         if there:
             mean = sum(loads) / len(loads)
-            rows.append([name, _size(min(loads)), _size(mean), _size(max(loads)), _size(there)])
+            rows.append([name, size_text(min(loads)), size_text(mean), size_text(max(loads)), size_text(there)])
     yield from aligned(rows)
     shares = [rank.lookups for rank in run.ranks]
     yield (
         f"rows looked up: the busiest rank {max(shares):.3%} of all, {max(shares) * len(shares):.2f} x the mean; "
-        f"{cluster.reserved:.0%} of the memory stays free"
+        f"{RESERVED:.0%} of the memory stays free"
     )
 
 
@@ -155,21 +148,22 @@ def _step(run: DryRun) -> Iterator[str]:
         row = [str(phase)]
         for where in SEARCHES:
             cost = phases[where][phase]
-            row += [f"{cost.ms:,.1f}", _size(cost.within_node), _size(cost.between_nodes)]
+            row += [f"{cost.ms:,.1f}", size_text(cost.within_node), size_text(cost.between_nodes)]
         rows.append(row)
     totals = ["all"]
     for where in SEARCHES:
         costs = run.steps[where].costs
         totals += [
             f"{run.steps[where].ms:,.1f}",
-            _size(sum(cost.within_node for cost in costs)),
-            _size(sum(cost.between_nodes for cost in costs)),
+            size_text(sum(cost.within_node for cost in costs)),
+            size_text(sum(cost.between_nodes for cost in costs)),
         ]
     yield from aligned([*rows, totals])
     shard, local = (run.steps[where] for where in SEARCHES)
     yield (
-        f"sent for a sample: {_size(shard.bytes_per_sample)} with search=shard, {_size(local.bytes_per_sample)} with "
-        f"search=local; a step of search=local takes {local.ms / shard.ms:.1f} x as long"
+        f"sent for a sample: {size_text(shard.bytes_per_sample)} with search=shard, "
+        f"{size_text(local.bytes_per_sample)} with search=local; "
+        f"a step of search=local takes {local.ms / shard.ms:.1f} x as long"
     )
     if run.searched != "shard":
         yield f"{run.settings.model.name} searches {run.searched}: search=shard changes nothing"
@@ -211,16 +205,6 @@ def aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> Iterator[str
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  ".join(cells).rstrip()
-
-
-def _size(count: float) -> str:
-    """Bytes for people."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:,.0f} {unit}" if value >= 100 or unit == "B" else f"{value:,.1f} {unit}"
-        value /= 1024
-    return f"{value:,.1f} TiB"
 
 
 def _time(days: float) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from embeddings.workload import Workload, distinct
 from pipeline.planning.planned_tables import PlannedTable
-from pipeline.planning.workload import Workload, distinct
 from schemas.model import Feature
 
 Phase = Literal["input dist", "search", "lookups", "output dist", "dense", "step"]

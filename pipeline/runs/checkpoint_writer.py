@@ -2,28 +2,39 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch import Tensor
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 
 from pipeline.errors import is_lost_contact, is_refusal, refusal_reason
 from pipeline.runs.checkpoint import RECORD, final_path, last_checkpoint, partial_path, prune, remove_leftovers
+from pipeline.runs.store_collectives import StoreCollectives
 from schemas.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the slowest one to write its part."""
 
 
 class CheckpointWriter:
     """Saves states of all ranks into ``folder``, one at a time, in a thread of its own.
 
-    `save` copies the state, which is all that training waits for. The thread's collectives have a process group of
-    their own, so that they never mix with training's. A checkpoint is written into a hidden folder, which the first
-    rank renames when all ranks are done: it is whole or not there.
+    `save` copies the state, which is all that training waits for. The threads of the ranks talk through the store of
+    the default group, so that they never mix with training's collectives. A checkpoint is written into a hidden folder,
+    which the first rank renames when all ranks are done: it is whole or not there.
 
     All ranks must call the same methods in the same order.
 
@@ -39,8 +50,14 @@ class CheckpointWriter:
             folder.mkdir(parents=True, exist_ok=True)
             # Before the barrier below: no rank may write into a folder that is about to be removed.
             remove_leftovers(folder)
-        self._group = dist.new_group(backend="gloo")
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        # A connection of its own: on training's, waiting for a slow rank would keep all others of this process waiting.
+        self._store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        self._copies = Copies()
+        # A thread begins on GPU 0, whichever is its rank's.
+        on_gpu = dist.get_backend() == "nccl"
+        device = partial(torch.cuda.set_device, torch.cuda.current_device()) if on_gpu else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", device)
         self._writing: Future[None] | None = None
         dist.barrier()
 
@@ -57,7 +74,9 @@ class CheckpointWriter:
         """
         self.wait()
         # The copy is made here, in the caller's thread: the next step changes the weights in place.
-        self._writing = self._thread.submit(self._write, self._copy(state), step, score)
+        planner = CopyingPlanner(self._copies)
+        planner.set_up_planner(dict(state), is_coordinator=self._rank == 0)
+        self._writing = self._thread.submit(self._write, planner, planner.create_local_plan(), step, score)
 
     def check(self) -> None:
         """Raise the error that `wait` would raise, if there is one by now; never waits."""
@@ -83,26 +102,14 @@ class CheckpointWriter:
         # thread would wait for it in a collective.
         self._thread.shutdown(wait=False)
 
-    def _copy(self, value: Any) -> Any:
-        """Copy a state to the CPU: training goes on to change the original while the copy is written."""
-        if isinstance(value, Mapping):
-            return {key: self._copy(part) for key, part in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self._copy(part) for part in value)
-        if isinstance(value, ShardedTensor):
-            # ``cpu()`` returns the tensor itself where it is on the CPU already. From a GPU it needs a group that can
-            # carry CPU tensors: the writer's own, on gloo.
-            on_cpu = all(shard.tensor.device.type == "cpu" for shard in value.local_shards())
-            return value.clone() if on_cpu else value.cpu(process_group=self._group)
-        return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
-
-    def _write(self, state: dict[str, Any], step: int, score: float | None) -> None:
+    def _write(self, planner: "CopyingPlanner", plan: SavePlan, step: int, score: float | None) -> None:
         partial, final = partial_path(self._folder, step), final_path(self._folder, step)
+        ranks = StoreCollectives(self._store, f"checkpoint/{step}", self._rank, self._ranks, TIMEOUT)
         try:
-            # A collective: it returns when the parts of all ranks are written and synced to disk.
-            save(state, checkpoint_id=partial, process_group=self._group)
-            if dist.get_rank() == 0:
-                record = {"step": step, "score": score, "ranks": dist.get_world_size()}
+            # It returns when the parts of all ranks are written and synced to disk.
+            write_planned(planner, plan, FileSystemWriter(partial), ranks)
+            if self._rank == 0:
+                record = {"step": step, "score": score, "ranks": self._ranks}
                 for name, content in (self._documents | {RECORD: json.dumps(record) + "\n"}).items():
                     (partial / name).write_text(content)
                 # The record is in the folder before the folder has its name: whoever sees a checkpoint can tell its
@@ -111,7 +118,7 @@ class CheckpointWriter:
                 # Only now may an older one go: there is a newer one that is whole.
                 prune(self._folder, self._keep)
         except (Exception, CheckpointException) as error:  # the latter is no Exception
-            if dist.get_rank() == 0:
+            if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             # A disk that is full or another rank that is gone; anything else is a fault of the program.
             if (reason := _reason(error)) is not None:
@@ -122,6 +129,94 @@ class CheckpointWriter:
         last = last_checkpoint(self._folder)
         whole = f"the last one is of step {last.step}" if last else "there is none yet"
         return f"{self._folder}: the checkpoint of step {step} cannot be written: {reason}; {whole}"
+
+
+class Copies:
+    """Copies of tensors on the CPU, complete when they are returned.
+
+    From a GPU they are made through pinned memory, all at once, into buffers that are kept: those of the same tensors
+    are written over the next time. On the CPU they are new each time.
+    """
+
+    def __init__(self) -> None:
+        self._stager: StateDictStager | None = None
+
+    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copy tensors; those of one storage on a GPU are views of one copy of it."""
+        on_gpu = [tensor.detach() for tensor in tensors if tensor.is_cuda]
+        if not on_gpu:
+            return [tensor.clone() for tensor in tensors]
+        self._stager = self._stager or StateDictStager(pin_memory=True)
+        staged = iter(self._stager.stage(on_gpu, non_blocking=True))
+        copies = [next(staged) if tensor.is_cuda else tensor.clone() for tensor in tensors]
+        torch.cuda.current_stream().synchronize()
+        return copies
+
+
+class CopyingPlanner(DefaultSavePlanner):
+    """Plans a checkpoint of a state as it is now; what is written later are copies.
+
+    Args:
+        copies: makes the copies of tensors.
+    """
+
+    def __init__(self, copies: Copies) -> None:
+        super().__init__()
+        self._copies = copies
+        self._copied: dict[MetadataIndex, Any] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        """Plan what this rank can write, and copy it; other values than tensors are serialised at once."""
+        plan = super().create_local_plan()
+        items: tuple[list[WriteItem], list[WriteItem]] = ([], [])
+        for item in plan.items:
+            items[item.type == WriteItemType.BYTE_IO].append(item)
+        copies = self._copies.of([self.lookup_object(item.index).detach() for item in items[False]])
+        self._copied = {item.index: copy for item, copy in zip(items[False], copies, strict=True)}
+        self._copied |= {item.index: super(CopyingPlanner, self).resolve_data(item) for item in items[True]}
+        # Nothing of the state itself is kept: training goes on to change it.
+        self.state_dict = {}
+        return plan
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """Return the copy that is to be written."""
+        return self._copied[write_item.index]
+
+
+def write_planned(planner: CopyingPlanner, plan: SavePlan, writer: FileSystemWriter, ranks: StoreCollectives) -> None:
+    """Write a checkpoint together with the other ranks, as torch.distributed.checkpoint's ``save`` does.
+
+    Args:
+        planner: has made ``plan``.
+        plan: what this rank can write. What several ranks have is written by one of them.
+        writer: of files.
+        ranks: the other ranks.
+
+    Raises:
+        CheckpointException: on all ranks, where one of them has failed.
+        DistError: another rank is gone.
+    """
+    metadata: Metadata | None = None
+
+    def prepare() -> SavePlan:
+        writer.set_up_storage_writer(ranks.is_coordinator, rank=ranks.rank)
+        return writer.prepare_local_plan(plan)
+
+    def plan_all(plans: list[SavePlan]) -> list[SavePlan]:
+        nonlocal metadata
+        plans, metadata = planner.create_global_plan(plans)
+        return writer.prepare_global_plan(plans)
+
+    def write() -> list[WriteResult]:
+        # The future's own ``wait`` raises what went wrong.
+        return writer.write_data(planner.finish_plan(final_plan), planner).wait()
+
+    def finish(results: list[list[WriteResult]]) -> None:
+        assert metadata is not None
+        writer.finish(metadata, results)
+
+    final_plan = ranks.reduce_scatter("plan", prepare, plan_all)
+    ranks.all_reduce("write", write, finish)
 
 
 def _reason(error: BaseException) -> str | None:

@@ -19,13 +19,14 @@ MODULES_OF_THE_TRAINER = 60
 
 ROOMS = {
     "embeddings": (
-        ("batch", "compiled", "features", "intervals", "sizes"),
+        ("batch", "compiled", "features", "intervals", "sizes", "workload"),
         ("distributed",),
         ("layers",),
         ("tables",),
         ("search", "gradient_routing", "initialization"),
         ("model",),
         ("models", "loss"),
+        ("planning",),
         ("sharding",),
     ),
     "pipeline": (

@@ -1,6 +1,7 @@
 """The device of a process: what DEVICE says, what the machine has, and ranks that do not have the same."""
 
 import os
+import resource
 import socket
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from embeddings.distributed.process_group import TIMEOUT, process_group
 from jobs import device
 from jobs.device import gpus, own_device
+from jobs.ranks import on_all_ranks
 from pipeline.versions import fbgemm_has_cuda
 from schemas.errors import UserError
 from tests.launcher import start_ranks, wait
@@ -160,3 +162,13 @@ def test_ranks_of_two_kinds_are_refused_by_all(
         f"rank 0 computes with {first} on {host}, rank {rank} with {other} on {host}; all ranks need the same kind of "
         "device: mend the one that lacks CUDA, or set DEVICE=cpu for all"
     }
+
+
+def note_limit(rank: int, folder: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    on_all_ranks(lambda _: (folder / str(rank)).write_text(str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])))
+
+
+def test_a_rank_may_open_as_many_files_as_the_system_grants(tmp_path: Path) -> None:
+    assert wait(start_ranks(1, note_limit, tmp_path)) == [0]
+    assert (tmp_path / "0").read_text() == str(resource.getrlimit(resource.RLIMIT_NOFILE)[1])

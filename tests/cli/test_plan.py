@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from embeddings.models import MODELS, build_model
-from embeddings.sharding import make_plan, shard
+from embeddings.sharding import shard
 from embeddings.sizes import DataSizes
 from jobs.cli import app
 from jobs.planning import CLUSTERS
@@ -85,7 +85,7 @@ def test_memory_of_ranks_holds_the_tables() -> None:
 
 
 def test_what_does_not_fit_is_named_and_the_remedies_fit() -> None:
-    run = dry_run(plan_settings(), TOO_MANY)
+    run = dry_run(plan_settings("cluster.device_memory=1.3GiB"), TOO_MANY)
     assert not run.feasible
     assert run.lack is not None
     assert run.lack.table == "item_representation"
@@ -97,11 +97,12 @@ def test_what_does_not_fit_is_named_and_the_remedies_fit() -> None:
         "cluster.nodes",
         "model.representation.dim",
         "model.attention.dim",  # together with representation
-        "model.attention.memory",
+        "model.attention.precision",
+        "model.representation.memory",  # attention is searched on the shards, and stays
     ]
     fits = [
         changed(run.settings, {"cluster": {"nodes": int(proposed[0].split("=")[1].split()[0])}}),
-        changed(run.settings, {"model": {name: {"memory": "host"} for name in ("attention", "representation")}}),
+        changed(run.settings, {"model": {"representation": {"memory": "host"}}}),
     ]
     assert all(dry_run(settings, TOO_MANY).feasible for settings in fits)
     fewer = changed(run.settings, {"cluster": {"nodes": fits[0].cluster.nodes - 1}})
@@ -195,24 +196,6 @@ def test_a_plan_for_other_ranks_or_devices_is_refused(tmp_path: Path) -> None:
         assert all(message in refused for refused in run_ranks(2, refusal, file)), message
 
 
-def test_training_makes_the_plan_that_the_dry_run_shows() -> None:
-    """Sharding types of the plan that ranks would make themselves."""
-    run = dry_run(plan_settings(*on_cpu()), SIZES)
-    types = {table.name: table.sharding_type for table in run.tables if table.inherent}
-    assert run_ranks(2, own_types) == [types] * 2
-
-
-def own_types() -> dict[str, str]:
-    model = build_model(plan_settings(*on_cpu()).model, SIZES, META)
-    plan = make_plan(model, CPU, bags=1000)
-    return {
-        name: sharding.sharding_type
-        for tables in plan.plan.values()
-        for name, sharding in tables.items()
-        if name.startswith(("item", "category"))
-    }
-
-
 def test_sweep() -> None:
     axes = [axis("attention_dim=16,32"), axis("ranks=2,8")]
     points = list(sweep(plan_settings(), SIZES, axes))
@@ -296,7 +279,6 @@ def test_command_ends_with_one_object(tmp_path: Path) -> None:
         (("plan", "--topology", "a100-8"), "no sizes to plan for"),
         ((*RUN, "cluster.nodes=0"), "cluster.nodes: input should be greater than 0"),
         ((*RUN, "cluster.speed=9"), "cluster.speed: unknown key"),
-        ((*RUN, "cluster.reserved=1"), "cluster.reserved"),
         ((*RUN, "cluster.device_memory=0"), "cluster.device_memory"),
         ((*RUN, "model.attention.dim=3"), "model.attention.dim"),
         ((*RUN, "--config", "nowhere.yaml"), "no such settings file"),

@@ -30,7 +30,7 @@ def model_of(communication: Communication) -> tuple[torch.nn.Module, torch.nn.Mo
         attention=tables, representation=tables, communication=communication, retrieved={"history": 4}
     )
     model = build_model(settings, SIZES, torch.device("meta"))
-    sharded = shard(model, CPU, make_plan(model, CPU, bags=64))
+    sharded = shard(model, CPU, make_plan(model, CPU, batch_size=64))
     initialize(sharded, seed=3)
     with torch.no_grad():
         for name, value in sharded.state_dict().items():

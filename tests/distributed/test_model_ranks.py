@@ -51,7 +51,7 @@ def train(name: str) -> dict[str, Any]:
     """A few steps; the losses of the global batches, and this rank's part of the model."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = build_model(SETTINGS[name], SIZES, torch.device("meta"))
-    sharded = shard(model, CPU, make_plan(model, CPU, bags=200))
+    sharded = shard(model, CPU, make_plan(model, CPU, batch_size=200))
     initialize(sharded, seed=11)
     start = local_values(sharded)
     dense = [weight for name, weight in sharded.named_parameters() if "embedding_bags" not in name]

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from embeddings.models import build_model
+from embeddings.planning import dense_parameters
 from embeddings.sizes import DataSizes
-from pipeline.planning.cost_model import StepModel
+from embeddings.workload import SequenceWorkload, Workload, distinct
 from pipeline.planning.dry_run import dry_run
 from pipeline.planning.planned_tables import PlannedTable
 from pipeline.planning.traffic import all_rows, narrowest, pooling_on_shard, rows_lookup, search_on_shard
-from pipeline.planning.workload import SequenceWorkload, Workload, distinct
 from schemas.plan import PlanSettings
-from tests.plans import CLUSTER, plan_settings
+from tests.plans import plan_settings
 
 RANKS = 3
 
@@ -193,8 +193,6 @@ def test_users_who_share_a_history_send_it_once() -> None:
 
 
 def test_dense_parameters_are_the_models() -> None:
-    settings = plan_settings()
     sizes = DataSizes(items=1000, categories=50, lengths={"history": 100})
-    model = build_model(settings.model, sizes, torch.device("meta"))
-    step = StepModel(model, (), Workload.of(settings, sizes), CLUSTER)
-    assert step.dense_parameters == sum(weight.numel() for weight in model.prediction.parameters())
+    model = build_model(plan_settings().model, sizes, torch.device("meta"))
+    assert dense_parameters(model) == sum(weight.numel() for weight in model.prediction.parameters())

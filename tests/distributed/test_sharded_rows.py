@@ -38,7 +38,7 @@ def settings_of(**rates: float) -> ModelSettings:
 
 def sharded_tables(settings: ModelSettings, change: Callable[[dict], None] = lambda plan: None) -> torch.nn.Module:
     model = build_model(settings, SIZES, META)
-    plan = make_plan(model, CPU, bags=64)
+    plan = make_plan(model, CPU, batch_size=64)
     change(plan.plan)
     sharded = shard(model, CPU, plan)
     model.state = {key.split(".")[-2]: value for key, value in sharded.state_dict().items() if "embedding_bags" in key}
@@ -164,7 +164,7 @@ def bytes_of_lookups() -> None:
     """Each rank asks for every item many times, so for each shard's rows once."""
     ranks = dist.get_world_size()
     model = build_model(settings_of(item=1.0, category=1.0), SIZES, META)
-    plan = make_plan(model, CPU, bags=64)
+    plan = make_plan(model, CPU, batch_size=64)
     tables = planned_tables(build_model(settings_of(item=1.0, category=1.0), SIZES, META), plan)
     shard(model, CPU, plan)
     ids = {name: torch.arange(1000, dtype=torch.int32) % rows for name, rows in ROWS.items()}
@@ -192,7 +192,7 @@ def test_the_plan_knows_what_lookups_send() -> None:
 def refused(categories: int) -> None:
     model = build_model(ModelSettings(), DataSizes(50, categories, {"history": 12}), META)
     with pytest.raises(ValueError, match=r"table category_attention: 4 rows are too few .* on 3 ranks of a CPU"):
-        shard(model, CPU, make_plan(model, CPU, bags=64))
+        shard(model, CPU, make_plan(model, CPU, batch_size=64))
 
 
 def test_a_rank_without_rows_is_refused_on_a_cpu() -> None:

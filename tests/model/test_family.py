@@ -15,8 +15,8 @@ from embeddings.gradient_routing import Gradients, Ids, added
 from embeddings.layers.scoring import DinScore
 from embeddings.loss import click_loss
 from embeddings.models import MODELS, build_model
+from embeddings.planning import constraints
 from embeddings.search.clusters import in_torch, log_counts
-from embeddings.sharding import constraints
 from embeddings.sizes import DataSizes
 from jobs.runs import models
 from schemas.model import ModelSettings, TableChange, TableSet

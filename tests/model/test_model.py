@@ -99,7 +99,7 @@ def test_three_steps_learn_a_planted_rule(name: str) -> None:
     settings = ModelSettings(name=name, retrieved={"history": 5})
     with process_group(CPU):
         model = build_model(settings, sizes_of(settings), META)
-        sharded = shard(model, CPU, make_plan(model, CPU, bags=64))
+        sharded = shard(model, CPU, make_plan(model, CPU, batch_size=64))
         initialize(sharded, seed=1)
         dense = [weight for name, weight in sharded.named_parameters() if "embedding_bags" not in name]
         optimizer = torch.optim.Adam(dense, lr=0.01)

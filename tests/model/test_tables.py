@@ -127,13 +127,13 @@ def test_what_only_cuda_has_is_refused_on_a_cpu(change: dict[str, str], message:
     settings = ModelSettings(attention=TableSet(features={"category": TableChange(**change)}))
     model = build_model(settings, SIZES, META)
     with process_group(CPU), pytest.raises(ValueError, match=message):
-        shard(model, CPU, make_plan(model, CPU, bags=10))
+        shard(model, CPU, make_plan(model, CPU, batch_size=10))
 
 
 def test_a_plan_of_another_model_is_refused() -> None:
     model = build_model(ModelSettings(), SIZES, META)
     with process_group(CPU):
-        plan = make_plan(model, CPU, bags=10)
+        plan = make_plan(model, CPU, batch_size=10)
         larger = build_model(ModelSettings(), DataSizes(items=51, categories=7, lengths={"history": 12}), META)
         with pytest.raises(ValueError, match=r"the sharding plan holds 816 values of table item_attention, .* 52 x 16"):
             shard(larger, CPU, plan)
@@ -195,7 +195,7 @@ def test_fused_optimizers_step_as_defined(optimizer: str) -> None:
     click_loss(plain(batch), batch.label_T).backward()
     with process_group(CPU):
         model = build_model(settings, SIZES, META)
-        sharded = shard(model, CPU, make_plan(model, CPU, bags=64))
+        sharded = shard(model, CPU, make_plan(model, CPU, batch_size=64))
         initialize_widely(sharded)
         click_loss(sharded(batch), batch.label_T).backward()
         after = {name: value for name, value in sharded.state_dict().items() if "embedding_bags" in name}
@@ -223,7 +223,7 @@ def test_fused_optimizers_step_as_defined(optimizer: str) -> None:
 def test_an_id_outside_of_its_table_is_an_error() -> None:
     with process_group(CPU):
         model = build_model(ModelSettings(), SIZES, META)
-        sharded = shard(model, CPU, make_plan(model, CPU, bags=64))
+        sharded = shard(model, CPU, make_plan(model, CPU, batch_size=64))
         initialize(sharded, seed=5)
         batch = toy_batch(3)
         batch.item_T[4] = 1000

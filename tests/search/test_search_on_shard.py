@@ -57,7 +57,7 @@ def searched(name: str) -> int:
     for weight in alone.tables.parameters():
         weight.data.copy_(torch.randint(-1, 2, weight.shape, generator=draw))
     model = build_model(settings, sizes, torch.device("meta"))
-    sharded = shard(model, CPU, make_plan(model, CPU, bags=200))
+    sharded = shard(model, CPU, make_plan(model, CPU, batch_size=200))
     for key, value in sharded.state_dict().items():
         for piece in value.local_shards() if hasattr(value, "local_shards") else []:
             first, rows = piece.metadata.shard_offsets[0], piece.metadata.shard_sizes[0]

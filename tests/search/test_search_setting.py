@@ -41,7 +41,7 @@ def settings_of(name: str, where: str) -> ModelSettings:
 
 def sharded_model(name: str, where: str, seed: int = 11) -> torch.nn.Module:
     model = build_model(settings_of(name, where), SIZES, torch.device("meta"))
-    sharded = shard(model, CPU, make_plan(model, CPU, bags=200))
+    sharded = shard(model, CPU, make_plan(model, CPU, batch_size=200))
     initialize(sharded, seed)
     with torch.no_grad():
         for key, value in sharded.state_dict().items():
@@ -110,7 +110,7 @@ def test_shard_and_local_have_the_same_losses(ranks: int, alone: dict[str, Any],
 def test_a_plan_that_is_not_row_wise_is_refused() -> None:
     with process_group(CPU):
         model = build_model(settings_of("dare", "shard"), SIZES, torch.device("meta"))
-        plan = make_plan(model, CPU, bags=200)
+        plan = make_plan(model, CPU, batch_size=200)
         plan.plan["tables.inherent.attention"]["category_attention"].sharding_type = "table_wise"
         with pytest.raises(
             ValueError, match=r"has table category_attention table_wise; model.search=shard needs row_wise"

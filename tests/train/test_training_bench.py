@@ -11,13 +11,14 @@ from schemas.settings import load_settings
 from schemas.train import TrainSettings
 
 
-def test_losses_agree_and_both_sides_are_timed() -> None:
-    found = measure(items=500, batch=50, threads=1, rounds=1, categories=20, length=30, k=5, dim=8)
+@pytest.mark.parametrize("tuned", [False, True])
+def test_losses_agree_and_both_sides_are_timed(tuned: bool) -> None:
+    found = measure(items=500, batch=50, threads=1, rounds=1, categories=20, length=30, k=5, dim=8, tuned=tuned)
     assert [of_case["targets_per_user"] for of_case in found] == [1, 24]
     for of_case in found:
         # Not 0 to the last bit: the sums are made in another order.
         assert of_case["loss_difference"] <= 1e-5
-        assert of_case["items"] == 500
+        assert (of_case["items"], of_case["tuned"]) == (500, tuned)
         assert of_case["samples_per_s"] == pytest.approx(50 / of_case["step_ms"] * 1e3, rel=0.01)
         assert of_case["vs_dense_torch"] == pytest.approx(of_case["dense_step_ms"] / of_case["step_ms"], rel=0.05)
 
@@ -39,7 +40,7 @@ def test_the_reference_learns_every_row() -> None:
     """As the authors' Adam does: rows that no target has seen move too, by weight decay."""
     plain = PlainDare(Size(500, 20, 30, 5, 8, 50), (20, 8))
     before = plain.attention["item"].weight.detach().clone()
-    training._Plain(plain, TrainSettings().dense).seconds(padded(24))
+    training._Plain(plain, TrainSettings().dense, fused=False).seconds(padded(24))
     moved = (plain.attention["item"].weight != before).any(1)
     assert moved.all()
 
