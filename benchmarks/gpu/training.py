@@ -161,8 +161,7 @@ def _settings(*overrides: str) -> TrainSettings:
 
 def _sharded(settings: TrainSettings, sizes: DataSizes, device: torch.device) -> DistributedModelParallel:
     model = build_model(settings.model, sizes, torch.device("meta"))
-    bags = settings.stream.batch_size * (1 + sum(settings.model.retrieved.values()))
-    sharded = shard(model, device, make_plan(model, device, bags))
+    sharded = shard(model, device, make_plan(model, device, settings.stream.batch_size))
     initialize(sharded, settings.seed)
     return sharded
 

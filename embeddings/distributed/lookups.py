@@ -72,11 +72,13 @@ def sharded_rows(
         codecs: of the rows and of their gradients on their way; None: as they are.
     """
     lookup = RowWiseLookup(collection)
-    if lookup.group.size() == 1 and not torch.are_deterministic_algorithms_enabled():
+    # On a GPU FBGEMM adds up the gradients of a row that occurs more than 1,024 times in no fixed order; in a run that
+    # must be exact, rows are made distinct first.
+    exact = torch.are_deterministic_algorithms_enabled() and next(iter(ids.values())).is_cuda
+    if lookup.group.size() == 1 and not exact:
         return _local_rows(lookup, ids, valid_B)
     # An id travels once however often this rank has it, so the gradients of equal ids are added up here, before one
-    # row's gradient travels back. It is also what makes FBGEMM's backward pass exact on a GPU, which adds up the
-    # gradients of a row that occurs more than 1,024 times in no fixed order.
+    # row's gradient travels back.
     distinct = {feature: _distinct(id_B, valid_B, lookup.tables[feature]) for feature, id_B in ids.items()}
     # One row of counts for each shard, with all tables in it: a single small exchange for all of them.
     sent, received = exchange_counts(torch.stack([of.count_S for of in distinct.values()], dim=1), lookup.group)

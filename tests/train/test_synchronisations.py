@@ -28,7 +28,7 @@ def step_counts(overrides: list[str]) -> tuple[dict[tuple[str, str], int], int]:
     )
     sizes = DataSizes(items=20_000, categories=300, lengths={"history": LENGTH})
     model = build_model(settings.model, sizes, torch.device("meta"))
-    sharded = shard(model, CPU, make_plan(model, CPU, bags=1))
+    sharded = shard(model, CPU, make_plan(model, CPU, settings.stream.batch_size))
     initialize(sharded, seed=1)
     optimizer = DenseOptimizer(sharded, settings.dense)
     task = StepTask(settings, sizes)
