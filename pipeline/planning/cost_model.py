@@ -108,6 +108,10 @@ class StepModel:
         self._inherent = {
             name: [table for table in tables if table.set == name and table.inherent] for name in model.tables.inherent
         }
+        self._by_id = {
+            name: [table for table in of_set if not table.gathered] for name, of_set in self._inherent.items()
+        }
+        self._small = [table for table in tables if table.gathered]
         self._cross = [table for table in tables if not table.inherent]
         self._looks_up_all = looks_up_all(model)
         self._wire = WIRE_BYTES[model.settings.communication]
@@ -119,7 +123,7 @@ class StepModel:
         # Only some models can search on the shards; the others do the same whatever the settings say.
         search_place = search if self._model.searched == "shard" else "local"
         costs = [
-            *self._cross_rows(),
+            *self._small_rows(),
             *self._search(search_place),
             *self._selected(search_place),
             *self._dense(),
@@ -127,16 +131,16 @@ class StepModel:
         ]
         return StepEstimate(search, self._work.targets, tuple(costs))
 
-    def _cross_rows(self) -> Iterator[Cost]:
-        """All rows of all cross tables."""
-        if self._cross:
-            for traffic in all_rows("cross tables", self._cross):
+    def _small_rows(self) -> Iterator[Cost]:
+        """All rows of all small tables."""
+        if self._small:
+            for traffic in all_rows("small tables", self._small):
                 yield self._sent(traffic)
-            held = [max(table.shard_rows) for table in self._cross]
-            ns = self._on_shard(self._cross, held, held, gradient=True)
+            held = [max(table.shard_rows) for table in self._small]
+            ns = self._on_shard(self._small, held, held, gradient=True)
             # Every rank copies the rows that all have sent, and adds up their gradients.
-            copied = sum(table.rows * table.dim for table in self._cross) * FLOAT * LOCAL_PASSES * 2
-            yield self._compute("lookups", "cross tables", ns + copied / self._bandwidth)
+            copied = sum(table.rows * table.dim for table in self._small) * FLOAT * LOCAL_PASSES * 2
+            yield self._compute("lookups", "small tables", ns + copied / self._bandwidth)
 
     def _search(self, search: Search) -> Iterator[Cost]:
         if self._model.searched == "ids":
@@ -151,9 +155,9 @@ class StepModel:
         # With one set of tables for both, targets and behaviours are looked up together: one lookup, not two.
         together = roles.target_attention == roles.history_attention
         ids = work.behaviors + work.targets * together
-        yield from self._lookup("behaviours", self._inherent[roles.history_attention], ids, ids, gradient=False)
+        yield from self._lookup("behaviours", self._by_id[roles.history_attention], ids, ids, gradient=False)
         if not together:
-            targets = self._inherent[roles.target_attention]
+            targets = self._by_id[roles.target_attention]
             yield from self._lookup("targets", targets, work.targets, work.targets, gradient=False)
         dim = self._dim(roles.history_attention)
         yield self._compute("search", "scores of all behaviours", self._scores(dim, costs.pair))
@@ -162,8 +166,8 @@ class StepModel:
         """Search where the rows are: ids go out, scores come back (`embeddings.search.sharded`)."""
         roles, work, costs = self._model.roles, self._work, self._cluster.costs
         tables = self._inherent[roles.history_attention]
-        categories = next((table.rows for table in tables if table.feature == "category"), 1)
-        for traffic in search_on_shard(tables, self._model.settings.features, work, categories, self._wire):
+        features = self._model.settings.features
+        for traffic in search_on_shard(tables, features, work, self._model.sizes, self._wire):
             yield self._sent(traffic)
         by_feature = {table.feature: table for table in tables}
         item = by_feature["item"]
@@ -202,12 +206,12 @@ class StepModel:
         for name in sorted(targets | history):
             # Pooled where the rows are: one vector a bag and shard comes back, not one a behaviour.
             if search == "shard" and self._model.could_pool_on_shards and name == roles.history_representation:
-                yield from self._pooling(f"histories, {name}", self._inherent[name])
+                yield from self._pooling(f"histories, {name}", self._by_id[name])
                 continue
             of_targets = work.targets * (name in targets)
             yield from self._lookup(
                 f"selected, {name}",
-                self._inherent[name],
+                self._by_id[name],
                 ids * (name in history) + of_targets,
                 different * (name in history) + of_targets,
                 gradient=True,

@@ -34,6 +34,8 @@ class PlannedTable:
     """The rank of each shard."""
     shard_rows: tuple[int, ...]
     """The number of rows of each shard."""
+    gathered: bool
+    """Whether each step gathers all its rows on every rank (`embeddings.tables.specs.TableSpec.gathered`)."""
 
     @property
     def weight_bytes(self) -> int:
@@ -101,6 +103,7 @@ def _planned(spec: TableSpec, sharding: ParameterSharding) -> PlannedTable:
         compute_kernel=sharding.compute_kernel,
         ranks=tuple(sharding.ranks),
         shard_rows=tuple(shard.shard_sizes[0] for shard in sharding.sharding_spec.shards),
+        gathered=spec.gathered,
     )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from embeddings.search.messages import SearchMessages
+from embeddings.sizes import DataSizes
 from embeddings.workload import Workload, distinct
 from pipeline.planning.planned_tables import PlannedTable
 from schemas.model import Feature
@@ -17,8 +19,11 @@ PHASES: tuple[Phase, ...] = ("input dist", "search", "lookups", "output dist", "
 
 Collective = Literal["all_to_all", "reduce_scatter", "all_gather", "all_reduce"]
 
-COUNT, ID, LENGTH, FLOAT = 8, 4, 4, 4
-"""Bytes of a count (int64), of an id (int32), of a bag's length, and of a float as it travels."""
+COUNT, LENGTH, FLOAT, WORD = 8, 4, 4, 4
+"""Bytes of a count (int64), of a part's length (int32), of a float as it travels, and of a word of a record."""
+
+SPAN = 2**31 - 1
+"""Seconds that the behaviours of a batch are taken to lie apart at most: 68 years, one word."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,10 @@ def rows_lookup(
     id_bytes = sum(count * narrowest(max(table.shard_rows) - 1) for count, table in different)
     row_bytes = sum(count * table.dim for count, table in different) * wire
     yield Traffic("input dist", f"counts of {what}", "all_to_all", len(tables) * COUNT)
-    yield Traffic("input dist", f"ids of {what}", "all_to_all", id_bytes)
+    yield Traffic("input dist", f"ids of {what}", "all_to_all", id_bytes, len(tables))
     # A gradient takes the way of its row back, in as many bytes.
     for way in ("rows", "gradients")[: 1 + gradient]:
-        yield Traffic("output dist", f"{way} of {what}", "all_to_all", row_bytes)
+        yield Traffic("output dist", f"{way} of {what}", "all_to_all", row_bytes, len(tables))
 
 
 def all_rows(what: str, tables: Sequence[PlannedTable]) -> Iterator[Traffic]:
@@ -73,7 +78,11 @@ def all_rows(what: str, tables: Sequence[PlannedTable]) -> Iterator[Traffic]:
 
 
 def search_on_shard(
-    inherent: Sequence[PlannedTable], features: Sequence[Feature], work: Workload, categories: int, wire: int = FLOAT
+    inherent: Sequence[PlannedTable],
+    features: Sequence[Feature],
+    work: Workload,
+    sizes: DataSizes,
+    wire: int = FLOAT,
 ) -> Iterator[Traffic]:
     """Search where the rows live: behaviours go out once a user, at most K scores a target and shard come back.
 
@@ -81,35 +90,34 @@ def search_on_shard(
         inherent: the set's item and category tables.
         features: of a behaviour.
         work: of a rank.
-        categories: rows of the category table.
+        sizes: of the data, which decide how many words a record has.
         wire: bytes of a score on its way.
     """
     ranks, targets = work.ranks, work.targets
-    dims = {table.feature: table.dim for table in inherent}
-    known = narrowest(categories) if "category" in features else 0
-    for sequence in work.sequences:
-        wide = narrowest(sequence.length)
-        # Bytes of a behaviour's columns (`embeddings.search.messages`).
-        widths = {"item": ID, "category": known, "position": wide, "interval": 4, "behavior": 1, "scene": 1}
-        behavior = sum(widths[feature] for feature in features)
-        # Behaviours and windows travel in the all-to-all of the targets: no latency of their own.
-        yield Traffic("input dist", "behaviours", "all_to_all", sequence.behaviors / ranks * behavior, 0)
-        yield Traffic("input dist", "windows", "all_to_all", targets * (ID + wide), 0)
-        answers = best_of_shard(sequence.pairs / targets, sequence.retrieved, ranks)
-        yield Traffic("output dist", "best of each shard", "all_to_all", targets * answers * (wire + wide))
-    target = ID + known + sum({"position": 4, "interval": 4, "scene": 1}.get(feature, 0) for feature in features)
-    # Two collectives: first the sizes of everything, then everything in one all-to-all.
-    yield Traffic("input dist", "targets", "all_to_all", targets * target, 2)
+    item = next(table for table in inherent if table.feature == "item")
+    messages = SearchMessages(features, max(item.shard_rows), sizes)
+    # The figures by which every rank knows all sizes: of each pair of ranks, and of each rank.
+    columns, figures = 1 + 2 * len(work.sequences), 3 + 2 * (2 + 5 * len(work.sequences))
+    yield Traffic("input dist", "counts of the search", "all_to_all", columns * COUNT)
+    yield Traffic("input dist", "figures of the search", "all_gather", figures * COUNT)
+    for name, sequence in zip(sizes.lengths, work.sequences, strict=True):
+        behavior, target = messages.behavior_record(name, SPAN).words, messages.target_record(name, SPAN).words
+        yield Traffic("input dist", "behaviours", "all_to_all", sequence.behaviors / ranks * behavior * WORD)
+        yield Traffic("input dist", "targets and windows", "all_to_all", targets * target * WORD)
+        answers = targets * best_of_shard(sequence.pairs / targets, sequence.retrieved, ranks)
+        index = narrowest(sequence.length - 1)
+        yield Traffic("output dist", "best of each shard", "all_to_all", answers * (wire + index), 2)
     for table in inherent:
-        # Of equal ids of all ranks one is gathered; a shard sends its own part of the result to each other.
-        held = distinct(targets * ranks, table.rows) / ranks
-        yield Traffic("input dist", f"targets' {table.feature} rows", "all_gather", held * table.dim * FLOAT)
-    if "category" in dims:
-        # A shard fetches each category that it has met once.
-        met = distinct(work.behaviors, categories)
-        # The counts first, then the ids, then the rows back.
-        yield Traffic("input dist", "ids of categories", "all_to_all", met / ranks * ID, 2)
-        yield Traffic("input dist", "category rows", "all_to_all", met / ranks * dims["category"] * FLOAT)
+        if not table.gathered:
+            # A shard sends its part of all ranks' targets to each other.
+            yield Traffic("input dist", f"targets' {table.feature} rows", "all_gather", targets * table.dim * FLOAT)
+        if table.feature != "item" and not table.gathered:
+            # A shard fetches each category that it has met once: the counts first, then the ids, then the rows back.
+            met = distinct(work.behaviors, table.rows) / ranks
+            what, row = f"rows of {table.feature}", narrowest(max(table.shard_rows) - 1)
+            yield Traffic("input dist", f"counts of {what}", "all_to_all", COUNT)
+            yield Traffic("input dist", f"ids of {what}", "all_to_all", met * row)
+            yield Traffic("input dist", what, "all_to_all", met * table.dim * FLOAT)
 
 
 def pooling_on_shard(
@@ -129,12 +137,15 @@ def pooling_on_shard(
     wide = sum(narrowest(max(table.shard_rows) - 1) for table in tables)
     # Counts of ids and counts of parts; a part comes with the length of its bag.
     yield Traffic("input dist", f"counts of {what}", "all_to_all", 2 * features * COUNT)
-    yield Traffic("input dist", f"ids of {what}", "all_to_all", (ids * wide + features * parts * LENGTH) / ranks)
-    # In an all-to-all of their own, because their gradients come back by it.
-    yield Traffic("input dist", f"weights of {what}", "all_to_all", features * ids / ranks * FLOAT)
-    yield Traffic("output dist", f"rows of {what}", "all_to_all", parts / ranks * wire * dim)
-    yield Traffic("output dist", f"gradients of {what}", "all_to_all", parts / ranks * wire * dim)
-    yield Traffic("output dist", f"weights' gradients of {what}", "all_to_all", features * ids / ranks * FLOAT)
+    held = (ids * wide + features * parts * LENGTH) / ranks
+    yield Traffic("input dist", f"ids of {what}", "all_to_all", held, 2 * features)
+    # With gradients, which come back the same way.
+    yield Traffic("input dist", f"weights of {what}", "all_to_all", features * ids / ranks * FLOAT, features)
+    yield Traffic("output dist", f"rows of {what}", "all_to_all", parts / ranks * wire * dim, features)
+    yield Traffic("output dist", f"gradients of {what}", "all_to_all", parts / ranks * wire * dim, features)
+    yield Traffic(
+        "output dist", f"weights' gradients of {what}", "all_to_all", features * ids / ranks * FLOAT, features
+    )
 
 
 def best_of_shard(behaviors: float, k: int, ranks: int) -> float:
