@@ -165,9 +165,10 @@ class Trainer(Stateful):
             # What the ranks agree on is looked at when the next step is under way, so that the host does not wait for a
             # GPU in between; unless something depends on it now.
             agreed = self._settle(started, report, all_of_them=due or saves or norms is not None)
-            if agreed is not None and agreed.stop:
-                agreed = self._settle(started, report, all_of_them=True) or agreed
             stops = agreed is not None and agreed.stop
+            if stops:
+                # The step after the one in which it was agreed is made already: it is the last.
+                self._settle(started, report, all_of_them=True)
             if norms is not None:
                 assert agreed is not None
                 self._report_norms(report, agreed, norms)

@@ -112,7 +112,7 @@ def test_a_finished_run_says_so_and_can_be_made_longer(data: Path, tmp_path: Pat
     assert not (short.folder / "test.json").exists()
     fewer = Run(1, small_settings("epochs=1"), data, tmp_path / "run")
     assert fewer.wait() == [1]
-    assert f"epochs is 1, but epoch 2 of the run is begun or done already, at step {steps + 2}" in fewer.complaint()
+    assert f"epochs is 1, but epoch 2 of the run is begun or done already, at step {steps + 3}" in fewer.complaint()
     Run(1, small_settings("epochs=2"), data, tmp_path / "run").finish()
     assert read_step_log(short.folder / "losses.jsonl")[-1]["step"] == 2 * steps
     assert (short.folder / "test.json").read_text() != tested
