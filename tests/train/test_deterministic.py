@@ -20,17 +20,45 @@ def data(many_users: Path) -> Path:
     return many_users
 
 
+class Refused(TorchDispatchMode):
+    """Notes which operators torch would refuse on CUDA when told to be deterministic.
+
+    They are those of the documentation of `torch.use_deterministic_algorithms` that a model of rows could come to use.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        self.seen.add(name)
+        refused = {
+            "cumsum": lambda: args[0].is_floating_point(),
+            "bincount": lambda: (args[1] if len(args) > 1 else kwargs.get("weights")) is not None,
+            "scatter_reduce": lambda: "prod" in (*args, *kwargs.values()),
+            "_embedding_bag": lambda: args[4] == 2,  # the mode: the maximum
+            **dict.fromkeys(("put", "histc", "kthvalue", "median", "nll_loss_forward"), lambda: True),
+        }.get(name.rstrip("_"))
+        if refused is not None and refused():
+            self.found.add(name)
+        return func(*args, **kwargs)
+
+
 def tell_of_torch(rank: int, folder: Path) -> None:
-    """Sabotage: in each step a rank writes to ``folder/RANK`` what torch has been told of determinism."""
+    """Sabotage: in each step a rank writes to ``folder/RANK`` what torch has been told, and what it would refuse."""
     from pipeline.train import trainer
 
-    agree = trainer.agree
+    agree, mode = trainer.agree, Refused()
+    mode.__enter__()  # until the process ends
 
     def telling(*arguments: Any) -> Any:
         told = {
             "enabled": torch.are_deterministic_algorithms_enabled(),
             "only_warns": torch.is_deterministic_algorithms_warn_only_enabled(),
             "workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+            "refused": sorted(mode.found),
         }
         (folder / str(rank)).write_text(json.dumps(told))
         return agree(*arguments)
@@ -52,7 +80,9 @@ def test_it_reaches_torch_on_every_rank_and_changes_nothing_on_a_cpu(ranks: int,
     deterministic = Run(ranks, settings, data, tmp_path / "b", tell_of_torch, (tmp_path / "told",)).finish()
     for rank in range(ranks):
         assert not told(tmp_path / "usual", rank)["enabled"]
-        assert told(tmp_path / "told", rank) == {"enabled": True, "only_warns": False, "workspace": ":4096:8"}
+        # Training and validation, with what the shards do for others.
+        expected = {"enabled": True, "only_warns": False, "workspace": ":4096:8", "refused": []}
+        assert told(tmp_path / "told", rank) == expected
     assert deterministic.logs() == usual.logs()
     assert (deterministic.folder / "test.json").read_text() == (usual.folder / "test.json").read_text()
 
@@ -65,36 +95,10 @@ def test_it_reaches_torch_on_every_rank_and_changes_nothing_on_a_cpu(ranks: int,
     assert further.logs() == usual.logs()
 
 
-class Refused(TorchDispatchMode):
-    """Notes which operators torch would refuse on CUDA when told to be deterministic.
-
-    They are those of the documentation of `torch.use_deterministic_algorithms` that a model of rows could come to use.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-        self.found: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        self.seen.add(name)
-        refused = {
-            "cumsum": lambda: args[0].is_floating_point(),
-            "bincount": lambda: len(args) > 1 or kwargs.get("weights") is not None,
-            "scatter_reduce": lambda: "prod" in (*args, *kwargs.values()),
-            "_embedding_bag": lambda: args[4] == 2,  # the mode: the maximum
-            **dict.fromkeys(("put", "histc", "kthvalue", "median", "nll_loss_forward"), lambda: True),
-        }.get(name.rstrip("_"))
-        if refused is not None and refused():
-            self.found.add(name)
-        return func(*args, **kwargs)
-
-
 def test_the_list_of_refused_operators_finds_them() -> None:
     with Refused() as mode:
         number_N = torch.tensor([2, 1])
-        number_N.cumsum(0), number_N.bincount()
+        number_N.cumsum(0), number_N.bincount(minlength=3)
         assert not mode.found
         (
             number_N.float().cumsum(0),
