@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from embeddings.batch import Batch, Selection
 from embeddings.features import RowHook, Rows
@@ -144,6 +145,7 @@ class CtrModel(nn.Module):
             for dtype in {torch.float32, {"fp32": torch.float32, "fp16": torch.float16}[rows]}:
                 warm(k, dtype, device)
 
+    @record_function("dare/search")
     def search(self, batch: Batch, small: SmallRows, handle: SearchHandle | None) -> dict[str, Selection]:
         """Select the K behaviours of each sequence that score highest for each target, without gradient.
 
@@ -308,6 +310,7 @@ class CtrModel(nn.Module):
         target_set, history_set = self.roles.target_attention, self.roles.history_attention
         return LocalRows.look_up(batch, self.tables, small, target_set, history_set, self.sizes.lengths)
 
+    @record_function("dare/lookups")
     def _look_up(
         self, batch: Batch, small: SmallRows, selected: Mapping[str, Selection], looks_up_all: bool
     ) -> BatchRows:
@@ -319,6 +322,7 @@ class CtrModel(nn.Module):
             history_sets.add(self.roles.history_representation)
         return BatchRows(batch, self.tables, small, target_sets, history_sets, selected, looks_up_all)
 
+    @record_function("dare/dense")
     def _attend(
         self,
         rows: BatchRows,
@@ -342,6 +346,7 @@ class CtrModel(nn.Module):
                 row_hook("attention", [target, behaviors], attended, weights[sequence], [None, None])
         return weights
 
+    @record_function("dare/dense")
     def _pool_locally(
         self,
         rows: BatchRows,
@@ -372,6 +377,7 @@ class CtrModel(nn.Module):
             row_hook("representation", looked_up, function, input_TI, [None] * len(looked_up))
         return input_TI
 
+    @record_function("dare/dense")
     def _pool_on_shards(
         self,
         batch: Batch,

@@ -132,7 +132,7 @@ def _train(
 
 
 def slow_steps(rank: int, stop_at: int | None = None) -> None:
-    """Sabotage: steps take a tenth of a second more; as if SIGTERM had come in step ``stop_at``, the next one is the last."""
+    """Sabotage: steps take a tenth of a second more; after step ``stop_at`` it is as if SIGTERM had come: one more is made."""
     from pipeline.train import trainer
 
     agree = trainer.agree

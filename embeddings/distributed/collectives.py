@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
 from torchrec.distributed.types import Awaitable, QuantizedCommCodecs
 
@@ -124,6 +125,7 @@ class ColumnsAllToAll(Awaitable[list[Tensor]]):
                 self._works.append(dist.all_to_all_single(into, out_of, received, sent, group=group, async_op=True))
             self._incoming.append(incoming)
 
+    @record_function("dare/exchange")
     def _wait_impl(self) -> list[Tensor]:
         for work in self._works:
             work.wait()
@@ -197,6 +199,7 @@ def all_to_all_with_gradient(
     return arrived
 
 
+@record_function("dare/exchange")
 def exchange_counts(count_SX: Tensor, group: dist.ProcessGroup) -> tuple[list[list[int]], list[list[int]]]:
     """Tell each rank how much it will be sent; every rank must call it.
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 
 from embeddings.distributed.collectives import sum_over_ranks
 from schemas.train import Compute
@@ -34,6 +35,7 @@ class MLP(nn.Module):
         self.hidden_dtype = torch.float32
         """What the hidden layers compute in; the weights and their gradients are float32 in any case."""
 
+    @record_function("dare/dense")
     def forward(self, input_TI: Tensor) -> Tensor:
         """Predict logits, float32 (T,). In training, every rank must call it, even with no targets."""
         norm, *hidden, last = self.layers

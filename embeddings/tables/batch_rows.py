@@ -11,6 +11,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
+from torch.profiler import record_function
 
 from embeddings.batch import Batch, Selection, gather_or_zeros
 from embeddings.distributed.lookups import Bags, RowsOfIds
@@ -174,6 +175,7 @@ class BatchRows:
         return other
 
 
+@record_function("dare/lookups")
 def pooled_on_shards(
     batch: Batch,
     tables: Tables,

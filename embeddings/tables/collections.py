@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torchrec import DataType, EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import Awaitable
@@ -167,6 +168,7 @@ class Tables(nn.Module):
         """
         return sharded_sums(self.inherent[name], bags, self.codecs)
 
+    @record_function("dare/lookups")
     def small_rows(self, device: torch.device) -> SmallRows:
         """All rows of all small tables, looked up with ids on ``device``; every rank must call it."""
         # Every set and sequence has an entry, also without cross features, so that nobody who reads them needs a
