@@ -24,8 +24,9 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from embeddings.layers.mlp import compute_in
 from embeddings.model import CtrModel
 from embeddings.models import build_model
-from embeddings.planning import Machines, TableSharder, plan_tables, searched_in_place, usable, used_on_shards
+from embeddings.planning import Machines, plan_tables, searched_in_place, usable, used_on_shards
 from embeddings.sizes import DataSizes
+from embeddings.tables.sharder import TableSharder
 from embeddings.workload import Workload, mean_load
 from schemas.errors import UserError
 from schemas.manifest import Manifest

@@ -132,7 +132,7 @@ def _train(
 
 
 def slow_steps(rank: int, stop_at: int | None = None) -> None:
-    """Sabotage: steps take a tenth of a second more; after step ``stop_at`` it is as if SIGTERM had come: one more is made."""
+    """Sabotage: steps take a tenth of a second more; after ``stop_at``, as if SIGTERM had come, one more is made."""
     from pipeline.train import trainer
 
     agree = trainer.agree

@@ -8,13 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embeddings.batch import Batch
-from pipeline.stream.batches import cut_batches, read_blocks
+from pipeline.stream.batches import UserSample, cut_batches, read_blocks, sampled_targets
 from pipeline.stream.data_set import DataSet
 from pipeline.stream.epoch_plan import ORDER, Block, EpochPlan, plan_epoch, shuffled_order, steps_per_epoch
 from pipeline.stream.prefetch import Prefetch
 from pipeline.stream.row_group import RowGroup
 from pipeline.stream.samples import HistorySamples, resolve_sequences, samples_of
-from pipeline.stream.user_sample import UserSample, sampled_targets
 from schemas.errors import UserError
 from schemas.shards import SPLITS, Split
 from schemas.stream import StreamSettings
