@@ -90,7 +90,7 @@ class _WeightedSum(torch.autograd.Function):
 
 def _dot(query_Td: Tensor, rows_Ld: Tensor, index_TK: Tensor) -> Tensor:
     if query_Td.device.type != "cpu":
-        return torch.bmm(embedding(index_TK, rows_Ld), query_Td.unsqueeze(2)).squeeze(2)
+        return _gathered_dot(query_Td, rows_Ld, index_TK)
     from embeddings.layers import row_products_kernel
 
     score_TK = query_Td.new_empty(index_TK.shape)
@@ -105,7 +105,7 @@ def _dot(query_Td: Tensor, rows_Ld: Tensor, index_TK: Tensor) -> Tensor:
 
 def _weighted_sum(weight_TK: Tensor, rows_Ld: Tensor, index_TK: Tensor) -> Tensor:
     if weight_TK.device.type != "cpu":
-        return torch.bmm(weight_TK.unsqueeze(1), embedding(index_TK, rows_Ld)).squeeze(1)
+        return _gathered_sum(weight_TK, rows_Ld, index_TK)
     from embeddings.layers import row_products_kernel
 
     sum_Td = rows_Ld.new_empty(len(index_TK), rows_Ld.shape[1])
@@ -120,16 +120,11 @@ def _weighted_sum(weight_TK: Tensor, rows_Ld: Tensor, index_TK: Tensor) -> Tenso
 
 def _outer(weight_TK: Tensor, query_Td: Tensor, index_TK: Tensor, rows: int, in_order: bool) -> Tensor:
     """The sum over all t and k of ``weight_TK[t, k] * query_Td[t]`` in row ``index_TK[t, k]``, (rows, d)."""
-    dim = query_Td.shape[1]
     if weight_TK.device.type != "cpu":
-        gradient_TKd = weight_TK.unsqueeze(2) * query_Td.unsqueeze(1)
-        if in_order:
-            return gradient_TKd.view(rows, dim)
-        # The backward pass of `embedding` adds up in a fixed order on a GPU too; `index_add` would not.
-        added: Tensor = torch.ops.aten.embedding_dense_backward(gradient_TKd, index_TK, rows, -1, False)
-        return added
+        return _added_outer(weight_TK, query_Td, index_TK, rows, in_order)
     from embeddings.layers import row_products_kernel
 
+    dim = query_Td.shape[1]
     rows_Ld = query_Td.new_empty(rows, dim) if in_order else query_Td.new_zeros(rows, dim)
     weight, query, index, written = _arrays(weight_TK, query_Td, index_TK, rows_Ld)
     _in_parts(
@@ -138,6 +133,24 @@ def _outer(weight_TK: Tensor, query_Td: Tensor, index_TK: Tensor, rows: int, in_
         index_TK.numel() * dim,
     )
     return rows_Ld
+
+
+# What a GPU computes: the same three functions in plain torch, on copies of the rows.
+def _gathered_dot(query_Td: Tensor, rows_Ld: Tensor, index_TK: Tensor) -> Tensor:
+    return torch.bmm(embedding(index_TK, rows_Ld), query_Td.unsqueeze(2)).squeeze(2)
+
+
+def _gathered_sum(weight_TK: Tensor, rows_Ld: Tensor, index_TK: Tensor) -> Tensor:
+    return torch.bmm(weight_TK.unsqueeze(1), embedding(index_TK, rows_Ld)).squeeze(1)
+
+
+def _added_outer(weight_TK: Tensor, query_Td: Tensor, index_TK: Tensor, rows: int, in_order: bool) -> Tensor:
+    gradient_TKd = weight_TK.unsqueeze(2) * query_Td.unsqueeze(1)
+    if in_order:
+        return gradient_TKd.view(rows, query_Td.shape[1])
+    # The backward pass of `embedding` adds up in a fixed order on a GPU too; `index_add` would not.
+    added: Tensor = torch.ops.aten.embedding_dense_backward(gradient_TKd, index_TK, rows, -1, False)
+    return added
 
 
 def _arrays(*tensors: Tensor) -> list[Any]:
