@@ -16,8 +16,8 @@ from torch.nn.functional import embedding
 
 from embeddings.compiled import in_threads
 
-WORTH_THREADS = 1 << 16
-"""Multiplications that are worth a second thread."""
+WORTH_THREADS = 1 << 22
+"""Multiplications that are worth a second thread; with fewer it wakes up too late."""
 
 
 def dot(query_Td: Tensor, rows_Ld: Tensor, index_TK: Tensor, in_order: bool = False) -> Tensor:

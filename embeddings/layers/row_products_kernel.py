@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from embeddings.compiled import compiled
 
+# No array is cut into its rows here: each cut counts up who uses the array, in memory that all threads share.
+
 # A sum may be made in several parts side by side, which vectors need; its order is that of the compiled code, always.
 _SUMS = {"reassoc", "contract"}
 
@@ -24,14 +26,12 @@ def dot(
     score_TK: NDArray[Any],
 ) -> None:
     """Write the products of each target's query with its K rows, for the targets ``first`` .. ``end``."""
-    dim = query_Td.shape[1]
     for target in range(first, end):
-        query_d = query_Td[target]
         for column in range(index_TK.shape[1]):
-            row_d = rows_Ld[index_TK[target, column]]
-            total = query_d[:0].sum()
-            for d in range(dim):
-                total += query_d[d] * row_d[d]
+            row = index_TK[target, column]
+            total = score_TK.dtype.type(0)
+            for d in range(query_Td.shape[1]):
+                total += query_Td[target, d] * rows_Ld[row, d]
             score_TK[target, column] = total
 
 
@@ -45,14 +45,13 @@ def weighted_sum(
     sum_Td: NDArray[Any],
 ) -> None:
     """Write the weighted sum of each target's K rows, for the targets ``first`` .. ``end``."""
-    dim = sum_Td.shape[1]
     for target in range(first, end):
-        sum_d = sum_Td[target]
-        sum_d[:] = 0
+        for d in range(sum_Td.shape[1]):
+            sum_Td[target, d] = 0
         for column in range(index_TK.shape[1]):
-            weight, row_d = weight_TK[target, column], rows_Ld[index_TK[target, column]]
-            for d in range(dim):
-                sum_d[d] += weight * row_d[d]
+            weight, row = weight_TK[target, column], index_TK[target, column]
+            for d in range(sum_Td.shape[1]):
+                sum_Td[target, d] += weight * rows_Ld[row, d]
 
 
 @compiled(fastmath=_SUMS)
@@ -72,17 +71,17 @@ def outer(
     targets, columns = index_TK.shape
     if in_order:
         for row in range(first, end):
-            weight, query_d = weight_TK[row // columns, row % columns], query_Td[row // columns]
-            for d in range(len(query_d)):
-                rows_Ld[row, d] = weight * query_d[d]
+            target = row // columns
+            weight = weight_TK[target, row % columns]
+            for d in range(query_Td.shape[1]):
+                rows_Ld[row, d] = weight * query_Td[target, d]
         return
     # Threads have rows and not targets: so they never write to one place, and the order of a sum is that of the
     # targets, whatever the number of threads.
     for target in range(targets):
-        query_d = query_Td[target]
         for column in range(columns):
             row = index_TK[target, column]
             if first <= row < end:
-                weight, row_d = weight_TK[target, column], rows_Ld[row]
-                for d in range(len(query_d)):
-                    row_d[d] += weight * query_d[d]
+                weight = weight_TK[target, column]
+                for d in range(query_Td.shape[1]):
+                    rows_Ld[row, d] += weight * query_Td[target, d]

@@ -300,8 +300,6 @@ def part_row(part: Any, target: int, behavior: int) -> Any:
 @compiled()
 def add_parts(parts_P: NDArray[Any], target: int, begin: int, end: int, score_B: NDArray[np.float32]) -> None:
     """Add what small tables make of a target's score of the behaviours ``begin`` .. ``end`` to ``score_B``."""
-    # Only for its type: rows of small tables are float32.
-    floats = np.empty((0, 0), np.float32)
     for number in range(len(parts_P)):
         part = parts_P[number]
         if part.score_R:
@@ -311,7 +309,7 @@ def add_parts(parts_P: NDArray[Any], target: int, begin: int, end: int, score_B:
             query = part.query_Td + target * part.dim * 4
             for behavior in range(begin, end):
                 row = part.rows_Rd + part_row(part, target, behavior) * part.dim * 4
-                score_B[behavior - begin] += dot(floats, row, query, part.dim)
+                score_B[behavior - begin] += dot(score_B, row, query, part.dim)
 
 
 @compiled()
@@ -337,7 +335,9 @@ def search(
     """
     rows_RD, row_bytes, scale_R = table.rows_RD, table.row_bytes, table.scale_R
     ids_M, start_T, end_T = windows.ids_M, windows.start_T, windows.end_T
-    query_TD, additive_W = windows.query_TD, windows.additive_W
+    query_TD, additive_W, first_pair_T = windows.query_TD, windows.additive_W, windows.first_pair_T
+    # A copy of this thread's own: whoever is handed an array is counted, in memory that belongs to the array.
+    parts_P = windows.parts_P.copy()
     dim, k = query_TD.shape[1], bits_TK.shape[1]
     base, queries = rows_RD.ctypes.data, query_TD.ctypes.data
     lines = (dim * rows_RD.itemsize + LINE_BYTES - 1) // LINE_BYTES
@@ -383,9 +383,10 @@ def search(
                     if len(scale_R):
                         score *= scale_R[row]
                     score_B[behavior - begin] = score
-                add_parts(windows.parts_P, target, begin, end, score_B)
+                if len(parts_P):
+                    add_parts(parts_P, target, begin, end, score_B)
                 if len(additive_W):
-                    pair = windows.first_pair_T[target] - start
+                    pair = first_pair_T[target] - start
                     for behavior in range(begin, end):
                         score_B[behavior - begin] += additive_W[pair + behavior]
                 keys_X, size, worst = keys_QX[slot], size_Q[slot], worst_Q[slot]
