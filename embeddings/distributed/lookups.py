@@ -305,7 +305,7 @@ def all_gathered_tables(
     local: list[tuple[int, str, RowWiseTable, Tensor]] = []
     for number, (lookup, (_, features)) in enumerate(zip(lookups, collections, strict=True)):
         tables = {feature: lookup.tables[feature] for feature in features}
-        device = next(iter(tables.values())).local_Rd.device
+        device = next(iter(tables.values())).device
         # Looked up rather than read: so the gradient comes back to the kernel, whose optimizer takes its step there.
         rows = lookup.rows(
             {feature: torch.arange(table.local_rows, device=device) for feature, table in tables.items()}

@@ -37,10 +37,11 @@ class RowWiseTable:
         local: returns the rows of this rank's shard, (R, d).
         rows: rows of the whole table.
         group: the ranks.
+        cached: the rows are in the host's memory, and the newest values of some are in a cache on the device alone.
     """
 
-    def __init__(self, local: Callable[[], Tensor], rows: int, group: dist.ProcessGroup) -> None:
-        self._local, self.rows, self.group = local, rows, group
+    def __init__(self, local: Callable[[], Tensor], rows: int, group: dist.ProcessGroup, cached: bool = False) -> None:
+        self._local, self.rows, self.group, self.cached = local, rows, group, cached
         # As TorchRec cuts a row-wise table (`rw_sharding.py`, `math.ceil(hash_size / world_size)`), so that ids can be
         # sent to their shards without asking the plan.
         self.block = -(-rows // group.size())
@@ -48,13 +49,18 @@ class RowWiseTable:
     @property
     def local_Rd(self) -> Tensor:
         """The rows of this rank, (R, d), without gradient."""
-        # Asked for anew each time, because the newest values may lie in a cache that `_local` writes back first.
+        assert not self.cached, "rows in host memory, which `embeddings.sharding.check_tables` lets no search read"
         return self._local().detach()
 
     @property
     def local_rows(self) -> int:
         """R."""
         return max(0, min(self.block, self.rows - self.group.rank() * self.block))
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's rows are looked up."""
+        return self._local().device
 
     def bucketed(self, id_B: Tensor) -> Bucketed:
         """Sort ids (int32 or int64) by the shard of their rows; those of a shard keep their order, on every device."""
@@ -210,17 +216,14 @@ def _tables(collection: ShardedEmbeddingBagCollection) -> dict[str, RowWiseTable
         for number, table in enumerate(kernel.config.embedding_tables):
             # `embeddings.tables.collections` declares one feature a table; two would share its rows.
             (feature,) = table.feature_names
+            cached = table.compute_kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING
             local = _local_rows(kernel, number)
-            tables[feature] = RowWiseTable(local, table.num_embeddings, collection._env.process_group)
+            tables[feature] = RowWiseTable(local, table.num_embeddings, collection._env.process_group, cached)
     return tables
 
 
 def _local_rows(kernel: BatchedFusedEmbeddingBag, number: int) -> Callable[[], Tensor]:
-    cached = kernel.config.embedding_tables[number].compute_kernel is EmbeddingComputeKernel.FUSED_UVM_CACHING
-
     def local() -> Tensor:
-        if cached:
-            kernel.flush()  # The newest values of some rows are in the cache alone.
         rows_Rd: Tensor = kernel.split_embedding_weights()[number]
         return rows_Rd
 

@@ -84,9 +84,12 @@ class LocalRows:
         def rows(set_name: str, item: list[Tensor], category: list[Tensor]) -> dict[Feature, IndexedRows]:
             ids: dict[Feature, Tensor] = {"item": torch.cat(item), "category": torch.cat(category)}
             if tables.row_wise(set_name) and tables.ranks(set_name) == 1:
-                # All rows are on this rank: they are read where they are.
                 local = row_wise_tables(tables.inherent[set_name])
-                return {feature: IndexedRows(table.local_Rd, ids[feature].long()) for feature, table in local.items()}
+                # All rows are on this rank: they are read where they are, if that is on the device.
+                if not any(table.cached for table in local.values()):
+                    return {
+                        feature: IndexedRows(table.local_Rd, ids[feature].long()) for feature, table in local.items()
+                    }
             looked_up = tables.inherent_rows(set_name, ids, None, small)
             return {feature: IndexedRows(of.rows_Ld, of.index_B) for feature, of in looked_up.items()}
 

@@ -316,7 +316,7 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
                 continue
             # A flag for each category, rather than `unique`, which would sort all behaviours. Counting the flags
             # numbers them.
-            present_R = torch.zeros(table.rows, dtype=torch.bool, device=table.local_Rd.device)
+            present_R = torch.zeros(table.rows, dtype=torch.bool, device=table.device)
             for history in histories.values():
                 column_M = history.pairs[feature].column_M
                 assert column_M is not None
