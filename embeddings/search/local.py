@@ -196,16 +196,21 @@ def search_by_score(
         By sequence, the best first.
     """
     selected, device = {}, rows.target_TD.device
-    target_T = torch.arange(len(rows.batch), device=device)
     for sequence, k in retrieved.items():
         history, targets = rows.batch.histories[sequence], rows.targets(sequence)
-        window = Selection.everything(history)
-        longest = window.index_TK.shape[1]
+        length_T = history.end_T - history.start_T
+        # Both at once: on a GPU the host waits here.
+        zero = length_T.new_zeros(1)
+        longest, pairs = torch.stack([torch.cat([length_T, zero]).max(), length_T.sum()]).tolist()
+        column_N = torch.arange(longest, device=device)
+        first_pair_T = length_T.cumsum(0) - length_T
+        # Padding is written behind the last pair.
+        score_W = rows.target_TD.new_empty(pairs + 1)
         # The score may need many floats for a pair: only the pairs of a few targets are in memory at a time.
         chunk = max(1, CHUNK_PAIRS[device.type] // max(1, longest))
-        scores = [rows.target_TD.new_empty(0)]
-        for target_C in target_T.split(chunk) if longest else ():
-            index_CN, valid_CN = window.index_TK[target_C], window.valid_TK[target_C]
+        for target_C in torch.arange(len(rows.batch), device=device).split(chunk) if longest else ():
+            valid_CN = column_N < length_T[target_C, None]
+            index_CN = torch.where(valid_CN, history.start_T[target_C, None] + column_N, 0)
             # Row 0 for padding (times False): an index of 0 may be a position that the table does not have.
             cross = {
                 feature: embedding(
@@ -216,8 +221,9 @@ def search_by_score(
             score_CN = scoring(
                 targets.map(partial(_of_targets, target_C=target_C)), Rows(rows.gathered(sequence, index_CN), cross)
             )
-            scores.append(score_CN[valid_CN])
-        selected[sequence] = select_best(torch.cat(scores), history, k)
+            pair_CN = torch.where(valid_CN, first_pair_T[target_C, None] + column_N, pairs)
+            score_W.scatter_(0, pair_CN.flatten(), score_CN.flatten())
+        selected[sequence] = select_best(score_W[:pairs], history, k)
     return selected
 
 

@@ -10,6 +10,7 @@ from embeddings.loss import click_loss
 from embeddings.models import build_model
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
+from embeddings.tables.specs import TableSpec
 from schemas.model import ModelSettings, Table, TableChange, TableSet
 from schemas.settings import _notice, load_settings
 from schemas.stream import HistorySequence, StreamSettings
@@ -70,6 +71,35 @@ def test_a_tables_settings_are_its_sets_but_for_what_it_changes() -> None:
     tables = TableSet(dim=32, learning_rate=0.1, features={"category": TableChange(dim=8, optimizer="sgd")})
     assert tables.table("item") == Table(dim=32, learning_rate=0.1)
     assert tables.table("category") == Table(dim=8, learning_rate=0.1, optimizer="sgd")
+
+
+@pytest.mark.parametrize(
+    ("feature", "rows", "change", "gathered"),
+    [
+        # 4 MiB are 65,536 rows of 16 floats.
+        ("category", 65_536, {}, True),
+        ("category", 65_537, {}, False),
+        ("category", 32_768, {"dim": 32}, True),
+        ("category", 32_769, {"dim": 32}, False),
+        # Looked-up rows are float32, whatever they are kept in.
+        ("category", 65_537, {"precision": "fp16"}, False),
+        ("category", 10, {"optimizer": "adagrad"}, True),
+        ("category", 10, {"optimizer": "sgd"}, True),
+        # Momentum moves rows whose gradient is 0, as most rows of a whole table are.
+        ("category", 10, {"optimizer": "adam"}, False),
+        ("category", 10, {"optimizer": "rowwise_adam"}, False),
+        # Search on the shards goes by where the items' rows are.
+        ("item", 10, {}, False),
+        # Cross features have no ids to look rows up by.
+        ("position", 10, {"optimizer": "adam"}, True),
+        ("position", 1_000_000, {}, True),
+    ],
+)
+def test_small_tables_are_gathered_unless_momentum_would_move_their_rows(
+    feature: str, rows: int, change: dict[str, object], gathered: bool
+) -> None:
+    sequence = None if feature in ("item", "category") else "history"
+    assert TableSpec("attention", feature, sequence, rows, Table(**change)).gathered == gathered
 
 
 def test_huge_tables_cost_nothing_before_they_are_sharded() -> None:
