@@ -145,7 +145,8 @@ class RowWiseLookup:
     """The lookup that a sharded collection makes in this rank's shards, with ids of our own choice.
 
     It is the collection's own lookup kernel, so that gradients reach the rows in the backward pass, and the
-    optimizers that are fused into the kernel take their step there.
+    optimizers that are fused into the kernel take their step there; on a CPU it is `embeddings.distributed.host_rows`,
+    which makes the same steps on the kernel's rows.
 
     Args:
         collection: sharded; all its tables are row-wise.
@@ -171,29 +172,39 @@ class RowWiseLookup:
         Returns:
             By feature, float32 (B, d); of features that were asked for alone.
         """
+        # A machine with GPUs never needs it.
+        from embeddings.distributed.host_rows import HostTable, rows_of
+
         found: dict[Any, Tensor] = {}
         for kernel in self._kernels:
             tables = kernel.config.embedding_tables
             features = [table.feature_names[0] for table in tables]
-            wanted = [rows[feature] for feature in features if feature in rows]
-            if not wanted:
-                continue
-            # The kernel wants as many bags in each of its tables: bags of one, and empty ones behind them. At least one
-            # bag, or no gradient would pass, and the backward collectives that others wait for would not run.
-            most = max(1, *map(len, wanted))
-            row_I = torch.cat(wanted).long() if len(wanted) > 1 else wanted[0].long()
-            ends, before = [torch.zeros(1, dtype=torch.int64, device=row_I.device)], 0
-            for feature in features:
-                count = len(rows[feature]) if feature in rows else 0
-                bag_B = torch.arange(before + 1, before + most + 1, device=row_I.device)
-                ends.append(bag_B if count == most else bag_B.clamp(max=before + count))
-                before += count
-            looked_up: Tensor = kernel.emb_module(row_I, torch.cat(ends))
-            parts = looked_up.float().split([table.local_cols for table in tables], dim=1)
-            for feature, part_Bd in zip(features, parts, strict=True):
-                if feature in rows:
-                    found[feature] = part_Bd[: len(rows[feature])]
+            wanted = [feature for feature in features if feature in rows]
+            for feature in wanted:
+                table = HostTable.of(kernel.emb_module, features.index(feature))
+                if table is not None:
+                    found[feature] = rows_of(table, rows[feature].long())
+            if wanted and wanted[0] not in found:
+                found |= self._by_kernel(kernel, {feature: rows[feature].long() for feature in wanted})
         return found
+
+    def _by_kernel(self, kernel: BatchedFusedEmbeddingBag, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Look up local rows in FBGEMM's kernel, as bags of one."""
+        tables = kernel.config.embedding_tables
+        # The kernel wants as many bags in each of its tables: bags of one, and empty ones behind them. At least one
+        # bag, or no gradient would pass, and the backward collectives that others wait for would not run.
+        most = max(1, *map(len, rows.values()))
+        device = next(iter(rows.values())).device
+        ends, before = [torch.zeros(1, dtype=torch.int64, device=device)], 0
+        for table in tables:
+            count = len(rows.get(table.feature_names[0], ()))
+            bag_B = torch.arange(before + 1, before + most + 1, device=device)
+            ends.append(bag_B if count == most else bag_B.clamp(max=before + count))
+            before += count
+        looked_up: Tensor = kernel.emb_module(torch.cat(list(rows.values())), torch.cat(ends))
+        parts = looked_up.float().split([table.local_cols for table in tables], dim=1)
+        by_feature = {table.feature_names[0]: part_Bd for table, part_Bd in zip(tables, parts, strict=True)}
+        return {feature: by_feature[feature][: len(row_B)] for feature, row_B in rows.items()}
 
 
 def is_row_wise(collection: torch.nn.Module | None) -> bool:
