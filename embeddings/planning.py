@@ -30,7 +30,7 @@ from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from embeddings.model import CtrModel
 from embeddings.tables.sharder import KERNELS, TableSharder
-from embeddings.workload import Search, Workload
+from embeddings.workload import Search, Workload, distinct
 from schemas.errors import UserError
 from schemas.model import TableOptimizer
 
@@ -59,7 +59,7 @@ ROW_COPIES = 4
 """Copies of the rows of retrieved behaviours that attention keeps for its backward pass."""
 
 LOCAL_COPIES = 4
-"""Copies of the rows of all behaviours in a search on the sample's rank."""
+"""Copies of the different rows of all behaviours in a search on the sample's rank, on their way there."""
 
 BEHAVIOR_BYTES, PAIR_BYTES, BEST_BYTES = 32, 8, 12
 """Bytes of a search: of a behaviour's columns and indices on its shard; of a (target, behaviour) pair where scores are
@@ -291,8 +291,14 @@ def _search_bytes(model: CtrModel, work: Workload) -> float:
     if model.searched in ("ids", "none"):
         return work.pairs * PAIR_BYTES
     if search_place(model) == "local":
-        dim = sum(model.tables.inherent_dims(model.roles.history_attention).values())
-        return work.behaviors * dim * FLOAT * LOCAL_COPIES + work.pairs * PAIR_BYTES
+        specs = [spec for spec in model.tables.specs.values() if spec.set == model.roles.history_attention]
+        inherent = [spec for spec in specs if spec.inherent]
+        # Equal rows travel once, and on one rank none does: they are read where they are. A score that is no dot
+        # product of rows takes them side by side.
+        fetched = sum(distinct(work.behaviors, spec.rows) * spec.dim for spec in inherent if not spec.gathered)
+        rows = fetched * LOCAL_COPIES if work.ranks > 1 else 0
+        rows += work.behaviors * sum(spec.dim for spec in inherent) if model.searched == "local" else 0
+        return rows * FLOAT + work.behaviors * BEHAVIOR_BYTES + work.pairs * PAIR_BYTES
     # On its shard nothing of the size of pairs is written: each keeps its best for each target of all ranks.
     targets = work.targets * work.ranks
     answers = sum(min(part.pairs / work.targets / work.ranks, part.retrieved) for part in work.sequences)
@@ -309,7 +315,7 @@ def _bounds(model: CtrModel, machines: Machines, work: Workload) -> dict[str, Pa
     bounds = constraints(model, machines.device, machines.ranks)
     for name, constraint in bounds.items():
         spec = model.tables.specs[name]
-        if spec.inherent:
+        if not spec.gathered:
             # With local search the rows of attention are fetched for all behaviours.
             fetched = search_place(model) == "local" and model.searched in ("shard", "local")
             everything = looks_up_all(model) or (fetched and spec.set in model.roles.attention)

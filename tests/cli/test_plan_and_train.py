@@ -129,11 +129,16 @@ def test_state_of_optimizers_is_counted_as_fbgemm_keeps_it(
 ) -> None:
     """By hand, as a difference to sgd, which has none: fp32 whatever the rows are; of rows always on the device."""
     machines = Machines("cuda", 1, 1, 80 * GIB, 80 * GIB)
-    common = (f"model.representation.precision={precision}", f"model.representation.memory={memory}")
+    # Without categories: whether a step gathers their table depends on the optimizer.
+    common = (
+        "model.features=[item,position]",
+        f"model.representation.precision={precision}",
+        f"model.representation.memory={memory}",
+    )
     plain, stateful = (
         placed(machines, *common, f"model.representation.optimizer={name}") for name in ("sgd", optimizer)
     )
-    rows, dim = SIZES.rows("item") + SIZES.rows("category") + SIZES.rows("position", "history"), 16
+    rows, dim = SIZES.rows("item") + SIZES.rows("position", "history"), 16
     on_device, on_host = rows * of_row, rows * dim * of_value
     if memory == "device":
         on_device, on_host = on_device + on_host, 0
