@@ -12,6 +12,7 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, Work
 
 from embeddings.distributed.collectives import Column, ColumnsAllToAll
 
@@ -33,7 +34,7 @@ class PackingFigures:
     """Of the host's CPU, from the columns to all of them having been received."""
 
 
-class _Done(dist._Work):
+class _Done(Work):
     """What a collective returns that was over at once."""
 
     def wait(self, timeout: timedelta = timedelta()) -> bool:
@@ -46,8 +47,13 @@ class _Nowhere(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return NOWHERE
 
-    def alltoall_base(self, *_: object) -> dist.Work:
+    def alltoall_base(self, *_: object) -> Work:
         return _Done()
+
+
+def _nowhere(store: dist.Store, rank: int, size: int, timeout: timedelta) -> _Nowhere:
+    # Classes of Python that take the place of a group are made without a store, of which torch's stubs do not know.
+    return _Nowhere(rank, size)  # type: ignore[arg-type, call-arg]
 
 
 @contextmanager
@@ -55,8 +61,8 @@ def group_of_none(ranks: int) -> Iterator[dist.ProcessGroup]:
     """A group in which this process is the first of ``ranks``, and what it sends goes nowhere."""
     # Torch's own fake group copies what a rank sends, rank by rank, which takes far longer than what is measured here.
     if NOWHERE not in dist.Backend.backend_list:
-        dist.Backend.register_backend(NOWHERE, lambda _, rank, size, __: _Nowhere(rank, size), devices=["cpu"])
-    dist.init_process_group(NOWHERE, rank=0, world_size=ranks, store=dist.HashStore())
+        dist.Backend.register_backend(NOWHERE, _nowhere, devices=["cpu"])
+    dist.init_process_group(NOWHERE, rank=0, world_size=ranks, store=HashStore())
     try:
         group = dist.group.WORLD
         assert isinstance(group, dist.ProcessGroup)
