@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, Work
+from torch._C._distributed_c10d import HashStore, Store, Work
 
 from embeddings.distributed.collectives import Column, ColumnsAllToAll
 
@@ -51,9 +51,9 @@ class _Nowhere(dist.ProcessGroup):
         return _Done()
 
 
-def _nowhere(store: dist.Store, rank: int, size: int, timeout: timedelta) -> _Nowhere:
+def _nowhere(store: Store, rank: int, size: int, timeout: timedelta) -> _Nowhere:
     # Classes of Python that take the place of a group are made without a store, of which torch's stubs do not know.
-    return _Nowhere(rank, size)  # type: ignore[arg-type, call-arg]
+    return _Nowhere(rank, size)  # type: ignore[call-arg]
 
 
 @contextmanager
