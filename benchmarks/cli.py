@@ -134,6 +134,23 @@ def bench_train(
         print("  ".join(f"{name} {figure}" for name, figure in of_case.items()))
 
 
+def bench_packing(
+    ranks: Annotated[int, typer.Option(min=2, help="Ranks to send to; none of them is there.")] = 1024,
+    columns: Annotated[int, typer.Option(min=1, help="Columns of an exchange.")] = 30,
+    values: Annotated[int, typer.Option(min=1, help="Rows of a column.")] = 40_960,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions; the median is reported.")] = 50,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+) -> None:
+    """Measure the host's time to send columns to many ranks, without the time that they are on their way."""
+    from benchmarks.packing import measure
+
+    figures = asdict(measure(ranks, columns, values, rounds))
+    if json:
+        print(json_format.dumps(figures))
+    else:
+        print("  ".join(f"{name} {figure}" for name, figure in figures.items()))
+
+
 def bench_attention_dim(
     rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 4_000_000,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each timing; the shortest counts.")] = 7,
@@ -159,4 +176,5 @@ bench.command("shard-search")(bench_shard_search)
 bench.command("plan")(bench_plan)
 bench.command("prefetch")(bench_prefetch)
 bench.command("train")(bench_train)
+bench.command("packing")(bench_packing)
 bench.command("attention-dim")(bench_attention_dim)
