@@ -85,7 +85,7 @@ class _Rows(torch.autograd.Function):
         from embeddings.distributed import host_rows_kernel
 
         table: HostTable = context.table
-        arrays = [table.weights_Rd.numpy(), table.state_X.numpy(), context.row_I.numpy()]
+        weights, state, index = table.weights_Rd.numpy(), table.state_X.numpy(), context.row_I.numpy()
         gradient = gradient_Id.contiguous().numpy()
         kind = getattr(host_rows_kernel, table.kind)
         rate, epsilon = gradient.dtype.type(table.rate), gradient.dtype.type(table.epsilon)
@@ -93,7 +93,7 @@ class _Rows(torch.autograd.Function):
 
         def update(first: int, end: int) -> None:
             for part in range(first, end):
-                host_rows_kernel.update(*arrays, gradient, kind, rate, epsilon, part, parts)
+                host_rows_kernel.update(weights, state, index, gradient, kind, rate, epsilon, part, parts)
 
         in_threads(update, list(range(parts + 1)), parts)
         return None, None, None
