@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 TARGETS_PER_USER = (1, 24)
 """How many targets of a batch share a user's history: none of them, and about as many as batches by user have."""
-BATCHES = 4
+BATCHES = 12
 """Batches of each case. Each side of a round makes a step of each, and one of plain torch's is as good as several."""
 ALLOWED = 1e-5
 """Greatest relative difference of the losses of both sides on the same batch and the same weights."""

@@ -39,12 +39,18 @@ def in_threads(work: Callable[[int, int], object], cut_P: Sequence[int], threads
     Raises:
         Exception: what a part of the work has raised.
     """
-    if threads == 1 or len(cut_P) <= 2:
-        for begin, end in pairwise(cut_P):
+    # Whoever is free takes the next part. This thread takes part too: with only others at work it would have to be
+    # woken up at the end, and they would share the cores with it until it sleeps.
+    parts = iter(list(pairwise(cut_P)))
+
+    def take() -> None:
+        for begin, end in parts:
             work(begin, end)
-        return
-    # `list` waits, and raises what a thread has raised.
-    list(_pool(os.getpid(), threads).map(work, cut_P[:-1], cut_P[1:]))
+
+    others = [_pool(os.getpid(), threads).submit(take) for _ in range(min(threads, len(cut_P) - 1) - 1)]
+    take()
+    for other in others:
+        other.result()
 
 
 @lru_cache
