@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 TARGETS_PER_USER = (1, 24)
 """How many targets of a batch share a user's history: none of them, and about as many as batches by user have."""
 BATCHES = 24
-"""Batches of each case. In a turn we make a step of each, which takes about as long as plain torch's one step: the first
+"""Batches of each case. A turn here is a step of each, which takes about as long as plain torch's one step: the first
 of them finds caches that the other side has left, as no step of a run does."""
 ALLOWED = 1e-5
 """Greatest relative difference of the losses of both sides on the same batch and the same weights."""
