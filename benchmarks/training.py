@@ -7,10 +7,12 @@ B = targets of a batch, N = behaviours of each, K = kept, d = dim of a feature, 
 E = dim of all features together.
 """
 
+import ctypes
 import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -119,9 +121,6 @@ def measure(
 
 def _measured(size: Size, threads: int, rounds: int, tuned: bool) -> list[TrainingFigures]:
     torch.set_num_threads(threads)
-    # For plain torch alone: here no tensor of a step is large enough for it to matter.
-    if tuned:
-        keep_large_blocks()
     settings = load_settings(
         TrainSettings,
         overrides=[
@@ -306,6 +305,20 @@ class _Plain:
         return time.perf_counter() - began
 
 
+# Numbers of parameters in glibc's <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+
+
+def _leave_blocks_to_glibc() -> None:
+    """Undo `keep_large_blocks`: what glibc comes to by itself in a process that frees large tensors."""
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        # The threshold adapts itself up to 32 MiB, and that of giving memory back is twice as much.
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        mallopt(_M_MMAP_MAX, 1 << 16)
+
+
 def _timed(
     size: Size,
     sharing: int,
@@ -321,7 +334,10 @@ def _timed(
     seconds, dense_seconds = [], []
     # The first round is not counted: kernels are compiled in it, and Adam's state is made.
     for step in range(1 + rounds):
+        keep_large_blocks()  # as `dare train` does
         seconds.append(ours.seconds(batches))
+        if not tuned:
+            _leave_blocks_to_glibc()
         dense_seconds.append(plain.seconds(padded[step % len(padded)]))
     step_s, dense_step_s = median(seconds[1:]), median(dense_seconds[1:])
     print(
