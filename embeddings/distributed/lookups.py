@@ -209,9 +209,10 @@ def sharded_sums(
     # The gradients that come to a shard are divided by the number of ranks, as TorchRec divides them. Those that return
     # to the weights are of the requesting rank's own loss, so the division is undone. TorchRec does the same for
     # collections that it knows as weighted (`CommOpGradientScaling`); these are not.
-    # Weights travel before ids on every rank: collectives match by order alone.
+    # Ids are on their way when the weights are waited for; on every rank, for collectives match by order alone.
+    travelling = ColumnsAllToAll(group, [*ids, *lengths])
     arrived_weights = all_to_all_with_gradient(weights, 1 / lookup.gradient_scale, group)
-    arrived = ColumnsAllToAll(group, [*ids, *lengths]).wait()
+    arrived = travelling.wait()
     rows = lookup.rows(dict(zip(bags.ids, arrived, strict=False)))
     sums = [
         _sums(rows[feature], weight_I, length_P)
