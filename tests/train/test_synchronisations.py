@@ -60,6 +60,7 @@ def test_dare_hardly_ever_waits_and_has_few_operators() -> None:
     assert operators[2] == operators[4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["twin", "din", "sdim", "sim-hard"])
 def test_other_models_wait_no_more_for_more_ranks(name: str) -> None:
     two, four = (sum(run_ranks(ranks, step_counts, [f"model.name={name}"])[0][0].values()) for ranks in (2, 4))
