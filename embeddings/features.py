@@ -50,6 +50,10 @@ class Rows:
         """The inherent features' rows, then those of each cross feature."""
         return [self.inherent, *self.cross.values()]
 
+    def by_feature(self, dims: Mapping[Feature, int]) -> dict[Feature, Tensor]:
+        """Each feature's rows, those of the inherent ones cut apart; ``dims`` has their dims, in their order."""
+        return dict(zip(dims, self.inherent.split(list(dims.values()), dim=-1), strict=True)) | dict(self.cross)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "Rows":
         """Apply ``function`` to each part."""
         return Rows(function(self.inherent), {feature: function(rows) for feature, rows in self.cross.items()})

@@ -165,10 +165,10 @@ def product(query: Rows, behaviors: Rows) -> Tensor:
 
 
 def _indexed_product(query: Rows, features: Mapping[Feature, IndexedRows]) -> Tensor:
-    # The query of the inherent features is cut again into those of item and category, whose rows lie apart.
-    inherent = [feature for feature in features if feature in INHERENT]
-    dims = [features[feature].rows_Ld.shape[1] for feature in inherent]
-    queries = dict(zip(inherent, query.inherent.split(dims, dim=-1), strict=True)) | dict(query.cross)
+    # Item and category rows lie apart.
+    queries = query.by_feature(
+        {feature: rows.rows_Ld.shape[1] for feature, rows in features.items() if feature in INHERENT}
+    )
     parts = [
         row_products.dot(queries[feature].expand(len(rows.index_X), -1), *rows) for feature, rows in features.items()
     ]

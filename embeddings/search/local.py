@@ -143,9 +143,8 @@ def search_by_dot_product(
     for sequence, k in retrieved.items():
         history, features = batch.histories[sequence], rows.behaviors[sequence]
         queries = scoring.queries(rows.targets(sequence))
-        # The query of the inherent features is cut again into those of item and category, whose rows lie apart.
-        dims = [of.rows_Ld.shape[1] for of in features.values()]
-        by_feature = dict(zip(features, queries.inherent.split(dims, dim=1), strict=True)) | dict(queries.cross)
+        # Item and category rows of behaviours lie apart.
+        by_feature = queries.by_feature({feature: of.rows_Ld.shape[1] for feature, of in features.items()})
         tables, pairs = dict(rows.history_cross[sequence]), dict[Feature, PairRows]()
         for feature in tables:
             pairs[feature] = pair_rows(feature, batch, history)

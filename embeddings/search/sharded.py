@@ -276,10 +276,8 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         for sequence, history in dist_input.histories.items():
             k, cross = self._retrieved[sequence], small.history_cross[sequence]
             query = self._scoring.queries(search_rows(target_GD, targets.row, small.target_cross[sequence]))
-            # The query of the inherent features is cut again into those of item and category, whose rows are in
-            # different places.
-            dims = [part.shape[1] for part in rows.values()]
-            queries = dict(zip(rows, query.inherent.split(dims, dim=1), strict=True)) | dict(query.cross)
+            # Item and category rows of behaviours are in different places.
+            queries = query.by_feature({feature: rows_Gd.shape[1] for feature, rows_Gd in rows.items()})
             pairs = dict(history.pairs)
             for feature, slot_R in fetched.items():
                 column_M = pairs[feature].column_M
