@@ -6,13 +6,10 @@ R = rows of a table, d = their dim, I = rows looked up, U = distinct ones of the
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core.cgutils import get_or_insert_function
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from embeddings.compiled import compiled
+from embeddings.prefetch import into_second_level
 
 SGD, ROWWISE_ADAGRAD, ADAGRAD = range(3)
 
@@ -22,20 +19,6 @@ AHEAD = 16
 _SUMS = {"reassoc", "contract"}
 
 
-@intrinsic
-def _prefetch(_: Any, address: Any) -> tuple[Any, Any]:
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), number, number, number])
-        prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        # To read, into the second-level cache, data.
-        pointer = builder.inttoptr(arguments[0], ir.PointerType())
-        builder.call(prefetch, [pointer, number(0), number(2), number(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
 @compiled()
 def gather(weights_Rd: NDArray[Any], row_I: NDArray[np.int64], first: int, end: int, rows_Id: NDArray[Any]) -> None:
     """Copy the rows ``row_I[first:end]`` of a table to where they are in ``row_I``."""
@@ -43,7 +26,7 @@ def gather(weights_Rd: NDArray[Any], row_I: NDArray[np.int64], first: int, end: 
     for index in range(first, end):
         if index + AHEAD < end:
             for begin in range(0, row_bytes, 64):
-                _prefetch(base + row_I[index + AHEAD] * row_bytes + begin)
+                into_second_level(base + row_I[index + AHEAD] * row_bytes + begin)
         for d in range(weights_Rd.shape[1]):
             rows_Id[index, d] = weights_Rd[row_I[index], d]
 
@@ -118,9 +101,9 @@ def update(
         if number + AHEAD < distinct:
             ahead = row_U[number + AHEAD]
             for begin in range(0, row_bytes, 64):
-                _prefetch(base + ahead * row_bytes + begin)
+                into_second_level(base + ahead * row_bytes + begin)
             if kind != SGD:
-                _prefetch(states + ahead * state_bytes)
+                into_second_level(states + ahead * state_bytes)
         row, at = row_U[number], first_U[number]
         gradient_Xd, at = (gradient_Id, at) if at >= 0 else (sum_Sd, -at - 1)
         if kind == ADAGRAD:

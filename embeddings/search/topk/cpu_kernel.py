@@ -22,6 +22,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from embeddings.compiled import compiled
+from embeddings.prefetch import into_second_level, past_second_level
 from embeddings.search.topk.cpu_arguments import SearchWindows, TableRows, Units
 
 LANES, SUMS = 16, 4
@@ -156,24 +157,6 @@ def _dot(builder: ir.IRBuilder, kind: types.Type, row: ir.Value, query: ir.Value
     return builder.fadd(across(wide, LANES), rest)
 
 
-def _prefetch(locality: int) -> Any:
-    @intrinsic
-    def ask(_: Any, address: Any) -> tuple[Any, Callable[..., ir.Value]]:
-        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-            # The arguments of LLVM's prefetch: address, read or write, locality (0 = none, 3 = keep), data or
-            # instructions.
-            kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), _I32, _I32, _I32])
-            prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-            read, data = _I32(0), _I32(1)
-            builder.call(prefetch, [builder.inttoptr(arguments[0], ir.PointerType()), read, _I32(locality), data])
-            return context.get_dummy_value()
-
-        return types.void(types.int64), generate
-
-    return ask
-
-
-_past_second_level, _into_second_level = _prefetch(0), _prefetch(2)
 _float_at, _int_at, _long_at = _load(types.float32, _F32), _load(types.int32, _I32), _load(types.int64, _I64)
 
 
@@ -200,10 +183,10 @@ def prefetch_row(rows_RD: NDArray[Any], address: int | np.int64, lines: int) -> 
     """Ask for the first cache lines of the row at ``address`` and go on; harmless at any address."""
     if lines <= SHORT_LINES and rows_RD.size * rows_RD.itemsize > SMALL_TABLE_BYTES:
         for line in range(lines):
-            _past_second_level(address + line * LINE_BYTES)
+            past_second_level(address + line * LINE_BYTES)
     else:
         for line in range(min(lines, PREFETCHED_LINES)):
-            _into_second_level(address + line * LINE_BYTES)
+            into_second_level(address + line * LINE_BYTES)
 
 
 @compiled()
