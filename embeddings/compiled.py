@@ -53,6 +53,11 @@ def in_threads(work: Callable[[int, int], object], cut_P: Sequence[int], threads
         other.result()
 
 
+def in_even_parts(work: Callable[[int, int], object], size: int, threads: int) -> None:
+    """Do ``work(begin, end)`` for parts of 0 .. ``size`` of equal length, one for each of ``threads`` threads."""
+    in_threads(work, [size * number // threads for number in range(threads + 1)], threads)
+
+
 @lru_cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """Threads of this process; ``process`` is its id, because a forked child lacks the threads of its parent."""

@@ -15,7 +15,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBat
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from embeddings.compiled import in_threads
+from embeddings.compiled import in_even_parts
 
 WORTH_THREADS = 1 << 13
 """Rows that are worth a second thread."""
@@ -75,8 +75,7 @@ class _Rows(torch.autograd.Function):
         # The kernel would read foreign memory; what users give is checked long before.
         assert not len(index) or 0 <= index.min() <= index.max() < len(weights), "rows outside of the table"
         threads = torch.get_num_threads() if len(index) >= WORTH_THREADS else 1
-        cuts = [len(index) * number // threads for number in range(threads + 1)]
-        in_threads(lambda first, end: host_rows_kernel.gather(weights, index, first, end, rows), cuts, threads)
+        in_even_parts(lambda first, end: host_rows_kernel.gather(weights, index, first, end, rows), len(index), threads)
         return rows_Id
 
     @staticmethod
@@ -95,5 +94,5 @@ class _Rows(torch.autograd.Function):
             for part in range(first, end):
                 host_rows_kernel.update(weights, state, index, gradient, kind, rate, epsilon, part, parts)
 
-        in_threads(update, list(range(parts + 1)), parts)
+        in_even_parts(update, parts, parts)
         return None, None, None

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
-from embeddings.compiled import in_threads
+from embeddings.compiled import in_even_parts
 
 WORTH_THREADS = 1 << 22
 """Multiplications that are worth a second thread; with fewer it wakes up too late."""
@@ -160,4 +160,4 @@ def _arrays(*tensors: Tensor) -> list[Any]:
 def _in_parts(kernel: Callable[[int, int], None], size: int, products: int) -> None:
     """Call a kernel for parts of 0 .. ``size``, which it cuts its work by, on as many threads as that is worth."""
     threads = torch.get_num_threads() if products >= WORTH_THREADS else 1
-    in_threads(kernel, [size * number // threads for number in range(threads + 1)], threads)
+    in_even_parts(kernel, size, threads)

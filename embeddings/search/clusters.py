@@ -4,12 +4,11 @@ T = targets, N = longest window, M = behaviours of all users, D = dim of what is
 most, W = (target, behaviour) pairs, one window after the other.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from torch import Tensor
 
 from embeddings.batch import History, Selection, gather_or_zeros
+from embeddings.compiled import in_even_parts
 
 CHUNK_FLOATS = 1 << 24
 """How many floats of windows' rows are in memory at once."""
@@ -52,18 +51,12 @@ def _on_cpu(rows_MD: Tensor, history: History, size: int) -> Tensor:
     log_count_W = torch.empty(int(length_T.sum()))
     rows = rows_MD.detach().float().contiguous().numpy()
 
-    def part(targets: slice) -> None:
-        start_T, end_T = history.start_T[targets].numpy(), history.end_T[targets].numpy()
-        first = first_pair_T[targets].numpy()
-        clusters_kernel.log_counts(rows, start_T, end_T, first, size, TIE, log_count_W.numpy())
+    def part(first: int, end: int) -> None:
+        start_T, end_T = history.start_T[first:end].numpy(), history.end_T[first:end].numpy()
+        pair_T = first_pair_T[first:end].numpy()
+        clusters_kernel.log_counts(rows, start_T, end_T, pair_T, size, TIE, log_count_W.numpy())
 
-    threads = torch.get_num_threads()
-    each = -(-len(length_T) // threads) or 1
-    if threads == 1 or len(length_T) < threads:
-        part(slice(None))
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(part, [slice(first, first + each) for first in range(0, len(length_T), each)]))
+    in_even_parts(part, len(length_T), torch.get_num_threads())
     return log_count_W
 
 
