@@ -32,7 +32,7 @@ from embeddings.loss import click_loss
 from embeddings.models import build_model
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
-from jobs.ranks import keep_large_blocks
+from jobs.ranks import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_large_blocks
 from pipeline.planning.measuring import StepTask, made_up_batch, on_gloo_ranks
 from pipeline.train.optimizer import DenseOptimizer
 from pipeline.train.pipeline import SearchPrefetchPipeline
@@ -305,8 +305,8 @@ class _Plain:
         return time.perf_counter() - began
 
 
-# Numbers of parameters in glibc's <malloc.h>.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+M_MMAP_THRESHOLD = -3
+"""The number of a parameter in glibc's <malloc.h>."""
 
 
 def _leave_blocks_to_glibc() -> None:
@@ -314,9 +314,9 @@ def _leave_blocks_to_glibc() -> None:
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         # The threshold adapts itself up to 32 MiB, and that of giving memory back is twice as much.
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
-        mallopt(_M_MMAP_MAX, 1 << 16)
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
+        mallopt(M_MMAP_MAX, 1 << 16)
 
 
 def _timed(

@@ -80,8 +80,8 @@ def allow_many_files() -> None:
 
 
 # Numbers of parameters in glibc's <malloc.h>.
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
 
 
 def keep_large_blocks() -> None:
@@ -94,5 +94,5 @@ def keep_large_blocks() -> None:
     """
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
