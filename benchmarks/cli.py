@@ -5,9 +5,10 @@ measures when it is called: this file is read by `dare --help`, which must not w
 """
 
 import json as json_format
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,12 +40,7 @@ def bench_search(
     """Measure top-K search: against gather + bmm + topk in torch, and against the reading of memory."""
     from benchmarks.search import measure
 
-    figures = [asdict(case) for case in measure(rows, rounds)]
-    if json:
-        print(json_format.dumps(figures))
-    else:
-        for case in figures:
-            print("  ".join(f"{name} {figure}" for name, figure in case.items()))
+    _show([asdict(case) for case in measure(rows, rounds)], json)
 
 
 def bench_shard_search(
@@ -56,12 +52,7 @@ def bench_shard_search(
     """Measure search on the shards against TorchRec's way, after checking that both find the same."""
     from benchmarks.shard_search import measure
 
-    figures = measure(ranks, rows, rounds)
-    if json:
-        print(json_format.dumps(figures))
-        return
-    for of_case in figures:
-        print("  ".join(f"{name} {figure}" for name, figure in of_case.items()))
+    _show(measure(ranks, rows, rounds), json)
 
 
 def bench_plan(
@@ -126,12 +117,7 @@ def bench_train(
     """Measure training steps against the same model in plain torch, after checking that the losses are the same."""
     from benchmarks.training import measure
 
-    figures = measure(items, batch, threads, rounds, tuned=tuned)
-    if json:
-        print(json_format.dumps(figures))
-        return
-    for of_case in figures:
-        print("  ".join(f"{name} {figure}" for name, figure in of_case.items()))
+    _show(measure(items, batch, threads, rounds, tuned=tuned), json)
 
 
 def bench_packing(
@@ -144,11 +130,7 @@ def bench_packing(
     """Measure the host's time to send columns to many ranks, without the time that they are on their way."""
     from benchmarks.packing import measure
 
-    figures = asdict(measure(ranks, columns, values, rounds))
-    if json:
-        print(json_format.dumps(figures))
-    else:
-        print("  ".join(f"{name} {figure}" for name, figure in figures.items()))
+    _show(asdict(measure(ranks, columns, values, rounds)), json)
 
 
 def bench_attention_dim(
@@ -167,6 +149,15 @@ def bench_attention_dim(
         draw(figures, figure)
     if json:
         print(json_format.dumps([asdict(one) for one in figures]))
+
+
+def _show(figures: Mapping[str, Any] | Sequence[Mapping[str, Any]], json: bool) -> None:
+    """Print the figures of one case, or of several, a line each; or all of them as JSON."""
+    if json:
+        print(json_format.dumps(figures))
+        return
+    for of_case in [figures] if isinstance(figures, Mapping) else figures:
+        print("  ".join(f"{name} {figure}" for name, figure in of_case.items()))
 
 
 bench = typer.Typer(help="Measure parts of the pipeline against plain references.", no_args_is_help=True)
