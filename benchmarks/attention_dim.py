@@ -39,12 +39,11 @@ def measure(rows: int, rounds: int) -> list[AttentionDim]:
     return figures
 
 
-def draw(figures: list[AttentionDim], path: Path) -> None:
-    """Draw the figures as a PNG beside the line that the paper states."""
-    from matplotlib.figure import Figure
+def draw(figures: list[AttentionDim], rows: int, path: Path) -> None:
+    """Draw the figures of a table of so many rows as a PNG, beside the line that the paper states."""
+    from pipeline.reporting.plots import panels, png, tick_text
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(height=5)
     axes.plot(DIMS, [dim / 128 for dim in DIMS], color="0.6", linestyle="--", label="in proportion to K_A")
     for dtype, marker in (("float32", "o"), ("bfloat16", "s")):
         axes.plot(DIMS, [one.time_vs_128 for one in figures if one.dtype == dtype], marker=marker, label=dtype)
@@ -55,7 +54,6 @@ def draw(figures: list[AttentionDim], path: Path) -> None:
     axes.minorticks_off()
     axes.set_xlabel("K_A")
     axes.set_ylabel("search time, K_A = 128 is 1")
-    axes.set_title("Top 100 of 2,000 behaviours, 4 M rows, 2 CPU cores")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    axes.set_title(f"Top 100 of 2,000 behaviours, {tick_text(rows)} rows, {torch.get_num_threads()} threads of a CPU")
+    axes.legend(frameon=False)
+    png(figure, path)

@@ -146,7 +146,7 @@ def bench_attention_dim(
     for one in figures:
         print(f"{one.dtype:9} K_A {one.dim:4}  {one.rows_per_s:>12,} behaviours/s  time {one.time_vs_128:.3f}")
     if figure is not None:
-        draw(figures, figure)
+        draw(figures, rows, figure)
     if json:
         print(json_format.dumps([asdict(one) for one in figures]))
 

@@ -395,14 +395,17 @@ def searched_in_place(model: CtrModel) -> set[str]:
     return {spec.name for spec in model.tables.specs.values() if spec.inherent and spec.set in model.roles.attention}
 
 
+def size_unit(count: float) -> tuple[int, str]:
+    """The largest unit that so many bytes reach, in bytes, and its name."""
+    power = next((power for power in range(4) if count < 1024 ** (power + 1)), 4)
+    return 1024**power, ("B", "KiB", "MiB", "GiB", "TiB")[power]
+
+
 def size_text(count: float) -> str:
     """Bytes for people."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:,.0f} {unit}" if value >= 100 or unit == "B" else f"{value:,.1f} {unit}"
-        value /= 1024
-    return f"{value:,.1f} TiB"
+    size, unit = size_unit(count)
+    value = count / size
+    return f"{value:,.0f} {unit}" if size == 1 or (value >= 100 and unit != "TiB") else f"{value:,.1f} {unit}"
 
 
 @contextmanager

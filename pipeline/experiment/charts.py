@@ -10,46 +10,53 @@ from statistics import fmean
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from pipeline.experiment.results import Column, Result, grouped
-from pipeline.reporting.plots import COUNTS, color, panels, svg
+from pipeline.reporting.plots import color, from_zero, label, panels, style, svg, whole_numbers
 from pipeline.runs.run_folder import RunFolder, read_step_log
+
+LEGEND_COLUMNS = 4
 
 
 def accuracy(results: Sequence[Result], columns: Sequence[Column]) -> Markup:
-    """Mean test AUC of each model as a bar, and that of each seed as a dot.
+    """Mean test AUC of each model as a stroke, and that of each seed as a dot.
 
     Args:
         results: of finished cells.
         columns: data sets and dims, a panel each.
     """
-    labels, cells = _labels(results), grouped(results)
-    figure, axes = _panels(columns, 0.8 + 0.28 * len(labels), sharey=True)
+    names, cells = _labels(results), grouped(results)
+    shown = [label(name) for name in names]
+    lines = sum(text.count("\n") + 1 for text in shown)
+    figure, axes = _panels(columns, max(1.6, 0.8 + 0.28 * lines), sharey=True)
     for axis, column in zip(axes, columns, strict=True):
-        for row, label in enumerate(labels):
-            values = [cell.auc for cell in cells.get((label, column), []) if cell.auc is not None]
+        for row, name in enumerate(names):
+            values = [cell.auc for cell in cells.get((name, column), []) if cell.auc is not None]
             if values:
                 axis.plot(values, [row] * len(values), "o", color=color(row), markersize=4, alpha=0.5)
                 axis.plot(fmean(values), row, "|", color=color(row), markersize=14, markeredgewidth=2.5)
-        axis.set_yticks(range(len(labels)), labels)
+        axis.set_yticks(range(len(names)), shown)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.set_xlabel("test AUC")
-    axes[0].invert_yaxis()  # The panels share it: one call turns all of them.
+    axes[0].set_ylim(len(names) - 0.5, -0.5)  # The panels share it: the first model is at the top of all of them.
     return svg(figure, "accuracy")
 
 
 def convergence(results: Sequence[Result], columns: Sequence[Column], out: Path) -> Markup:
-    """Validation AUC over steps, the mean over seeds at the steps that all of them have reached.
+    """Validation AUC over steps, the mean over seeds at the steps at which it is known of all of them.
 
     Args:
         results: of finished cells.
         columns: data sets and dims, a panel each.
         out: folder of the experiment.
     """
-    labels, cells = _labels(results), grouped(results)
-    figure, axes = _panels(columns, max(3.6, 0.2 * len(labels)))
+    names, cells = _labels(results), grouped(results)
+    figure, axes = _panels(columns, 3.6, labels=len(names))
     for axis, column in zip(axes, columns, strict=True):
-        for index, label in enumerate(labels):
-            logs = [read_step_log(RunFolder(out / cell.run).validations) for cell in cells.get((label, column), [])]
+        for index, name in enumerate(names):
+            logs = [read_step_log(RunFolder(out / cell.run).validations) for cell in cells.get((name, column), [])]
             by_step: dict[int, list[float]] = {}
             for log in logs:
                 for line in log:
@@ -59,14 +66,11 @@ def convergence(results: Sequence[Result], columns: Sequence[Column], out: Path)
             steps = [step for step in sorted(by_step) if len(by_step[step]) == len(logs)]
             if steps:
                 means = [fmean(by_step[step]) for step in steps]
-                style = "--" if index >= 10 else "-"  # from there on colours are pale
-                axis.plot(steps, means, style, color=color(index), label=label, linewidth=1.4)
+                axis.plot(steps, means, linewidth=1.4, **style(index))
         axis.set_xlabel("step")
         axis.set_ylabel("validation AUC")
-    lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
-    figure.legend(
-        handles=[lines[label] for label in labels if label in lines], loc="outside right center", frameon=False
-    )
+        whole_numbers(axis.xaxis)
+    _legend(figure, names, lines=True)
     return svg(figure, "convergence")
 
 
@@ -77,24 +81,23 @@ def speed(results: Sequence[Result], columns: Sequence[Column]) -> Markup:
         results: of finished cells.
         columns: data sets and dims, a panel each.
     """
-    labels, cells = _labels(results), grouped(results)
-    figure, axes = _panels(columns, 3.8)
+    names, cells = _labels(results), grouped(results)
+    figure, axes = _panels(columns, 3.6, labels=len(names))
     for axis, column in zip(axes, columns, strict=True):
-        for index, label in enumerate(labels):
+        for index, name in enumerate(names):
             points = [
                 (cell.samples_per_s, cell.auc)
-                for cell in cells.get((label, column), [])
+                for cell in cells.get((name, column), [])
                 if cell.samples_per_s is not None and cell.auc is not None
             ]
             if points:
                 x, y = (fmean(values) for values in zip(*points, strict=True))
-                axis.plot(x, y, "o", color=color(index))
-                axis.annotate(f"  {label}", (x, y), fontsize=8, color="#444444", va="center")
+                axis.plot(x, y, **(style(index) | {"linestyle": "", "markersize": 7}))
         axis.set_xlabel("samples/s in training")
         axis.set_ylabel("test AUC")
-        axis.xaxis.set_major_formatter(COUNTS)
-        axis.margins(x=0.25)  # room for the labels
-        axis.set_xlim(0)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        from_zero(axis.xaxis)
+    _legend(figure, names, lines=False)
     return svg(figure, "speed")
 
 
@@ -102,6 +105,20 @@ def _labels(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(result.label for result in results))
 
 
-def _panels(columns: Sequence[Column], height: float, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+def _panels(
+    columns: Sequence[Column], height: float, *, sharey: bool = False, labels: int = 0
+) -> tuple[Figure, list[Axes]]:
+    """A panel for each data set and dim, with room for a legend of so many labels below."""
     titles = [f"{data}, d {dim}" for data, dim in columns]
-    return panels(len(columns), height=height, titles=titles, sharey=sharey)
+    figure, axes = panels(len(columns), height=height, titles=titles, sharey=sharey)
+    figure.set_figheight(figure.get_figheight() + 0.24 * -(-labels // LEGEND_COLUMNS))
+    return figure, axes
+
+
+def _legend(figure: Figure, names: Sequence[str], *, lines: bool) -> None:
+    """All models below the panels: beside their points, names would lie on each other."""
+    handles = [
+        Line2D([], [], label=label(name), **(style(index) | ({} if lines else {"linestyle": "", "markersize": 7})))
+        for index, name in enumerate(names)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False, fontsize=8)

@@ -115,8 +115,11 @@ def _charts(out: Path, results: Sequence[Result]) -> list[Chart]:
     if not columns:
         return []
     return [
-        Chart(charts.accuracy(finished, columns), "Test AUC: a dot is a seed, the bar their mean."),
-        Chart(charts.convergence(finished, columns, out), "Validation AUC over training, mean over seeds."),
+        Chart(charts.accuracy(finished, columns), "Test AUC: a dot is a seed, the stroke their mean."),
+        Chart(
+            charts.convergence(finished, columns, out),
+            "Validation AUC over training: the mean over seeds, at the steps at which it is known of all of them.",
+        ),
         Chart(charts.speed(finished, columns), "Test AUC against training speed, mean over seeds."),
     ]
 

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
 
-from pipeline.files import whole_file
 from pipeline.inspect.popularity import Popularity, read_popularity
 from pipeline.inspect.summary import Histogram, Summary
-from pipeline.reporting.plots import BLUE, COUNTS, GREY, ORANGE, panels
+from pipeline.reporting.plots import BLUE, GREY, ORANGE, label, panels, png, whole_numbers
 
 RANGES = 16
 """Row-wise shards whose load is shown."""
@@ -38,12 +36,10 @@ def draw_figure(folder: Path, summary: Summary, figure: Path) -> None:
     _load(load, items)
     counts = summary.counts
     drawing.suptitle(
-        f"{folder.resolve().name}: {counts.users:,} users, {counts.behaviors:,} behaviours, "
+        f"{label(folder.resolve().name)}: {counts.users:,} users, {counts.behaviors:,} behaviours, "
         f"{counts.items:,} items in {counts.categories:,} categories"
     )
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(figure) as unfinished:
-        drawing.savefig(unfinished, dpi=120, format="png", metadata={"Software": None})
+    png(drawing, figure)
 
 
 def _lengths(axis: Axes, lengths: Histogram) -> None:
@@ -53,45 +49,50 @@ def _lengths(axis: Axes, lengths: Histogram) -> None:
     axis.set_xlabel("behaviours of a user")
     axis.set_ylabel("users")
     if len(length_V):
+        if not length_V[0]:
+            axis.set_xlabel("behaviours of a user; none is drawn as 1")  # a log axis has no 0
         low, high = max(length_V[0], 1), max(length_V[-1], 1) + 1
         # Edges at whole numbers: between 1 and 10 there are fewer of them than bins.
         edges = np.unique(np.geomspace(low, high, 41).round()).tolist()
         axis.hist(np.maximum(length_V, 1), edges, weights=users_V, color=BLUE)
         median, tail = lengths.quantiles([0.5, 0.99])
+        axis.set_xscale("log")
+        axis.set_xlim(low / 1.3, high * 1.3)
         # One below the other: they may be close, or the same.
-        for value, name, height in ((median, "median", 0.97), (tail, "99 %", 0.9)):
-            axis.axvline(value, color=ORANGE, linestyle="--")
+        for value, name, height in ((median, "median {}", 0.97), (tail, "99 % have at most {}", 0.9)):
+            axis.axvline(max(value, 1), color=ORANGE, linestyle="--")
+            # On the side where there is more room: a text that runs over the edge would squeeze the panel.
+            left = value**2 > low * high
             axis.annotate(
-                f"{name} {value:,}",
-                (value, height),
-                xytext=(4, 0),
+                name.format(f"{value:,}"),
+                (max(value, 1), height),
+                xytext=(-4 if left else 4, 0),
                 xycoords=("data", "axes fraction"),
                 textcoords="offset points",
                 color=ORANGE,
+                ha="right" if left else "left",
                 va="top",
                 bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
             )
-        axis.set_xscale("log")
-        axis.set_xlim(low / 1.3, high * 1.3)
-        axis.xaxis.set_major_formatter(COUNTS)
-        axis.xaxis.set_minor_formatter(COUNTS if high < 3 * low else NullFormatter())
-    axis.yaxis.set_major_formatter(COUNTS)
+    whole_numbers(axis.yaxis)
 
 
 def _targets(axis: Axes, summary: Summary) -> None:
     names = list(summary.splits)
     targets = np.array([split.targets for split in summary.splits.values()])
     positives = np.array([split.positives for split in summary.splits.values()])
-    axis.bar(names, positives, color=ORANGE, label="label 1")
-    axis.bar(names, targets - positives, bottom=positives, color=BLUE, label="label 0")
+    of_one = axis.bar(names, positives, color=ORANGE, label="label 1")
+    of_none = axis.bar(names, targets - positives, bottom=positives, color=BLUE, label="label 0")
     for position, (total, positive) in enumerate(zip(targets, positives, strict=True)):
         rate = f"\n{positive / total:.1%} positive" if total else ""
         axis.annotate(f"{total:,}{rate}", (position, total), ha="center", va="bottom")
     axis.set_title("Targets")
     axis.set_ylabel("targets")
-    axis.margins(y=0.18)
-    axis.legend(frameon=False)
-    axis.yaxis.set_major_formatter(COUNTS)
+    # Below all bars no number would have room, and without targets there would be no axis.
+    axis.set_ylim(0, 1.3 * max(targets.max(), 1))
+    # In the order of the stack, beside each other above the bars.
+    axis.legend(handles=[of_none, of_one], frameon=False, loc="upper right", ncols=2)
+    whole_numbers(axis.yaxis)
 
 
 def _popularity(axis: Axes, items: Popularity, categories: Popularity) -> None:
@@ -104,11 +105,12 @@ def _popularity(axis: Axes, items: Popularity, categories: Popularity) -> None:
         axis.plot(rank, popularity.frequency_F[seen].repeat(2), color=color, label=name, linewidth=2)
     axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.margins(y=0.2)  # room for the legend, should all be equally frequent
     axis.grid(axis="x", alpha=0.25)
     axis.set_title("Popularity")
-    axis.set_xlabel("rank")
+    axis.set_xlabel("rank, the most frequent first")
     axis.set_ylabel("events")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper right")
 
 
 def _load(axis: Axes, items: Popularity) -> None:
@@ -118,8 +120,8 @@ def _load(axis: Axes, items: Popularity) -> None:
     if len(items.frequency_F) and items.load_W.any():
         # No order of ids can balance what one item asks for.
         hottest = items.frequency_F[0] / items.load_W.sum() * 100
-        axis.axhline(hottest, color=ORANGE, linestyle=":", label=f"most frequent item alone, {hottest:.2g} %")
-    axis.set_title(f"Item look-ups of {RANGES} row-wise shards: largest {items.imbalance:.2f} x mean")
+        axis.axhline(hottest, color=ORANGE, linestyle=":", label=f"most frequent item alone, {hottest:.3g} %")
+    axis.set_title(f"Item look-ups of {RANGES} row-wise shards: largest {items.imbalance:.2f} x the mean")
     axis.set_xlabel("shard")
     axis.set_ylabel("% of events")
     axis.set_xticks(np.arange(RANGES))

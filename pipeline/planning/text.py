@@ -59,6 +59,12 @@ def as_dict(run: DryRun) -> dict[str, Any]:
     }
 
 
+def fullest(run: DryRun) -> int:
+    """Bytes of the rank that has most, of the device's memory or, on a CPU, of the host's."""
+    on_cpu = run.settings.cluster.device == "cpu"
+    return max(rank.host_bytes if on_cpu else rank.device_bytes for rank in run.ranks)
+
+
 def device_hours(run: DryRun) -> float:
     """Hours of all devices together until the settings' samples are trained on."""
     return run.settings.workload.samples / run.samples_per_second / 3600 * run.settings.cluster.ranks
