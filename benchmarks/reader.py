@@ -157,14 +157,14 @@ def _read(
     data_set: DataSet, order: NDArray[np.int64], threads: int, convert: Callable[[pa.Table, int], R]
 ) -> Iterator[R]:
     addresses = [data_set.address(int(group)) for group in order]
-    with RowGroupReader(addresses, data_set.schema, convert, threads=threads, ahead=4 * threads) as reader:
+    with RowGroupReader(addresses, data_set.schema(), convert, threads=threads, ahead=4 * threads) as reader:
         yield from reader
 
 
 def read_pyarrow(data_set: DataSet, order: NDArray[np.int64], threads: int) -> Iterator[pa.Table]:
     """Row groups in ``order`` with pyarrow and a pool of threads, each of which opens a file once."""
     opened = local()
-    columns = data_set.schema.names
+    columns = data_set.schema().names
 
     def read(group: int) -> pa.Table:
         path, row_group = data_set.address(group)

@@ -96,9 +96,11 @@ class Batch(_Tensors, Pipelineable):
     scene_T: Tensor | None
     """int32, None where the data has no scenes."""
     label_T: Tensor
-    """float32, 0 or 1."""
+    """float32, 0 or 1; -1 where there is no label."""
     origin: str
     """Where the batch comes from, for messages: data set, epoch, step, row groups."""
+    line_T: Tensor | None = None
+    """int64, which lines of the impressions the targets are; None where it is not read. No model looks at it."""
 
     def __len__(self) -> int:
         """Number of targets; 0 on a rank that has run out before the others."""

@@ -64,9 +64,19 @@ def prepare(
         _LOGGER.info("left out: %s", reason)
     result = _counts(manifest)
     print(f"{out}: {', '.join(f'{value:,} {name}' for name, value in result.items())}")
+    counts = manifest.counts
+    left_out = {
+        "events": (counts.events_read, counts.events_left_out, counts.events_repeated),
+        "impressions": (counts.impressions_read, counts.impressions_left_out, counts.impressions_repeated),
+    }
+    for role, (read, reasons, repeated) in left_out.items():
+        if read is not None:
+            why = "".join(f", {number:,} {reason.replace('_', ' ')}" for reason, number in reasons.items())
+            print(f"{role}: {read:,} read, {read - sum(reasons.values()):,} kept{why}; {repeated:,} repeat another one")
     if json:
         cost = {"seconds": round(time.monotonic() - started, 2), "peak_mib": _peak_kib() // 1024}
-        print(dumps(result | cost))
+        told = {name: value for name, value in counts.model_dump().items() if name.startswith(("events", "impr"))}
+        print(dumps(result | told | {"users_left_out_by_reason": counts.users_left_out_by_reason} | cost))
 
 
 def _counts(manifest: Manifest) -> dict[str, int]:

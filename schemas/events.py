@@ -27,16 +27,21 @@ def event_schema(*, text_category: bool, behavior: bool, scene: bool) -> pa.Sche
     return pa.schema(fields)
 
 
-def impression_schema(*, text_category: bool, scene: bool, split: bool) -> pa.Schema:
+def impression_schema(*, text_category: bool, scene: bool, label: bool, split: bool) -> pa.Schema:
     """Schema of normalised impressions: what was shown to a user, and whether it was clicked (``label`` 0 or 1).
+
+    ``line`` says where an impression stands in its files, see `schemas.shards.RECORDS_OF_A_FILE`.
 
     Args:
         text_category: raw categories are text, not integers.
         scene: impressions carry a scene.
+        label: impressions carry a label.
         split: impressions carry a split (``train``, ``validation`` or ``test``).
     """
     fields = list(event_schema(text_category=text_category, behavior=False, scene=scene))
-    fields.append(pa.field("label", pa.int8(), nullable=False))
+    fields.append(pa.field("line", pa.int64(), nullable=False))
+    if label:
+        fields.append(pa.field("label", pa.int8(), nullable=False))
     if split:
         fields.append(pa.field("split", pa.string(), nullable=False))
     return pa.schema(fields)

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from schemas.errors import UserError
-from schemas.shards import SCHEMA_VERSION
+from schemas.shards import READABLE_VERSIONS, history_schema
 
 MANIFEST = "manifest.json"
 ROW_GROUP_INDEX = "row_groups.parquet"
@@ -49,12 +50,42 @@ class TargetCounts(_Record):
     positives: int
 
 
+LEFT_OUT = {
+    "filtered": "none of the values in {role}.keep",
+    "outside_time": "not from {role}.since to {role}.until",
+    "no_events": "of users without events",
+    "below_min_behaviors": "of users with fewer behaviours than split.min_behaviors={min_behaviors}",
+    "below_min_history": "fewer earlier behaviours than split.min_history={min_history}",
+    "no_target": "of users without a target by split.kind={kind}, split.min_history={min_history}",
+}
+"""Why lines and users are left out, in the order in which reasons are looked for."""
+
+
 class Counts(_Record):
-    """What the data set holds and what was left out on the way."""
+    """What the data set holds and what was left out on the way.
+
+    ``events_read`` = ``behaviors`` + all of ``events_left_out``, and ``impressions_read`` = targets + all of
+    ``impressions_left_out``. Data sets of schema version 1 do not say.
+    """
 
     events: int
+    """Events that the settings did not leave out line by line: those of all users, with a target or not."""
+    events_read: int | None = None
+    events_left_out: dict[str, int] = {}
+    """Reason -> events; see `LEFT_OUT`."""
+    events_repeated: int = 0
+    """Events with the user, item and time of another one, that one not counted. They are kept."""
+    impressions_read: int | None = None
+    impressions_left_out: dict[str, int] = {}
+    """Reason -> impressions; see `LEFT_OUT`."""
+    impressions_repeated: int = 0
+    """Impressions with the user, item, time and label of another one, that one not counted. They are kept."""
+    impressions_contradictory: int = 0
+    """Users, items and times for which there are impressions with both labels. They are kept."""
     users: int
     users_left_out: int
+    users_left_out_by_reason: dict[str, int] = {}
+    """Reason -> users; see `LEFT_OUT`."""
     behaviors: int
     items: int
     categories: int
@@ -78,11 +109,23 @@ class Manifest(_Record):
     settings: dict[str, Any]
     """The settings that the data set was prepared with, but for paths."""
     sources: tuple[Source, ...]
+    impression_files: tuple[str, ...] = ()
+    """Names of the impressions' files, which ``target_line`` counts from 0; empty where there are none, or none of
+    schema version 2."""
+    labeled: bool = True
+    """Targets have labels; without, they are there to be scored alone."""
     skipped: tuple[str, ...] = ()
     """Corrupt input files that were left out, with the reason."""
     shards: tuple[Shard, ...]
     files: tuple[File, ...]
     """Dictionaries and the row-group index."""
+
+    @property
+    def shard_schema(self) -> pa.Schema:
+        """Arrow schema of the shards."""
+        return history_schema(
+            behavior=self.behaviors is not None, scene=self.scenes is not None, line=bool(self.impression_files)
+        )
 
     def write(self, folder: Path) -> None:
         """Write the manifest into ``folder``, as the last file of a data set. Equal manifests give equal bytes."""
@@ -107,9 +150,9 @@ class Manifest(_Record):
             raise UserError(f"{path}: not JSON ({error}); prepare the data set again") from None
         # Checked before the fields: a manifest of another version may lack any of them, and the message should say why.
         version = content.get("schema_version") if isinstance(content, dict) else None
-        if version != SCHEMA_VERSION:
+        if version not in READABLE_VERSIONS:
             raise UserError(
-                f"{path}: schema version {version!r}, this program reads version {SCHEMA_VERSION}; "
+                f"{path}: schema version {version!r}, this program reads {' and '.join(map(str, READABLE_VERSIONS))}; "
                 "prepare the data set again or use the program that wrote it"
             )
         try:

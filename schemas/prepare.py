@@ -1,25 +1,74 @@
 """Settings of ``dare prepare``: where events come from, how targets are made of them, how shards are cut."""
 
+import re
+from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
+from zoneinfo import ZoneInfo
 
-from pydantic import ByteSize, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from schemas.settings import Settings
 
 TimestampUnit = Literal["s", "ms", "us", "datetime", "mmdd"]
 
 
-class Log(Settings):
+def _moment(value: Any) -> Any:
+    if isinstance(value, datetime | date):  # what YAML takes an unquoted date for
+        value = value.isoformat()
+    if not isinstance(value, str) or re.fullmatch("-?[0-9]+", value):
+        return value
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError("a moment is seconds since 1970, or ISO 8601 such as 2017-12-03T00:00:00+08:00") from None
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+
+
+Moment = Annotated[int, BeforeValidator(_moment)]
+"""Seconds since 1970; as ISO 8601 without an offset it is UTC."""
+
+
+def _tabulator(value: Any) -> Any:
+    return "\t" if value == "\\t" else value
+
+
+def _no_line_end(value: str) -> str:
+    if value in "\r\n\0" or ord(value) > 127:
+        raise ValueError("one character of ASCII that is no end of a line")
+    return value
+
+
+Character = Annotated[str, Field(min_length=1, max_length=1), BeforeValidator(_tabulator), AfterValidator(_no_line_end)]
+
+
+class TextFormat(Settings):
+    """How text files are written. Parquet files need none of it."""
+
+    delimiter: Character | None = None
+    """What stands between two values. None: a tab in files whose names end in .tsv, a comma in others."""
+    quote: Character | None = '"'
+    """What quotes values that hold a delimiter; doubled, it stands for itself. None (``null``): quotes are text."""
+
+
+class Log(TextFormat):
     """A log of lines in files. Every ``*_id`` and the like names a column of the files; None: the log has none."""
 
     files: tuple[str, ...] = Field(min_length=1)
-    """Files or globs; CSV (also .gz, .zst) or Parquet, told by the ending."""
+    """Files, folders of files, or patterns; CSV (.csv, .tsv, .txt, also .gz, .zst) or Parquet, told by the ending."""
     header: bool = True
-    """CSV files start with a line of column names."""
+    """Text files start with a line of column names."""
     file_columns: tuple[str, ...] | None = None
-    """Names of a CSV's columns in order; required without a header."""
-    delimiter: str = Field(",", min_length=1, max_length=1)
+    """Names of a text file's columns in order; required without a header."""
     user_id: str = "user_id"
     item_id: str = "item_id"
     category_id: str | None = "category_id"
@@ -28,6 +77,12 @@ class Log(Settings):
     timestamp: str = "timestamp"
     timestamp_unit: TimestampUnit = "s"
     """Seconds, milliseconds or microseconds since 1970; date and time as text or Parquet timestamps; or MMDD days."""
+    timestamp_zone: str | None = None
+    """Zone of dates and times that carry no offset: an IANA name, or an offset such as +08:00. None: UTC."""
+    since: Moment | None = None
+    """Earlier lines are left out, and counted."""
+    until: Moment | None = None
+    """Lines at this moment and later are left out, and counted."""
     scene: str | None = None
     keep: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Column -> values: only lines with one of these values count."""
@@ -38,8 +93,25 @@ class Log(Settings):
             raise ValueError("file_columns must name the columns of files that have no header")
         return self
 
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        if self.since is not None and self.until is not None and self.since >= self.until:
+            raise ValueError(f"since ({self.since}) must be earlier than until ({self.until})")
+        return self
 
-class ItemFeatures(Settings):
+    @field_validator("timestamp_zone")
+    @classmethod
+    def _zone_is_known(cls, zone: str | None) -> str | None:
+        if zone is None or re.fullmatch("[+-](?:0[0-9]|1[0-4]):?(?:[0-5][0-9])", zone):
+            return zone
+        try:
+            ZoneInfo(zone)
+        except (LookupError, OSError, ValueError):
+            raise ValueError("an IANA name such as Asia/Shanghai, or an offset such as +08:00") from None
+        return zone
+
+
+class ItemFeatures(TextFormat):
     """Categories that stand in a file of their own, one line an item."""
 
     files: tuple[str, ...] = Field(min_length=1)
@@ -59,7 +131,8 @@ class Events(Log):
 class Impressions(Log):
     """The log of what was shown, with a label 0 or 1."""
 
-    label: str = "label"
+    label: str | None = "label"
+    """None (``null``): there is none; all impressions are for test, to be scored."""
     split: str | None = None
     """Column that says train, validation or test; without one, ``split`` of the settings cuts by time."""
 
@@ -115,6 +188,42 @@ class ImpressionSplit(Settings):
         return self
 
 
+class DateSplit(Settings):
+    """Everything before a moment is for training, for all users alike; then comes validation, then test.
+
+    With impressions, these are the targets. Without, targets are the last behaviours of a user in each period.
+    """
+
+    kind: Literal["by_date"] = "by_date"
+    validation_from: Moment
+    test_from: Moment
+    min_behaviors: NonNegativeInt = 1
+    """Users with fewer behaviours are left out."""
+    min_history: NonNegativeInt = 1
+    """A target needs this many strictly earlier behaviours."""
+    train_targets: NonNegativeInt = 19
+    """At most so many behaviours of a user before ``validation_from``, counted back from the last one."""
+    train_stride: PositiveInt = 5
+    """Every so many behaviours one is a target."""
+    validation_targets: NonNegativeInt = 1
+    """The last behaviours of a user in the time of validation."""
+    test_targets: NonNegativeInt = 1
+    """The last behaviours of a user in the time of the test."""
+    negatives: NonNegativeInt = 2
+    """Negatives of a positive, in proportion to frequency, never an item the user touched; none for impressions."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.validation_from >= self.test_from:
+            raise ValueError(
+                f"validation_from ({self.validation_from}) must be earlier than test_from ({self.test_from})"
+            )
+        return self
+
+
+SplitSettings = PaperSplit | TimestampSplit | ImpressionSplit | DateSplit
+
+
 class ShardLayout(Settings):
     """How shards are cut."""
 
@@ -129,7 +238,7 @@ class PrepareSettings(Settings):
 
     events: Events
     impressions: Impressions | None = None
-    split: Annotated[PaperSplit | TimestampSplit | ImpressionSplit, Field(discriminator="kind")] = PaperSplit()
+    split: Annotated[SplitSettings, Field(discriminator="kind")] = PaperSplit()
     shards: ShardLayout = ShardLayout()
     seed: NonNegativeInt = 0
     engine: Literal["duckdb", "spark"] = "duckdb"
@@ -149,9 +258,19 @@ class PrepareSettings(Settings):
 
     @model_validator(mode="after")
     def _split_fits_the_logs(self) -> Self:
-        if (self.split.kind == "impressions") != (self.impressions is not None):
-            raise ValueError("split.kind must be impressions where impressions are given, and only there")
-        if self.impressions is not None and self.impressions.text_category != self.events.text_category:
+        if self.impressions is None:
+            if self.split.kind == "impressions":
+                raise ValueError("split.kind=impressions needs impressions")
+            return self
+        if self.split.kind not in ("impressions", "by_date"):
+            raise ValueError("split.kind must be impressions or by_date where impressions are given")
+        if self.impressions.split is not None and self.split.kind == "by_date":
+            raise ValueError("impressions.split names a column and split.kind=by_date dates; set one of them")
+        if self.impressions.label is None and self.impressions.split is not None:
+            raise ValueError("impressions without a label are all for test; leave impressions.split out")
+        if (self.impressions.timestamp_unit == "mmdd") != (self.events.timestamp_unit == "mmdd"):
+            raise ValueError("timestamp_unit=mmdd has no year: both logs must have it, or neither")
+        if self.impressions.text_category != self.events.text_category:
             raise ValueError("impressions.text_category and events.text_category must agree")
         return self
 

@@ -4,8 +4,15 @@ from enum import IntEnum
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
-"""Version of the shard layout; a reader refuses every other one by name."""
+SCHEMA_VERSION = 2
+"""Version of the shard layout that is written. 2 added ``target_line`` and targets without a label."""
+READABLE_VERSIONS = (1, 2)
+"""Versions that are read; every other one is refused by name."""
+
+UNLABELED = -1
+"""The label of a target that is there to be scored alone."""
+RECORDS_OF_A_FILE = 1 << 40
+"""``target_line`` is the number of the impression's file times this, plus the number of its record there, from 1."""
 
 
 class Split(IntEnum):
@@ -24,7 +31,7 @@ def _ragged(name: str, value: pa.DataType) -> pa.Field:
     return pa.field(name, pa.list_(pa.field("element", value, nullable=False)), nullable=False)
 
 
-def history_schema(*, behavior: bool, scene: bool) -> pa.Schema:
+def history_schema(*, behavior: bool, scene: bool, line: bool = False) -> pa.Schema:
     """Schema of a shard. Ids are dense (0 = unknown), timestamps are seconds.
 
     ``history_*`` lists are ordered by (timestamp, item id); a target's history is the part before
@@ -34,6 +41,7 @@ def history_schema(*, behavior: bool, scene: bool) -> pa.Schema:
     Args:
         behavior: the history carries behaviour types.
         scene: history and targets carry scenes.
+        line: targets say which line of the impressions they are, see `RECORDS_OF_A_FILE`.
     """
     fields = [
         pa.field("user_id", pa.int64(), nullable=False),
@@ -55,6 +63,8 @@ def history_schema(*, behavior: bool, scene: bool) -> pa.Schema:
     ]
     if scene:
         fields.append(_ragged("target_scene", pa.int32()))
+    if line:
+        fields.append(_ragged("target_line", pa.int64()))
     return pa.schema(fields)
 
 

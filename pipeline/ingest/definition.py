@@ -6,50 +6,50 @@ Events and impressions become *lines*, sorted so that each user's lines stand to
 import ibis
 import ibis.expr.types as ir
 
-from schemas.prepare import Events, Impressions, Log
-from schemas.shards import SPLITS
+from schemas.shards import SPLITS, UNLABELED
 
 USER_KEY_RANGE = 2**31 - 1
 """User keys are below this prime."""
+EVENT = -2
+"""The label of a line that is a behaviour."""
+LATEST = 253_402_300_799
+"""The last second of the year 9999."""
 
-_DAYS_BEFORE_MONTH = (0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334)
 
+def with_category(log: ir.Table, kind: str, features: ir.Table | None) -> ir.Table:
+    """A log with a category on each line, unknown where the log has none.
 
-def events(raw: ir.Table, log: Events, features: ir.Table | None) -> ir.Table:
-    """Normalised events (see ``schemas.events``) of a raw log; ``features`` (item_id, category_id) gives categories."""
-    columns = _common(raw, log)
-    if log.behavior is not None:
-        columns["behavior"] = raw[log.behavior].cast("string")
-    table = _kept(raw, log).select(**columns)
-    if features is not None and log.item_features is not None:
-        names = log.item_features
+    Args:
+        log: as it was read.
+        kind: type of raw categories, int64 or string.
+        features: (item_id, category_id), which takes the place of the log's own; of an item's several the largest
+            counts.
+    """
+    if features is not None:
         categories = (
-            features.filter(features[names.item_id].notnull())
-            .group_by(feature_item=features[names.item_id].cast("int64"))
-            .agg(category_id=features[names.category_id].max())
+            features.filter(features["item_id"].notnull())
+            .group_by(feature_item=features["item_id"])
+            .agg(category_id=features["category_id"].max())
         )
-        table = table.drop("category_id").left_join(categories, [("item_id", "feature_item")]).drop("feature_item")
-    return table
+        if "category_id" in log.columns:
+            log = log.drop("category_id")
+        return log.left_join(categories, [("item_id", "feature_item")]).drop("feature_item")
+    return log if "category_id" in log.columns else log.mutate(category_id=ibis.null(kind))
 
 
-def impressions(raw: ir.Table, log: Impressions) -> ir.Table:
-    """Normalised impressions (see ``schemas.events``) of a raw log."""
-    columns = _common(raw, log)
-    columns["label"] = raw[log.label].cast("int64")
-    if log.split is not None:
-        columns["split"] = raw[log.split].cast("string")
-    return _kept(raw, log).select(**columns)
+def contradicted(features: ir.Table) -> ir.Table:
+    """One row: ``items``, the number of items to which a file of items gives several categories."""
+    by_item = features.group_by("item_id").agg(low=features["category_id"].min(), high=features["category_id"].max())
+    return by_item.agg(items=(by_item["low"] != by_item["high"]).sum())
 
 
 def faults(log: ir.Table) -> ir.Table:
     """One row: ``lines``, first and last timestamp, and how many lines have a fault that forbids going on."""
     checks = {f"null_{name}": log[name].isnull().sum() for name in ("user_id", "item_id", "timestamp")}
     checks |= {f"negative_{name}": (log[name] < 0).sum() for name in ("user_id", "item_id")}
-    if "label" in log.columns:
-        # ``isin`` of a null is null, which a sum leaves out: nulls are counted by a test of their own.
-        checks["wrong_label"] = (~log["label"].isin([0, 1]) | log["label"].isnull()).sum()
-    if "split" in log.columns:
-        checks["wrong_split"] = (~log["split"].isin(SPLITS) | log["split"].isnull()).sum()
+    checks |= {f"null_{name}": log[name].isnull().sum() for name in ("label", "split") if name in log.columns}
+    outside = (log["timestamp"] < 0) | (log["timestamp"] > LATEST)
+    checks["impossible_timestamp"] = outside.sum()
     return log.agg(lines=log.count(), first=log["timestamp"].min(), last=log["timestamp"].max(), **checks)
 
 
@@ -110,21 +110,29 @@ def lines(
         shards: their number.
 
     Returns:
-        shard, user_key, user_id, timestamp, item, and where there are such behavior, scene, label, split; an event's
-        label is -1.
+        shard, user_key, user_id, timestamp, item, and where there are such behavior, scene, label, split, line; an
+        event's label is `EVENT`.
     """
     # Both logs become lines of one table, because a target and the behaviours before it are found by one sort.
     parts = [_dense(events, item_ids, vocabularies)]
     if impressions is not None:
-        parts[0] = parts[0].mutate(label=ibis.literal(-1, "int8"), split=ibis.literal(-1, "int8"))
-        if "split" in impressions.columns:
+        nothing = ibis.literal(-1, "int64")
+        parts[0] = parts[0].mutate(label=ibis.literal(EVENT, "int8"), split=nothing.cast("int8"), line=nothing)
+        label: ir.Value = ibis.literal(UNLABELED, "int8")
+        split: ir.Value
+        if "label" in impressions.columns:
+            label = impressions["label"]
+        if "label" not in impressions.columns:
+            # There is nothing to train on: all of them are to be scored.
+            split = ibis.literal(SPLITS.index("test"), "int8")
+        elif "split" in impressions.columns:
             split = impressions["split"].cases(*((name, code) for code, name in enumerate(SPLITS)))
         else:
             assert cuts is not None, "impressions without a split are cut by time"
             split = ibis.cases(
                 (impressions["timestamp"] < cuts[0], 0), (impressions["timestamp"] < cuts[1], 1), else_=2
             )
-        shown = impressions.mutate(label=impressions["label"].cast("int8"), split=split.cast("int8"))
+        shown = impressions.mutate(label=label.cast("int8"), split=split.cast("int8"))
         if "behavior" in vocabularies:
             shown = shown.mutate(behavior=ibis.null("string"))
         parts.append(_dense(shown, item_ids, vocabularies).select(parts[0].columns))
@@ -136,41 +144,8 @@ def lines(
 
 def line_order(lines: ir.Table) -> list[str]:
     """Columns that sort lines: users together, in a shuffled order, by time, then by what makes the order unique."""
-    keys = ["user_key", "user_id", "timestamp", "item", "behavior", "scene", "label", "split"]
+    keys = ["user_key", "user_id", "timestamp", "item", "behavior", "scene", "label", "split", "line"]
     return [key for key in keys if key in lines.columns]
-
-
-def _common(raw: ir.Table, log: Log) -> dict[str, ir.Value]:
-    kind = "string" if log.text_category else "int64"
-    category = ibis.null(kind) if log.category_id is None else raw[log.category_id].cast(kind)
-    columns = {
-        "user_id": raw[log.user_id].cast("int64"),
-        "item_id": raw[log.item_id].cast("int64"),
-        "category_id": category,
-        "timestamp": _seconds(raw[log.timestamp], log.timestamp_unit),
-    }
-    if log.scene is not None:
-        columns["scene"] = raw[log.scene].cast("string")
-    return columns
-
-
-def _kept(raw: ir.Table, log: Log) -> ir.Table:
-    for column, values in log.keep.items():
-        # Settings are text, whatever type the column has.
-        raw = raw.filter(raw[column].cast("string").isin(values))
-    return raw
-
-
-def _seconds(value: ir.Value, unit: str) -> ir.Value:
-    if unit == "datetime":
-        return value.cast("timestamp").epoch_seconds().cast("int64")
-    value = value.cast("int64")
-    if unit == "mmdd":
-        # The log has no year: days are counted from January 1 of one without a leap day. Impossible dates become null.
-        day = value % 100
-        before = value.floordiv(100).cases(*((month + 1, days) for month, days in enumerate(_DAYS_BEFORE_MONTH)))
-        return ibis.ifelse((day >= 1) & (day <= 31), (before + day - 1) * 86_400, ibis.null("int64")).cast("int64")
-    return value.floordiv({"s": 1, "ms": 1_000, "us": 1_000_000}[unit]) if unit != "s" else value
 
 
 def _dense(table: ir.Table, item_ids: ir.Table, vocabularies: dict[str, ir.Table]) -> ir.Table:

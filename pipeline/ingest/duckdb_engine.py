@@ -1,6 +1,9 @@
 """The embedded engine: DuckDB, out of core in a folder on disk."""
 
+import errno
+import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +15,7 @@ import ibis.expr.types as ir
 import pyarrow as pa
 
 from pipeline.ingest.engine import ReportLines, ReportShare
-from pipeline.ingest.faults import csv_options, explain, refuse_fractions
+from pipeline.ingest.reading import Tally, read_file, schema_of
 from pipeline.ingest.shards import ShardBuilder, WrittenShard
 from pipeline.ingest.sources import LogFiles
 from schemas.errors import UserError
@@ -45,25 +48,50 @@ class DuckDBEngine:
         }
         if threads is not None:
             settings["threads"] = threads
-        self._files: list[LogFiles] = []
         self._memory_limit = memory_limit
         self._ibis = self._explained(lambda: ibis.duckdb.connect(folder / "ingest.duckdb", **settings))
         self._connection: duckdb.DuckDBPyConnection = self._ibis.con
 
-    def read(self, files: LogFiles) -> ir.Table:
-        """The log in ``files``, each needed column in its type.
+    def load(self, files: LogFiles, report: ReportShare) -> tuple[ir.Table, Tally]:
+        """Read a log to its end into a table of the database, with the columns of `schema_of`.
+
+        Returns:
+            The log, and what became of its lines.
 
         Raises:
-            UserError: a line of a CSV file cannot be read, among all lines or among the first ones, which DuckDB reads
-                at once; what is wrong further on shows when the expression is computed.
+            UserError: a line or file that cannot be read, or the memory or the disk does not suffice.
         """
-        self._files.append(files)
-        paths = [str(path) for path in files.paths]
-        if files.format == "parquet":
-            return self._explained(lambda: self._ibis.read_parquet(paths).select(*files.columns))
-        # Before DuckDB reads them: it would round what is no integer, without a word.
-        refuse_fractions(files)
-        return self._explained(lambda: self._ibis.read_csv(paths, **csv_options(files)))
+        tally: Tally = Counter()
+        size = max(sum(path.stat().st_size for path in files.paths), 1)
+        done = 0
+        failure: list[BaseException] = []
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            report(min(done / size, 1.0))
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            try:
+                for index in range(len(files.paths)):
+                    yield from read_file(files, index, tally, advance)
+            except BaseException as error:
+                # DuckDB would tell of it in words of its own.
+                failure.append(error)
+                raise
+
+        name = f"{files.role}_read"
+        stream = pa.RecordBatchReader.from_batches(schema_of(files), batches())
+        self._connection.register(f"{name}_stream", stream)
+        try:
+            self._explained(lambda: self._connection.execute(f"CREATE TABLE {name} AS SELECT * FROM {name}_stream"))
+        except BaseException:
+            if failure:
+                raise failure[0] from None
+            raise
+        finally:
+            self._connection.unregister(f"{name}_stream")
+        return self._ibis.table(name), tally
 
     def open_ids(self, path: Path) -> ir.Table:
         """A Parquet file of dense ids that ingest itself has written."""
@@ -85,7 +113,7 @@ class DuckDBEngine:
         """Compute ``table`` once and keep the result in the database under ``name``.
 
         Raises:
-            UserError: a line or file of the input cannot be read, or the memory or the disk does not suffice.
+            UserError: the memory or the disk does not suffice.
         """
         with _Watched(self._connection, report):
             return self._explained(lambda: self._ibis.create_table(name, table))
@@ -96,14 +124,14 @@ class DuckDBEngine:
 
     def write_shards(
         self, lines: ir.Table, order: list[str], builder: ShardBuilder, report: ReportLines
-    ) -> tuple[list[WrittenShard], int]:
+    ) -> tuple[list[WrittenShard], Tally]:
         """Sort lines by the columns ``order`` and have ``builder`` write them, in this process.
 
         Returns:
-            The files in order of their number, and how many users were seen.
+            The files in order of their number, and what became of users, behaviours and impressions.
         """
 
-        def write() -> tuple[list[WrittenShard], int]:
+        def write() -> tuple[list[WrittenShard], Tally]:
             # A stream: DuckDB sorts on disk, and only a few batches are in memory here.
             reader = self._ibis.to_pyarrow_batches(lines.order_by(order), chunk_size=_BATCH)
             with ThreadPoolExecutor(1) as ahead:
@@ -119,11 +147,18 @@ class DuckDBEngine:
         """What ``run`` returns; DuckDB's errors become lines for the user."""
         try:
             return run()
-        except duckdb.OutOfMemoryException as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"memory_limit is too small ({reason}); raise memory_limit or lower threads") from None
         except duckdb.Error as error:
-            raise UserError(explain(error, self._files)) from None
+            text = str(error)
+            # The second is DuckDB's own limit of what it spills: most of what is free on the disk.
+            if "No space left" in text or "max_temp_directory_size" in text:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+            if isinstance(error, duckdb.OutOfMemoryException):
+                # The first line says how much was wanted and how much there is; the others are advice on DuckDB's SQL.
+                reason = text.splitlines()[0]
+                raise UserError(f"memory_limit is too small ({reason}); raise memory_limit or lower threads") from None
+            if isinstance(error, duckdb.InterruptException):
+                raise KeyboardInterrupt from None
+            raise
         except RuntimeError as error:
             # How DuckDB passes on Ctrl-C.
             if "interrupted" in str(error).lower():

@@ -7,6 +7,7 @@ from typing import Protocol
 import ibis.expr.types as ir
 import pyarrow as pa
 
+from pipeline.ingest.reading import Tally
 from pipeline.ingest.shards import ShardBuilder, WrittenShard
 from pipeline.ingest.sources import LogFiles
 
@@ -19,11 +20,14 @@ ReportLines = Callable[[int], object]
 class Engine(Protocol):
     """Runs Ibis expressions over logs that may be larger than memory."""
 
-    def read(self, files: LogFiles) -> ir.Table:
-        """The log in ``files``, each needed column in its type.
+    def load(self, files: LogFiles, report: ReportShare) -> tuple[ir.Table, Tally]:
+        """Read a log to its end and keep it on disk, with the columns of `pipeline.ingest.reading.schema_of`.
+
+        Returns:
+            The log, and what became of its lines.
 
         Raises:
-            UserError: a line or file that cannot be read; here, or when the expression is computed.
+            UserError: a line or file that cannot be read.
         """
         ...
 
@@ -32,11 +36,7 @@ class Engine(Protocol):
         ...
 
     def materialize(self, name: str, table: ir.Table, report: ReportShare) -> ir.Table:
-        """Compute ``table`` once and keep the result on disk under ``name``.
-
-        Raises:
-            UserError: a line or file of the input cannot be read.
-        """
+        """Compute ``table`` once and keep the result on disk under ``name``."""
         ...
 
     def reserve(self, memory: int) -> None:
@@ -53,11 +53,11 @@ class Engine(Protocol):
 
     def write_shards(
         self, lines: ir.Table, order: list[str], builder: ShardBuilder, report: ReportLines
-    ) -> tuple[list[WrittenShard], int]:
+    ) -> tuple[list[WrittenShard], Tally]:
         """Sort lines by the columns ``order`` and have ``builder`` write them.
 
         Returns:
-            The files in order of their number, and how many users were seen.
+            The files in order of their number, and what became of users, behaviours and impressions.
         """
         ...
 

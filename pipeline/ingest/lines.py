@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.ingest.definition import EVENT
+
 I64 = NDArray[np.int64]
 
 
@@ -26,8 +28,10 @@ class Lines:
     behavior_L: NDArray[np.int32] | None
     scene_L: NDArray[np.int32] | None
     label_L: NDArray[np.int8] | None
-    """-1 for an event, 0 or 1 for an impression; None: all lines are events."""
+    """`EVENT` for an event, 0, 1 or `UNLABELED` for an impression; None: all lines are events."""
     split_L: NDArray[np.int8] | None
+    line_L: I64 | None
+    """Where an impression stands in its files, see `schemas.shards.RECORDS_OF_A_FILE`; -1 for an event."""
 
     def __len__(self) -> int:
         return len(self.user_id_L)
@@ -62,7 +66,7 @@ class Lines:
     @cached_property
     def is_event_L(self) -> NDArray[np.bool_]:
         """The line is a behaviour, not an impression."""
-        return np.ones(len(self), bool) if self.label_L is None else self.label_L < 0
+        return np.ones(len(self), bool) if self.label_L is None else self.label_L == EVENT
 
     @cached_property
     def events_before_L(self) -> I64:
@@ -122,6 +126,7 @@ def _lines(batches: list[pa.RecordBatch]) -> Lines:
         scene_L=column("scene", np.int32),
         label_L=column("label", np.int8),
         split_L=column("split", np.int8),
+        line_L=column("line", np.int64),
     )
 
 

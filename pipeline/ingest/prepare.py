@@ -1,5 +1,6 @@
 """From logs of events to a data set: read, check, sort, write. The data set appears whole or not at all."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import SPACE
 from pipeline.files import output_folder
 from pipeline.ingest import definition
+from pipeline.ingest.counts import check, check_zones, counts_of, lines_kept, nothing_left, notices
 from pipeline.ingest.dictionaries import BYTES_PER_ITEM, Dictionaries, build_dictionaries
 from pipeline.ingest.engine import Engine
 from pipeline.ingest.shards import ShardBuilder, WrittenShard
@@ -26,18 +28,16 @@ from schemas.manifest import (
     Manifest,
     Shard,
     Source,
-    TargetCounts,
     fingerprint,
     sha256,
 )
-from schemas.prepare import ImpressionSplit, PrepareSettings
+from schemas.prepare import DateSplit, ImpressionSplit, PrepareSettings
 from schemas.shards import ROW_GROUPS, SCHEMA_VERSION, SPLITS, history_schema
 
 CONTENTS = ("shard-*.parquet", "items.parquet", "categories.parquet", ROW_GROUP_INDEX, MANIFEST)
 """Names of a data set's files."""
 
-LATEST = 253_402_300_799
-"""The last second of the year 9999."""
+_LOGGER = logging.getLogger("dare.data")
 
 
 def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) -> Manifest:
@@ -65,13 +65,16 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) ->
         work.mkdir()
         engine = _engine(settings, work)
         try:
-            return _Preparation(settings, engine, folder, work).run(events, impressions, features)
+            manifest = _Preparation(settings, engine, folder, work).run(events, impressions, features)
         except OSError as error:
             if error.errno in SPACE:
                 raise UserError(f"no space left on the disk of {out}; free some or choose another --out") from None
             raise
         finally:
             engine.close()
+    for notice in notices(manifest, settings):
+        _LOGGER.info("%s", notice)
+    return manifest
 
 
 class _Preparation:
@@ -80,13 +83,19 @@ class _Preparation:
 
     def run(self, event_files: LogFiles, impression_files: LogFiles | None, feature_files: LogFiles | None) -> Manifest:
         settings, engine = self._settings, self._engine
+        kind = "string" if settings.events.text_category else "int64"
+        features = None
+        if feature_files is not None:
+            features, _ = engine.load(feature_files, lambda _: None)
+            contradicted = engine.fetch(definition.contradicted(features))["items"][0].as_py()
+            if contradicted:
+                _LOGGER.info("items: %d items with several categories; the largest of each counts", contradicted)
         # First the log of behaviours, read once into a table of the engine's own: later passes do not parse text again.
-        features = None if feature_files is None else engine.read(feature_files)
         with stage("read events") as running:
-            raw = engine.read(event_files)
-            events = engine.materialize(
-                "events", definition.events(raw, settings.events, features), running.reach_share
-            )
+            raw, read = engine.load(event_files, running.reach_share)
+        events = definition.with_category(raw, kind, features)
+        if features is not None:
+            events = engine.materialize("events", events, lambda _: None)
         assert set(events.columns) == set(
             event_schema(
                 text_category=settings.events.text_category,
@@ -95,25 +104,26 @@ class _Preparation:
             ).names
         )
         # Before anything is built on the log: a fault is one line for the user, not a wrong data set.
-        counted = _check("events", event_files, engine.fetch(definition.faults(events)))
-        impressions, cuts, lines_in_all = None, None, counted["lines"]
+        counted = check(event_files, read, engine.fetch(definition.faults(events)))
+        impressions, cuts, shown = None, None, None
         if impression_files is not None and settings.impressions is not None:
             with stage("read impressions") as running:
-                raw = engine.read(impression_files)
-                impressions = definition.impressions(raw, settings.impressions)
-                impressions = engine.materialize("impressions", impressions, running.reach_share)
+                raw, shown = engine.load(impression_files, running.reach_share)
+            impressions = definition.with_category(raw, kind, None)
             assert set(impressions.columns) == set(
                 impression_schema(
                     text_category=settings.impressions.text_category,
                     scene=settings.impressions.scene is not None,
+                    label=settings.impressions.label is not None,
                     split=settings.impressions.split is not None,
                 ).names
             )
-            shown = _check("impressions", impression_files, engine.fetch(definition.faults(impressions)))
-            lines_in_all += shown["lines"]
-            # Without a split of their own, impressions are cut by time, at moments that hold out the wanted shares.
-            if settings.impressions.split is None:
-                cuts = _cuts(engine.fetch(definition.timestamp_counts(impressions)), settings.split)
+            check_zones([(settings.events, event_files, read), (settings.impressions, impression_files, shown)])
+            check(impression_files, shown, engine.fetch(definition.faults(impressions)))
+            cuts = self._cuts(impressions)
+        else:
+            check_zones([(settings.events, event_files, read)])
+        lines_in_all = sum(lines_kept(tally) for tally in (read, shown) if tally is not None)
 
         with stage("dictionaries"):
             dictionaries, vocabularies = self._dictionaries(events, impressions)
@@ -133,18 +143,32 @@ class _Preparation:
             settings.split,
             settings.shards,
             settings.seed,
-            history_schema(behavior="behavior" in vocabularies, scene="scene" in vocabularies),
+            history_schema(
+                behavior="behavior" in vocabularies, scene="scene" in vocabularies, line=impressions is not None
+            ),
             self._folder,
         )
         with stage("sort and write shards", lines_in_all, "lines") as running:
-            written, users_seen = engine.write_shards(lines, definition.line_order(lines), builder, running.advance)
+            written, tally = engine.write_shards(lines, definition.line_order(lines), builder, running.advance)
+        counts = counts_of(written, dictionaries, counted, read, shown, tally)
         if not written:
-            raise UserError(_nothing_left(settings, counted["lines"], users_seen))
+            raise UserError(nothing_left(settings, counts))
         # Last of all the manifest: a folder without one is no data set.
         inputs = [files for files in (event_files, impression_files, feature_files) if files is not None]
-        manifest = self._manifest(written, users_seen, dictionaries, vocabularies, counted, inputs)
+        manifest = self._manifest(written, counts, vocabularies, inputs)
         manifest.write(self._folder)
         return manifest
+
+    def _cuts(self, impressions: ir.Table) -> tuple[int, int] | None:
+        """Timestamps at which validation and test begin; None: a column says so, or there is nothing to train on."""
+        split, log = self._settings.split, self._settings.impressions
+        assert log is not None
+        if log.split is not None or log.label is None:
+            return None
+        if isinstance(split, DateSplit):
+            return split.validation_from, split.test_from
+        # At moments that hold out the wanted shares.
+        return _cuts(self._engine.fetch(definition.timestamp_counts(impressions)), split)
 
     def _dictionaries(
         self, events: ir.Table, impressions: ir.Table | None
@@ -172,13 +196,7 @@ class _Preparation:
         return dictionaries, vocabularies
 
     def _manifest(
-        self,
-        written: list[WrittenShard],
-        users_seen: int,
-        dictionaries: Dictionaries,
-        vocabularies: dict[str, list[str]],
-        counted: dict[str, int],
-        inputs: list[LogFiles],
+        self, written: list[WrittenShard], counts: Counts, vocabularies: dict[str, list[str]], inputs: list[LogFiles]
     ) -> Manifest:
         # The index of row groups: from it a stream plans its epochs without opening a shard.
         index = pa.table(
@@ -195,30 +213,14 @@ class _Preparation:
             schema=ROW_GROUPS,
         )
         pq.write_table(index, self._folder / ROW_GROUP_INDEX, compression="zstd")
-        # Counts come from what was written, not from what was meant to be: `dare inspect` compares them with the files.
-        users = sum(sum(file.users) for file in written)
-        targets = {
-            name: TargetCounts(
-                targets=sum(group[code] for file in written for group in file.targets),
-                positives=sum(group[code] for file in written for group in file.positives),
-            )
-            for code, name in enumerate(SPLITS)
-        }
+        shown = [files for files in inputs if files.numbered]
+        log = self._settings.impressions
         return Manifest(
             schema_version=SCHEMA_VERSION,
             seed=self._settings.seed,
-            counts=Counts(
-                events=counted["lines"],
-                users=users,
-                users_left_out=users_seen - users,
-                behaviors=sum(sum(file.behaviors) for file in written),
-                items=len(dictionaries.items),
-                categories=len(dictionaries.categories),
-                items_with_changed_category=dictionaries.changed,
-                first_timestamp=counted["first"],
-                last_timestamp=counted["last"],
-                **targets,
-            ),
+            counts=counts,
+            impression_files=tuple(path.name for files in shown for path in files.paths),
+            labeled=log is None or log.label is not None,
             behaviors=tuple(vocabularies["behavior"]) if "behavior" in vocabularies else None,
             scenes=tuple(vocabularies["scene"]) if "scene" in vocabularies else None,
             settings=_without_paths(self._settings),
@@ -254,35 +256,6 @@ def _engine(settings: PrepareSettings, work: Path) -> Engine:
     return DuckDBEngine(work, settings.memory_limit, settings.threads)
 
 
-def _check(role: str, files: LogFiles, faults: pa.Table) -> dict[str, int]:
-    """Counts of a log.
-
-    Raises:
-        UserError: no lines, or lines with a fault.
-    """
-    counted = faults.to_pylist()[0]
-    names = ", ".join(str(path) for path in files.paths[:3]) + (", ..." if len(files.paths) > 3 else "")
-    if not counted["lines"]:
-        raise UserError(f"{role}: no lines in {names} (after the filter, if settings have one in events.keep)")
-    for name, number in counted.items():
-        kind, _, column = name.partition("_")
-        if kind in _FAULTS and number:
-            raise UserError(f"{role}: {number} of {counted['lines']} lines in {names} {_FAULTS[kind].format(column)}")
-    if counted["first"] < 0 or counted["last"] > LATEST:
-        raise UserError(
-            f"{role}: timestamps in {names} run from {counted['first']} to {counted['last']} seconds after 1970; "
-            f"set {role}.timestamp_unit=ms or us if they are not seconds"
-        )
-    return {name: int(counted[name]) for name in ("lines", "first", "last")}
-
-
-_FAULTS = {
-    "null": "have no {} (or one that is no date); correct or remove them",
-    "negative": "have a negative {}; ids are 0 or more",
-    "wrong": "have a wrong {}; labels are 0 or 1, splits are train, validation or test",
-}
-
-
 def _cuts(counts: pa.Table, split: Any) -> tuple[int, int]:
     """Timestamps at which validation and test begin, so that about the wanted share of impressions lies behind each."""
     assert isinstance(split, ImpressionSplit), "settings are validated"
@@ -294,14 +267,6 @@ def _cuts(counts: pa.Table, split: Any) -> tuple[int, int]:
         position = int(np.searchsorted(before, before[-1] * (1 - held_out), side="right"))
         bounds.append(int(timestamps[position]) if position < len(timestamps) else int(timestamps[-1]) + 1)
     return bounds[0], bounds[1]
-
-
-def _nothing_left(settings: PrepareSettings, events: int, users: int) -> str:
-    split = settings.split
-    return (
-        f"none of {users} users ({events} events) has a target: split.min_behaviors={split.min_behaviors} and "
-        f"split.min_history={split.min_history} leave nobody; lower them or give longer histories"
-    )
 
 
 def _sources(inputs: list[LogFiles]) -> tuple[Source, ...]:

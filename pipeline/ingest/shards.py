@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from pipeline.ingest.dictionaries import Dictionaries
 from pipeline.ingest.lines import I64, Lines, whole_users
-from pipeline.ingest.targets import choose_targets, draw_negatives
-from schemas.prepare import ImpressionSplit, PaperSplit, ShardLayout, TimestampSplit
+from pipeline.ingest.reading import Tally
+from pipeline.ingest.targets import ChosenLines, choose_targets, count_left_out, draw_negatives
+from schemas.prepare import ImpressionSplit, ShardLayout, SplitSettings
 from schemas.shards import SPLITS
 
 
@@ -40,7 +41,7 @@ class ShardBuilder:
     """Writes shards. Holds everything that decides what is in one, so that a shard depends on its own lines alone."""
 
     dictionaries: Dictionaries
-    split: PaperSplit | TimestampSplit | ImpressionSplit
+    split: SplitSettings
     layout: ShardLayout
     seed: int
     schema: pa.Schema
@@ -48,7 +49,7 @@ class ShardBuilder:
 
     def write(
         self, batches: Iterable[pa.RecordBatch], progress: Callable[[int], object] | None = None
-    ) -> tuple[list[WrittenShard], int]:
+    ) -> tuple[list[WrittenShard], Tally]:
         """Write all shards that sorted lines make.
 
         Args:
@@ -56,30 +57,30 @@ class ShardBuilder:
             progress: called with the number of lines done since the last call.
 
         Returns:
-            The files, in order of their number, and how many users were seen.
+            The files, in order of their number, and what `count_left_out` counts over all lines.
         """
         files: list[WrittenShard] = []
-        users_seen = 0
+        tally = Tally()
         for number, lines_of_shard in _by_shard(whole_users(batches)):
             # As a default argument, so that it is this shard's: a closure would see whatever the loop has come to.
             def tables(lines_of_shard: Iterable[Lines] = lines_of_shard) -> Iterator[pa.Table]:
-                nonlocal users_seen
                 for lines in lines_of_shard:
-                    users_seen += len(lines.user_start_U)
-                    yield self.build(lines)
+                    # Users without a target are dropped here: their behaviours are counted in frequencies, but nobody
+                    # would read them.
+                    chosen = choose_targets(lines, self.split, self.seed)
+                    tally.update(count_left_out(lines, chosen, self.split.min_behaviors, self.split.min_history))
+                    yield self.build(lines, chosen)
                     if progress is not None:
                         progress(len(lines))
 
             written = self._write_file(f"shard-{number:05d}.parquet", tables())
             if written is not None:
                 files.append(written)
-        return files, users_seen
+        return files, tally
 
-    def build(self, lines: Lines) -> pa.Table:
+    def build(self, lines: Lines, chosen: ChosenLines) -> pa.Table:
         """Rows of the users that have a target, in the order of the lines; schema ``history_schema``."""
-        # Users without a target are dropped here: their behaviours are counted in frequencies, but nobody would read
-        # them.
-        line_P, split_P = choose_targets(lines, self.split, self.seed)
+        line_P, split_P = chosen
         kept_U = np.zeros(len(lines.user_start_U), bool)
         kept_U[lines.user_L[line_P]] = True
 
@@ -98,12 +99,12 @@ class ShardBuilder:
             columns["history_scene"] = lines.scene_L[history_L]
 
         # Targets: each positive is followed by its negatives, which have its moment, its split and its history.
-        per_line = 1 + (0 if isinstance(self.split, ImpressionSplit) else self.split.negatives)
         item_TP = lines.item_L[line_P][:, None]
-        if isinstance(self.split, ImpressionSplit):
-            assert lines.label_L is not None, "impressions have labels"
-            label_T = lines.label_L[line_P]
+        if lines.label_L is not None:
+            per_line, label_T = 1, lines.label_L[line_P]
         else:
+            assert not isinstance(self.split, ImpressionSplit), "impressions have labels"
+            per_line = 1 + self.split.negatives
             label_T = np.tile(np.arange(per_line) == 0, len(line_P)).astype(np.int8)
             if self.split.negatives:
                 drawn_PJ = draw_negatives(lines, line_P, self.dictionaries, self.split.negatives, self.seed)
@@ -122,6 +123,8 @@ class ShardBuilder:
         }
         if lines.scene_L is not None:
             columns["target_scene"] = lines.scene_L[line_T]
+        if lines.line_L is not None:
+            columns["target_line"] = lines.line_L[line_T]
 
         # Lists share their offsets: one for all columns of a history, one for all of the targets.
         def ragged(name: str) -> pa.Array:
@@ -164,7 +167,8 @@ def shard_encoding(schema: pa.Schema) -> dict[str, Any]:
         # The stream's reader checks them: a flipped bit is an error, not another item.
         "write_page_checksum": True,
         "column_encoding": {
-            path: "DELTA_BINARY_PACKED" if name.endswith("timestamp") else "PLAIN" for name, path in names.items()
+            path: "DELTA_BINARY_PACKED" if name.endswith(("timestamp", "line")) else "PLAIN"
+            for name, path in names.items()
         },
     }
 

@@ -1,207 +1,260 @@
-"""Input files of a log: globs, formats, and the type that each column must have, before any engine reads them."""
+"""Input files of a log: which they are, their format, and what is read of them, before any engine starts."""
 
-import glob
-from dataclasses import dataclass
-from importlib.util import find_spec
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.ingest.values import Kind, fits
+from pipeline.paths import input_files
 from schemas.errors import UserError
-from schemas.prepare import Events, Impressions, ItemFeatures
+from schemas.prepare import Events, Impressions, ItemFeatures, Log, TimestampUnit
 
-_CSV = (".csv", ".csv.gz", ".csv.zst", ".txt", ".tsv")
+_TEXT = (".csv", ".tsv", ".txt")
+_PACKED = ("", ".gz", ".zst")
+_PARQUET = (".parquet", ".parq", ".pq")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the files that is read."""
+
+    source: str
+    """Its name in the files."""
+    name: str
+    """Its name from here on."""
+    kind: Kind
 
 
 @dataclass(frozen=True)
 class LogFiles:
-    """Files of one log, which share a format and columns."""
+    """Files of one log, which share a format, and what is read of each of their lines."""
 
     role: str
     """What the log is, for messages: events, impressions, items."""
     paths: tuple[Path, ...]
-    format: Literal["csv", "parquet"]
-    columns: dict[str, str]
-    """Every column of a CSV, in order, or those of Parquet that are needed: to "int64", "string" or "timestamp"."""
-    header: bool
-    """CSV files begin with a line of column names."""
-    delimiter: str
+    format: Literal["text", "parquet"]
+    columns: tuple[Column, ...]
+    keep: dict[str, tuple[str, ...]]
+    """Column in the files -> texts: lines with another one are filtered."""
+    unit: TimestampUnit = "s"
+    zone: str | None = None
+    """Of times that carry no offset."""
+    since: int | None = None
+    """Seconds; earlier lines are left out."""
+    until: int | None = None
+    """Seconds; these and later lines are left out."""
+    text_columns: tuple[str, ...] = ()
+    """Names of all columns of text files, in order."""
+    header: bool = True
+    """Text files begin with a line of column names."""
+    delimiter: str = ","
+    quote: str | None = '"'
+    numbered: bool = False
+    """Lines carry a number that finds them again; see `pipeline.ingest.reading`."""
     skipped: tuple[str, ...] = ()
     """Corrupt Parquet files that were left out, with the reason."""
 
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Names of the columns that are read, as the files have them, each once."""
+        return tuple(dict.fromkeys([*(column.source for column in self.columns), *self.keep]))
 
-def log_files(role: str, log: Events | Impressions, *, skip_corrupt: bool) -> LogFiles:
+
+def log_files(role: str, log: Log, *, skip_corrupt: bool) -> LogFiles:
     """The files of a log of behaviours or impressions.
 
     Raises:
-        UserError: a file or column is missing, of another type, or corrupt (unless ``skip_corrupt``).
+        UserError: a file or column is missing, named twice, of another type, or corrupt (unless ``skip_corrupt``).
     """
-    numeric = log.timestamp_unit != "datetime"
-    wanted = {log.user_id: "int64", log.item_id: "int64", log.timestamp: "int64" if numeric else "timestamp"}
+    columns = [
+        Column(log.user_id, "user_id", "integer"),
+        Column(log.item_id, "item_id", "integer"),
+        Column(log.timestamp, "timestamp", "time"),
+    ]
     if log.category_id is not None:
-        wanted[log.category_id] = "string" if log.text_category else "int64"
+        columns.append(Column(log.category_id, "category_id", "text" if log.text_category else "integer"))
     if log.scene is not None:
-        wanted[log.scene] = "string"
-    if isinstance(log, Events) and log.behavior is not None:
-        wanted[log.behavior] = "string"
+        columns.append(Column(log.scene, "scene", "text"))
     if isinstance(log, Impressions):
-        wanted[log.label] = "int64"
+        if log.label is not None:
+            columns.append(Column(log.label, "label", "label"))
         if log.split is not None:
-            wanted[log.split] = "string"
-    # A column that only filters has the type of the settings, text, unless it is needed as something else.
-    for column in log.keep:
-        wanted.setdefault(column, "string")
-    return _files(role, log.files, wanted, log.header, log.file_columns, log.delimiter, skip_corrupt)
+            columns.append(Column(log.split, "split", "split"))
+    elif isinstance(log, Events) and log.behavior is not None:
+        columns.append(Column(log.behavior, "behavior", "text"))
+    return _files(role, log, tuple(columns), skip_corrupt)
 
 
 def feature_files(features: ItemFeatures, *, text_category: bool, skip_corrupt: bool) -> LogFiles:
-    """The files that say each item's category.
-
-    Raises:
-        UserError: as ``log_files``.
-    """
-    wanted = {features.item_id: "int64", features.category_id: "string" if text_category else "int64"}
-    return _files("items", features.files, wanted, True, None, ",", skip_corrupt)
-
-
-def corrupt(files: LogFiles) -> dict[Path, str]:
-    """Parquet files whose needed columns cannot be read to the end, with the reason. Reads everything."""
-    reasons = {}
-    for path in files.paths if files.format == "parquet" else ():
-        try:
-            with pq.ParquetFile(path) as parquet:
-                for _ in parquet.iter_batches(columns=list(files.columns)):
-                    pass
-        except (OSError, pa.ArrowException) as error:
-            reasons[path] = _first_line(error)
-    return reasons
+    """The files that say each item's category; errors are those of `log_files`."""
+    columns = (
+        Column(features.item_id, "item_id", "integer"),
+        Column(features.category_id, "category_id", "text" if text_category else "integer"),
+    )
+    log = Log(files=features.files, delimiter=features.delimiter, quote=features.quote)
+    return _files("items", log, columns, skip_corrupt)
 
 
-def _files(
-    role: str,
-    patterns: tuple[str, ...],
-    wanted: dict[str, str],
-    header: bool,
-    file_columns: tuple[str, ...] | None,
-    delimiter: str,
-    skip_corrupt: bool,
-) -> LogFiles:
-    paths = tuple(path for pattern in patterns for path in _expand(role, pattern))
-    parquet = [path for path in paths if path.suffix in (".parquet", ".parq", ".pq")]
+def _files(role: str, log: Log, columns: tuple[Column, ...], skip_corrupt: bool) -> LogFiles:
+    paths = input_files(role, log.files)
+    parquet = [path for path in paths if path.suffix.lower() in _PARQUET]
     other = [path for path in paths if path not in parquet]
     if parquet and other:
         raise UserError(f"{role}: {parquet[0]} is Parquet and {other[0]} is not; give files of one format")
+    files = LogFiles(
+        role,
+        paths,
+        "parquet" if parquet else "text",
+        columns,
+        log.keep,
+        log.timestamp_unit,
+        log.timestamp_zone,
+        log.since,
+        log.until,
+        header=log.header,
+        quote=log.quote,
+        numbered=isinstance(log, Impressions),
+    )
     if parquet:
-        return _parquet_files(role, paths, wanted, skip_corrupt)
-    for path in paths:
-        if not path.name.lower().endswith(_CSV):
-            raise UserError(f"{role}: {path}: unknown format; files end in {', '.join(_CSV)} or .parquet")
-    names = _csv_columns(role, paths, header, file_columns, delimiter)
-    _require(role, paths[0], wanted, names)
-    columns = {name: wanted.get(name, "string") for name in names}
-    return LogFiles(role, paths, "csv", columns, header, delimiter)
+        return _parquet_files(files, skip_corrupt)
+    return _text_files(files, log)
 
 
-def _parquet_files(role: str, paths: tuple[Path, ...], wanted: dict[str, str], skip_corrupt: bool) -> LogFiles:
+def _parquet_files(files: LogFiles, skip_corrupt: bool) -> LogFiles:
     good, skipped = [], []
-    for path in paths:
+    for path in files.paths:
         try:
             # The footer alone; whether the rest can be read shows later, or below where corrupt files are left out.
             schema = pq.read_schema(path)
         except (OSError, pa.ArrowException) as error:
             if not skip_corrupt:
                 raise UserError(
-                    f"{role}: {path}: not a readable Parquet file ({_first_line(error)}); "
+                    f"{files.role}: {path}: not a readable Parquet file ({first_line(error)}); "
                     "repair it, leave it out, or set on_corrupt=skip"
                 ) from None
-            skipped.append(f"{path}: {_first_line(error)}")
+            skipped.append(f"{path}: {first_line(error)}")
             continue
-        _require(role, path, wanted, schema.names)
-        for name, kind in wanted.items():
-            if not _fits(schema.field(name).type, kind):
-                raise UserError(f"{role}: {path}: column {name} is {schema.field(name).type}, {kind} is needed")
+        _require(files, path, schema.names)
+        kinds: dict[str, Kind] = dict.fromkeys(files.keep, "text")
+        for name, kind in (*kinds.items(), *((column.source, column.kind) for column in files.columns)):
+            if not fits(kind, schema.field(name).type, files.unit):
+                wanted = f"{files.unit} times" if kind == "time" else f"{kind}s"
+                raise UserError(
+                    f"{files.role}: {path}: column {name} is of the type {schema.field(name).type}, which cannot be "
+                    f"read as {wanted}"
+                )
         good.append(path)
-    files = LogFiles(role, tuple(good), "parquet", wanted, True, ",")
     if skip_corrupt:
         # A footer may be whole and a page not: to leave files out beforehand, all of them are read to the end.
-        bad = corrupt(files)
+        bad = {path: reason for path in good if (reason := _damage(path, files.needed)) is not None}
         good = [path for path in good if path not in bad]
         skipped += [f"{path}: {reason}" for path, reason in bad.items()]
     if not good:
-        raise UserError(f"{role}: no file can be read: {skipped[0]}")
-    return LogFiles(role, tuple(good), "parquet", wanted, True, ",", tuple(skipped))
+        raise UserError(f"{files.role}: no file can be read: {skipped[0]}")
+    return replace(files, paths=tuple(good), skipped=tuple(skipped))
 
 
-def _expand(role: str, pattern: str) -> list[Path]:
-    """Files of a glob; ``package:NAME/path`` is a file inside an installed Python package."""
-    if pattern.startswith("package:"):
-        package, _, inside = pattern.removeprefix("package:").partition("/")
-        try:
-            spec = find_spec(package)
-        except (ImportError, ValueError):  # the name is not one of a package, or of one inside a module
-            spec = None
-        if spec is None or spec.origin is None:
-            raise UserError(f"{role}: the Python package {package} is not installed; run `make setup`")
-        return [Path(spec.origin).parent / inside]
-    # `glob` gives files in the order of the disk.
-    paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
-    if not paths:
-        raise UserError(f"{role}: {pattern}: no such file")
-    return paths
+def _damage(path: Path, columns: tuple[str, ...]) -> str | None:
+    """Why the needed columns of a Parquet file cannot be read to the end; None: they can."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+            for _ in parquet.iter_batches(columns=list(columns)):
+                pass
+    except (OSError, pa.ArrowException) as error:
+        return first_line(error)
+    return None
 
 
-def _csv_columns(
-    role: str, paths: tuple[Path, ...], header: bool, file_columns: tuple[str, ...] | None, delimiter: str
-) -> list[str]:
-    if header:
-        heads = {path: _head(role, path).split(delimiter) for path in paths}
-        names = [name.strip().strip('"') for name in heads[paths[0]]]
+def _text_files(files: LogFiles, log: Log) -> LogFiles:
+    endings = {_ending(files.role, path) for path in files.paths}
+    if log.delimiter is None and len(endings) > 1 and ".tsv" in endings:
+        raise UserError(f"{files.role}: .tsv files and others in one log; set {files.role}.delimiter if it is the same")
+    delimiter = log.delimiter or ("\t" if endings == {".tsv"} else ",")
+    if delimiter == files.quote:
+        raise UserError(f"{files.role}: delimiter and quote are both {delimiter!r}; they must differ")
+    files = replace(files, delimiter=delimiter)
+    names = log.file_columns
+    if files.header:
+        heads = {path: _names(files, path) for path in files.paths}
+        first = files.paths[0]
         for path, head in heads.items():
-            if [name.strip().strip('"') for name in head] != names:
-                raise UserError(f"{role}: {path} has other columns than {paths[0]}")
-        if file_columns is not None and list(file_columns) != names:
+            if head != heads[first]:
+                raise UserError(f"{files.role}: {path} has other columns than {first}")
+        if names is not None and names != heads[first]:
             raise UserError(
-                f"{role}: {paths[0]}: columns are {', '.join(names)}; {', '.join(file_columns)} are expected"
+                f"{files.role}: {first}: columns are {', '.join(heads[first])}; {', '.join(names)} are expected"
             )
-        return names
-    assert file_columns is not None, "settings are validated"
-    for path in paths:
-        _head(role, path)
-    return list(file_columns)
+        names = heads[first]
+    else:
+        for path in files.paths:
+            _head(files.role, path)
+    assert names is not None, "settings are validated"
+    _require(files, files.paths[0], list(names))
+    return replace(files, text_columns=names)
+
+
+def _ending(role: str, path: Path) -> str:
+    name = path.name.lower()
+    for ending in _TEXT:
+        if any(name.endswith(ending + packed) for packed in _PACKED):
+            return ending
+    kinds = f"{', '.join(_TEXT)} (also with {' or '.join(filter(None, _PACKED))} behind) or {_PARQUET[0]}"
+    raise UserError(f"{role}: {path}: unknown format; names of files end in {kinds}")
+
+
+def _names(files: LogFiles, path: Path) -> tuple[str, ...]:
+    """Column names in the first line of a text file, without spaces around them."""
+    return tuple(name.strip() for name in fields(files, _head(files.role, path)))
+
+
+def fields(files: LogFiles, line: str) -> list[str]:
+    """The values of a line of a text file."""
+    if files.quote is None:
+        return line.split(files.delimiter)
+    return next(csv.reader([line], delimiter=files.delimiter, quotechar=files.quote))
 
 
 def _head(role: str, path: Path) -> str:
-    """First line of a CSV file, compressed or not."""
+    """First line of a text file, compressed or not."""
     try:
         with pa.input_stream(str(path), compression="detect") as stream:
             head = stream.read(1 << 16)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{role}: {path}: cannot be read ({_first_line(error)})") from None
+        raise UserError(f"{role}: {path}: cannot be read ({first_line(error)})") from None
     if not head:
         raise UserError(f"{role}: {path} is empty")
     try:
         # ``utf-8-sig``: spreadsheets put a byte order mark in front, which would become part of the first name.
         return bytes(head).split(b"\n", 1)[0].rstrip(b"\r").decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{role}: {path}: not a text file") from None
+        raise UserError(f"{role}: {path}: not a text file of UTF-8") from None
 
 
-def _require(role: str, path: Path, wanted: dict[str, str], names: list[str]) -> None:
-    missing = sorted(set(wanted) - set(names))
+def _require(files: LogFiles, path: Path, names: list[str]) -> None:
+    missing = sorted(set(files.needed) - set(names))
     if missing:
-        raise UserError(f"{role}: {path}: no column {', '.join(missing)}; it has {', '.join(names)}")
+        raise UserError(f"{files.role}: {path}: no column {', '.join(missing)}; it has {', '.join(names)}")
+    twice = [name for name in files.needed if names.count(name) > 1]
+    if twice:
+        raise UserError(f"{files.role}: {path}: more than one column is called {twice[0]}; rename all but one")
 
 
-def _fits(actual: pa.DataType, kind: str) -> bool:
-    types = pa.types
-    if kind == "int64":
-        return bool(types.is_integer(actual))
-    if kind == "timestamp":
-        return bool(types.is_timestamp(actual) or types.is_date(actual) or types.is_string(actual))
-    return bool(types.is_string(actual) or types.is_large_string(actual) or types.is_integer(actual))
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """Lines of a text file, compressed or not, without their ends."""
+    with pa.input_stream(str(path), compression="detect") as stream:
+        rest = b""
+        while block := stream.read(1 << 22):
+            *lines, rest = (rest + block).split(b"\n")
+            yield from (line.removesuffix(b"\r") for line in lines)
+        if rest:
+            yield rest.removesuffix(b"\r")

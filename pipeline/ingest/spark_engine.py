@@ -5,17 +5,21 @@ configuration names no master, it runs on this machine.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from pipeline.errors import error_line
+from pipeline.files import whole_file
 from pipeline.ingest.engine import ReportLines, ReportShare
-from pipeline.ingest.faults import first_fault
+from pipeline.ingest.reading import Tally, read_file, schema_of
 from pipeline.ingest.shards import ShardBuilder, WrittenShard
 from pipeline.ingest.sources import LogFiles
 from schemas.errors import UserError
@@ -27,7 +31,6 @@ try:
 except ImportError:
     raise UserError("engine=spark needs pyspark and Java: pip install --no-deps -r requirements/spark.txt") from None
 
-_TYPES = {"int64": "BIGINT", "string": "STRING", "timestamp": "TIMESTAMP"}
 _BATCH = 500_000
 """Lines handed to the shard builder at a time."""
 
@@ -46,8 +49,6 @@ class SparkEngine:
         if threads is not None:
             builder = builder.master(f"local[{threads}]")
         settings = {
-            # FAILFAST counts a line's columns only if none is pruned.
-            "spark.sql.csv.parser.columnPruning.enabled": "false",
             "spark.driver.memory": f"{memory_limit >> 20}m",
             "spark.log.level": "OFF",
             "spark.sql.execution.arrow.maxRecordsPerBatch": str(_BATCH),
@@ -61,37 +62,57 @@ class SparkEngine:
         self._folder = folder
         self._session = builder.getOrCreate()
         self._ibis = ibis.pyspark.connect(self._session)
-        self._files: list[LogFiles] = []
 
-    def read(self, files: LogFiles) -> ir.Table:
-        """The log in ``files``, each needed column in its type; faults show when the expression is computed."""
-        self._files.append(files)
+    def load(self, files: LogFiles, report: ReportShare) -> tuple[ir.Table, Tally]:
+        """Have the executors read a log, a file a task, and keep it as Parquet files; nothing is reported meanwhile.
+
+        Returns:
+            The log, and what became of its lines.
+
+        Raises:
+            UserError: a line or file that cannot be read; of several the first, in the order of files.
+        """
+        name = f"{files.role}_read"
+        folder = (self._folder / f"{name}.parquet").absolute()
+        folder.mkdir()
         # Executors have working directories of their own.
-        paths = [str(path.absolute()) for path in files.paths]
-        if files.format == "parquet":
-            frame = self._session.read.parquet(*paths).select(*files.columns)
-        else:
-            frame = self._session.read.csv(
-                paths,
-                schema=", ".join(f"`{name}` {_TYPES[kind]}" for name, kind in files.columns.items()),
-                header=files.header,
-                sep=files.delimiter,
-                quote='"',
-                escape='"',
-                mode="FAILFAST",
-            )
-        return self._view(files.role + "_files", frame)
+        shared = self._session.sparkContext.broadcast(
+            replace(files, paths=tuple(path.absolute() for path in files.paths))
+        )
+
+        def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            for index in (number for batch in batches for number in batch["id"].to_pylist()):
+                tally: Tally = Counter()
+                fault = None
+                try:
+                    # A task may be tried twice: what the first try has left is written over.
+                    with (
+                        whole_file(folder / f"part-{index:05}.parquet") as path,
+                        pq.ParquetWriter(path, schema_of(shared.value)) as writer,
+                    ):
+                        for part in read_file(shared.value, index, tally, lambda _: None):
+                            writer.write_batch(part)
+                except (UserError, OSError) as error:
+                    if (fault := error_line(error)) is None:
+                        raise
+                yield pa.RecordBatch.from_pydict(
+                    {"file": [index], "tally": [json.dumps(tally)], "fault": pa.array([fault], pa.string())}
+                )
+
+        tasks = self._session.range(0, len(files.paths), 1, len(files.paths))
+        frame = tasks.mapInArrow(read, "file bigint, tally string, fault string")
+        parts = sorted(self._explained(frame.toArrow).to_pylist(), key=lambda part: part["file"])
+        if fault := next((part["fault"] for part in parts if part["fault"]), None):
+            raise UserError(fault)
+        report(1.0)
+        return self._view(name, self._session.read.parquet(str(folder))), _together(parts)
 
     def open_ids(self, path: Path) -> ir.Table:
         """A Parquet file of dense ids that ingest itself has written."""
         return self._view(path.stem + "_ids", self._session.read.parquet(str(path.absolute())))
 
     def materialize(self, name: str, table: ir.Table, report: ReportShare) -> ir.Table:
-        """Compute ``table`` once and keep the result as Parquet files under ``name``; nothing is reported meanwhile.
-
-        Raises:
-            UserError: a line or file of the input cannot be read.
-        """
+        """Compute ``table`` once and keep the result as Parquet files under ``name``; nothing is reported meanwhile."""
         path = str((self._folder / f"{name}.parquet").absolute())
         self._explained(lambda: self._frame(table).write.parquet(path))
         return self._view(name, self._session.read.parquet(path))
@@ -107,28 +128,28 @@ class SparkEngine:
 
     def write_shards(
         self, lines: ir.Table, order: list[str], builder: ShardBuilder, report: ReportLines
-    ) -> tuple[list[WrittenShard], int]:
+    ) -> tuple[list[WrittenShard], Tally]:
         """Sort lines by the columns ``order`` and have the executors write them, each whole shards.
 
         Returns:
-            The files in order of their number, and how many users were seen.
+            The files in order of their number, and what became of users, behaviours and impressions.
         """
         # The builder holds the dictionaries: sent once to each executor, not with every task.
         shared = self._session.sparkContext.broadcast(builder)
 
         def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-            files, users = shared.value.write(batches)
+            files, tally = shared.value.write(batches)
             yield pa.RecordBatch.from_pydict(
-                {"files": [json.dumps([asdict(file) for file in files])], "users": [users]}
+                {"files": [json.dumps([asdict(file) for file in files])], "tally": [json.dumps(tally)]}
             )
 
         # All lines of a shard come to one task. A task may have several shards, one after the other: user keys sort
         # them.
         frame = self._frame(lines).repartition("shard").sortWithinPartitions(*order)
-        parts = self._explained(lambda: frame.mapInArrow(write, "files string, users bigint").toArrow()).to_pylist()
+        parts = self._explained(lambda: frame.mapInArrow(write, "files string, tally string").toArrow()).to_pylist()
         files = [WrittenShard(**file) for part in parts for file in json.loads(part["files"])]
         report(sum(sum(file.behaviors) for file in files))
-        return sorted(files, key=lambda file: file.name), sum(part["users"] for part in parts)
+        return sorted(files, key=lambda file: file.name), _together(parts)
 
     def close(self) -> None:
         """End the session."""
@@ -145,7 +166,11 @@ class SparkEngine:
         try:
             return run()
         except (PySparkException, Py4JError) as error:
-            # Spark's words name neither file nor line: look for the fault with the embedded engine.
-            fault = next((fault for files in self._files if (fault := first_fault(files)) is not None), None)
+            # Files and lines are no matter of Spark's here; what is left is the cluster: memory, disks, executors.
             text = str(error).strip().splitlines()
-            raise UserError(fault or (text or [type(error).__name__])[0]) from None
+            raise UserError(f"Spark: {(text or [type(error).__name__])[0]}") from None
+
+
+def _together(parts: list[dict[str, Any]]) -> Tally:
+    """The tallies of all tasks, added up."""
+    return sum((Counter(json.loads(part["tally"])) for part in parts), Counter[str]())

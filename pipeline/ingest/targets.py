@@ -4,8 +4,8 @@ A split is a rule that looks at one user's lines alone. Negatives are items in p
 whole data, never one that the user touched.
 
 L = lines, U = users, P = positives or impressions (the lines chosen), in line order, J = negatives of a positive,
-I = dense item ids; inside a function also S = places of the paper's split, G = groups of equal timestamps of a user,
-C = candidate lines.
+I = dense item ids; inside a function also S = places of the paper's split, or the splits, G = a user's groups of equal
+timestamps or of one period, C = candidate lines, R = runs of lines of a user, a time and an item.
 """
 
 from typing import NamedTuple, assert_never
@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.hashing import U64, mix
+from pipeline.ingest.definition import EVENT
 from pipeline.ingest.dictionaries import Dictionaries
 from pipeline.ingest.lines import I64, Lines
+from pipeline.ingest.reading import Tally
 from schemas.errors import UserError
-from schemas.prepare import ImpressionSplit, PaperSplit, TimestampSplit
-from schemas.shards import Split
+from schemas.prepare import DateSplit, ImpressionSplit, PaperSplit, SplitSettings, TimestampSplit
+from schemas.shards import UNLABELED, Split
 
 _ATTEMPTS = 32
 """Times that a negative is drawn anew before the items that the user did not touch are listed one by one."""
@@ -31,20 +33,90 @@ class ChosenLines(NamedTuple):
     split_P: NDArray[np.int8]
 
 
-def choose_targets(lines: Lines, split: PaperSplit | TimestampSplit | ImpressionSplit, seed: int) -> ChosenLines:
+def choose_targets(lines: Lines, split: SplitSettings, seed: int) -> ChosenLines:
     """Apply the split's rule to every user of ``lines``, then drop users and targets with too little behind them."""
-    match split:
-        case PaperSplit():
-            chosen = _paper(lines, split)
-        case TimestampSplit():
-            chosen = _by_timestamp(lines, split, seed)
-        case ImpressionSplit():
-            chosen = _impressions(lines)
-        case _:
-            assert_never(split)
+    chosen = _chosen(lines, split, seed)
     enough = (lines.behaviors_U >= split.min_behaviors)[lines.user_L[chosen.line_P]]
     enough &= lines.history_end_L[chosen.line_P] >= split.min_history
     return ChosenLines(chosen.line_P[enough], chosen.split_P[enough])
+
+
+def _chosen(lines: Lines, split: SplitSettings, seed: int) -> ChosenLines:
+    if lines.split_L is not None:
+        # With impressions, these are the targets, whatever divided them.
+        line_P = np.flatnonzero(~lines.is_event_L)
+        return ChosenLines(line_P, lines.split_L[line_P])
+    match split:
+        case PaperSplit():
+            return _paper(lines, split)
+        case TimestampSplit():
+            return _by_timestamp(lines, split, seed)
+        case DateSplit():
+            return _by_date(lines, split)
+        case ImpressionSplit():
+            raise AssertionError("impressions carry their split")
+        case _:
+            assert_never(split)
+
+
+def count_left_out(lines: Lines, chosen: ChosenLines, min_behaviors: int, min_history: int) -> Tally:
+    """What became of the users, behaviours and impressions of ``lines``, by reason; of several the first one counts.
+
+    Args:
+        lines: of whole users.
+        chosen: what `choose_targets` returned for them.
+        min_behaviors: of the split.
+        min_history: of the split.
+
+    Returns:
+        ``users``, ``users: REASON``, ``events: REASON`` and ``impressions: REASON`` (those that are left out), and of
+        all lines ``events repeated``, ``impressions repeated`` and ``impressions contradictory``.
+    """
+    kept_U = np.zeros(len(lines.behaviors_U), bool)
+    kept_U[lines.user_L[chosen.line_P]] = True
+    reasons_U = {
+        "no_events": lines.behaviors_U == 0,
+        "below_min_behaviors": lines.behaviors_U < min_behaviors,
+        "no_target": ~kept_U,
+    }
+    shown_L = ~lines.is_event_L
+    counts = Tally({"users": len(kept_U)})
+    left_L = shown_L.copy()
+    left_L[chosen.line_P] = False
+    open_U = ~kept_U
+    for reason, applies_U in reasons_U.items():
+        of_reason_U = open_U & applies_U
+        open_U &= ~of_reason_U
+        counts[f"users: {reason}"] = int(of_reason_U.sum())
+        counts[f"events: {reason}"] = int(lines.behaviors_U[of_reason_U].sum())
+        if reason != "no_target":
+            here_L = left_L & of_reason_U[lines.user_L]
+            counts[f"impressions: {reason}"] = int(here_L.sum())
+            left_L &= ~here_L
+    assert not np.any(lines.history_end_L[left_L] >= min_history), "an impression is left out for a reason"
+    counts["impressions: below_min_history"] = int(left_L.sum())
+    counts.update(_count_repeated(lines))
+    return +counts
+
+
+def _count_repeated(lines: Lines) -> Tally:
+    """How many lines say what one before has said: the same user, item and time, and label for impressions."""
+    # Lines of a user, a time and an item stand together, behaviours and impressions apart from each other.
+    same_L = np.zeros(len(lines), bool)
+    same_L[1:] = (lines.group_start_L[1:] == lines.group_start_L[:-1]) & (lines.item_L[1:] == lines.item_L[:-1])
+    start_R = np.flatnonzero(~same_L)
+    if not len(start_R):
+        return Tally()
+    label_L = np.full(len(lines), EVENT) if lines.label_L is None else lines.label_L
+    by_label = {
+        label: np.add.reduceat((label_L == label).astype(np.int64), start_R) for label in (EVENT, UNLABELED, 0, 1)
+    }
+    more = {label: int(np.maximum(count_R - 1, 0).sum()) for label, count_R in by_label.items()}
+    contradictory = int(((by_label[0] > 0) & (by_label[1] > 0)).sum())
+    shown = more[UNLABELED] + more[0] + more[1]
+    return Tally(
+        {"events repeated": more[EVENT], "impressions repeated": shown, "impressions contradictory": contradictory}
+    )
 
 
 def _paper(lines: Lines, split: PaperSplit) -> ChosenLines:
@@ -96,10 +168,19 @@ def _by_timestamp(lines: Lines, split: TimestampSplit, seed: int) -> ChosenLines
     return ChosenLines(line_P, split_G[group_L[line_P]])
 
 
-def _impressions(lines: Lines) -> ChosenLines:
-    assert lines.split_L is not None, "impressions carry their split"
-    line_P = np.flatnonzero(~lines.is_event_L)
-    return ChosenLines(line_P, lines.split_L[line_P])
+def _by_date(lines: Lines, split: DateSplit) -> ChosenLines:
+    """Of each period a user's last behaviours; of that for training every ``train_stride``-th, counted back."""
+    code_L = (lines.timestamp_L >= split.validation_from).astype(np.int64) + (lines.timestamp_L >= split.test_from)
+    # Lines of a user are in time order, so those of a period stand together.
+    period_L = lines.user_L * len(Split) + code_L
+    start_G = np.flatnonzero(np.diff(period_L, prepend=-1))
+    end_G = np.append(start_G[1:], len(lines))
+    back_L = np.repeat(end_G, end_G - start_G) - 1 - np.arange(len(lines))
+    stride_S = np.array([split.train_stride, 1, 1])
+    targets_S = np.array([split.train_targets, split.validation_targets, split.test_targets])
+    chosen_L = (back_L % stride_S[code_L] == 0) & (back_L // stride_S[code_L] < targets_S[code_L])
+    line_P = np.flatnonzero(chosen_L)
+    return ChosenLines(line_P, code_L[line_P].astype(np.int8))
 
 
 def draw_negatives(

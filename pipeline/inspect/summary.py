@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from schemas.errors import UserError
 from schemas.manifest import Counts, Manifest
-from schemas.shards import SPLITS, history_schema
+from schemas.shards import SPLITS
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "mean": None, "p90": 0.9, "p99": 0.99, "max": 1.0}
 """What is said of a distribution: values that a fraction does not exceed, and the mean."""
@@ -185,8 +185,7 @@ def summarize(folder: Path, *, verify: bool = False) -> Summary:
 
 
 def _check_columns(path: Path, schema: pa.Schema, manifest: Manifest) -> None:
-    wanted = history_schema(behavior=manifest.behaviors is not None, scene=manifest.scenes is not None)
-    missing = [name for name in wanted.names if name not in schema.names]
+    missing = [name for name in manifest.shard_schema.names if name not in schema.names]
     if missing:
         raise UserError(f"{path}: column {missing[0]} is missing; prepare the data set again")
 
@@ -225,7 +224,7 @@ def _add_users(path: Path, summary: Summary, file: pq.ParquetFile, row_group: in
         # Codes are in the order of the splits (`schemas.shards.Split`).
         chosen = split == code
         of_split.targets += int(chosen.sum())
-        of_split.positives += int((label[chosen] != 0).sum())
+        of_split.positives += int((label[chosen] > 0).sum())
         of_split.per_user.add(np.bincount(user[chosen], minlength=len(table)))
         of_split.history_end.add(history_end[chosen])
 

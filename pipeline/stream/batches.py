@@ -4,7 +4,7 @@ T = targets, U = users of a row group, M = their targets of all splits, G = row 
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,10 @@ from pipeline.stream.row_group import RowGroup, flat_column, list_column
 from pipeline.stream.samples import HistorySamples, SequenceCut, samples_of
 from schemas.errors import UserError
 from schemas.shards import Split
+
+if TYPE_CHECKING:
+    # Training needs none.
+    from pipeline.stream.translation import Translation
 
 I64 = NDArray[np.int64]
 
@@ -46,7 +50,7 @@ def sampled_targets(data_set: DataSet, split: Split, sample: UserSample, threads
     # they make the same number of steps.
     targets_G = data_set.targets_G[split.name.lower()].copy()
     groups = np.flatnonzero(targets_G)
-    schema = pa.schema([data_set.schema.field(name) for name in ("user_id", "target_split")])
+    schema = pa.schema([data_set.schema().field(name) for name in ("user_id", "target_split")])
 
     def count(table: pa.Table, index: int) -> int:
         offset_U, split_M = list_column("target_split", table["target_split"])
@@ -71,8 +75,13 @@ def read_blocks(
     cuts: Mapping[str, SequenceCut],
     blocks: tuple[Block, ...],
     threads: int,
+    *,
+    lines: bool = False,
+    translation: "Translation | None" = None,
 ) -> Generator[tuple[Block, HistorySamples], None, None]:
     """Read blocks in order; while one is in use, the reader's threads work on the next.
+
+    ``lines`` and ``translation`` are those of `HistoryStream`.
 
     Raises:
         UserError: a row group that cannot be read or that does not hold what the manifest and the index say.
@@ -85,13 +94,14 @@ def read_blocks(
     def convert(table: pa.Table, index: int) -> HistorySamples:
         try:
             group = RowGroup.from_table(table, largest_ids)
-            return _samples_of_piece(data_set, split, sample, cuts, pieces[index], group)
+            samples = _samples_of_piece(data_set, split, sample, cuts, pieces[index], group)
         except UserError as error:
             raise UserError(f"{addresses[index]}: {error}; prepare the data set again") from None
+        return samples if translation is None else translation.of(samples)
 
     # A whole block may wait: otherwise reading would stop while the consumer works through the block before.
     ahead = max(threads, max((len(block.pieces) for block in blocks), default=0))
-    with RowGroupReader(addresses, data_set.schema, convert, threads=threads, ahead=ahead) as reader:
+    with RowGroupReader(addresses, data_set.schema(lines=lines), convert, threads=threads, ahead=ahead) as reader:
         for block in blocks:
             # The reader keeps the order of ``pieces``, whatever its threads do, so the next ones are those of this
             # block. Each row group is in one block of a rank alone: parts have no user in common.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.stream.reader import RowGroupAddress
 from schemas.errors import UserError
 from schemas.manifest import MANIFEST, ROW_GROUP_INDEX, Manifest
-from schemas.shards import ROW_GROUPS, SPLITS, history_schema
+from schemas.shards import ROW_GROUPS, SPLITS
 
 I64 = NDArray[np.int64]
 
@@ -75,10 +75,13 @@ class DataSet:
             {split: columns[split] for split in SPLITS},
         )
 
-    @property
-    def schema(self) -> pa.Schema:
-        """Arrow schema of the shards."""
-        return history_schema(behavior=self.manifest.behaviors is not None, scene=self.manifest.scenes is not None)
+    def schema(self, *, lines: bool = False) -> pa.Schema:
+        """Arrow schema of what is read of the shards.
+
+        Args:
+            lines: with ``target_line``, where the data set has it.
+        """
+        return pa.schema([field for field in self.manifest.shard_schema if lines or field.name != "target_line"])
 
     def address(self, group: int) -> RowGroupAddress:
         """Say where row group ``group`` (in file order over all shards) is."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,10 @@ from pipeline.stream.samples import HistorySamples, resolve_sequences, samples_o
 from schemas.errors import UserError
 from schemas.shards import SPLITS, Split
 from schemas.stream import StreamSettings
+
+if TYPE_CHECKING:
+    # Training needs none.
+    from pipeline.stream.translation import Translation
 
 
 class HistoryStream:
@@ -39,6 +43,8 @@ class HistoryStream:
         pin_memory: put batches into page-locked memory, for copies to a CUDA device that do not block.
         user_fraction: about what part of the users is read, above 0; always the same ones. Below 1 two columns of the
             split are read at once, to count their targets.
+        lines: read which lines of the impressions the targets are, where the data set says so.
+        translation: gives batches the ids of another data set; None: they have those of this one.
 
     Raises:
         UserError: no data set, one that does not fit its manifest or the settings, a split without targets; while
@@ -63,6 +69,8 @@ class HistoryStream:
         world: int = 1,
         pin_memory: bool = False,
         user_fraction: float = 1.0,
+        lines: bool = False,
+        translation: "Translation | None" = None,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"split must be one of {', '.join(SPLITS)} (not {split!r})")
@@ -79,7 +87,7 @@ class HistoryStream:
         """The next batch's number in its epoch, from 0."""
         self._cuts = resolve_sequences(settings, self.data_set.manifest)
         self._seed, self._shuffle, self._rank, self._world = seed, shuffle, rank, world
-        self._pin_memory = pin_memory
+        self._pin_memory, self._lines, self._translation = pin_memory, lines, translation
         self._sample = UserSample(user_fraction)
         self._targets_G = self.data_set.targets_G[split]
         self._prefetch: Prefetch[Batch] | None = None
@@ -217,7 +225,16 @@ class HistoryStream:
             return shuffled_order(samples.user_T, together, self._seed, epoch, block.key)
 
         split = Split[self.split.upper()]
-        read = read_blocks(self.data_set, split, self._sample, self._cuts, blocks, self.settings.threads)
+        read = read_blocks(
+            self.data_set,
+            split,
+            self._sample,
+            self._cuts,
+            blocks,
+            self.settings.threads,
+            lines=self._lines,
+            translation=self._translation,
+        )
         try:
             for samples in cut_batches(read, order, batch_size, first_target):
                 yield self._to_batch(samples, epoch, step)
@@ -234,7 +251,7 @@ class HistoryStream:
     def _no_samples(self) -> HistorySamples:
         """Samples without targets or users, for a rank that has run out before the others."""
         # Made on the same way as real samples, so that names and dtypes are the same: ranks exchange these columns.
-        group = RowGroup.from_table(self.data_set.schema.empty_table(), {})
+        group = RowGroup.from_table(self.data_set.schema(lines=self._lines).empty_table(), {})
         return samples_of(group, self._cuts).take(np.zeros(0, np.int64))
 
     def _to_batch(self, samples: HistorySamples, epoch: int, step: int) -> Batch:

@@ -100,7 +100,7 @@ class HistorySamples:
     user_T: I64
     """The row in U of each target's user."""
     columns_T: dict[str, NDArray[Any]]
-    """item, category, timestamp, label; scene where the data have it."""
+    """item, category, timestamp, label; scene and line where the data have them and they are read."""
     sequences: dict[str, Windows]
     """By the name of the sequence in the settings."""
 
@@ -150,6 +150,7 @@ class HistorySamples:
             timestamp_T=columns_T["timestamp"],
             scene_T=columns_T.get("scene"),
             label_T=columns_T["label"].to(torch.float32),
+            line_T=columns_T.get("line"),
             origin=origin,
         )
 

@@ -30,7 +30,7 @@ ROOMS = {
         ("sharding",),
     ),
     "pipeline": (
-        ("files", "errors", "hashing", "progress", "reporting", "versions"),
+        ("files", "errors", "hashing", "paths", "progress", "reporting", "versions"),
         ("stream", "ingest"),
         ("runs", "synth", "inspect"),
         ("evaluate",),

@@ -95,7 +95,7 @@ def test_200_shuffled_epochs_equal_plain_pyarrow(folder: Path) -> None:
         order = np.random.default_rng(epoch).permutation(groups)
         with RowGroupReader(
             [addresses[group] for group in order],
-            data_set.schema,
+            data_set.schema(),
             lambda table, index: (index, table),
             threads=1 + epoch % 8,
             ahead=1 + epoch % 5,
@@ -140,7 +140,7 @@ def test_reader_that_is_left_early_ends_its_threads(folder: Path) -> None:
     data_set = DataSet.open(folder)
     addresses = [data_set.address(group) for group in range(len(data_set.file_G))] * 20
     before = set(threading.enumerate())
-    with RowGroupReader(addresses, data_set.schema, lambda table, _: table, threads=3, ahead=2) as reader:
+    with RowGroupReader(addresses, data_set.schema(), lambda table, _: table, threads=3, ahead=2) as reader:
         next(reader)
     assert set(threading.enumerate()) == before
 
@@ -162,7 +162,7 @@ def test_metadata_is_never_unpickled(tmp_path: Path) -> None:
 
     folder = tmp_path / "data"
     write_dataset(folder, random_users(12))
-    schema = DataSet.open(folder).schema.with_metadata({"dataset-toolkit.unischema.v1": trap})
+    schema = DataSet.open(folder).schema().with_metadata({"dataset-toolkit.unischema.v1": trap})
     for name in ("_common_metadata", "_metadata"):
         pq.write_metadata(schema, folder / name)
     rewrite_shard(folder, "shard-00000.parquet", lambda table: table.replace_schema_metadata(schema.metadata))

@@ -1,0 +1,172 @@
+"""What became of the lines of the logs: checks, counts by reason, and what a person should be told of them."""
+
+from collections import Counter
+
+import pyarrow as pa
+
+from pipeline.ingest.dictionaries import Dictionaries
+from pipeline.ingest.reading import FILTERED, OUTSIDE_TIME, READ, Tally
+from pipeline.ingest.shards import WrittenShard
+from pipeline.ingest.sources import LogFiles
+from schemas.errors import UserError
+from schemas.manifest import LEFT_OUT, Counts, Manifest, TargetCounts
+from schemas.prepare import Log, PrepareSettings
+from schemas.shards import SPLITS
+
+
+def check(files: LogFiles, read: Tally, faults: pa.Table) -> dict[str, int]:
+    """Counts of a log.
+
+    Raises:
+        UserError: no lines, or lines with a fault.
+    """
+    counted = faults.to_pylist()[0]
+    role = files.role
+    names = ", ".join(str(path) for path in files.paths[:3]) + (", ..." if len(files.paths) > 3 else "")
+    if not counted["lines"]:
+        # A reason that leaves out all: the settings are likelier to be wrong than the log.
+        reasons = [
+            f"{read[reason]:,} are {LEFT_OUT[reason].format(role=role)}"
+            for reason in (FILTERED, OUTSIDE_TIME)
+            if read[reason]
+        ]
+        of_those = f": of {read[READ]:,} in the files {', '.join(reasons)}" if reasons else ""
+        raise UserError(f"{role}: no lines in {names}{of_those}")
+    for name, number in counted.items():
+        kind, _, column = name.partition("_")
+        if kind in _FAULTS and number:
+            raise UserError(
+                f"{role}: {number:,} of {counted['lines']:,} lines in {names} {_FAULTS[kind].format(column)}"
+            )
+    if counted["impossible_timestamp"]:
+        raise UserError(
+            f"{role}: timestamps in {names} run from {counted['first']} to {counted['last']} seconds after 1970, "
+            f"{counted['impossible_timestamp']:,} of {counted['lines']:,} lines are before 1970 or after 9999; "
+            f"set {role}.timestamp_unit=ms or us if they are not seconds, or {role}.since and {role}.until to leave "
+            "those lines out"
+        )
+    return {name: int(counted[name]) for name in ("lines", "first", "last")}
+
+
+_FAULTS = {
+    "null": "have no {}; correct or remove them",
+    "negative": "have a negative {}; ids are 0 or more",
+}
+
+
+def check_zones(logs: list[tuple[Log, LogFiles, Tally]]) -> None:
+    """Make sure that times without an offset do not meet others unless somebody has said what they mean.
+
+    Raises:
+        UserError: they do; the same words would be other moments.
+    """
+    absolute = [files.role for log, files, tally in logs if tally["zoned"] or log.timestamp_unit in ("s", "ms", "us")]
+    for log, files, tally in logs:
+        if tally["local"] and absolute and log.timestamp_zone is None:
+            raise UserError(
+                f"{files.role}: times without an offset beside ones in {' and '.join(absolute)} that say what moment "
+                f"they are; set {files.role}.timestamp_zone, UTC or the zone of those clocks"
+            )
+
+
+def lines_kept(read: Tally) -> int:
+    """Lines of a log that its settings do not leave out."""
+    return read[READ] - read[FILTERED] - read[OUTSIDE_TIME]
+
+
+def counts_of(
+    written: list[WrittenShard],
+    dictionaries: Dictionaries,
+    counted: dict[str, int],
+    read: Tally,
+    shown: Tally | None,
+    tally: Tally,
+) -> Counts:
+    """The counts of a data set.
+
+    Args:
+        written: its shards.
+        dictionaries: of its items and categories.
+        counted: what `check` returned for the events.
+        read: what became of the events' lines while they were read.
+        shown: the same of the impressions' lines; None: there are none.
+        tally: what became of users and lines while shards were written.
+    """
+    # Counts come from what was written, not from what was meant to be: `dare inspect` compares them with the files.
+    users = sum(sum(file.users) for file in written)
+    targets = {
+        name: TargetCounts(
+            targets=sum(group[code] for file in written for group in file.targets),
+            positives=sum(group[code] for file in written for group in file.positives),
+        )
+        for code, name in enumerate(SPLITS)
+    }
+    counts = Counts(
+        events=counted["lines"],
+        events_read=read[READ],
+        events_left_out=_left_out("events", read, tally),
+        events_repeated=tally["events repeated"],
+        impressions_read=None if shown is None else shown[READ],
+        impressions_left_out=_left_out("impressions", shown or Counter(), tally),
+        impressions_repeated=tally["impressions repeated"],
+        impressions_contradictory=tally["impressions contradictory"],
+        users=users,
+        users_left_out=tally["users"] - users,
+        users_left_out_by_reason=_left_out("users", Counter(), tally),
+        behaviors=sum(sum(file.behaviors) for file in written),
+        items=len(dictionaries.items),
+        categories=len(dictionaries.categories),
+        items_with_changed_category=dictionaries.changed,
+        first_timestamp=counted["first"],
+        last_timestamp=counted["last"],
+        **targets,
+    )
+    assert counts.events_read == counts.behaviors + sum(counts.events_left_out.values())
+    assert counts.users_left_out == sum(counts.users_left_out_by_reason.values())
+    if counts.impressions_read is not None:
+        kept = sum(each.targets for each in targets.values())
+        assert counts.impressions_read == kept + sum(counts.impressions_left_out.values())
+    return counts
+
+
+def _left_out(what: str, read: Tally, tally: Tally) -> dict[str, int]:
+    """Reason -> how many of ``what`` were left out, while reading and while writing shards."""
+    counts = {reason: read[reason] + tally[f"{what}: {reason}"] for reason in LEFT_OUT}
+    return {reason: count for reason, count in counts.items() if count}
+
+
+def notices(manifest: Manifest, settings: PrepareSettings) -> list[str]:
+    """What a person should look at: users, events or impressions of which more than half are left out; odd lines."""
+    counts = manifest.counts
+    said = []
+    for role, total, reasons in (
+        ("users", counts.users + counts.users_left_out, counts.users_left_out_by_reason),
+        ("events", counts.events_read or 0, counts.events_left_out),
+        ("impressions", counts.impressions_read or 0, counts.impressions_left_out),
+    ):
+        left = sum(reasons.values())
+        if 2 * left > total:
+            why = ", ".join(f"{number:,} {_reason(reason, role, settings)}" for reason, number in reasons.items())
+            said.append(f"more than half of the {role} are left out, {left:,} of {total:,}: {why}")
+    if counts.impressions_contradictory:
+        said.append(f"impressions: {counts.impressions_contradictory:,} times a user, item and time has both labels")
+    return said
+
+
+def _reason(reason: str, role: str, settings: PrepareSettings) -> str:
+    text = LEFT_OUT[reason]
+    if role == "users":
+        text = text.removeprefix("of users ")
+    split = settings.split
+    return text.format(role=role, min_behaviors=split.min_behaviors, min_history=split.min_history, kind=split.kind)
+
+
+def nothing_left(settings: PrepareSettings, counts: Counts) -> str:
+    """Why no user has a target, in a line."""
+    reasons = [
+        f"{number:,} {_reason(reason, 'users', settings)}" for reason, number in counts.users_left_out_by_reason.items()
+    ]
+    return (
+        f"none of {counts.users_left_out:,} users ({counts.events:,} events) has a target: {', '.join(reasons)}; "
+        "lower those settings or give longer histories"
+    )

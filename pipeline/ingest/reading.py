@@ -1,0 +1,283 @@
+"""Lines of a log's files as columns of known types, each file read from its first byte to its last.
+
+One reader for every engine, so that a value means the same whatever computes with it. It says where a value stands that
+no rule reads, and counts the lines that the settings leave out.
+
+N = lines of a batch.
+"""
+
+import csv
+import io
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, assert_never
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.errors import is_refusal
+from pipeline.ingest import values
+from pipeline.ingest.sources import Column, LogFiles, fields, first_line, lines_of
+from pipeline.ingest.values import Kind, WrongValueError
+from schemas.errors import UserError
+from schemas.shards import RECORDS_OF_A_FILE
+
+READ, FILTERED, OUTSIDE_TIME = "read", "filtered", "outside_time"
+"""Keys of a tally: lines in the files, and of those the ones that ``keep``, and ``since`` and ``until``, leave out."""
+
+_BLOCK = 8 << 20
+"""Bytes of text that are parsed at a time."""
+_ROWS = 200_000
+"""Rows of Parquet that are read at a time."""
+
+_TYPES = {"integer": pa.int64(), "text": pa.string(), "time": pa.int64(), "label": pa.int8(), "split": pa.string()}
+
+Tally = Counter[str]
+ReportBytes = Callable[[int], object]
+"""Called with the number of bytes of a file that are read since the last call."""
+
+
+def schema_of(files: LogFiles) -> pa.Schema:
+    """Schema of what `read_file` yields: the columns by their new names, and ``line`` where lines are numbered."""
+    fields = [pa.field(column.name, _TYPES[column.kind]) for column in files.columns]
+    return pa.schema([*fields, pa.field("line", pa.int64())] if files.numbered else fields)
+
+
+def read_file(files: LogFiles, index: int, tally: Tally, report: ReportBytes) -> Iterator[pa.RecordBatch]:
+    """Read a file of a log to its end.
+
+    Args:
+        files: the log.
+        index: which of its files.
+        tally: counts are added to it while batches are taken: `READ`, `FILTERED`, `OUTSIDE_TIME`, and ``local`` and
+            ``zoned``, batches with times that have no offset, and that have one.
+        report: told about progress.
+
+    Yields:
+        Batches of `schema_of`, without the lines that are left out.
+
+    Raises:
+        UserError: a line that cannot be read, or a file that is damaged; names the file, and the line if it can.
+    """
+    path = files.paths[index]
+    batches = _text_batches(files, path, report) if files.format == "text" else _parquet_batches(files, path, report)
+    record = 1
+    for batch in batches:
+        record_N = np.arange(record, record + len(batch))
+        record += len(batch)
+        yield _typed(files, index, batch, record_N, tally)
+
+
+def _typed(
+    files: LogFiles, index: int, batch: pa.RecordBatch, record_N: NDArray[np.int64], tally: Tally
+) -> pa.RecordBatch:
+    """Columns by their new names and types; lines that the settings leave out are counted and gone."""
+
+    def converted(column: Column) -> pa.Array:
+        try:
+            return _converted(files, column.kind, batch.column(column.source), tally)
+        except WrongValueError as wrong:
+            where = _where(files, files.paths[index], int(record_N[wrong.index]))
+            raise UserError(f"{where}: column {column.source}: {wrong}; {_remedy(files.role, column)}") from None
+
+    tally[READ] += len(batch)
+    for source, kept in files.keep.items():
+        # Before all other columns are read: what is filtered may hold whatever it likes.
+        right = pc.is_in(converted(Column(source, source, "text")), pa.array(kept, pa.string()))
+        tally[FILTERED] += len(batch) - (pc.sum(right).as_py() or 0)
+        record_N = record_N[right.to_numpy(zero_copy_only=False)]
+        batch = batch.filter(right)
+    columns: dict[str, Any] = {}
+    # Times first, because they too leave lines out.
+    for column in sorted(files.columns, key=lambda column: column.kind != "time"):
+        columns[column.name] = converted(column)
+        if column.kind == "time" and not (files.since is None and files.until is None):
+            inside = _inside(columns[column.name], files.since, files.until)
+            tally[OUTSIDE_TIME] += len(batch) - (pc.sum(inside).as_py() or 0)
+            columns[column.name] = columns[column.name].filter(inside)
+            record_N = record_N[inside.to_numpy(zero_copy_only=False)]
+            batch = batch.filter(inside)
+    if files.numbered:
+        columns["line"] = pa.array(index * RECORDS_OF_A_FILE + record_N, pa.int64())
+    schema = schema_of(files)
+    return pa.record_batch([columns[name] for name in schema.names], schema=schema)
+
+
+def _converted(files: LogFiles, kind: Kind, raw: pa.Array, tally: Tally) -> pa.Array:
+    match kind:
+        case "integer":
+            return values.integers(raw)
+        case "text":
+            return values.texts(raw)
+        case "label":
+            return values.labels(raw)
+        case "split":
+            return values.splits(raw)
+        case "time":
+            seconds, forms = values.times(raw, files.unit, files.zone)
+            tally.update(forms)
+            return seconds
+        case _:
+            assert_never(kind)
+
+
+def _inside(time: pa.Array, since: int | None, until: int | None) -> pa.Array:
+    """Whether times are within bounds; what has no time stays, to be told of later."""
+    inside = pc.greater_equal(time, -(2**63) if since is None else since)
+    if until is not None:
+        inside = pc.and_(inside, pc.less(time, until))
+    return pc.fill_null(inside, True)
+
+
+def _text_batches(files: LogFiles, path: Path, report: ReportBytes) -> Iterator[pa.RecordBatch]:
+    """Batches of the needed columns as text, by their names in the file."""
+    # Columns that are not needed may share a name, or have none: all go by their numbers here.
+    number = {name: str(index) for index, name in enumerate(files.text_columns)}
+    needed = {number[name]: name for name in files.needed}
+    try:
+        with pa.OSFile(str(path)) as raw, _decompressed(path, raw) as stream:
+            checked = _CheckedText(stream, files, path)
+            reader = pyarrow.csv.open_csv(
+                pa.PythonFile(checked, "r"),
+                pyarrow.csv.ReadOptions(
+                    block_size=_BLOCK, column_names=list(number.values()), skip_rows=int(files.header)
+                ),
+                pyarrow.csv.ParseOptions(
+                    delimiter=files.delimiter,
+                    quote_char=files.quote or False,
+                    double_quote=True,
+                    escape_char=False,
+                    newlines_in_values=False,
+                    ignore_empty_lines=True,
+                ),
+                pyarrow.csv.ConvertOptions(
+                    check_utf8=True,
+                    column_types=dict.fromkeys(needed, pa.string()),
+                    include_columns=list(needed),
+                    strings_can_be_null=False,
+                ),
+            )
+            done = 0
+            for batch in reader:
+                yield batch.rename_columns(list(needed.values()))
+                report(raw.tell() - done)
+                done = raw.tell()
+    except (OSError, pa.ArrowException) as error:
+        if is_refusal(error):
+            raise
+        raise UserError(_text_fault(files, path, error)) from None
+
+
+def _decompressed(path: Path, raw: pa.NativeFile) -> pa.NativeFile:
+    # Read to its end, a compressed stream is checked against its length and checksum.
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    return raw if codec is None else pa.CompressedInputStream(raw, codec)
+
+
+class _CheckedText(io.RawIOBase):
+    """Passes the bytes of a text file on, having made sure that quotes in it mean what they say.
+
+    A quoted value is a whole value, doubles the quotes in it and ends on its line. Readers take anything else as they
+    like: with one stray quote they swallow lines until the next.
+    """
+
+    def __init__(self, stream: pa.NativeFile, files: LogFiles, path: Path) -> None:
+        super().__init__()
+        self._stream, self._path, self._lines_done, self._rest = stream, path, 0, b""
+        self._quote = None if files.quote is None else files.quote.encode()
+        self._well_formed = None if files.quote is None else _well_formed(files.delimiter, files.quote)
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        block: bytes = self._stream.read(size)
+        if self._well_formed is None:
+            return block
+        assert self._quote is not None
+        text = self._rest + block
+        # All whole lines, and at the end of the file what is left.
+        end = text.rfind(b"\n") + 1 if block else len(text)
+        if self._quote in text[:end]:
+            good = self._well_formed.match(text, 0, end)
+            if good is None or good.end() < end:
+                line = self._lines_done + text.count(b"\n", 0, 0 if good is None else good.end()) + 1
+                raise UserError(
+                    f"{self._path}, line {line}: a quote {self._quote.decode()} is not closed on its line, or text "
+                    "stands behind it; if quotes are ordinary characters of this log, set quote=null for it"
+                )
+        self._lines_done += text.count(b"\n", 0, end)
+        self._rest = text[end:]
+        return block
+
+
+def _well_formed(delimiter: str, quote: str) -> re.Pattern[bytes]:
+    """What matches all well-formed lines from the start of a text; possessive, so that it never goes back."""
+    d, q = re.escape(delimiter.encode()), re.escape(quote.encode())
+    value = (
+        rb"(?:" + q + rb"(?:[^" + q + rb"\n]++|" + q + q + rb")*+" + q + rb"|[^" + q + d + rb"\n][^" + d + rb"\n]*+|)"
+    )
+    line = value + rb"(?:" + d + value + rb")*+\r?+"
+    return re.compile(rb"(?:" + line + rb"\n)*+(?:" + line + rb"\Z)?+")
+
+
+def _text_fault(files: LogFiles, path: Path, error: BaseException) -> str:
+    """What is wrong with a text file that Arrow could not read, found by going through its lines once more."""
+    expected = len(files.text_columns)
+    try:
+        for number, line in enumerate(lines_of(path), 1):
+            where = f"{path}, line {number}"
+            if len(line) >= _BLOCK:
+                return f"{where}: longer than {_BLOCK >> 20} MiB; is it a line of a log?"
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as wrong:
+                return f"{where}: byte {wrong.start + 1} is not UTF-8; convert the file"
+            if not text or (number == 1 and files.header):
+                continue
+            columns = len(fields(files, text))
+            if columns != expected:
+                return f"{where}: {columns} columns, {expected} are expected; correct the file or the settings' columns"
+    except (OSError, pa.ArrowException) as damage:
+        return f"{files.role}: {path}: damaged or cut off ({first_line(damage)}); get the whole file again"
+    except csv.Error as wrong:
+        return f"{where}: {wrong}"
+    return f"{files.role}: {path}: cannot be read ({first_line(error)})"
+
+
+def _parquet_batches(files: LogFiles, path: Path, report: ReportBytes) -> Iterator[pa.RecordBatch]:
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+            rows, size = max(parquet.metadata.num_rows, 1), path.stat().st_size
+            for batch in parquet.iter_batches(_ROWS, columns=list(files.needed)):
+                yield batch
+                report(size * len(batch) // rows)
+    except (OSError, pa.ArrowException) as error:
+        if is_refusal(error):
+            raise
+        raise UserError(
+            f"{files.role}: {path}: corrupt ({first_line(error)}); repair it, leave it out, or set on_corrupt=skip"
+        ) from None
+
+
+def _where(files: LogFiles, path: Path, record: int) -> str:
+    """Where a record stands, for people: its line in a text file, empty lines and the header counted."""
+    if files.format == "parquet":
+        return f"{path}, row {record}"
+    lines = (number for number, line in enumerate(lines_of(path), 1) if line)
+    return f"{path}, line {next(itertools.islice(lines, record - 1 + files.header, None))}"
+
+
+def _remedy(role: str, column: Column) -> str:
+    settings = {
+        "timestamp": f"correct the file, or set {role}.timestamp_unit if times are of another kind",
+        "category_id": f"correct the file, or set {role}.text_category=true if categories are text",
+    }
+    return settings.get(column.name, "correct the file")

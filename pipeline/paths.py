@@ -1,0 +1,110 @@
+"""What a person names on the command line or in settings, and which files that is."""
+
+import glob
+import logging
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+from schemas.errors import UserError
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+_LOGGER = logging.getLogger("dare.paths")
+
+
+def local_path(name: str) -> Path:
+    """The path that a person named.
+
+    Raises:
+        UserError: it is a URL, which would otherwise become a local folder of that name (``s3:``).
+    """
+    if name.startswith("file:///"):
+        return Path(name.removeprefix("file://"))
+    if _URL.match(name):
+        raise UserError(
+            f"{name}: remote storage is not read or written; copy it to a local disk, or mount it and name a path"
+        )
+    if "\0" in name:
+        raise UserError(f"{name!r}: no path has a zero byte in it")
+    return Path(name)
+
+
+def input_files(role: str, names: tuple[str, ...]) -> tuple[Path, ...]:
+    """The files that a person named, each once, sorted by path.
+
+    A name is an existing file; a folder, all of whose files are meant, at any depth; a pattern; or
+    ``package:NAME/path``, a file inside an installed Python package. In folders and patterns, names that begin with
+    ``_`` or ``.`` are left out: markers and checksums of Spark and Hadoop.
+
+    Args:
+        role: what the files are, for messages.
+        names: at least one.
+
+    Raises:
+        UserError: a name stands for no file, or is a URL.
+    """
+    chosen: dict[Path, Path] = {}
+    twice: list[Path] = []
+    hidden: list[Path] = []
+    for name in names:
+        # By the file itself: links and other ways to write a path would count its lines twice.
+        named = _files_of(role, name, hidden)
+        twice += [path for path in named if chosen.setdefault(path.resolve(), path) is not path]
+    for left_out, why in ((twice, "named more than once; read once"), (hidden, "names begin with _ or .; not read")):
+        if left_out:
+            more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+            _LOGGER.info("%s: %s%s: %s", role, left_out[0], more, why)
+    # By name, so that the order in which files were named changes nothing.
+    return tuple(sorted(chosen.values()))
+
+
+def _files_of(role: str, name: str, hidden: list[Path]) -> list[Path]:
+    if name.startswith("package:"):
+        return [_in_package(role, name)]
+    path = local_path(name)
+    # What is there comes first: a file may have brackets or a star in its name.
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        entries = sorted(Path(folder) / file for folder, _, files in os.walk(path, onerror=_raise) for file in files)
+        what = "a folder without files"
+    else:
+        # A pattern that ends at folders means what is in them, as Spark's own readers take it.
+        matched = [Path(each) for each in sorted(glob.glob(str(path), recursive=True, include_hidden=True))]
+        entries = [
+            file
+            for each in matched
+            for file in ([each] if each.is_file() else sorted(inner for inner in each.rglob("*") if inner.is_file()))
+        ]
+        what = "no such file" if not matched else "a pattern that matches folders without files"
+    files: list[Path] = []
+    for entry in entries:
+        # Only below the folder that was named: the way to it may have any name.
+        parts = entry.relative_to(path).parts if path.is_dir() else _matched_parts(path, entry)
+        (hidden if any(part[0] in "_." for part in parts) else files).append(entry)
+    if not files:
+        raise UserError(f"{role}: {name}: {what}" + (" but ones that begin with _ or ." if entries else ""))
+    return files
+
+
+def _raise(error: OSError) -> None:
+    # `os.walk` would leave out a folder that may not be read, without a word.
+    raise error
+
+
+def _matched_parts(pattern: Path, entry: Path) -> tuple[str, ...]:
+    """Parts of a path that a pattern left open: not those that the pattern spells out."""
+    spelled = set(pattern.parts)
+    return tuple(part for part in entry.parts if part not in spelled)
+
+
+def _in_package(role: str, name: str) -> Path:
+    package, _, inside = name.removeprefix("package:").partition("/")
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):  # the name is not one of a package, or of one inside a module
+        spec = None
+    if spec is None or spec.origin is None:
+        raise UserError(f"{role}: the Python package {package} is not installed; run `make setup`")
+    return Path(spec.origin).parent / inside
