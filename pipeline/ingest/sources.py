@@ -43,7 +43,7 @@ class LogFiles:
     """Column in the files -> texts: lines with another one are filtered."""
     unit: TimestampUnit = "s"
     zone: str | None = None
-    """Of times that carry no offset."""
+    """Zone of times that carry no offset; None: UTC."""
     since: int | None = None
     """Seconds; earlier lines are left out."""
     until: int | None = None

@@ -169,7 +169,7 @@ def _by_timestamp(lines: Lines, split: TimestampSplit, seed: int) -> ChosenLines
 
 
 def _by_date(lines: Lines, split: DateSplit) -> ChosenLines:
-    """Of each period a user's last behaviours; of that for training every ``train_stride``-th, counted back."""
+    """A user's last behaviours of each period; of that for training every ``train_stride``-th, counted back."""
     code_L = (lines.timestamp_L >= split.validation_from).astype(np.int64) + (lines.timestamp_L >= split.test_from)
     # Lines of a user are in time order, so those of a period stand together.
     period_L = lines.user_L * len(Split) + code_L

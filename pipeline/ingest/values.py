@@ -32,7 +32,7 @@ _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1} | {
 }
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _LAST_DAY = np.array([0, 31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31])
-"""Of each month, in a year without a leap day."""
+"""Number of days of each month, in a year without a leap day."""
 
 
 class WrongValueError(ValueError):

@@ -72,7 +72,7 @@ def refuse(dare: Dare, folder: Path, *arguments: object) -> str:
         (
             "large.csv",
             GOOD + "1,99999999999999999999,3,4\n",
-            "line 25: column item_id: '99999999999999999999' does not fit",
+            "item_id: '99999999999999999999' does not fit",
         ),
         ("binary.csv", b"\xff\xfe\x00\x01" * 50, "not a text file"),
         ("events.json", "{}", "unknown format"),
