@@ -1,72 +1,97 @@
-"""The `dare` command: all commands by name, and the edge at which errors become lines and exit codes."""
+"""The entry of the `dare` command: the edge at which errors become lines and exit codes.
+
+It loads nothing slow before an interrupt is told as a line; the commands themselves are in `jobs.app`.
+"""
 
 import os
 import sys
-from importlib.metadata import entry_points
-from typing import Annotated
 
-import typer
+from pipeline.errors import (
+    INTERRUPTED,
+    end_interrupted,
+    error_line,
+    exit_code,
+    flush_output,
+    interrupts,
+    listen,
+    show_trace,
+    tell,
+)
 
-from jobs.data import inspect, prepare, stream, synth
-from jobs.experiment import experiment
-from jobs.planning import plan
-from jobs.runs import compare, models, runs
-from jobs.training import evaluate, score, train
-from pipeline.errors import INTERRUPTED, error_line, show_trace, tell
-from pipeline.progress import first_rank, log_to_standard_error
-from pipeline.versions import check_versions, versions
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (prepare, synth, inspect, stream, plan, train, evaluate, score, compare, experiment, runs, models):
-    app.command()(command)
-# Extensions declare a `typer.Typer` in this group. It is loaded at once, because the help lists it: its module must be
-# light, and load what its commands need when they are called.
-for extension in sorted(entry_points(group="dare.commands"), key=lambda point: point.name):
-    app.add_typer(extension.load(), name=extension.name)
-
-
-def show_versions(wanted: bool) -> None:
-    """Print what is installed, and end."""
-    if wanted:
-        print("\n".join(f"{package} {version}" for package, version in versions().items()))
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Versions of this program and of what it runs on.", callback=show_versions)
-    ] = False,
-) -> None:
-    """Train click-through-rate models on long user histories."""
+RANKED = ("train", "evaluate", "score")
+"""Commands that several ranks run together."""
 
 
 def main() -> None:
     """Run a command.
 
-    A user's mistake is one line on standard error and exit code 1, a fault of the program its trace and exit code 70;
-    see `pipeline.errors`.
+    A user's mistake is one line on standard error and exit code 1, a fault of the program its trace and exit code 70,
+    Ctrl-C one line and exit code 130; see `pipeline.errors`.
     """
+    listen()
+    from jobs.launcher_watch import watch_launcher
+
     # Threads that wait for each other sleep instead of spinning: the readers need the cores. OpenMP looks at this when
-    # torch is loaded.
+    # torch is loaded, and torch at how much its C++ parts may print: the errors that they raise are told by us.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    log_to_standard_error()
+    if os.environ.get("DARE_TRACEBACK") != "1":
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    # What a command prints may have names of files that are no text in this terminal's encoding.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        # First: with packages that do not fit, the imports behind a command would crash in a library.
-        check_versions()
-        app(prog_name="dare")
+        watch_launcher()
+        _run()
     except SystemExit as end:
-        if end.code == INTERRUPTED:  # typer has turned Ctrl-C into it
-            print("dare: interrupted", file=sys.stderr)
+        if interrupts.raised or end.code == INTERRUPTED:  # typer has turned Ctrl-C into it
+            _end_interrupted()
         raise
     except (Exception, KeyboardInterrupt) as error:
+        if interrupts.raised:
+            show_trace(error, fault=False)
+            end_interrupted()
         line = error_line(error)
         if line is None or isinstance(error, KeyboardInterrupt):
             sys.exit(tell(error))
-        if not first_rank():  # a launcher's processes all make the same mistake
-            sys.exit(1)
+        # A launcher's processes all make the same mistake.
+        if not _speaks():
+            sys.exit(exit_code(error))
         show_trace(error, fault=False)
+        if exit_code(error) != 1:
+            sys.exit(tell(error))
         sys.exit(f"dare: {line}")
+
+
+def _run() -> None:
+    from pipeline.progress import log_to_standard_error
+    from pipeline.versions import check_versions
+
+    log_to_standard_error(quiet=not _speaks())
+    # First: with packages that do not fit, the imports behind a command would crash in a library.
+    check_versions()
+    from jobs.app import app
+
+    try:
+        app(prog_name="dare")
+    except SystemExit as end:
+        # A full disk behind standard output is told, and not found out when the interpreter is gone.
+        if not end.code:
+            flush_output()
+        raise
+
+
+def _speaks() -> bool:
+    """Whether this process is the one that speaks for all; a command of one process always is."""
+    from pipeline.progress import first_rank
+
+    return first_rank() or not (len(sys.argv) > 1 and sys.argv[1] in RANKED)
+
+
+def _end_interrupted() -> None:
+    if interrupts.raised:
+        end_interrupted()
+    print("dare: interrupted", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from schemas.errors import UserError
+from schemas.errors import StoppedError, UserError
 
 if TYPE_CHECKING:
     from pipeline.experiment.results import Result
@@ -166,7 +166,7 @@ def _end(results: "Sequence[Result]", complete: bool, faults: Sequence[str]) -> 
     """Raise a `UserError` where the experiment was stopped, a cell has failed, or accuracy is below the floor."""
     finished = sum(result.state == "finished" for result in results)
     if not complete:
-        raise UserError(f"stopped, {finished} of {len(results)} cells are finished; the same command goes on")
+        raise StoppedError(f"stopped, {finished} of {len(results)} cells are finished; the same command goes on")
     failed = [result for result in results if result.state == "failed"]
     if failed:
         raise UserError(

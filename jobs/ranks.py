@@ -6,6 +6,8 @@ It meets the others, chooses its device, tells a failure once, and ends in order
 import ctypes
 import logging
 import resource
+import sys
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -15,38 +17,66 @@ from typing import NoReturn
 
 import torch
 
-from embeddings.distributed.process_group import Meeting, leave, process_group
+from embeddings.distributed.process_group import Meeting, leave, process_group, seconds_of
+from embeddings.distributed.rank_watch import HANG_S, HANG_SECONDS, RankWatch
 from jobs.device import own_device
-from pipeline.errors import exit_code, tell
+from pipeline.errors import LAST_WORDS, exit_code, flush_output, tell
+from schemas.errors import UserError
 
 LINGER_S = 5.0
 """Seconds for which the failing rank that keeps the store waits for others that fail for the same reason."""
 
 
-def on_all_ranks(work: Callable[[torch.device], object]) -> NoReturn:
-    """Do ``work`` in a process group and end the process: with 0, or as `pipeline.errors` says.
+_TELLING = threading.Lock()
+"""Held by the thread that ends the process: its line is the only one."""
 
-    Where several ranks fail, the first one tells why and the others keep quiet: mostly they have only lost contact.
+
+def on_all_ranks(work: Callable[[torch.device], object]) -> NoReturn:
+    """Do ``work`` in a process group and end the process: with 0 or what it returns, or as `pipeline.errors` says.
+
+    Where several ranks fail, the first one tells why and the others keep quiet: mostly they have only lost contact. But
+    where a rank does not answer, or not all have come, each tells so: nobody can speak for all.
 
     Args:
-        work: gets this rank's device.
+        work: gets this rank's device; a number that it returns is the exit code.
     """
     _quieten()
     allow_many_files()
-    # Before the device: a rank that has none can still tell the others, which would wait for it in NCCL.
-    meeting = Meeting.join()
+    try:
+        limit_s = seconds_of(HANG_SECONDS, HANG_S)
+        # Before the device: a rank that has none can still tell the others, which would wait for it in NCCL.
+        meeting = Meeting.join()
+    except (UserError, KeyboardInterrupt) as error:
+        leave(tell(error))
+    watch = RankWatch(meeting.store, meeting.rank, meeting.ranks, limit_s, _end_without_main_thread)
     with ExitStack() as stack:
         try:
             device = own_device()
             if device.type == "cpu":
                 keep_large_blocks()
             stack.enter_context(process_group(device, meeting))
-            work(device)
+            done = work(device)
+            code = done if isinstance(done, int) else 0
+            flush_output()
+            # Before the group is left: the others may take a while longer.
+            watch.leave()
         except BaseException as error:
             # Here, within the block: the group cannot be taken down in order while others are in the middle of a
             # collective.
-            leave(tell(error) if _fails_first(meeting) else exit_code(error))
-    leave(0)
+            with _TELLING:
+                code = tell(error) if _fails_first(meeting) else exit_code(error)
+                watch.leave()
+                leave(code)
+    leave(code)
+
+
+def _end_without_main_thread(line: str) -> NoReturn:
+    """End the process from another thread: the main one waits for a rank that will not come."""
+    with _TELLING:
+        print(f"dare: {line}", file=sys.stderr, flush=True)
+        for note in LAST_WORDS:
+            note(line)
+        leave(1)
 
 
 def _fails_first(meeting: Meeting) -> bool:
@@ -72,8 +102,8 @@ def _quieten() -> None:
 def allow_many_files() -> None:
     """Raise this process's limit of open files to the highest that the system grants.
 
-    The first rank's process keeps the store, with two connections of each rank: one of training, one of what writes
-    checkpoints. The usual 1,024 end at 500 ranks.
+    The first rank's process keeps the store, with three connections of each rank: one of training, one of what watches
+    the ranks, one of what writes checkpoints. The usual 1,024 end at 340 ranks.
     """
     highest = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest, highest))

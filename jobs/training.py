@@ -36,12 +36,16 @@ def train(
     import torch
 
     from jobs.ranks import on_all_ranks
+    from pipeline.errors import INTERRUPTED, interrupts
     from pipeline.evaluate.score import score_run
     from pipeline.progress import first_rank
     from pipeline.train.run import train as train_run
 
-    def work(device: torch.device) -> None:
+    def work(device: torch.device) -> int:
         test = train_run(settings, data, run, device, plan)
+        if test is None and interrupts.asked and torch.distributed.get_world_size() == 1:
+            # Of several ranks any other code than 0 would make a launcher start all of them again.
+            return INTERRUPTED
         if score is not None and test is not None:
             gc.collect()  # the model that was trained, before another one is made
             score_run(run, "test", "best", None, score, device, overwrite=True)
@@ -51,6 +55,7 @@ def train(
                 for name, shown in (("auc", "AUC"), ("gauc", "GAUC"), ("log_loss", "log loss"))
             ]
             print(f"{run}: test of the best checkpoint, of step {test['checkpoint_step']}: {', '.join(metrics)}")
+        return 0
 
     on_all_ranks(work)
 

@@ -46,16 +46,19 @@ class _StandardError(logging.StreamHandler[TextIO]):
 
 def first_rank() -> bool:
     """Whether this process is the one that speaks for all, by the launcher's environment."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
-def log_to_standard_error() -> None:
+def log_to_standard_error(*, quiet: bool | None = None) -> None:
     """Show what is logged below the logger ``dare``, a plain line each; called once, by what starts the process.
 
-    Ranks do the same things, so those after the first one show errors alone.
+    Args:
+        quiet: show errors alone; None: where this is a rank after the first one, which does the same things.
     """
     logger = logging.getLogger("dare")
-    logger.setLevel(logging.INFO if first_rank() else logging.ERROR)
+    logger.setLevel(logging.ERROR if (not first_rank() if quiet is None else quiet) else logging.INFO)
+    # A terminal that is gone is no reason to print a trace to it.
+    logging.raiseExceptions = False
     # The root logger may have handlers of a library; a line would appear twice.
     logger.propagate = False
     logger.handlers = [_StandardError()]

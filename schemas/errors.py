@@ -7,3 +7,10 @@ class UserError(ValueError):
     Its text is one line that says what is wrong, where, and what to do; commands print that line and exit with 1. Any
     other error is a fault of the program: commands show its trace and exit with 70. See `pipeline.errors`.
     """
+
+
+class StoppedError(UserError):
+    """The work was asked to stop, by Ctrl-C or a signal, before its end; its text says how it goes on.
+
+    The exit code is 1, and after Ctrl-C 130.
+    """

@@ -62,7 +62,7 @@ def check_training(arguments: Sequence[str]) -> None:
     """
     import typer.main
 
-    from jobs.cli import app
+    from jobs.app import app
     from schemas.settings import load_settings
     from schemas.train import TrainSettings
 

@@ -9,7 +9,7 @@ from pipeline.experiment.child import Child, stop_all
 from pipeline.files import write_whole
 from pipeline.stream.data_set import DataSet
 from pipeline.train.trainer import StopSignal
-from schemas.errors import UserError
+from schemas.errors import StoppedError, UserError
 from schemas.experiment import DataSource
 from schemas.prepare import PRESETS, PrepareSettings
 from schemas.settings import load_settings
@@ -114,7 +114,7 @@ def _do(name: str, command: Sequence[str], log: Path) -> None:
             # The child has a session of its own, so Ctrl-C reaches this process alone, which then stops it.
             while child.wait(1) is None:
                 if stop.received:
-                    raise UserError("stopped while a data set was made; the same command goes on")
+                    raise StoppedError("stopped while a data set was made; the same command goes on")
         finally:
             stop_all([child])
     if child.code:

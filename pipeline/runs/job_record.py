@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import description
+from pipeline.errors import LAST_WORDS, description
 from pipeline.files import write_whole
 from pipeline.runs.run_folder import RunFolder
 from pipeline.versions import versions
@@ -47,12 +47,19 @@ def recorded(run: RunFolder, former: list[dict[str, Any]], step: int, device: to
         "git": git_state(PROGRAM),
     }
     _write(run, [*former, start])
+
+    def failed(why: str) -> None:
+        _write(run, [*former, start | {"ended": _now(), "how": "failed", "error": why}])
+
+    LAST_WORDS.append(failed)
     try:
         yield
     except BaseException as error:
         # Also for Ctrl-C. Only a kill leaves no trace, and then the start without an end tells of it.
-        _write(run, [*former, start | {"ended": _now(), "how": "failed", "error": description(error)}])
+        failed(description(error))
         raise
+    finally:
+        LAST_WORDS.remove(failed)
     _write(run, [*former, start | {"ended": _now(), "how": "finished" if run.test_file.is_file() else "stopped"}])
 
 

@@ -118,6 +118,7 @@ def train(
                     "%s: asked to stop, saved at step %d; the same command goes on from there", folder, trainer.step
                 )
                 return None
+        stop.release()
         return _test(run, model, trainer.step, streams["test"], device)
 
 

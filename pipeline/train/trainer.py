@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torchrec.distributed import DistributedModelParallel
 
 from embeddings.gradient_routing import GradientNorms
+from pipeline.errors import interrupts
 from pipeline.evaluate.evaluate import evaluate
 from pipeline.runs.checkpoint import keys_in, load
 from pipeline.runs.checkpoint_writer import CheckpointWriter
@@ -54,32 +55,52 @@ def set_random_state(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""Schedulers send SIGTERM some time before they kill a process; Ctrl-C sends SIGINT."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Schedulers send SIGTERM some time before they kill a process; Ctrl-C sends SIGINT; a terminal that closes, or a
+connection to it that breaks, sends SIGHUP."""
 
 
 class StopSignal:
-    """Within the block, SIGTERM and SIGINT set ``received`` and do nothing else. In the main thread only.
+    """Within the block, SIGTERM, SIGINT and SIGHUP set ``received`` and do nothing else. In the main thread only.
 
-    A second SIGINT ends the process at once (`KeyboardInterrupt`).
+    A second SIGINT ends the process at once (`KeyboardInterrupt`). A SIGHUP that is ignored, as under ``nohup``, stays
+    so.
     """
 
     def __init__(self) -> None:
         self.received = False
+        self.interrupted = False
+        """Whether it was SIGINT: a person waits."""
 
     def __enter__(self) -> Self:
-        self._former = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        numbers = [number for number in SIGNALS if number != signal.SIGHUP or not _is_ignored(number)]
+        self._former = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, former in self._former.items():
             signal.signal(number, former)
 
+    def release(self) -> None:
+        """Let a SIGINT end the process again, from here to the block's end: nothing is left to save.
+
+        Raises:
+            KeyboardInterrupt: a rank alone has received one already, too late for a step to see it.
+        """
+        signal.signal(signal.SIGINT, self._former[signal.SIGINT])
+        if self.interrupted and dist.get_world_size() == 1:
+            raise KeyboardInterrupt
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
         if number == signal.SIGINT:
+            self.interrupted = interrupts.asked = True
             # For a person who does not want to wait for the step and the checkpoint.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, self._former[signal.SIGINT])
+
+
+def _is_ignored(number: int) -> bool:
+    return signal.getsignal(number) == signal.SIG_IGN
 
 
 class Trainer(Stateful):

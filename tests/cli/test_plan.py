@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from embeddings.models import MODELS, build_model
 from embeddings.sharding import shard
 from embeddings.sizes import DataSizes
-from jobs.cli import app
+from jobs.app import app
 from jobs.planning import CLUSTERS
 from pipeline.planning.dry_run import dry_run
 from pipeline.planning.planned_tables import planned_tables

@@ -15,7 +15,7 @@ from embeddings.planning import Machines, Placement, TablesDoNotFitError, plan_t
 from embeddings.sharding import check_tables, machines_here, make_plan
 from embeddings.sizes import DataSizes
 from embeddings.workload import Workload
-from jobs.cli import app
+from jobs.app import app
 from pipeline.evaluate.open_run import opened_run
 from pipeline.planning.dry_run import dry_run
 from pipeline.runs.plan_file import plan_text, read_plan

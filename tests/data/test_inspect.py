@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.cli import app, main
+from jobs.app import app
+from jobs.cli import main
 from pipeline.inspect.popularity import read_popularity
 from pipeline.inspect.summary import Histogram, summarize
 from schemas.manifest import MANIFEST

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from embeddings.batch import Batch
-from jobs.cli import app
+from jobs.app import app
 from pipeline.stream.history_stream import HistoryStream
 from schemas.shards import Split
 from schemas.stream import StreamSettings

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from jobs.cli import app, main
+from jobs.app import app
+from jobs.cli import main
 from pipeline.hashing import mix
 from pipeline.synth.catalog import draw_past, uniform
 from pipeline.synth.files import synthesize
