@@ -54,6 +54,7 @@ def test_nothing_is_said_where_nothing_is_shown(clock: list[float], capsys: pyte
 def test_ranks_after_the_first_show_errors_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
     for rank, shown in (("0", "a notice\nan error\n"), ("3", "an error\n")):
         monkeypatch.setenv("RANK", rank)
         log_to_standard_error()
