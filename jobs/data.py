@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from jobs.options import Config, DataSetFolder, Json, Overwrite, console_for_tables
+from jobs.options import Config, DataSetFolder, Json, Overwrite
 from pipeline.progress import stage
 from schemas.errors import UserError
 from schemas.manifest import Manifest
@@ -134,7 +134,8 @@ def inspect(
     """Tell what is in a data set: counts, distributions, targets, columns."""
     from pipeline.files import check_output_file
     from pipeline.inspect.summary import summarize
-    from pipeline.inspect.terminal import print_summary
+    from pipeline.inspect.terminal import summary_lines
+    from pipeline.reporting.text_table import terminal_width
 
     if figure is not None:
         if figure.suffix.lower() != ".png":
@@ -142,7 +143,7 @@ def inspect(
         # Before the data set is read, which may take a while.
         check_output_file(figure)
     summary = summarize(folder, verify=verify)
-    print_summary(folder, summary, console_for_tables(160))
+    print("\n".join(summary_lines(folder, summary, terminal_width())))
     if verify:
         print("all checksums agree with the manifest")
     if figure is not None:

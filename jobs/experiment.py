@@ -148,18 +148,16 @@ def _slots(parallel: int | None, gpus: int) -> list[Mapping[str, str]]:
 
 def _print(settings: "ExperimentSettings", results: "Sequence[Result]") -> None:
     """The first table of the report."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from pipeline.experiment.report import all_tables
+    from pipeline.reporting.text_table import table_lines, terminal_width
 
     section = all_tables(settings, results, [])[0]
     assert section.table is not None
-    table = Table(*section.table.header, title=f"{settings.name}: {section.title}", title_justify="left")
-    for row in section.table.rows:
-        table.add_row(*(Text(entry.text, "bold" if entry.bold else "") for entry in row))
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    # As everywhere, an empty cell is no value; a star is the bold of the page.
+    rows = [[entry.text + "*" * entry.bold for entry in row] for row in section.table.rows]
+    note = "; *: the best of a column" if any(entry.bold for row in section.table.rows for entry in row) else ""
+    print(f"{settings.name}: {section.title}{note}")
+    print("\n".join(table_lines(section.table.header, rows, width=terminal_width())))
 
 
 def _end(results: "Sequence[Result]", complete: bool, faults: Sequence[str]) -> None:

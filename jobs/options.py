@@ -1,11 +1,9 @@
-"""Options that several commands of `dare` have, and how commands print tables."""
+"""Options that several commands of `dare` have."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 Json = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")]
 Config = Annotated[list[Path] | None, typer.Option(help="YAML file of settings; repeatable.")]
@@ -18,11 +16,3 @@ PlanFile = Annotated[
     Path | None, typer.Option(help="Sharding plan that `dare plan --save` wrote, for this number of processes.")
 ]
 DataOfRun = Annotated[Path | None, typer.Option(help="Data set; if not given, the one of the run.")]
-
-
-def console_for_tables(width: int) -> Console:
-    """Return a console of standard output: as wide as the terminal, or ``width`` columns if it is none.
-
-    Tables that go into files and pipes are not folded to 80 columns.
-    """
-    return Console(width=None if sys.stdout.isatty() else width, highlight=False, markup=False)

@@ -63,16 +63,18 @@ def plan(
     settings, sizes = _settings(topology, config or [], [text for text in overrides or [] if text not in swept], data)
 
     from pipeline.planning.dry_run import dry_run
-    from pipeline.planning.text import as_dict, report
+    from pipeline.planning.text import as_dict, report, sweep_lines
+    from pipeline.reporting.text_table import terminal_width
     from pipeline.runs.plan_file import differences, plan_text, read_plan
 
     before = None if diff is None else read_plan(diff)
-    points, table = _swept(settings, sizes, swept)
+    points = _swept(settings, sizes, swept)
     run = dry_run(settings, sizes)
-    print("\n".join(report(run)))
+    width = terminal_width()
+    print("\n".join(report(run, width)))
     result = as_dict(run) | {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
     if points:
-        print(f"\n{table}")
+        print("\n".join(["", *sweep_lines(points, width)]))
         result["sweep"] = [
             point | {key: value for key, value in as_dict(at_point).items() if key != "tables"}
             for point, at_point in points
@@ -87,7 +89,7 @@ def plan(
         if html is not None:
             from pipeline.planning.page import write_page
 
-            write_page(html, run, points, table)
+            write_page(html, run, points)
     else:
         from pipeline.planning.sweep import remedies
 
@@ -148,29 +150,11 @@ def _settings(
     )
 
 
-def _swept(
-    settings: "PlanSettings", sizes: "DataSizes", texts: list[str]
-) -> tuple[list[tuple[dict[str, int], "DryRun"]], str]:
-    """The dry runs of a sweep with the values that each is of, and a table of them."""
-    if not texts:
-        return [], ""
+def _swept(settings: "PlanSettings", sizes: "DataSizes", texts: list[str]) -> list[tuple[dict[str, int], "DryRun"]]:
+    """The dry runs of a sweep with the values that each is of."""
     from pipeline.planning.sweep import axis, sweep
-    from pipeline.planning.text import GIB, SEARCHES, aligned
 
-    points = list(sweep(settings, sizes, [axis(text) for text in texts]))
-    rows = [[*points[0][0], "fits", "GiB", "ms: shard", "local", "KiB/sample: shard", "local", "samples/s"]]
-    for point, run in points:
-        row = [f"{value:,}" for value in point.values()]
-        if run.feasible:
-            # Device or host, whichever is fuller: on a CPU a rank has only the latter.
-            fullest = max(max(rank.device_bytes, rank.host_bytes) for rank in run.ranks)
-            steps = [run.steps[search] for search in SEARCHES]
-            row += ["yes", f"{fullest / GIB:,.1f}", *(f"{step.ms:,.1f}" for step in steps)]
-            row += [*(f"{step.bytes_per_sample / 1024:,.1f}" for step in steps), f"{run.samples_per_second:,.0f}"]
-        else:
-            row += ["no", *[""] * 6]
-        rows.append(row)
-    return points, "\n".join(aligned(rows, left=()))
+    return list(sweep(settings, sizes, [axis(text) for text in texts])) if texts else []
 
 
 def _calibrate(file: Path) -> None:

@@ -3,15 +3,15 @@
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from jobs.options import Json, console_for_tables
+from jobs.options import Json
 
 if TYPE_CHECKING:
     from embeddings.model import SearchPlace
+    from pipeline.runs.listing import RunState
 
 SEARCHES: "dict[SearchPlace, str]" = {
     "shard": "by score, on the shards of the tables",
@@ -27,22 +27,22 @@ def runs(
     json: Json = False,
 ) -> None:
     """List runs: state, step, best validation AUC, test AUC, samples/s, torchx job."""
+    from pipeline.reporting.text_table import table_lines, terminal_width
     from pipeline.runs.listing import find_runs, run_state
 
     states = [run_state(path) for path in find_runs(folder)]
     if not states:
         print(f"{folder}: no runs")
     else:
-        table = Table("run", "model", "state", "step", "best validation AUC", "test AUC", "samples/s", "torchx job")
-        for run in states:
-            path = Path(run.run)
-            step = "/".join(str(value) for value in (run.step, run.steps) if value is not None)
-            numbers = ["" if value is None else f"{value:.4f}" for value in (run.best_validation_auc, run.test_auc)]
-            speed = "" if run.samples_per_s is None else f"{run.samples_per_s:,.0f}"
-            # The folder itself may be a run: its name relative to itself would be a dot.
-            name = str(path) if path == folder else str(path.relative_to(folder))
-            table.add_row(name, run.model or "", run.state, step, *numbers, speed, run.app or "")
-        console_for_tables(240).print(table)
+        header = ["run", "model", "state", "step", "best validation AUC", "test AUC", "samples/s", "torchx job"]
+        rows = [_row(run, folder) for run in states]
+        # Most runs are of no torchx job: a column of nothing would push others out of the line.
+        shown = header if any(row[-1] for row in rows) else header[:-1]
+        print(
+            "\n".join(
+                table_lines(shown, [row[: len(shown)] for row in rows], left=(0, 1, 2, 7), width=terminal_width())
+            )
+        )
     # Below the table, for those that somebody should look after.
     for run in states:
         if run.error:
@@ -51,6 +51,22 @@ def runs(
             print(f"{run.run}: {run.state}; the same command {_going_on(run.checkpoint_step)}")
     if json:
         print(dumps({"runs": [asdict(run) for run in states]}))
+
+
+def _row(run: "RunState", folder: Path) -> list[str]:
+    path = Path(run.run)
+    # The folder itself may be a run: its name relative to itself would be a dot.
+    name = str(path) if path == folder else str(path.relative_to(folder))
+    step = "/".join(f"{value:,}" for value in (run.step, run.steps) if value is not None)
+    # An AUC that is not there yet is an empty place, one that is not defined says so.
+    validation = _auc(run.best_validation_auc, known=bool(run.validations))
+    test = _auc(run.test_auc, known=run.state == "finished")
+    speed = "" if run.samples_per_s is None else f"{run.samples_per_s:,.0f}"
+    return [name, run.model or "", run.state, step, validation, test, speed, run.app or ""]
+
+
+def _auc(value: float | None, *, known: bool) -> str:
+    return f"{value:.4f}" if value is not None else "undefined" if known else ""
 
 
 def _going_on(checkpoint_step: int | None) -> str:
@@ -62,19 +78,46 @@ def compare(
     json: Json = False,
 ) -> None:
     """Print the test metrics of runs, and the settings in which they differ."""
-    from pipeline.runs.comparison import METRICS, distinct_names
+    from pipeline.reporting.text_table import table_lines, terminal_width
+    from pipeline.runs.comparison import METRICS, data_names, distinct_names
     from pipeline.runs.comparison import compare as side_by_side
 
     rows = side_by_side(runs)
-    keys = list(rows[0]["settings"])
-    table = Table("run", "model", *(name.replace("_", " ") for name in METRICS), *keys)
-    for row, name in zip(rows, distinct_names(runs), strict=True):
-        settings = ["" if row["settings"][key] is None else str(row["settings"][key]) for key in keys]
-        metrics = ["" if row[name] is None else f"{row[name]:.4f}" for name in METRICS]
-        table.add_row(name, row["model"], *metrics, *settings)
-    console_for_tables(200).print(table)
+    names, data = distinct_names(runs), data_names(rows)
+    width = terminal_width()
+    header = ["run", "model", *["data set"] * bool(data), *METRICS.values()]
+    tested = [
+        [name, row["model"], *data[index : index + 1], *(_metric(row[metric]) for metric in METRICS)]
+        for index, (row, name) in enumerate(zip(rows, names, strict=True))
+    ]
+    print("\n".join(table_lines(header, tested, left=range(2 + bool(data)), width=width)))
+    if data:
+        print("the runs were tested on different data sets: metrics of different ones do not compare")
+    if keys := list(rows[0]["settings"]):
+        print("\n".join(["", *_settings(names, keys, rows, width)]))
+    elif len(rows) > 1:
+        print("\nno settings differ")
     if json:
         print(dumps({"runs": rows}))
+
+
+def _settings(names: list[str], keys: list[str], rows: list[dict[str, Any]], width: int | None) -> list[str]:
+    """The settings that differ, a row each; or a row for each run, where that takes fewer lines."""
+    from pipeline.reporting.text_table import table_lines
+
+    values = [["-" if row["settings"][key] is None else str(row["settings"][key]) for key in keys] for row in rows]
+    by_run = [[name, *of_run] for name, of_run in zip(names, values, strict=True)]
+    by_setting = [[key, *of_key] for key, of_key in zip(keys, zip(*values, strict=True), strict=True)]
+    every = range(1 + max(len(names), len(keys)))
+    return min(
+        list(table_lines(["setting", *names], by_setting, left=every, width=width or 100)),
+        list(table_lines(["run", *keys], by_run, left=every, width=width or 100)),
+        key=len,
+    )
+
+
+def _metric(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
 
 
 def models(
@@ -82,6 +125,7 @@ def models(
 ) -> None:
     """List the models: what each is, and what its search compares."""
     from embeddings.models import MODELS
+    from pipeline.reporting.text_table import table_lines, terminal_width
 
     rows = [
         {
@@ -92,8 +136,10 @@ def models(
         }
         for name, model in MODELS.items()
     ]
-    wide = max(len(str(row["name"])) for row in rows)
-    for row, model in zip(rows, MODELS.values(), strict=True):
-        print(f"{row['name']:{wide}}  {row['summary']}; search: {SEARCHES[model.searched]}")
+    listed = [
+        [name, str(row["summary"]), SEARCHES[model.searched]]
+        for row, (name, model) in zip(rows, MODELS.items(), strict=True)
+    ]
+    print("\n".join(table_lines(["model", "what it is", "its search"], listed, left=range(3), width=terminal_width())))
     if json:
         print(dumps({"models": rows}))

@@ -5,9 +5,10 @@ so that `dare --help` and the commands that need no torch start at once.
 """
 
 import gc
+import math
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,6 +40,7 @@ def train(
     from pipeline.errors import INTERRUPTED, interrupts
     from pipeline.evaluate.score import score_run
     from pipeline.progress import first_rank
+    from pipeline.runs.comparison import METRICS
     from pipeline.train.run import train as train_run
 
     def work(device: torch.device) -> int:
@@ -50,14 +52,24 @@ def train(
             gc.collect()  # the model that was trained, before another one is made
             score_run(run, "test", "best", None, score, device, overwrite=True)
         if first_rank() and test is not None:
-            metrics = [
-                f"{shown} {'not defined' if test[name] is None else format(test[name], '.4f')}"
-                for name, shown in (("auc", "AUC"), ("gauc", "GAUC"), ("log_loss", "log loss"))
-            ]
-            print(f"{run}: test of the best checkpoint, of step {test['checkpoint_step']}: {', '.join(metrics)}")
+            metrics = ", ".join(f"{shown} {_defined(test[name], 4)}" for name, shown in METRICS.items())
+            print(f"{run}: test of {_tested(test)}: {metrics}")
         return 0
 
     on_all_ranks(work)
+
+
+def _defined(value: float | None, digits: int) -> str:
+    """A metric as text; one that is not defined is None or, before it is written, nan."""
+    return "not defined" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _tested(test: dict[str, Any]) -> str:
+    """Which checkpoint a test is of."""
+    # Without "checkpoint": by a program that did not write it.
+    which = test.get("checkpoint", "best")
+    why = "" if which == "best" else " (none was the best: no validation's metric was defined)"
+    return f"the {which} checkpoint, of step {test['checkpoint_step']}{why}"
 
 
 def evaluate(
@@ -80,7 +92,7 @@ def evaluate(
         evaluation = evaluate_run(run, split, checkpoint, data, device, plan)
         if first_rank():
             for name, value in vars(evaluation).items():
-                print(f"{name:20} {value:,}" if isinstance(value, int) else f"{name:20} {value:.5f}")
+                print(f"{name:20} {f'{value:,}' if isinstance(value, int) else _defined(value, 5)}")
             if json:
                 print(dumps(as_document(evaluation)))
 

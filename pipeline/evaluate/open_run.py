@@ -1,5 +1,6 @@
 """The model of a run's checkpoint, and the data to evaluate it on."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from pipeline.runs.plan_file import read_plan
 from pipeline.runs.run_folder import RunFolder
 from pipeline.stream.history_stream import HistoryStream
 from schemas.errors import UserError
+
+_LOGGER = logging.getLogger("dare.evaluate")
+"""Shown by the first rank alone."""
 
 
 def choose_checkpoint(run: RunFolder, which: str) -> Checkpoint:
@@ -65,6 +69,8 @@ def opened_run(
     """
     run = RunFolder(folder)
     settings, checkpoint = run.settings(), choose_checkpoint(run, which)
+    if which == "best" and checkpoint.score is None:
+        _LOGGER.info("%s: no checkpoint is the best; the last one is taken, of step %d", folder, checkpoint.step)
     with HistoryStream(
         data or run.data_set(),
         split,

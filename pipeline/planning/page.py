@@ -12,7 +12,7 @@ from embeddings.planning import size_text, size_unit
 from pipeline.files import write_whole
 from pipeline.planning.dry_run import DryRun
 from pipeline.planning.planned_tables import PlannedTable
-from pipeline.planning.text import GIB, SEARCHES, fullest, report
+from pipeline.planning.text import GIB, SEARCHES, fullest, report, sweep_lines
 from pipeline.planning.traffic import PHASES
 from pipeline.reporting.page import Chart, Page, Section, html
 from pipeline.reporting.plots import (
@@ -35,14 +35,13 @@ MOST_BARS = 64
 """Ranks up to which each has a bar of its own."""
 
 
-def write_page(file: Path, run: DryRun, points: Sequence[tuple[dict[str, int], DryRun]] = (), table: str = "") -> None:
+def write_page(file: Path, run: DryRun, points: Sequence[tuple[dict[str, int], DryRun]] = ()) -> None:
     """Write the page.
 
     Args:
         file: the HTML file to write.
         run: a dry run that fits.
         points: the dry runs of a sweep, each with the values of the swept settings; empty: there was no sweep.
-        table: the same sweep as text.
 
     Raises:
         OSError: the file cannot be written.
@@ -66,7 +65,14 @@ def write_page(file: Path, run: DryRun, points: Sequence[tuple[dict[str, int], D
         if fitting < len(points):
             caption += f" {len(points) - fitting} of {len(points)} combinations do not fit and have no point."
         swept = [Chart(_sweep(points), caption)] if fitting else []
-        sections.append(Section("Sweep", "" if fitting else "None of the combinations fits.", charts=swept, text=table))
+        sections.append(
+            Section(
+                "Sweep",
+                "" if fitting else "None of the combinations fits.",
+                charts=swept,
+                text="\n".join(sweep_lines(points)),
+            )
+        )
     sections.append(Section("The plan", text="\n".join(report(run))))
     lead = [f"{cluster.ranks:,} ranks, {run.samples_per_second:,.0f} samples/s by the estimate."]
     page = Page(f"{run.settings.model.name} on {cluster.name}", lead, sections)

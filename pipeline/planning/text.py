@@ -1,11 +1,13 @@
 """A dry run as lines of text for people, and as a JSON object for programs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from embeddings.planning import RESERVED, size_text
 from embeddings.workload import Search
 from pipeline.planning.dry_run import DryRun
+from pipeline.reporting.text_table import prose_lines, table_lines
 
 GIB = 1 << 30
 SEARCHES: tuple[Search, ...] = ("shard", "local")
@@ -70,12 +72,29 @@ def device_hours(run: DryRun) -> float:
     return run.settings.workload.samples / run.samples_per_second / 3600 * run.settings.cluster.ranks
 
 
-def report(run: DryRun) -> Iterator[str]:
+def report(run: DryRun, width: int | None = None) -> Iterator[str]:
     """Lines of text about a dry run: its tables, memory, a step, and what training takes.
 
     Args:
         run: one that does not fit gives the lines about the memory that lacks alone.
+        width: columns that a line may have; None: any number.
     """
+    for part in _report(run):
+        yield from prose_lines(part, width) if isinstance(part, str) else part.lines(width)
+
+
+@dataclass(frozen=True)
+class _Table:
+    rows: list[list[str]]
+    """The header, and the rows below it."""
+    left: tuple[int, ...] = (0,)
+
+    def lines(self, width: int | None) -> Iterator[str]:
+        header, *rows = self.rows
+        return table_lines(header, rows, left=self.left, width=width)
+
+
+def _report(run: DryRun) -> Iterator[str | _Table]:
     cluster, settings = run.settings.cluster, run.settings
     nodes = f"{cluster.nodes:,} nodes" if cluster.nodes > 1 else "1 node"
     yield (
@@ -100,7 +119,7 @@ def report(run: DryRun) -> Iterator[str]:
     yield from _remarks(run)
 
 
-def _tables(run: DryRun) -> Iterator[str]:
+def _tables(run: DryRun) -> Iterator[_Table]:
     rows = [["table", "rows", "dim", "sharding", "kernel", "ranks", "rows a shard", "size", "optimizer"]]
     for table in run.tables:
         where = f"{len(table.ranks):,}" if len(table.ranks) > 1 else f"rank {table.ranks[0]}"
@@ -120,10 +139,10 @@ def _tables(run: DryRun) -> Iterator[str]:
     declared = sum(table.rows for table in run.tables)
     total = sum(table.weight_bytes for table in run.tables), sum(table.state_bytes for table in run.tables)
     rows.append(["all", f"{declared:,}", "", "", "", "", "", size_text(total[0]), size_text(total[1])])
-    yield from aligned(rows, left=(0, 3, 4))
+    yield _Table(rows, left=(0, 3, 4))
 
 
-def _memory(run: DryRun) -> Iterator[str]:
+def _memory(run: DryRun) -> Iterator[str | _Table]:
     cluster = run.settings.cluster
     rows = [["memory of a rank", "least", "mean", "most", "there is"]]
     host_share = cluster.host_memory / cluster.devices_per_node
@@ -135,7 +154,7 @@ def _memory(run: DryRun) -> Iterator[str]:
         if there:
             mean = sum(loads) / len(loads)
             rows.append([name, size_text(min(loads)), size_text(mean), size_text(max(loads)), size_text(there)])
-    yield from aligned(rows)
+    yield _Table(rows)
     shares = [rank.lookups for rank in run.ranks]
     yield (
         f"rows looked up: the busiest rank {max(shares):.3%} of all, {max(shares) * len(shares):.2f} x the mean; "
@@ -143,39 +162,39 @@ def _memory(run: DryRun) -> Iterator[str]:
     )
 
 
-def _step(run: DryRun) -> Iterator[str]:
+def _step(run: DryRun) -> Iterator[str | _Table]:
     head = ["a step of a rank"]
     for where in SEARCHES:
         # Both searches side by side, of the same plan: what the other would cost.
-        head += [f"search={where}: ms", "in node", "between"]
+        head += [f"search={where}: ms", f"{where}: in node", f"{where}: between"]
     rows = [head]
     phases = {where: step.phases() for where, step in run.steps.items()}
     for phase in phases["shard"]:
         row = [str(phase)]
         for where in SEARCHES:
             cost = phases[where][phase]
-            row += [f"{cost.ms:,.1f}", size_text(cost.within_node), size_text(cost.between_nodes)]
+            row += [f"{cost.ms:,.2f}", size_text(cost.within_node), size_text(cost.between_nodes)]
         rows.append(row)
     totals = ["all"]
     for where in SEARCHES:
         costs = run.steps[where].costs
         totals += [
-            f"{run.steps[where].ms:,.1f}",
+            f"{run.steps[where].ms:,.2f}",
             size_text(sum(cost.within_node for cost in costs)),
             size_text(sum(cost.between_nodes for cost in costs)),
         ]
-    yield from aligned([*rows, totals])
+    yield _Table([*rows, totals])
     shard, local = (run.steps[where] for where in SEARCHES)
     yield (
         f"sent for a sample: {size_text(shard.bytes_per_sample)} with search=shard, "
         f"{size_text(local.bytes_per_sample)} with search=local; "
-        f"a step of search=local takes {local.ms / shard.ms:.1f} x as long"
+        f"a step of search=local takes {local.ms / shard.ms:.2f} x as long"
     )
     if run.searched != "shard":
         yield f"{run.settings.model.name} searches {run.searched}: search=shard changes nothing"
     # The three that are worth a thought, by name.
     slowest = sorted(run.step.costs, key=lambda cost: cost.ms, reverse=True)[:3]
-    parts = ", ".join(f"{cost.what} ({cost.phase}) {cost.ms:,.1f} ms" for cost in slowest)
+    parts = ", ".join(f"{cost.what} ({cost.phase}) {cost.ms:,.2f} ms" for cost in slowest)
     yield f"slowest with search={run.search}: {parts}"
 
 
@@ -197,23 +216,31 @@ def _remarks(run: DryRun) -> Iterator[str]:
         )
 
 
-def aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> Iterator[str]:
-    """Lines of a text table, with columns aligned to the right.
+def sweep_lines(points: Sequence[tuple[dict[str, int], DryRun]], width: int | None = None) -> Iterator[str]:
+    """Lines of a table of a sweep: a row for each dry run, with the values that it is of.
 
     Args:
-        rows: of equally many cells.
-        left: columns that are aligned to the left.
+        points: at least one.
+        width: columns that a line may have; None: any number.
     """
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()
+    names = list(points[0][0])
+    header = [*names, "fits", "memory", *(f"{search}: ms" for search in SEARCHES)]
+    header += [*(f"{search}: sent for a sample" for search in SEARCHES), "samples/s"]
+    rows = []
+    for point, run in points:
+        row = [*(f"{value:,}" for value in point.values()), "yes" if run.feasible else "no"]
+        if run.feasible:
+            steps = [run.steps[search] for search in SEARCHES]
+            row += [size_text(fullest(run)), *(f"{step.ms:,.2f}" for step in steps)]
+            row += [*(size_text(step.bytes_per_sample) for step in steps), f"{run.samples_per_second:,.0f}"]
+        rows.append(row + ["-"] * (len(header) - len(row)))
+    return table_lines(header, rows, left=(), labels=len(names), width=width)
 
 
 def _time(days: float) -> str:
     if days >= 2:
         return f"{days:,.1f} days"
-    return f"{days * 24:,.1f} hours" if days * 24 >= 2 else f"{days * 1440:,.1f} minutes"
+    hours, minutes = days * 24, days * 1440
+    return (
+        f"{hours:,.1f} hours" if hours >= 2 else f"{minutes:,.1f} minutes" if minutes >= 2 else f"{minutes * 60:,.1f} s"
+    )

@@ -8,18 +8,19 @@ from pipeline.runs.run_folder import RunFolder
 from schemas.errors import UserError
 from schemas.train import flat
 
-METRICS = ("auc", "gauc", "log_loss")
+METRICS = {"auc": "AUC", "gauc": "GAUC", "log_loss": "log loss"}
+"""Metrics of a test that runs are compared by, and what people call them."""
 
 
 def compare(folders: list[Path]) -> list[dict[str, Any]]:
-    """Return for each run its folder, its model, its test metrics, and those settings in which the runs differ.
+    """Return for each run its folder, model, data set, test metrics, and those settings in which the runs differ.
 
     Args:
         folders: folders of finished runs.
 
     Returns:
-        For each run ``run``, ``model``, the `METRICS` and ``settings``: values by dotted key, None where a run has no
-        such setting.
+        For each run ``run``, ``model``, ``data`` (the ``folder`` of its data set and the ``fingerprint`` that it had),
+        the `METRICS`, and ``settings``: values by dotted key, None where a run has no such setting.
 
     Raises:
         UserError: one is not the folder of a run, or not finished.
@@ -34,7 +35,10 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
         test = read_json(run.test_file)
         if not set(METRICS) <= test.keys():
             raise UserError(f"{run.test_file} is damaged (no {', '.join(METRICS)})")
-        rows.append({"run": str(folder), "model": settings[-1]["model.name"]} | {name: test[name] for name in METRICS})
+        data = read_json(run.data_file)
+        known = {"folder": data.get("folder"), "fingerprint": data.get("fingerprint")}
+        row = {"run": str(folder), "model": settings[-1]["model.name"], "data": known}
+        rows.append(row | {name: test[name] for name in METRICS})
     # All keys of all runs, in the order of the settings; the model has a column of its own.
     keys = dict.fromkeys(key for values in settings for key in values if key != "model.name")
     # By their text, because a list cannot be in a set.
@@ -43,6 +47,19 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
         row | {"settings": {key: values.get(key) for key in differing}}
         for row, values in zip(rows, settings, strict=True)
     ]
+
+
+def data_names(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a name of each run's data set where they differ, one for each of what `compare` returns, else nothing."""
+    prints = [str(row["data"]["fingerprint"]) for row in rows]
+    if len(set(prints)) == 1:
+        return []
+    names = distinct_names([Path(str(row["data"]["folder"])) for row in rows])
+    # A folder that was prepared anew is another data set: part of the fingerprint tells them apart.
+    twice = {
+        name for name in names if len({each for each, other in zip(prints, names, strict=True) if other == name}) > 1
+    }
+    return [f"{name} ({each[:12]})" if name in twice else name for name, each in zip(names, prints, strict=True)]
 
 
 def distinct_names(folders: list[Path]) -> list[str]:

@@ -30,6 +30,8 @@ class RunState:
     """Steps in all."""
     checkpoint_step: int | None = None
     """Step of the last checkpoint, from which the same command goes on."""
+    validations: int | None = None
+    """Validations so far, those included in which the AUC is not defined."""
     best_validation_auc: float | None = None
     test_auc: float | None = None
     samples_per_s: float | None = None
@@ -96,7 +98,8 @@ def _read(run: RunFolder, running: bool) -> RunState:
         step=max(steps_done, default=None),
         steps=progress.get("steps"),
         checkpoint_step=checkpoint_step,
-        best_validation_auc=max(validations, default=None),
+        validations=len(validations),
+        best_validation_auc=max((auc for auc in validations if auc is not None), default=None),
         test_auc=test.get("auc"),
         samples_per_s=progress.get("samples_per_s") or None,
         starts=len(starts) or None,
@@ -115,9 +118,9 @@ def _read_if_there(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _validation_aucs(run: RunFolder) -> list[float]:
-    """Return the AUC of the validations in which it is defined."""
+def _validation_aucs(run: RunFolder) -> list[float | None]:
+    """Return the AUC of each validation; None where it is not defined."""
     lines = read_step_log(run.validations)
     if not all(isinstance(line, dict) and "auc" in line for line in lines):
         raise UserError(f"{run.validations} is damaged (a line without auc)")
-    return [line["auc"] for line in lines if line["auc"] is not None]
+    return [line["auc"] for line in lines]

@@ -5,6 +5,7 @@ All ranks have a `RunReport` and call the same methods; the first rank alone sho
 
 import json
 import logging
+import math
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -63,11 +64,11 @@ class TrainingProgress:
         """Note that a validation is done.
 
         Args:
-            auc: its AUC.
+            auc: its AUC; nan where it is not defined.
             better: whether it is the best one so far.
             seconds: how long it took; speeds are those of training, without it.
         """
-        self._validation = f", validation AUC {auc:.4f}"
+        self._validation = f", validation AUC {'not defined' if math.isnan(auc) else format(auc, '.4f')}"
         self._progress.pause(seconds)
         if self._progress.logs:
             # A live line shows the validation by itself; only a log needs a line of its own.
@@ -154,11 +155,13 @@ class TensorBoard:
     def validation(self, step: int, evaluation: Evaluation, scores: ScoreDistribution, seconds: float) -> None:
         """Add a validation, which took ``seconds``."""
         for name, value in asdict(evaluation).items():
-            # Counts of samples and users are the same each time; the metrics are the floats.
-            if isinstance(value, float):
+            # Counts of samples and users are the same each time; the metrics are the floats. One that is not defined
+            # has no point: TensorBoard would draw nan as a point somewhere.
+            if isinstance(value, float) and not math.isnan(value):
                 self._scalar(f"validation/{name}", value, step)
         self._scalar("speed/validation_s", seconds, step)
-        self._writer.add_pr_curve_raw("validation/precision_recall", global_step=step, **scores.pr_curve)
+        if evaluation.positives:
+            self._writer.add_pr_curve_raw("validation/precision_recall", global_step=step, **scores.pr_curve)
         for label, histogram in scores.histograms.items():
             self._writer.add_histogram_raw(f"validation_logits/{label}", global_step=step, **histogram)
         self._began += seconds  # the speed is that of training

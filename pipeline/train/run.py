@@ -196,7 +196,9 @@ def _test(
     checkpoint = choose_checkpoint(run, "best")
     load_model(model, checkpoint.path)
     evaluation = evaluate(model, stream, device).compute()
-    result = {**as_document(evaluation), "steps": steps, "checkpoint_step": checkpoint.step}
+    # Where no validation was defined, there is no best one.
+    chosen = "last" if checkpoint.score is None else "best"
+    result = {**as_document(evaluation), "steps": steps, "checkpoint": chosen, "checkpoint_step": checkpoint.step}
     if dist.get_rank() == 0:
         # Its presence is what "finished" means to everyone who looks, so it comes after all that it tells of.
         write_whole(run.test_file, json.dumps(result, indent=1) + "\n")
