@@ -55,13 +55,13 @@ def table_lines(
     narrow = list(map(max, cells, words))
     # Labels come again in each part: the less of a line they take, the fewer parts, but the more lines a row.
     drawn = []
-    for share in (1, 2, 3, 4):
-        most = width // (share * labels)
+    # What the others leave of a line, if all of them are to be in it; else a part of a line.
+    left_over = width - sum(narrow[labels:]) - GAP * (len(narrow) - 1)
+    for most in (left_over // labels, *(width // (share * labels) for share in (1, 2, 3, 4))):
         first = [min(each, max(most, word)) for each, word in zip(narrow[:labels], words[:labels], strict=True)]
         room = max(width - _total(first) - GAP, 1)
-        drawn.append(
-            list(_lines(header, rows, [*first, *(min(each, room) for each in narrow[labels:])], left, labels, width))
-        )
+        widths = [*first, *(min(each, room) for each in narrow[labels:])]
+        drawn.append(list(_lines(header, rows, widths, left, labels, width)))
     fitting = [lines for lines in drawn if all(cell_len(line) <= width for line in lines)]
     yield from min(fitting or drawn, key=len)
 
