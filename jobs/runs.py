@@ -47,6 +47,8 @@ def runs(
     for run in states:
         if run.error:
             print(f"{run.run}: {run.state}: {run.error}")
+        elif run.state == "finished" and run.ended_early:
+            print(f"{run.run}: ended early at step {run.step} of {run.steps}: validation.patience ran out")
         elif run.state in ("stopped", "died"):
             print(f"{run.run}: {run.state}; the same command {_going_on(run.checkpoint_step)}")
     if json:

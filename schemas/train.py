@@ -30,6 +30,8 @@ class ValidationSettings(Settings):
     every: PositiveInt = 100
     """Steps between two validations; the end of each epoch is validated too."""
     metric: Literal["auc", "gauc"] = "auc"
+    patience: PositiveInt | None = None
+    """After how many validations in a row without a better one training ends early; None: never."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """About what part of the split's users a validation evaluates, always the same ones: a hash of their raw ids
     chooses them. The test, `dare evaluate` and `dare score` always take all."""
@@ -83,6 +85,7 @@ class TrainSettings(Settings):
 MAY_CHANGE = (
     "epochs",
     "validation.every",
+    "validation.patience",
     "checkpoint.every",
     "checkpoint.keep",
     "profile.steps",

@@ -28,6 +28,8 @@ class RunState:
     """The last step that was done, as of some seconds ago if the run goes on."""
     steps: int | None = None
     """Steps in all."""
+    ended_early: bool = False
+    """Whether a finished run has ended before its last step, because ``validation.patience`` ran out."""
     checkpoint_step: int | None = None
     """Step of the last checkpoint, from which the same command goes on."""
     validations: int | None = None
@@ -97,6 +99,7 @@ def _read(run: RunFolder, running: bool) -> RunState:
         model=run.settings().model.name,
         step=max(steps_done, default=None),
         steps=progress.get("steps"),
+        ended_early=bool(test.get("ended_early")),
         checkpoint_step=checkpoint_step,
         validations=len(validations),
         best_validation_auc=max((auc for auc in validations if auc is not None), default=None),

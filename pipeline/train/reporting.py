@@ -10,12 +10,11 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import psutil
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.evaluate.distribution import ScoreDistribution
 from pipeline.evaluate.evaluate import as_document
@@ -23,6 +22,7 @@ from pipeline.evaluate.metrics import Evaluation
 from pipeline.files import write_whole
 from pipeline.progress import Progress, time_left
 from pipeline.runs.run_folder import RunFolder, StepLog
+from pipeline.train.event_file import EventWriter, ahead_of_clock
 from pipeline.train.pipeline import Agreement
 
 _LOGGER = logging.getLogger("dare.train")
@@ -113,11 +113,12 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int, documents: dict[str, str]) -> None:
         # TensorBoard hides the points of ``purge_step`` and after. What a killed run has written beyond its checkpoint
         # is still in the event files of that start, which nobody changes.
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0, flush_secs=15)
+        self._ahead_s = ahead_of_clock(folder)
+        self._writer = EventWriter(folder, step + 1 if step else 0, self._ahead_s)
         # The documents were written at step 0, which is never purged: once is enough.
         if not step:
             for name, content in documents.items():
-                self._writer.add_text(name, "".join(f"    {line}\n" for line in content.splitlines()), 0)
+                self._writer.add_text(name, "".join(f"    {line}\n" for line in content.splitlines()), 0, self._time())
         self._process = psutil.Process()
         self._began, self._samples, self._waited_s = time.monotonic(), 0, 0.0
 
@@ -160,10 +161,11 @@ class TensorBoard:
             if isinstance(value, float) and not math.isnan(value):
                 self._scalar(f"validation/{name}", value, step)
         self._scalar("speed/validation_s", seconds, step)
+        at: dict[str, Any] = {"global_step": step, "walltime": self._time()}
         if evaluation.positives:
-            self._writer.add_pr_curve_raw("validation/precision_recall", global_step=step, **scores.pr_curve)
+            self._writer.add_pr_curve_raw("validation/precision_recall", **at, **scores.pr_curve)
         for label, histogram in scores.histograms.items():
-            self._writer.add_histogram_raw(f"validation_logits/{label}", global_step=step, **histogram)
+            self._writer.add_histogram_raw(f"validation_logits/{label}", **at, **histogram)
         self._began += seconds  # the speed is that of training
 
     def __enter__(self) -> Self:
@@ -173,7 +175,10 @@ class TensorBoard:
         self._writer.close()
 
     def _scalar(self, name: str, value: float, step: int) -> None:
-        self._writer.add_scalar(name, value, step)
+        self._writer.add_scalar(name, value, step, self._time())
+
+    def _time(self) -> float:
+        return time.time() + self._ahead_s
 
 
 TELL_EVERY_S = 5.0

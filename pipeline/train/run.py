@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torchrec.distributed import DistributedModelParallel
 
 from embeddings.initialization import initialize
 from embeddings.sharding import sharded_model
@@ -67,7 +66,7 @@ def train(
         # for the last.
         dist.barrier()
         resumed = _checkpoint_to_resume(run, settings, data_set)
-        tested = _test_of_finished(run, settings.epochs) if resumed else None
+        tested = _test_of_finished(run, settings) if resumed else None
         if tested is not None:
             _LOGGER.info("%s: finished already, at step %d; see %s", folder, tested["steps"], run.test_file)
             return tested
@@ -118,8 +117,13 @@ def train(
                     "%s: asked to stop, saved at step %d; the same command goes on from there", folder, trainer.step
                 )
                 return None
+        if trainer.ended_early:
+            _LOGGER.info(
+                "%s: ended early at step %d, after %d validations without a better one (validation.patience)",
+                *(folder, trainer.step, trainer.not_better),
+            )
         stop.release()
-        return _test(run, model, trainer.step, streams["test"], device)
+        return _test(run, trainer, streams["test"], device)
 
 
 def _compute_deterministically() -> None:
@@ -150,20 +154,23 @@ def _checkpoint_to_resume(run: RunFolder, settings: TrainSettings, data_set: Dat
     return last
 
 
-def _test_of_finished(run: RunFolder, epochs: int) -> dict[str, Any] | None:
+def _test_of_finished(run: RunFolder, settings: TrainSettings) -> dict[str, Any] | None:
     """The test of a run that has nothing left to do; None: it goes on.
 
     A run is finished while ``test.json`` is there; its last checkpoint may have been deleted since.
     """
     if not run.test_file.is_file():
         return None
-    former = run.settings().epochs
-    if epochs > former:
+    former = run.settings()
+    if settings.epochs > former.epochs:
         return None
     test = read_json(run.test_file)
+    patience = settings.validation.patience
+    if test.get("ended_early") and (patience is None or patience > (former.validation.patience or 0)):
+        return None
     if not isinstance(test.get("steps"), int):
         raise UserError(f"{run.test_file} is damaged (no steps); remove it, and the run is tested again")
-    _refuse_fewer_epochs(run, epochs, former, test["steps"])
+    _refuse_fewer_epochs(run, settings.epochs, former.epochs, test["steps"])
     return test
 
 
@@ -189,16 +196,21 @@ def _stream(data: Path, split: str, settings: TrainSettings, device: torch.devic
     )
 
 
-def _test(
-    run: RunFolder, model: DistributedModelParallel, steps: int, stream: HistoryStream, device: torch.device
-) -> dict[str, Any]:
+def _test(run: RunFolder, trainer: Trainer, stream: HistoryStream, device: torch.device) -> dict[str, Any]:
     # The parameters alone: nothing is trained any more, so optimizers and random states may stay as they are.
     checkpoint = choose_checkpoint(run, "best")
-    load_model(model, checkpoint.path)
-    evaluation = evaluate(model, stream, device).compute()
+    load_model(trainer.model, checkpoint.path)
+    evaluation = evaluate(trainer.model, stream, device).compute()
     # Where no validation was defined, there is no best one.
     chosen = "last" if checkpoint.score is None else "best"
-    result = {**as_document(evaluation), "steps": steps, "checkpoint": chosen, "checkpoint_step": checkpoint.step}
+    result = {
+        **as_document(evaluation),
+        "steps": trainer.step,
+        "checkpoint": chosen,
+        "checkpoint_step": checkpoint.step,
+    }
+    if trainer.ended_early:
+        result["ended_early"] = True
     if dist.get_rank() == 0:
         # Its presence is what "finished" means to everyone who looks, so it comes after all that it tells of.
         write_whole(run.test_file, json.dumps(result, indent=1) + "\n")

@@ -22,12 +22,12 @@ from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.stream.history_stream import HistoryStream
 from pipeline.train.optimizer import DenseOptimizer
 from pipeline.train.pipeline import Agreement, SearchPrefetchPipeline, StartedAgreement, agree
-from pipeline.train.reporting import RunReport
 from schemas.train import TrainSettings
 
 if TYPE_CHECKING:
-    # A step need not load it.
+    # A step need not load them.
     from pipeline.train.profile import StepProfile
+    from pipeline.train.reporting import RunReport
 
 
 def seed_all(seed: int) -> None:
@@ -127,6 +127,8 @@ class Trainer(Stateful):
         """Steps done; the epoch of the next step; and how many steps of that epoch are done."""
         self.best = -math.inf
         """The metric of the best validation so far."""
+        self.not_better = 0
+        """How many validations in a row were no better than the best one."""
         self._validation = validation
         # The tables need none: TorchRec has fused theirs into the backward pass.
         self._optimizer = DenseOptimizer(model, settings.dense)
@@ -135,18 +137,26 @@ class Trainer(Stateful):
 
     @property
     def steps(self) -> int:
-        """Steps at the end of training."""
+        """Steps at the end of training; where it has ended early, those that were made."""
+        if self.ended_early:
+            return self.step
         # Counted from the start of the present epoch: epochs that are done keep the number of steps that they had, also
         # if the number of ranks has changed since.
         return self.step - self.step_of_epoch + (self.settings.epochs - self.epoch) * self.stream.steps_per_epoch
 
     @property
     def done(self) -> bool:
-        """Whether all epochs are done."""
-        return self.epoch >= self.settings.epochs
+        """Whether all epochs are done, or training has ended early."""
+        return self.epoch >= self.settings.epochs or self.ended_early
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether ``validation.patience`` has run out; the same on all ranks, whose metrics are of all of them."""
+        patience = self.settings.validation.patience
+        return patience is not None and self.not_better >= patience
 
     def train(
-        self, checkpoints: CheckpointWriter, report: RunReport, stop: StopSignal, profile: "StepProfile | None" = None
+        self, checkpoints: CheckpointWriter, report: "RunReport", stop: StopSignal, profile: "StepProfile | None" = None
     ) -> None:
         """Train to the end, or until a rank was asked to stop; either way the last state is saved.
 
@@ -195,7 +205,7 @@ class Trainer(Stateful):
                 self._report_norms(report, agreed, norms)
             # The validation comes before the checkpoint: its score is saved with the very weights that it has measured.
             better = due and self._validate(report)
-            if better or stops or saves:
+            if better or stops or saves or self.ended_early:
                 # The logs first: what they have beyond the checkpoint is cut off when the run goes on, but what they
                 # lack is never written again.
                 report.flush()
@@ -215,7 +225,7 @@ class Trainer(Stateful):
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.done
 
-    def _settle(self, started: list[StartedAgreement], report: RunReport, *, all_of_them: bool) -> Agreement | None:
+    def _settle(self, started: list[StartedAgreement], report: "RunReport", *, all_of_them: bool) -> Agreement | None:
         """Look at what was agreed on after the steps before the last, or after all; report it, and return the latest.
 
         A stop that was agreed on in any of them is in what is returned.
@@ -229,7 +239,7 @@ class Trainer(Stateful):
             report.step(step, agreed)
         return agreed
 
-    def _report_norms(self, report: RunReport, agreed: Agreement, norms: GradientNorms) -> None:
+    def _report_norms(self, report: "RunReport", agreed: Agreement, norms: GradientNorms) -> None:
         model = self.settings.model
         rates = {
             "dense": self._optimizer.learning_rate,
@@ -240,13 +250,14 @@ class Trainer(Stateful):
         by_name["dense"] = float(self._optimizer.gradient_norm)
         report.point(self.step, agreed, rates, by_name, self.stream.waited_s)
 
-    def _validate(self, report: RunReport) -> bool:
+    def _validate(self, report: "RunReport") -> bool:
         """Evaluate on the validation split, and return whether the result is the best so far."""
         began = time.monotonic()
         metrics = evaluate(self.model, self._validation, self.device)
         evaluation, scores = metrics.compute(), metrics.distribution()
         score = getattr(evaluation, self.settings.validation.metric)
         better: bool = score > self.best  # never where it is nan
+        self.not_better = 0 if better else self.not_better + 1
         if better:
             self.best = score
         report.validation(self.step, evaluation, scores, time.monotonic() - began, better)
@@ -260,7 +271,7 @@ class Trainer(Stateful):
             "dense_optimizer": self._optimizer.state_dict(),
             # The stream's own place would be a batch too far: it is that of the batch which the pipeline already holds.
             "stream": {**self.stream.state_dict(), "epoch": self.epoch, "step": self.step_of_epoch},
-            "progress": {"step": self.step, "best": self.best},
+            "progress": {"step": self.step, "best": self.best, "not_better": self.not_better},
             # Under a name of its own for each rank: torch.distributed.checkpoint takes values of one name on several
             # ranks for copies, and keeps one.
             "random": {str(dist.get_rank()): random_state()},
@@ -278,7 +289,8 @@ class Trainer(Stateful):
         self.model.fused_optimizer.load_state_dict(state_dict["table_optimizer"])
         self._optimizer.load_state_dict(state_dict["dense_optimizer"])
         self.epoch, self.step_of_epoch = self.stream.epoch, self.stream.step
-        self.step, self.best = state_dict["progress"]["step"], state_dict["progress"]["best"]
+        progress = state_dict["progress"]
+        self.step, self.best, self.not_better = progress["step"], progress["best"], progress.get("not_better", 0)
         # FBGEMM counts the steps beside the optimizers' state (Adam corrects its moments by the count), so no state
         # brings it back.
         self.model.fused_optimizer.set_optimizer_step(self.step)
@@ -294,7 +306,10 @@ class Trainer(Stateful):
         # Before `state_dict`: a checkpoint is loaded into tensors that are there.
         self._optimizer.prepare_to_load()
         state = self.state_dict()
-        if not any(key.startswith(f"random.{dist.get_rank()}.") for key in keys_in(checkpoint)):
+        keys = keys_in(checkpoint)
+        if not any(key.startswith(f"random.{dist.get_rank()}.") for key in keys):
             state["random"] = {}  # a rank that was not there when it was saved
+        if "progress.not_better" not in keys:
+            del state["progress"]["not_better"]  # saved before there was a patience: it counts from here on
         load(state, checkpoint)
         self.load_state_dict(state)
