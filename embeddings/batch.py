@@ -101,6 +101,8 @@ class Batch(_Tensors, Pipelineable):
     """Where the batch comes from, for messages: data set, epoch, step, row groups."""
     line_T: Tensor | None = None
     """int64, which lines of the impressions the targets are; None where it is not read. No model looks at it."""
+    own_item_T: Tensor | None = None
+    """int32, ids that the items have in the data set that is read; None where these are the model's. No model looks."""
 
     def __len__(self) -> int:
         """Number of targets; 0 on a rank that has run out before the others."""

@@ -106,9 +106,13 @@ def score(
     checkpoint: CheckpointOfRun = "best",
     data: DataOfRun = None,
     plan: PlanFile = None,
+    impressions: Annotated[
+        list[str] | None,
+        typer.Option(help="Files that the data set's impressions came from: write their lines and columns again too."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write user, item, label and predicted probability of each target."""
+    """Write user, item, time, label and predicted probability of each target, and what finds it in its log."""
     import torch
 
     from jobs.ranks import on_all_ranks
@@ -116,7 +120,10 @@ def score(
     from pipeline.progress import first_rank
 
     def work(device: torch.device) -> None:
-        samples = score_run(run, split, checkpoint, data, out, device, overwrite=overwrite, plan=plan)
+        files = tuple(impressions or ())
+        samples = score_run(
+            run, split, checkpoint, data, out, device, overwrite=overwrite, plan=plan, impressions=files
+        )
         if first_rank():
             print(f"{out}: {samples:,} predictions")
 

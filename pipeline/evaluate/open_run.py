@@ -16,7 +16,9 @@ from pipeline.evaluate.metrics import Evaluation
 from pipeline.runs.checkpoint import Checkpoint, best_checkpoint, last_checkpoint, load
 from pipeline.runs.plan_file import read_plan
 from pipeline.runs.run_folder import RunFolder
+from pipeline.stream.data_set import DataSet
 from pipeline.stream.history_stream import HistoryStream
+from pipeline.stream.translation import PLURAL, Translation
 from schemas.errors import UserError
 
 _LOGGER = logging.getLogger("dare.evaluate")
@@ -51,7 +53,14 @@ def load_model(model: nn.Module, checkpoint: Path) -> None:
 
 @contextmanager
 def opened_run(
-    folder: Path, split: str, which: str, data: Path | None, device: torch.device, plan: Path | None = None
+    folder: Path,
+    split: str,
+    which: str,
+    data: Path | None,
+    device: torch.device,
+    plan: Path | None = None,
+    *,
+    lines: bool = False,
 ) -> Iterator[tuple[nn.Module, HistoryStream]]:
     """Open the model of a run's checkpoint, and the stream of a split for this rank; all ranks must call it.
 
@@ -63,6 +72,7 @@ def opened_run(
         device: device of this rank.
         plan: file of a sharding plan to follow, for this number of ranks; None: that of the run where it was trained on
             as many ranks of such a device, else one is made.
+        lines: batches say which lines of the impressions their targets are, where the data set does.
 
     Raises:
         UserError: run, checkpoint, data and plan do not fit each other; the model does not fit the ranks.
@@ -71,8 +81,10 @@ def opened_run(
     settings, checkpoint = run.settings(), choose_checkpoint(run, which)
     if which == "best" and checkpoint.score is None:
         _LOGGER.info("%s: no checkpoint is the best; the last one is taken, of step %d", folder, checkpoint.step)
+    data_set = DataSet.open(data or run.data_set())
+    translation = _translation(run, data_set)
     with HistoryStream(
-        data or run.data_set(),
+        data_set.folder,
         split,
         settings.stream,
         seed=settings.seed,
@@ -81,13 +93,36 @@ def opened_run(
         rank=dist.get_rank(),
         world=dist.get_world_size(),
         pin_memory=device.type == "cuda",
+        lines=lines,
+        translation=translation,
     ) as stream:
-        data_set = stream.data_set
-        # Before a model is built: rows of another dictionary would give predictions that look right and mean nothing.
-        run.check_dictionaries(data_set.folder, data_set.fingerprint, data_set.dictionaries())
-        model = sharded_model(settings, data_set.manifest, device, read_plan(plan) if plan else _plan_of(run, device))
+        # Tables are those of training, whatever ids this data set has.
+        manifest = data_set.manifest if translation is None else translation.manifest
+        model = sharded_model(settings, manifest, device, read_plan(plan) if plan else _plan_of(run, device))
         load_model(model, checkpoint.path)
         yield model, stream
+
+
+def _translation(run: RunFolder, data_set: DataSet) -> Translation | None:
+    """What gives the data set's samples the ids of the run's; None: they have them.
+
+    Rows of another dictionary would give predictions that look right and mean nothing.
+    """
+    if run.has_dictionaries(data_set.folder, data_set.fingerprint, data_set.dictionaries()):
+        return None
+    trained = DataSet.open(run.data_set())
+    if not run.has_dictionaries(trained.folder, trained.fingerprint, trained.dictionaries()):
+        raise UserError(
+            f"{data_set.folder} has other dictionaries than {run.path} was trained with, and {trained.folder}, which "
+            "could tell what they were, has changed since; put that data set back, or train anew"
+        )
+    translation = Translation.between(data_set, trained)
+    unknown = ", ".join(
+        f"{number:,} of {len(translation.ids[kind]) - 1:,} {PLURAL[kind]}"
+        for kind, number in translation.unknown.items()
+    )
+    _LOGGER.info("%s: ids are translated to those of %s; unknown there: %s", data_set.folder, run.path, unknown)
+    return translation
 
 
 def _plan_of(run: RunFolder, device: torch.device) -> ShardingPlan | None:
@@ -105,4 +140,9 @@ def evaluate_run(
 ) -> Evaluation:
     """Compute the metrics of a run's checkpoint on a split; arguments and errors are those of `opened_run`."""
     with opened_run(folder, split, which, data, device, plan) as (model, stream):
+        if not stream.data_set.manifest.labeled:
+            raise UserError(
+                f"{stream.data_set.folder}: its impressions have no labels, so there is nothing to compare predictions "
+                "with; `dare score` writes them"
+            )
         return evaluate(model, stream, device).compute()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
@@ -19,9 +20,12 @@ from embeddings.batch import Batch
 from pipeline.evaluate.evaluate import predictions
 from pipeline.evaluate.open_run import opened_run
 from pipeline.files import output_folder
-from schemas.errors import UserError
+from pipeline.stream.translation import read_dictionary
+from schemas.shards import RECORDS_OF_A_FILE, UNLABELED
 
 COMPRESSION = "zstd"
+PARTS = "part-*.parquet"
+"""Names of the files with predictions."""
 
 
 def score_run(
@@ -34,59 +38,90 @@ def score_run(
     *,
     overwrite: bool,
     plan: Path | None = None,
+    impressions: tuple[str, ...] = (),
 ) -> int:
-    """Write user_id, item_id (raw ids; null for an unknown item), label and score (probability) of each target.
+    """Write a line for each target; all ranks must call it.
 
-    All ranks must call it.
+    Columns: ``user_id``, ``item_id`` (raw ids; null for the unknown item), ``timestamp`` (seconds), where targets are
+    impressions ``file`` and ``line`` (name of the file, and number of the record in it, from 1), ``label`` (null where
+    there is none), ``score`` (probability, float64) and ``logit`` (float32: in the order of logits no two differ that
+    the model told apart, which probabilities near 1 do).
 
     Args:
         run: folder of the run.
         split: ``train``, ``validation`` or ``test``.
-        which: ``best`` or ``last`` checkpoint.
+        which: checkpoint.
         data: folder of the data set; None: the one that the run was trained on.
         out: folder that appears when all ranks are done.
         device: device of this rank.
         overwrite: whether it may take the place of what is in ``out``.
         plan: file of a sharding plan to follow; None: see `pipeline.evaluate.open_run.opened_run`.
+        impressions: files that the data set's impressions were read from; their lines are written again with all their
+            columns and the predictions, see `pipeline.evaluate.scored_impressions`.
 
     Returns:
         Number of predictions over all ranks.
 
     Raises:
-        UserError: run, checkpoint, data and output do not fit each other.
+        UserError: run, checkpoint, data, impressions and output do not fit each other.
     """
     rank = dist.get_rank()
-    with opened_run(run, split, which, data, device, plan) as (model, stream), _folder_of_all(out, overwrite) as folder:
+    with (
+        opened_run(run, split, which, data, device, plan, lines=True) as (model, stream),
+        _folder_of_all(out, overwrite) as folder,
+    ):
+        manifest = stream.data_set.manifest
+        scored = None
+        if impressions and rank == 0:
+            # Loaded by the runs that use it alone, and before hours are spent on predictions.
+            from pipeline.evaluate.scored_impressions import ScoredImpressions
+
+            scored = ScoredImpressions(impressions, stream.data_set.folder, manifest)
         # The dictionary once for each rank; batches hold dense ids.
         raw_I = _raw_items(stream.data_set.folder)
         schema = pa.schema(
-            [("user_id", pa.int64()), ("item_id", raw_I.type), ("label", pa.int8()), ("score", pa.float32())]
+            [
+                ("user_id", pa.int64()),
+                ("item_id", raw_I.type),
+                ("timestamp", pa.int64()),
+                *([("file", pa.string()), ("line", pa.int64())] if manifest.impression_files else []),
+                ("label", pa.int8()),
+                ("score", pa.float64()),
+                ("logit", pa.float32()),
+            ]
         )
+        names = pa.array(manifest.impression_files, pa.string())
         with pq.ParquetWriter(folder / f"part-{rank:05}.parquet", schema, compression=COMPRESSION) as writer:
             for batch, logit_T in predictions(model, stream, device):
-                writer.write_table(_table(batch, logit_T, raw_I, schema))
-        # Every rank must have closed its part before the first one gives the folder its name.
+                writer.write_table(_table(batch, logit_T, raw_I, names, schema))
+        # Every rank must have closed its part before the first one reads them, and gives the folder its name.
         dist.barrier()
+        if scored is not None:
+            scored.write(folder)
         return stream.targets
 
 
-def _table(batch: Batch, logit_T: Tensor, raw_I: pa.Array, schema: pa.Schema) -> pa.Table:
-    columns: list[Any] = [
-        batch.user_id_U[batch.user_T].numpy(),
-        raw_I.take(pa.array(batch.item_T.numpy())),
-        batch.label_T.to(torch.int8).numpy(),
-        logit_T.sigmoid().cpu().numpy(),
-    ]
-    return pa.table(columns, schema=schema)
+def _table(batch: Batch, logit_T: Tensor, raw_I: pa.Array, files: pa.Array, schema: pa.Schema) -> pa.Table:
+    item_T = batch.item_T if batch.own_item_T is None else batch.own_item_T
+    label_T = pa.array(batch.label_T.to(torch.int8).numpy())
+    columns: dict[str, Any] = {
+        "user_id": batch.user_id_U[batch.user_T].numpy(),
+        "item_id": raw_I.take(pa.array(item_T.numpy())),
+        "timestamp": batch.timestamp_T.numpy(),
+        "label": pc.if_else(pc.equal(label_T, UNLABELED), pa.scalar(None, pa.int8()), label_T),
+        # In float64: float32 knows 2^24 probabilities next to 1, and far more logits.
+        "score": logit_T.double().sigmoid().cpu().numpy(),
+        "logit": logit_T.cpu().numpy(),
+    }
+    if batch.line_T is not None:
+        file_T, record_T = np.divmod(batch.line_T.numpy(), RECORDS_OF_A_FILE)
+        columns |= {"file": files.take(pa.array(file_T)), "line": record_T}
+    return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
 def _raw_items(folder: Path) -> pa.Array:
     """Return (I,) raw ids by dense id; null for the unknown item 0."""
-    file = folder / "items.parquet"
-    try:
-        dictionary = pq.read_table(file, columns=["id", "raw_id"])
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); prepare the data set again") from None
+    dictionary = read_dictionary(folder / "items.parquet")
     # The file is sorted by raw id; here is the row of each dense id, and none for id 0.
     row_I = np.full(dictionary.num_rows + 1, -1)
     row_I[dictionary["id"].to_numpy()] = np.arange(dictionary.num_rows)
@@ -104,6 +139,6 @@ def _folder_of_all(out: Path, overwrite: bool) -> Iterator[Path]:
         dist.broadcast_object_list(message)
         yield Path(message[0])
         return
-    with output_folder(out, ["part-*.parquet"], overwrite=overwrite) as folder:
+    with output_folder(out, [PARTS, "impressions-*.parquet"], overwrite=overwrite) as folder:
         dist.broadcast_object_list([str(folder)])
         yield folder

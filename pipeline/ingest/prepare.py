@@ -219,7 +219,7 @@ class _Preparation:
             schema_version=SCHEMA_VERSION,
             seed=self._settings.seed,
             counts=counts,
-            impression_files=tuple(path.name for files in shown for path in files.paths),
+            impression_files=tuple(name for files in shown for name in files.names),
             labeled=log is None or log.label is not None,
             behaviors=tuple(vocabularies["behavior"]) if "behavior" in vocabularies else None,
             scenes=tuple(vocabularies["scene"]) if "scene" in vocabularies else None,

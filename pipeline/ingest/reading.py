@@ -66,13 +66,23 @@ def read_file(files: LogFiles, index: int, tally: Tally, report: ReportBytes) ->
     Raises:
         UserError: a line that cannot be read, or a file that is damaged; names the file, and the line if it can.
     """
-    path = files.paths[index]
-    batches = _text_batches(files, path, report) if files.format == "text" else _parquet_batches(files, path, report)
     record = 1
-    for batch in batches:
+    for batch in _batches(files, index, files.needed, report):
         record_N = np.arange(record, record + len(batch))
         record += len(batch)
         yield _typed(files, index, batch, record_N, tally)
+
+
+def raw_batches(files: LogFiles, index: int) -> Iterator[pa.RecordBatch]:
+    """Read all columns of a file of a log as they stand, every line of it; errors are those of `read_file`."""
+    names = files.text_columns or tuple(pq.read_schema(files.paths[index]).names)
+    return _batches(files, index, names, lambda _: None)
+
+
+def _batches(files: LogFiles, index: int, columns: tuple[str, ...], report: ReportBytes) -> Iterator[pa.RecordBatch]:
+    """Some columns of a file, by their names in it: text as it stands, Parquet in its types."""
+    read = _text_batches if files.format == "text" else _parquet_batches
+    return read(files, files.paths[index], columns, report)
 
 
 def _typed(
@@ -136,11 +146,12 @@ def _inside(time: pa.Array, since: int | None, until: int | None) -> pa.Array:
     return pc.fill_null(inside, True)
 
 
-def _text_batches(files: LogFiles, path: Path, report: ReportBytes) -> Iterator[pa.RecordBatch]:
-    """Batches of the needed columns as text, by their names in the file."""
-    # Columns that are not needed may share a name, or have none: all go by their numbers here.
+def _text_batches(
+    files: LogFiles, path: Path, columns: tuple[str, ...], report: ReportBytes
+) -> Iterator[pa.RecordBatch]:
+    # Columns that are not wanted may share a name, or have none: all go by their numbers here.
     number = {name: str(index) for index, name in enumerate(files.text_columns)}
-    needed = {number[name]: name for name in files.needed}
+    needed = {number[name]: name for name in columns}
     try:
         with pa.OSFile(str(path)) as raw, _decompressed(path, raw) as stream:
             checked = _CheckedText(stream, files, path)
@@ -252,11 +263,13 @@ def _text_fault(files: LogFiles, path: Path, error: BaseException) -> str:
     return f"{files.role}: {path}: cannot be read ({first_line(error)})"
 
 
-def _parquet_batches(files: LogFiles, path: Path, report: ReportBytes) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(
+    files: LogFiles, path: Path, columns: tuple[str, ...], report: ReportBytes
+) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
             rows, size = max(parquet.metadata.num_rows, 1), path.stat().st_size
-            for batch in parquet.iter_batches(_ROWS, columns=list(files.needed)):
+            for batch in parquet.iter_batches(_ROWS, columns=list(columns)):
                 yield batch
                 report(size * len(batch) // rows)
     except (OSError, pa.ArrowException) as error:

@@ -1,6 +1,7 @@
 """Input files of a log: which they are, their format, and what is read of them, before any engine starts."""
 
 import csv
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +59,16 @@ class LogFiles:
     """Lines carry a number that finds them again; see `pipeline.ingest.reading`."""
     skipped: tuple[str, ...] = ()
     """Corrupt Parquet files that were left out, with the reason."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the files, no two alike: with the folders in which they differ, where file names alone do not."""
+        names = tuple(path.name for path in self.paths)
+        if len(set(names)) == len(names):
+            return names
+        paths = [path.absolute() for path in self.paths]
+        root = os.path.commonpath([path.parent for path in paths])
+        return tuple(path.relative_to(root).as_posix() for path in paths)
 
     @property
     def needed(self) -> tuple[str, ...]:

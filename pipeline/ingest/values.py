@@ -19,8 +19,8 @@ from schemas.shards import SPLITS
 
 Kind = Literal["integer", "text", "time", "label", "split"]
 
-_CANONICAL = "^-?(?:0|[1-9][0-9]*)$"
-_WHOLE_FLOAT = r"^(-?(?:0|[1-9][0-9]{0,14}))\.0+$"
+_CANONICAL = "^(?:0|-?[1-9][0-9]*)$"
+_WHOLE_FLOAT = r"^(0|-?[1-9][0-9]{0,14})\.0+$"
 """How tables with missing values print integers. Up to 15 digits a float64 has kept all of them."""
 _TIME = (
     r"^(?P<date>[0-9]{4}-[0-9]{2}-[0-9]{2})[ T](?P<time>[0-9]{2}:[0-9]{2}(?::[0-9]{2})?)(?:\.[0-9]+)?"

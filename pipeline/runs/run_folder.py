@@ -139,17 +139,17 @@ class RunFolder:
         record = {"folder": str(data.absolute()), "fingerprint": fingerprint, "dictionaries": dictionaries}
         write_whole(self.data_file, json.dumps(record, indent=1) + "\n")
 
-    def check_dictionaries(self, data: Path, fingerprint: str, dictionaries: dict[str, Any]) -> None:
-        """Make sure that ids mean in a data set what they meant in training. Arguments are those of `begin`.
+    def has_dictionaries(self, data: Path, fingerprint: str, dictionaries: dict[str, Any]) -> bool:
+        """Whether ids mean in a data set what they meant in training. Arguments are those of `begin`.
 
         Vocabularies of features that the model does not have may differ.
 
         Raises:
-            UserError: they do not; names the dictionaries that differ.
+            UserError: the run does not say what they meant.
         """
         record = read_json(self.data_file)
         if record.get("fingerprint") == fingerprint:
-            return
+            return True
         # Another data set will do if its ids have the same meaning: those of items and categories always, of behaviour
         # types and scenes only where the model looks at them.
         trained = record.get("dictionaries")
@@ -160,12 +160,7 @@ class RunFolder:
             )
         features = self.settings().model.features
         used = {"items": True, "categories": True, "behaviors": "behavior" in features, "scenes": "scene" in features}
-        differing = [name for name in used if used[name] and trained.get(name) != dictionaries[name]]
-        if differing:
-            raise UserError(
-                f"{data}: other dictionaries than the run {self.path} was trained with: {', '.join(differing)} differ; "
-                "prepare it from the same events with the same seed, or train on it"
-            )
+        return not any(used[name] and trained.get(name) != dictionaries[name] for name in used)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

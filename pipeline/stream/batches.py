@@ -94,10 +94,11 @@ def read_blocks(
     def convert(table: pa.Table, index: int) -> HistorySamples:
         try:
             group = RowGroup.from_table(table, largest_ids)
-            samples = _samples_of_piece(data_set, split, sample, cuts, pieces[index], group)
+            if translation is not None:
+                group = translation.of(group)
+            return _samples_of_piece(data_set, split, sample, cuts, pieces[index], group)
         except UserError as error:
             raise UserError(f"{addresses[index]}: {error}; prepare the data set again") from None
-        return samples if translation is None else translation.of(samples)
 
     # A whole block may wait: otherwise reading would stop while the consumer works through the block before.
     ahead = max(threads, max((len(block.pieces) for block in blocks), default=0))

@@ -85,7 +85,8 @@ class HistoryStream:
         """The epoch of the next batch, from 0."""
         self.step = 0
         """The next batch's number in its epoch, from 0."""
-        self._cuts = resolve_sequences(settings, self.data_set.manifest)
+        # Names of behaviour types and scenes become ids that the batches will have.
+        self._cuts = resolve_sequences(settings, (translation or self.data_set).manifest)
         self._seed, self._shuffle, self._rank, self._world = seed, shuffle, rank, world
         self._pin_memory, self._lines, self._translation = pin_memory, lines, translation
         self._sample = UserSample(user_fraction)
@@ -252,6 +253,8 @@ class HistoryStream:
         """Samples without targets or users, for a rank that has run out before the others."""
         # Made on the same way as real samples, so that names and dtypes are the same: ranks exchange these columns.
         group = RowGroup.from_table(self.data_set.schema(lines=self._lines).empty_table(), {})
+        if self._translation is not None:
+            group = self._translation.of(group)
         return samples_of(group, self._cuts).take(np.zeros(0, np.int64))
 
     def _to_batch(self, samples: HistorySamples, epoch: int, step: int) -> Batch:

@@ -100,7 +100,8 @@ class HistorySamples:
     user_T: I64
     """The row in U of each target's user."""
     columns_T: dict[str, NDArray[Any]]
-    """item, category, timestamp, label; scene and line where the data have them and they are read."""
+    """item, category, timestamp, label; scene and line where the data have them and they are read; own_item
+    where ids were translated."""
     sequences: dict[str, Windows]
     """By the name of the sequence in the settings."""
 
@@ -151,6 +152,7 @@ class HistorySamples:
             scene_T=columns_T.get("scene"),
             label_T=columns_T["label"].to(torch.float32),
             line_T=columns_T.get("line"),
+            own_item_T=columns_T.get("own_item"),
             origin=origin,
         )
 

@@ -1,4 +1,7 @@
-"""Samples of one data set with the ids of another: what a model needs that was trained on that other one."""
+"""Rows of one data set with the ids of another: what a model needs that was trained on that other one.
+
+M = behaviours of all users, T = targets of all users.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +14,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.stream.data_set import DataSet
-from pipeline.stream.samples import HistorySamples
+from pipeline.stream.row_group import RowGroup
 from schemas.errors import UserError
+from schemas.manifest import Manifest
+
+PLURAL = {"item": "items", "category": "categories", "behavior": "behaviour types", "scene": "scenes"}
+"""Kinds of ids in words, for messages."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,8 @@ class Translation:
 
     ids: dict[str, NDArray[np.int32]]
     """By ``item``, ``category``, ``behavior``, ``scene``: (largest id of this data set + 1,)."""
+    manifest: Manifest
+    """The other data set's."""
 
     @classmethod
     def between(cls, data: DataSet, trained: DataSet) -> Self:
@@ -44,27 +53,21 @@ class Translation:
             if here is not None:
                 number = {name: index for index, name in enumerate(there or (), 1)}
                 ids[kind] = np.array([0, *(number.get(name, 0) for name in here)], np.int32)
-        return cls(ids)
+        return cls(ids, trained.manifest)
 
     @property
     def unknown(self) -> dict[str, int]:
         """How many ids of each kind the other data set does not know."""
         return {kind: int((of_kind[1:] == 0).sum()) for kind, of_kind in self.ids.items()}
 
-    def of(self, samples: HistorySamples) -> HistorySamples:
-        """Samples with the other data set's ids."""
+    def of(self, group: RowGroup) -> RowGroup:
+        """A row group with the other data set's ids; what items its targets are here stays, as ``own_item``."""
 
         def translated(columns: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
             return {name: self.ids[name][column] if name in self.ids else column for name, column in columns.items()}
 
-        return replace(
-            samples,
-            columns_T=translated(samples.columns_T),
-            sequences={
-                name: replace(windows, columns_M=translated(windows.columns_M))
-                for name, windows in samples.sequences.items()
-            },
-        )
+        target_T = translated(group.target_T) | {"own_item": group.target_T["item"]}
+        return replace(group, history_M=translated(group.history_M), target_T=target_T)
 
 
 def read_dictionary(file: Path) -> pa.Table:
