@@ -32,18 +32,35 @@ def _counts(folder: Path, summary: Summary) -> list[Sequence[str]]:
     period = f"{_day(counts.first_timestamp)} to {_day(counts.last_timestamp)}"
     per_user = f"{summary.bytes / max(counts.users, 1):,.1f} a user"
     per_behavior = f"{summary.bytes / max(counts.behaviors, 1):.2f} a behaviour"
-    left_out = [("input files left out", f"{len(summary.skipped):,}", summary.skipped[0])] if summary.skipped else []
+    skipped = [("input files left out", f"{len(summary.skipped):,}", summary.skipped[0])] if summary.skipped else []
+    reasons = [f"{number:,} {reason.replace('_', ' ')}" for reason, number in counts.users_left_out_by_reason.items()]
+    users_left_out = f"{counts.users_left_out:,} left out" + (f": {', '.join(reasons)}" if reasons else "")
     return [
         (str(folder), "count", ""),
-        ("events read", f"{counts.events:,}", period),
-        *left_out,
-        ("users", f"{counts.users:,}", f"{counts.users_left_out:,} left out"),
+        *_lines("events", period, counts.events_read, counts.events_left_out, counts.events_repeated),
+        *_lines("impressions", "", counts.impressions_read, counts.impressions_left_out, counts.impressions_repeated),
+        *skipped,
+        ("users", f"{counts.users:,}", users_left_out),
         ("behaviours", f"{counts.behaviors:,}", average),
         ("items", f"{counts.items:,}", f"{counts.items_with_changed_category:,} changed category"),
         ("categories", f"{counts.categories:,}", ""),
         ("shards", f"{summary.shards:,}", f"{summary.row_groups:,} row groups"),
         ("bytes of shards", f"{summary.bytes:,}", f"{per_user}, {per_behavior}"),
         ("bytes of dictionaries", f"{summary.dictionary_bytes:,}", ""),
+    ]
+
+
+def _lines(role: str, note: str, read: int | None, left_out: dict[str, int], repeated: int) -> list[Sequence[str]]:
+    """What became of the lines of a log; nothing where the data set does not say."""
+    if read is None:
+        return []
+    return [
+        (f"{role} read", f"{read:,}", note),
+        *(
+            (f"  {reason.replace('_', ' ')}", f"{number:,}", f"{number / read:.1%}")
+            for reason, number in left_out.items()
+        ),
+        ("  kept", f"{read - sum(left_out.values()):,}", f"{repeated:,} with user, item and time of another one"),
     ]
 
 

@@ -1,0 +1,94 @@
+"""What a person names, and which files that is."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from pipeline.paths import input_files, local_path
+from schemas.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What Spark writes, and names that look like patterns."""
+    for name in (
+        "log/part-0.parquet",
+        "log/part-1.parquet",
+        "log/_SUCCESS",
+        "log/.part-0.parquet.crc",
+        "log/day=2/part-0.parquet",
+        "log/_temporary/0/part-9.parquet",
+        "a[1].csv",
+        "a1.csv",
+        "_mine.csv",
+        ".hidden/b.csv",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["log"], ["log/day=2/part-0.parquet", "log/part-0.parquet", "log/part-1.parquet"]),
+        (["log/"], ["log/day=2/part-0.parquet", "log/part-0.parquet", "log/part-1.parquet"]),
+        (["log/*"], ["log/day=2/part-0.parquet", "log/part-0.parquet", "log/part-1.parquet"]),
+        (["log/*.parquet"], ["log/part-0.parquet", "log/part-1.parquet"]),
+        (["log/**/*.parquet"], ["log/day=2/part-0.parquet", "log/part-0.parquet", "log/part-1.parquet"]),
+        (["a[1].csv"], ["a[1].csv"]),
+        (["a[[]1].csv"], ["a[1].csv"]),
+        (["a?.csv"], ["a1.csv"]),
+        (["_mine.csv"], ["_mine.csv"]),
+        ([".hidden"], [".hidden/b.csv"]),
+        ([".hidden/*.csv"], [".hidden/b.csv"]),
+        (["a1.csv", "./a1.csv", "a*.csv", "link.csv"], ["a1.csv", "a[1].csv"]),
+    ],
+)
+def test_files_of_names(folder: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], expected: list[str]) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "link.csv").symlink_to("a1.csv")
+    assert [path.as_posix() for path in input_files("events", tuple(names))] == expected
+    whole = tuple(f"{folder}/{name}" for name in names)
+    assert [path.relative_to(folder).as_posix() for path in input_files("events", whole)] == expected
+    assert input_files("events", tuple(f"file://{name}" for name in whole)) == input_files("events", whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.csv", "events: absent.csv: no such file"),
+        ("absent*.csv", "events: absent*.csv: no such file"),
+        ("empty", "events: empty: a folder without files"),
+        ("marks", "events: marks: a folder without files but ones that begin with _ or ."),
+        ("s3://bucket/log.parquet", "remote storage is not read"),
+        ("hdfs:/log.parquet", "remote storage is not read"),
+        ("package:no_such_package/x.csv", "the Python package no_such_package is not installed"),
+        ("a\0b", "zero byte"),
+    ],
+)
+def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "marks").mkdir()
+    (tmp_path / "marks" / "_SUCCESS").touch()
+    with pytest.raises(UserError) as refused:
+        input_files("events", (name,))
+    assert message in str(refused.value)
+
+
+def test_what_is_passed_over_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("dare").propagate = True
+    with caplog.at_level(logging.INFO, "dare.paths"):
+        input_files("events", (str(folder / "log"), str(folder / "log" / "part-0.parquet")))
+    assert "and 2 more: names begin with _ or .; not read" in caplog.text
+    assert "part-0.parquet: named more than once; read once" in caplog.text
+
+
+def test_a_url_is_no_local_folder() -> None:
+    for url in ("s3://bucket/out", "gs://x", "hdfs://host/x", "S3://x"):
+        with pytest.raises(UserError, match="remote storage"):
+            local_path(url)
+    assert local_path("C:x") == Path("C:x")
+    assert local_path("file:///tmp/x") == Path("/tmp/x")
