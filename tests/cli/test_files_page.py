@@ -1,0 +1,96 @@
+"""docs/files.md names every column and key of the files of real commands."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from embeddings.sizes import DataSizes
+from pipeline.experiment.results import SCHEMA
+from pipeline.ingest.prepare import prepare
+from pipeline.planning.dry_run import dry_run
+from pipeline.planning.text import as_dict
+from schemas.prepare import PRESETS, PrepareSettings
+from schemas.settings import load_settings
+from schemas.shards import history_schema
+from tests.plans import plan_settings
+from tests.runs import Run, small_settings
+
+REPOSITORY = Path(__file__).parents[2]
+PAGE = (REPOSITORY / "docs/files.md").read_text()
+NAMED = set(re.findall(r"`([^`]+)`", PAGE))
+FREE = {"settings", "versions", "starts", "events_left_out", "impressions_left_out", "users_left_out_by_reason"}
+"""Objects whose keys are settings, packages or reasons, or that the text names in another way."""
+
+
+def keys(value: object) -> Iterator[str]:
+    if isinstance(value, list):
+        for entry in value:
+            yield from keys(entry)
+    elif isinstance(value, dict):
+        for key, below in value.items():
+            yield key
+            if key not in FREE - {"starts"}:
+                yield from keys(below)
+
+
+def missing(names: Iterator[str] | list[str]) -> set[str]:
+    return set(names) - NAMED
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, many_users: Path) -> Path:
+    return Run(1, small_settings("epochs=1"), many_users, tmp_path_factory.mktemp("run") / "run").finish().folder
+
+
+def test_a_data_set(tmp_path: Path) -> None:
+    lines = [f"{user},{step % 7 + user % 3},{step % 3},{step * 10}" for user in range(9) for step in range(40)]
+    (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,category_id,timestamp", *lines]) + "\n")
+    overrides = ["split.min_behaviors=10", "split.train_targets=2", "split.negatives=0"]
+    values = {"events": {"files": [str(tmp_path / "log.csv")]}}
+    prepare(load_settings(PrepareSettings, [PRESETS["generic"]], overrides, values), tmp_path / "data")
+    for file in (tmp_path / "data").glob("*.parquet"):
+        assert not missing(pq.read_schema(file).names), file
+    assert not missing(history_schema(behavior=True, scene=True, line=True).names)
+    assert not missing(keys(json.loads((tmp_path / "data/manifest.json").read_text())))
+
+
+def test_a_run(run: Path) -> None:
+    for name in ("test.json", "progress.json", "data_set.json", "job.json"):
+        assert not missing(keys(json.loads((run / name).read_text()))), name
+    for name in ("losses.jsonl", "validations.jsonl"):
+        assert not missing(keys([json.loads(line) for line in (run / name).read_text().splitlines()])), name
+    for table in json.loads((run / "plan.json").read_text()).values():
+        assert not missing(keys(table))
+    for record in run.glob("checkpoints/*/checkpoint.json"):
+        assert not missing(keys(json.loads(record.read_text())))
+    written = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+    assert not {name for name in written if f"`{name}" not in PAGE}
+
+
+def test_tags_of_tensorboard(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert tags["scalars"]
+    tensors = [tag.removesuffix("/text_summary") for tag in tags["tensors"]]
+    assert not missing([*tags["scalars"], *tags["histograms"], *tensors])
+
+
+def test_scores_results_and_plans(run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs.cli", "score", "--run", run, "--out", tmp_path / "scores"]
+    subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True, capture_output=True)
+    for file in (tmp_path / "scores").glob("*.parquet"):
+        assert not missing(pq.read_schema(file).names)
+    assert not missing(SCHEMA.names)
+    sizes = DataSizes(items=2000, categories=100, lengths={"history": 50})
+    document = as_dict(dry_run(plan_settings(), sizes))
+    assert not missing(list(document))
+    assert not missing(list(document["tables"][0]))
