@@ -4,6 +4,7 @@ A file or folder is written under another name beside it and renamed when it is 
 after a kill, never sees half of it. Locks are files that a process holds; the kernel lets go of them when it dies.
 """
 
+import atexit
 import fcntl
 import json
 import os
@@ -69,8 +70,19 @@ def output_folder(out: Path, contents: Collection[str], *, overwrite: bool) -> I
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}") from None
+    process = os.getpid()
+
+    def leave_nothing() -> None:
+        # A child that was forked in the block has its own end, and this folder is not its own.
+        if os.getpid() == process:
+            shutil.rmtree(partial, ignore_errors=True)
+            # While it is held: whoever has opened it meanwhile sees that it is gone, and makes a new one.
+            lock.unlink(missing_ok=True)
+
     # Beside the folder, not in it: the folder's contents move to another name while the lock is held.
     with locked(lock, f"another process is writing {out}; wait for it or stop it"):
+        # For a process that ends at once, without unwinding: see `pipeline.errors.end_at_once`.
+        atexit.register(leave_nothing)
         try:
             # Another process may have finished between the first look and the lock.
             _check_replaceable(out, contents, overwrite)
@@ -86,11 +98,14 @@ def output_folder(out: Path, contents: Collection[str], *, overwrite: bool) -> I
                 # ``former``, which the next run removes, and no ``out``.
                 out.rename(former)
             partial.rename(out)
+            shutil.rmtree(former, ignore_errors=True)
+        except BaseException:
+            if former.exists() and not out.exists():
+                former.rename(out)
+            raise
         finally:
-            for left in (partial, former):
-                shutil.rmtree(left, ignore_errors=True)
-            # While it is held: whoever has opened it meanwhile sees that it is gone, and makes a new one.
-            lock.unlink(missing_ok=True)
+            leave_nothing()
+            atexit.unregister(leave_nothing)
 
 
 def _check_replaceable(out: Path, contents: Collection[str], overwrite: bool) -> None:

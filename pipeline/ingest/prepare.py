@@ -1,6 +1,7 @@
 """From logs of events to a data set: read, check, sort, write. The data set appears whole or not at all."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,12 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) ->
     if settings.events.item_features is not None:
         text = settings.events.text_category
         features = feature_files(settings.events.item_features, text_category=text, skip_corrupt=skip)
+    engine_class = _engine_class(settings)
     with output_folder(out, CONTENTS, overwrite=overwrite) as folder:
         # With a dot: `output_folder` removes it before the data set gets its name.
         work = folder / ".work"
         work.mkdir()
-        engine = _engine(settings, work)
+        engine = engine_class(work, settings.memory_limit, settings.threads)
         try:
             manifest = _Preparation(settings, engine, folder, work).run(events, impressions, features)
         except OSError as error:
@@ -245,15 +247,15 @@ class _Preparation:
         )
 
 
-def _engine(settings: PrepareSettings, work: Path) -> Engine:
+def _engine_class(settings: PrepareSettings) -> Callable[[Path, int, int | None], Engine]:
     # Imported only here: an engine that is not used need not be installed, nor waited for.
     if settings.engine == "spark":
         from pipeline.ingest.spark_engine import SparkEngine
 
-        return SparkEngine(work, settings.memory_limit, settings.threads)
+        return SparkEngine
     from pipeline.ingest.duckdb_engine import DuckDBEngine
 
-    return DuckDBEngine(work, settings.memory_limit, settings.threads)
+    return DuckDBEngine
 
 
 def _cuts(counts: pa.Table, split: Any) -> tuple[int, int]:
