@@ -94,3 +94,15 @@ def test_scores_results_and_plans(run: Path, tmp_path: Path) -> None:
     document = as_dict(dry_run(plan_settings(), sizes))
     assert not missing(list(document))
     assert not missing(list(document["tables"][0]))
+
+
+def test_messages_of_the_first_log_are_those_of_the_program() -> None:
+    page = (REPOSITORY / "docs/first_log.md").read_text()
+    folders = ("schemas", "pipeline", "embeddings")
+    source = "".join(path.read_text() for folder in folders for path in sorted((REPOSITORY / folder).rglob("*.py")))
+    # A text that is written as several strings is one.
+    source = re.sub(r'"\s*\n\s*f?"', "", source).replace("{MANIFEST}", "manifest.json")
+    rows = re.findall(r"^\| (`.+?) \| ", page, re.MULTILINE)
+    assert len(rows) > 40
+    fragments = [part for row in rows for text in re.findall(r"`([^`]+)`", row) for part in text.split(" ... ")]
+    assert not [part for part in fragments if part not in source]
