@@ -90,10 +90,13 @@ def markdown(page: Page) -> str:
 
 
 def _markdown_table(table: ReportTable) -> str:
-    def cell(entry: Entry) -> str:
+    def escaped(text: str) -> str:
         # A bar would end the cell, a newline the row.
-        text = entry.text.replace("|", "\\|").replace("\n", "<br>")
-        return f"**{text}**" if entry.bold else text
+        return text.replace("|", "\\|").replace("\n", "<br>")
 
-    lines = [table.header, ["---"] * len(table.header), *([cell(entry) for entry in row] for row in table.rows)]
+    def cell(entry: Entry) -> str:
+        return f"**{escaped(entry.text)}**" if entry.bold else escaped(entry.text)
+
+    header = [escaped(name) for name in table.header]
+    lines = [header, ["---"] * len(header), *([cell(entry) for entry in row] for row in table.rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -13,7 +13,7 @@ from pipeline.experiment.bootstrap import Comparison
 from pipeline.experiment.folder import Documents
 from pipeline.experiment.report import all_tables, write_report
 from pipeline.experiment.results import Result, below, write_results
-from pipeline.reporting.page import ReportTable
+from pipeline.reporting.page import Entry, Page, ReportTable, Section, markdown
 from schemas.experiment import AccuracyFloor, ExperimentSettings
 
 EXPERIMENT = ExperimentSettings.model_validate(
@@ -65,6 +65,13 @@ def test_tables_have_means_deviations_and_the_papers_figures() -> None:
     ]
     assert texts(tables["Test log loss"])[1] == ["C", "*.2700 ± .0283 (2 of 3)", ""]
     assert texts(tables["Parameters"])[0][1] == "12,000 + 345"
+
+
+def test_headers_of_markdown_are_escaped_as_cells_are() -> None:
+    table = ReportTable(["", "A|B"], [[Entry("a|b"), Entry("1", bold=True)]])
+    assert markdown(Page("", [], [Section(table=table)])).splitlines()[-3:] == [
+        *("|  | A\\|B |", "| --- | --- |", "| a\\|b | **1** |")
+    ]
 
 
 def write_scores(out: Path, run: str, user_N: np.ndarray, label_N: np.ndarray, score_N: np.ndarray) -> None:
