@@ -5,9 +5,7 @@ Training, evaluation and scoring all build their model here.
 
 import ctypes
 import os
-import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,6 +20,7 @@ from torchrec.optim import PartialRowWiseAdam, RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from embeddings.layers.mlp import compute_in
+from embeddings.machine import check_dense, container_limit
 from embeddings.model import CtrModel
 from embeddings.models import build_model
 from embeddings.planning import Machines, plan_tables, searched_in_place, usable, used_on_shards
@@ -54,7 +53,7 @@ def machines_here(device: torch.device) -> Machines:
     # The launcher's number of ranks on a node; a group without a launcher is on this one.
     local = min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
     host = psutil.virtual_memory()
-    host_bytes = usable(min(host.total, _container_limit()) // local, host.available // local)
+    host_bytes = usable(min(host.total, container_limit()) // local, host.available // local)
     device_bytes = 0
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -69,14 +68,6 @@ def machines_here(device: torch.device) -> Machines:
         device_bytes=min(of_device for of_device, _ in found),
         host_bytes=min(of_host for _, of_host in found),
     )
-
-
-def _container_limit() -> int:
-    """Bytes that the container of this process may use; without a limit, more than any machine has."""
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):
-            return int(Path(file).read_text())  # the text "max" where there is no limit
-    return sys.maxsize
 
 
 def make_plan(
@@ -269,6 +260,8 @@ def sharded_model(
     Raises:
         UserError: settings that do not fit the data, the device or each other; a plan that does not fit them.
     """
+    # Before the layers are made, which are real ones even where the tables are not.
+    check_dense(settings.model.hidden)
     model = build_model(settings.model, DataSizes.of(manifest, settings.stream), torch.device("meta"))
     # What the device cannot train is told before whether it fits.
     check_tables(model, device.type)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from jobs.options import Config, DataSetFolder, Json, Overwrite
+from pipeline.errors import printable
 from pipeline.progress import stage
 from schemas.errors import UserError
 from schemas.manifest import Manifest
@@ -63,7 +64,7 @@ def prepare(
     for reason in manifest.skipped:
         _LOGGER.info("left out: %s", reason)
     result = _counts(manifest)
-    print(f"{out}: {', '.join(f'{value:,} {name}' for name, value in result.items())}")
+    print(f"{printable(out)}: {', '.join(f'{value:,} {name}' for name, value in result.items())}")
     counts = manifest.counts
     left_out = {
         "events": (counts.events_read, counts.events_left_out, counts.events_repeated),
@@ -115,7 +116,9 @@ def synth(
         f"({report.events / report.seconds:,.0f} a second)"
     )
     if impressions:
-        print(f"{impressions}: {report.impressions:,} impressions; AUC of the true chances {report.bayes_auc:.4f}")
+        print(
+            f"{printable(impressions)}: {report.impressions:,} impressions; AUC of the true chances {report.bayes_auc:.4f}"
+        )
     if json:
         print(dumps(asdict(report) | {"peak_mib": round(_peak_kib() / 1024, 1)}))
 

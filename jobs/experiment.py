@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.errors import printable
 from schemas.errors import StoppedError, UserError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def experiment(
             complete = run_cells(cells, folders, dare, slots, documents.cell_ended, progress)
         results, pairs = documents.write()
     _print(settings, results)
-    print(f"{out / 'report.html'}: the report; report.md and results.parquet are beside it")
+    print(f"{printable(out / 'report.html')}: the report; report.md and results.parquet are beside it")
     if json:
         document = {"cells": [asdict(result) for result in results], "pairs": [asdict(pair) for pair in pairs]}
         print(json_format.dumps(document))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.errors import printable
 from schemas.errors import UserError
 
 if TYPE_CHECKING:
@@ -164,4 +165,4 @@ def _calibrate(file: Path) -> None:
     check_output_file(file)
     cluster = calibrated()
     write_whole(file, cluster_text(cluster))
-    print(f"{file}: {cluster.device_name}, {cluster.measured}")
+    print(f"{printable(file)}: {cluster.device_name}, {cluster.measured}")

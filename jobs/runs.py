@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.options import Json
+from pipeline.errors import printable
 
 if TYPE_CHECKING:
     from embeddings.model import SearchPlace
@@ -32,7 +33,7 @@ def runs(
 
     states = [run_state(path) for path in find_runs(folder)]
     if not states:
-        print(f"{folder}: no runs")
+        print(f"{printable(folder)}: no runs")
     else:
         header = ["run", "model", "state", "step", "best validation AUC", "test AUC", "samples/s", "torchx job"]
         rows = [_row(run, folder) for run in states]
@@ -46,11 +47,11 @@ def runs(
     # Below the table, for those that somebody should look after.
     for run in states:
         if run.error:
-            print(f"{run.run}: {run.state}: {run.error}")
+            print(printable(f"{run.run}: {run.state}: {run.error}"))
         elif run.state == "finished" and run.ended_early:
-            print(f"{run.run}: ended early at step {run.step} of {run.steps}: validation.patience ran out")
+            print(f"{printable(run.run)}: ended early at step {run.step} of {run.steps}: validation.patience ran out")
         elif run.state in ("stopped", "died"):
-            print(f"{run.run}: {run.state}; the same command {_going_on(run.checkpoint_step)}")
+            print(f"{printable(run.run)}: {run.state}; the same command {_going_on(run.checkpoint_step)}")
     if json:
         print(dumps({"runs": [asdict(run) for run in states]}))
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.options import CheckpointOfRun, Config, DataOfRun, Json, Overwrite, PlanFile, PredictedSplit, TrainedRun
+from pipeline.errors import printable
 
 
 def train(
@@ -53,7 +54,7 @@ def train(
             score_run(run, "test", "best", None, score, device, overwrite=True)
         if first_rank() and test is not None:
             metrics = ", ".join(f"{shown} {_defined(test[name], 4)}" for name, shown in METRICS.items())
-            print(f"{run}: test of {_tested(test)}: {metrics}")
+            print(f"{printable(run)}: test of {_tested(test)}: {metrics}")
         return 0
 
     on_all_ranks(work)
@@ -125,6 +126,6 @@ def score(
             run, split, checkpoint, data, out, device, overwrite=overwrite, plan=plan, impressions=files
         )
         if first_rank():
-            print(f"{out}: {samples:,} predictions")
+            print(f"{printable(out)}: {samples:,} predictions")
 
     on_all_ranks(work)

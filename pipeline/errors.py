@@ -51,6 +51,8 @@ def error_line(error: BaseException) -> str | None:
         return "interrupted"
     if isinstance(error, UserError):
         return _one_line(str(error))
+    if is_out_of_memory(error):
+        return _memory_line(error)
     if is_refusal(error):
         assert isinstance(error, OSError)
         return _one_line(f"{error.filename or 'the disk'}: {refusal_reason(error)}")
@@ -114,6 +116,26 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in REFUSALS
 
 
+MEMORY = ("can't allocate memory", "not enough memory: you tried", "CUDA out of memory", "std::bad_alloc", "bad alloc")
+"""What libraries say in a RuntimeError where memory is lacking."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was asked for that there is not: by Python, numpy, Arrow, torch on a CPU or on a GPU."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in MEMORY)
+    )
+
+
+def _memory_line(error: BaseException) -> str:
+    # torch begins with a source file in brackets; CUDA's message goes on with advice about its allocator.
+    reason = (str(error).strip().splitlines() or ["out of memory"])[0].rpartition("] ")[2].partition(". GPU ")[0]
+    return _one_line(
+        f"does not fit in memory: {reason}; take smaller settings (stream.batch_size, stream.history_length, "
+        "stream.prefetch_batches, model.hidden, dims); `dare plan` estimates what they need"
+    )
+
+
 def refusal_reason(error: BaseException) -> str:
     """What the machine said when it refused (`is_refusal`)."""
     assert isinstance(error, OSError)
@@ -143,8 +165,13 @@ def _lost_contact_line(error: BaseException) -> str:
     )
 
 
+def printable(text: object) -> str:
+    """Return a text for a display: what moves a cursor, ends a line, turns its direction or is no letter, escaped."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
+
+
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 class Interrupts:

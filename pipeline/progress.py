@@ -19,6 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.errors import printable
+
 LINE_EVERY_S = 15.0
 """Seconds between two log lines, where standard error is no terminal."""
 REFRESHES_PER_S = 2
@@ -27,13 +29,20 @@ REFRESHES_PER_S = 2
 _LOGGER = logging.getLogger("dare.progress")
 
 
+class _Plain(logging.Formatter):
+    """One line, whatever names stand in it; a trace, if there is one, goes below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # logging's name
+        return printable(record.message)
+
+
 class _StandardError(logging.StreamHandler[TextIO]):
     """Writes to what is standard error at that moment: a live line puts itself in its place, so that lines go above."""
 
     def __init__(self) -> None:
         # Not StreamHandler's own: it would keep the stream that is standard error now.
         logging.Handler.__init__(self)
-        self.setFormatter(logging.Formatter("%(message)s"))
+        self.setFormatter(_Plain())
 
     @property
     def stream(self) -> TextIO:
@@ -164,8 +173,8 @@ class Progress:
     def _render(self) -> RenderableType:
         first, *others = self._text(self).splitlines()
         line = Table.grid(padding=(0, 1))
-        line.add_row(ProgressBar(total=self.total, completed=self.done, width=24), Text(first))
-        return Group(line, *(Text(f"  {other}") for other in others))
+        line.add_row(ProgressBar(total=self.total, completed=self.done, width=24), Text(printable(first)))
+        return Group(line, *(Text(f"  {printable(other)}") for other in others))
 
 
 @contextmanager

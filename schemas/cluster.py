@@ -1,9 +1,9 @@
 """Settings of a cluster: what a plan needs to know of the machines that it is for."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ByteSize, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import ByteSize, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from schemas.settings import Settings, without_former
 
@@ -56,13 +56,13 @@ class ClusterSettings(Settings):
     name: str
     device: Literal["cpu", "cuda"]
     device_name: str
-    nodes: PositiveInt
-    devices_per_node: PositiveInt
-    device_memory: ByteSize = Field(ByteSize(0), ge=0)
+    nodes: Annotated[int, Field(ge=1, le=100_000)]
+    devices_per_node: Annotated[int, Field(ge=1, le=1024)]
+    device_memory: ByteSize = Field(ByteSize(0), ge=0, lt=2**63)
     """Memory of a device; 0 on ``cpu``."""
-    host_memory: ByteSize = Field(gt=0)
+    host_memory: ByteSize = Field(gt=0, lt=2**63)
     """Memory of a node's host."""
-    cores: PositiveInt | None = None
+    cores: Annotated[int, Field(ge=1, le=65_536)] | None = None
     """CPU cores of a node, which its jobs ask for; a plan needs none."""
     memory_bandwidth: PositiveFloat
     """GB/s of a device's memory, or of a process's share of the host's, read and written from end to end."""

@@ -3,10 +3,10 @@
 import re
 from typing import Annotated, Any, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 
 from schemas.model import Dim
-from schemas.settings import Settings
+from schemas.settings import Seed, Settings
 from schemas.synth import SynthSettings
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -64,7 +64,7 @@ class ExperimentSettings(Settings):
     """Rows by label, in the order of the table."""
     dims: tuple[Dim, ...] = Field(min_length=1)
     """Each of them in turn is ``model.attention.dim`` and ``model.representation.dim``, of every feature."""
-    seeds: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    seeds: tuple[Seed, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _cells_differ(self) -> Self:

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from schemas.settings import Settings, renamed
+from schemas.stream import Length
 
 Feature = Literal["item", "category", "position", "interval", "behavior", "scene"]
 """What a behaviour is described by; each feature has a table of its own in every set of tables."""
@@ -23,8 +24,10 @@ Communication = Literal["fp32", "fp16", "bf16"]
 
 Memory = Literal["device", "host"]
 
-Dim = Annotated[int, Field(ge=4, multiple_of=4)]
+Dim = Annotated[int, Field(ge=4, le=65_536, multiple_of=4)]
 """FBGEMM's kernels need a multiple of 4."""
+
+Width = Annotated[int, Field(ge=1, le=1_048_576)]
 
 SequenceName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -78,7 +81,7 @@ class ModelSettings(Settings):
     """K_A and the like. A model that shares one set of tables needs it equal to ``representation``."""
     representation: TableSet = TableSet()
     """K_R and the like."""
-    retrieved: dict[SequenceName, PositiveInt] = Field(default_factory=lambda: {"history": 20}, min_length=1)
+    retrieved: dict[SequenceName, Length] = Field(default_factory=lambda: {"history": 20}, min_length=1)
     """K by sequence: how many behaviours of it the search keeps; where the history has fewer, the rest is padding.
 
     Each sequence has its own attention and pooling, and the prediction sees all of them. Their lengths N are the
@@ -94,11 +97,11 @@ class ModelSettings(Settings):
     In 16 bits they are half as many bytes, rounded on the way; gradients of rows then travel as bf16."""
     hash_bits: Annotated[int, Field(ge=1, le=1024)] = 48
     """Random projections whose signs eta and sdim compare."""
-    hash_width: PositiveInt = 3
+    hash_width: Annotated[int, Field(ge=1, le=1024)] = 3
     """How many of them make up a round of sdim, in which all signs of behaviour and target must agree."""
-    cluster_size: PositiveInt = 10
+    cluster_size: Length = 10
     """The most behaviours that twin-v2 puts into a cluster."""
-    hidden: tuple[PositiveInt, ...] = Field((200, 80), min_length=1)
+    hidden: tuple[Width, ...] = Field((200, 80), min_length=1, max_length=100)
     """Widths of the prediction's hidden layers."""
     auxiliary_loss: bool = False
     """Add the loss of a second prediction from attention over the whole history, not the K retrieved alone."""

@@ -7,12 +7,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
 from schemas.errors import UserError
@@ -21,7 +21,15 @@ from schemas.errors import UserError
 class Settings(BaseModel):
     """Base of every settings class: unknown keys are errors, nothing changes after validation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""What random numbers are drawn with."""
+Steps = Annotated[int, Field(ge=1, le=10**12)]
+"""A number of steps; far more than any run makes."""
 
 
 S = TypeVar("S", bound=Settings)

@@ -6,13 +6,15 @@ from pydantic import ByteSize, Field, PositiveInt
 
 from schemas.settings import Settings
 
+Length = Annotated[int, Field(ge=1, le=10_000_000)]
+"""N: how many behaviours a target sees at most."""
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class HistorySequence(Settings):
     """A sequence cut out of a user's history; with both conditions, behaviours must meet both."""
 
-    length: PositiveInt
+    length: Length
     """N: a target sees the last N of these behaviours before it."""
     behavior: Names | None = None
     """Behaviour types that belong to it, by name; None: all."""
@@ -23,17 +25,17 @@ class HistorySequence(Settings):
 class StreamSettings(Settings):
     """How shards become batches. ``threads`` and ``prefetch_batches`` change the speed alone, never a batch."""
 
-    batch_size: PositiveInt = 2048
+    batch_size: Annotated[int, Field(ge=1, le=2**24)] = 2048
     """Targets in a batch of one rank."""
-    history_length: PositiveInt = 200
+    history_length: Length = 200
     """N: a target sees the last N behaviours before it. ``sequences`` have lengths of their own."""
     sequences: Annotated[dict[str, HistorySequence], Field(min_length=1)] | None = None
     """Name -> sequence, where a model reads several out of one history; None: one named ``history``, of everything."""
     targets_per_user_per_batch: PositiveInt | None = None
     """Spread a user's targets: at most so many in a batch, while other users of the buffer fill it. None: together."""
-    shuffle_memory: ByteSize = Field(ByteSize(512 << 20), ge=0)
+    shuffle_memory: ByteSize = Field(ByteSize(512 << 20), ge=0, lt=2**63)
     """Memory of the shuffle buffer: a third of it, at least one row group, is shuffled while the next third is read."""
-    threads: PositiveInt = 2
+    threads: Annotated[int, Field(ge=1, le=1024)] = 2
     """Threads that read and decode row groups."""
-    prefetch_batches: PositiveInt = 4
+    prefetch_batches: Annotated[int, Field(ge=1, le=4096)] = 4
     """Batches that are made ahead of the consumer."""

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator
 
 from schemas.model import ModelSettings
-from schemas.settings import Settings
+from schemas.settings import Seed, Settings, Steps
 from schemas.stream import StreamSettings
 
 Compute = Literal["fp32", "tf32", "bf16"]
@@ -18,7 +18,7 @@ class DenseSettings(Settings):
     learning_rate: PositiveFloat = 0.01
     weight_decay: NonNegativeFloat = 1e-6
     """adam adds it to the gradient (L2 regularisation), adamw takes it from the weight (decoupled)."""
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=10**12)] = 0
     """Number of steps over which the learning rate rises in equal steps from 0."""
     clip_norm: PositiveFloat | None = None
     """Largest norm that the gradients of all dense parameters together may have; None: no limit."""
@@ -27,10 +27,10 @@ class DenseSettings(Settings):
 class ValidationSettings(Settings):
     """When the model is validated, and by which metric the best checkpoint is chosen."""
 
-    every: PositiveInt = 100
+    every: Steps = 100
     """Steps between two validations; the end of each epoch is validated too."""
     metric: Literal["auc", "gauc"] = "auc"
-    patience: PositiveInt | None = None
+    patience: Steps | None = None
     """After how many validations in a row without a better one training ends early; None: never."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """About what part of the split's users a validation evaluates, always the same ones: a hash of their raw ids
@@ -40,16 +40,16 @@ class ValidationSettings(Settings):
 class CheckpointSettings(Settings):
     """When checkpoints are written and how many stay; the best one always does."""
 
-    every: PositiveInt = 500
+    every: Steps = 500
     """Steps between two checkpoints."""
-    keep: PositiveInt = 2
+    keep: Annotated[int, Field(ge=1, le=1_000_000)] = 2
     """How many of the last checkpoints stay, beside the best one."""
 
 
 class ProfileSettings(Settings):
     """Which steps are profiled."""
 
-    steps: tuple[PositiveInt, PositiveInt] | None = None
+    steps: tuple[Steps, Steps] | None = None
     """First and last of them, counted from 1: traces and a table of a step go into the run's folder ``profile``. None:
     none are. It changes no number, but the steps take longer."""
 
@@ -64,9 +64,9 @@ class ProfileSettings(Settings):
 class TrainSettings(Settings):
     """All that decides what a run computes, except where its data are."""
 
-    seed: NonNegativeInt = 1
+    seed: Seed = 1
     """What the first weights and the order of the data are drawn with."""
-    epochs: PositiveInt = 2
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 2
     deterministic: bool = False
     """Whether a step on CUDA computes the same bits each time, more slowly; on a CPU it always does."""
     compute: Compute = "fp32"
@@ -78,7 +78,7 @@ class TrainSettings(Settings):
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     profile: ProfileSettings = ProfileSettings()
-    log_every: PositiveInt = 20
+    log_every: Steps = 20
     """Steps between two points of the curves in TensorBoard, where gradients are measured too."""
 
 

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 from rich.cells import cell_len
 
+from pipeline.errors import printable
+
 GAP = 2
 """Spaces between two columns."""
 _BREAK_AFTER = " /-_=.,:;|"
@@ -43,7 +45,7 @@ def table_lines(
     Yields:
         The lines, without spaces at their ends; an empty one between two parts.
     """
-    header, *rows = [[_printable(cell) for cell in row] for row in (header, *rows)]
+    header, *rows = [[printable(cell) for cell in row] for row in (header, *rows)]
     cells = [max((cell_len(row[column]) for row in rows), default=0) for column in range(len(header))]
     names = [cell_len(name) for name in header]
     widest = list(map(max, cells, names))
@@ -115,11 +117,6 @@ def _parts(widths: Sequence[int], labels: int, width: int | None) -> Iterator[li
             more = [*first, column]
         columns = more
     yield columns
-
-
-def _printable(text: str) -> str:
-    """A text without anything that would move a terminal's cursor, which names of files and models may have."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def _words(name: str) -> list[str]:

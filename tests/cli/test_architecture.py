@@ -19,7 +19,7 @@ MODULES_OF_THE_TRAINER = 60
 
 ROOMS = {
     "embeddings": (
-        ("batch", "compiled", "features", "intervals", "prefetch", "sizes", "workload"),
+        ("batch", "compiled", "features", "intervals", "machine", "prefetch", "sizes", "workload"),
         ("distributed",),
         ("layers",),
         ("tables",),

@@ -14,7 +14,7 @@ from torchx.cli.main import main as torchx
 from embeddings.distributed.process_group import process_group
 from jobs.cli import main
 from jobs.torchx import launch
-from pipeline.errors import FAULT, FAULT_LINE, error_line
+from pipeline.errors import FAULT, FAULT_LINE, error_line, printable
 from pipeline.runs.listing import run_state
 from schemas.errors import UserError
 from schemas.settings import load_settings
@@ -184,3 +184,37 @@ def test_settings_that_are_no_text_or_no_date(tmp_path: Path, monkeypatch: pytes
 def test_overrides_that_fit_no_tree_are_a_mistake() -> None:
     with pytest.raises(UserError, match=r"^settings cannot be read: "):
         load_settings(TrainSettings, overrides=["stream=[1]", "stream.sequences.x.length=2"])
+
+
+NAME = "a\n\x1b[31m[red]b\u202ec\udc80\x07"
+"""What a file may be called: a line's end, a colour, markup, a change of direction, a byte that is no text, a bell."""
+SHOWN = r"\x1b[31m[red]b\u202ec\udc80\x07"
+
+
+def test_names_cannot_forge_what_is_shown(tmp_path: Path) -> None:
+    assert printable(NAME) == r"a\n" + SHOWN
+    assert printable("Größe 数 é") == "Größe 数 é"
+    line = error_line(UserError(f"{NAME}: not there"))
+    assert line == f"a {SHOWN}: not there"
+    folder = tmp_path / NAME
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "runs", str(folder)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode().splitlines() == [rf"{tmp_path}/a\n{SHOWN}: no runs"]
+
+
+def test_output_on_a_full_disk_is_a_line(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs.cli", "runs", str(tmp_path)],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr in ("dare: standard output: no space left\n", "dare: the disk: no space left\n")
