@@ -116,9 +116,8 @@ def synth(
         f"({report.events / report.seconds:,.0f} a second)"
     )
     if impressions:
-        print(
-            f"{printable(impressions)}: {report.impressions:,} impressions; AUC of the true chances {report.bayes_auc:.4f}"
-        )
+        chances = f"AUC of the true chances {report.bayes_auc:.4f}"
+        print(f"{printable(impressions)}: {report.impressions:,} impressions; {chances}")
     if json:
         print(dumps(asdict(report) | {"peak_mib": round(_peak_kib() / 1024, 1)}))
 

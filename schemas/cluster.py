@@ -56,13 +56,13 @@ class ClusterSettings(Settings):
     name: str
     device: Literal["cpu", "cuda"]
     device_name: str
-    nodes: Annotated[int, Field(ge=1, le=100_000)]
-    devices_per_node: Annotated[int, Field(ge=1, le=1024)]
+    nodes: Annotated[int, Field(gt=0, le=100_000)]
+    devices_per_node: Annotated[int, Field(gt=0, le=1024)]
     device_memory: ByteSize = Field(ByteSize(0), ge=0, lt=2**63)
     """Memory of a device; 0 on ``cpu``."""
     host_memory: ByteSize = Field(gt=0, lt=2**63)
     """Memory of a node's host."""
-    cores: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    cores: Annotated[int, Field(gt=0, le=65_536)] | None = None
     """CPU cores of a node, which its jobs ask for; a plan needs none."""
     memory_bandwidth: PositiveFloat
     """GB/s of a device's memory, or of a process's share of the host's, read and written from end to end."""

@@ -27,7 +27,7 @@ Memory = Literal["device", "host"]
 Dim = Annotated[int, Field(ge=4, le=65_536, multiple_of=4)]
 """FBGEMM's kernels need a multiple of 4."""
 
-Width = Annotated[int, Field(ge=1, le=1_048_576)]
+Width = Annotated[int, Field(gt=0, le=1_048_576)]
 
 SequenceName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -97,7 +97,7 @@ class ModelSettings(Settings):
     In 16 bits they are half as many bytes, rounded on the way; gradients of rows then travel as bf16."""
     hash_bits: Annotated[int, Field(ge=1, le=1024)] = 48
     """Random projections whose signs eta and sdim compare."""
-    hash_width: Annotated[int, Field(ge=1, le=1024)] = 3
+    hash_width: Annotated[int, Field(gt=0, le=1024)] = 3
     """How many of them make up a round of sdim, in which all signs of behaviour and target must agree."""
     cluster_size: Length = 10
     """The most behaviours that twin-v2 puts into a cluster."""

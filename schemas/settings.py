@@ -28,7 +28,7 @@ class Settings(BaseModel):
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """What random numbers are drawn with."""
-Steps = Annotated[int, Field(ge=1, le=10**12)]
+Steps = Annotated[int, Field(gt=0, le=10**12)]
 """A number of steps; far more than any run makes."""
 
 

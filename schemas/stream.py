@@ -6,7 +6,7 @@ from pydantic import ByteSize, Field, PositiveInt
 
 from schemas.settings import Settings
 
-Length = Annotated[int, Field(ge=1, le=10_000_000)]
+Length = Annotated[int, Field(gt=0, le=10_000_000)]
 """N: how many behaviours a target sees at most."""
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -25,7 +25,7 @@ class HistorySequence(Settings):
 class StreamSettings(Settings):
     """How shards become batches. ``threads`` and ``prefetch_batches`` change the speed alone, never a batch."""
 
-    batch_size: Annotated[int, Field(ge=1, le=2**24)] = 2048
+    batch_size: Annotated[int, Field(gt=0, le=2**24)] = 2048
     """Targets in a batch of one rank."""
     history_length: Length = 200
     """N: a target sees the last N behaviours before it. ``sequences`` have lengths of their own."""
@@ -35,7 +35,7 @@ class StreamSettings(Settings):
     """Spread a user's targets: at most so many in a batch, while other users of the buffer fill it. None: together."""
     shuffle_memory: ByteSize = Field(ByteSize(512 << 20), ge=0, lt=2**63)
     """Memory of the shuffle buffer: a third of it, at least one row group, is shuffled while the next third is read."""
-    threads: Annotated[int, Field(ge=1, le=1024)] = 2
+    threads: Annotated[int, Field(gt=0, le=1024)] = 2
     """Threads that read and decode row groups."""
-    prefetch_batches: Annotated[int, Field(ge=1, le=4096)] = 4
+    prefetch_batches: Annotated[int, Field(gt=0, le=4096)] = 4
     """Batches that are made ahead of the consumer."""

@@ -14,7 +14,7 @@ DAY = 86_400
 class SynthSettings(Settings):
     """Everything that decides what ``dare synth`` writes. With more ``events`` the first users stay as they were."""
 
-    events: int = Field(1_000_000, ge=1, le=10**12)
+    events: int = Field(1_000_000, gt=0, le=10**12)
     """Whole users are written until there are at least so many behaviours."""
     min_length: Length = 50
     """Behaviours of the shortest histories."""
@@ -24,14 +24,14 @@ class SynthSettings(Settings):
     """Index of the Pareto law of history lengths: the smaller, the more behaviours belong to a few long histories."""
     items: int = Field(100_000, ge=1, lt=2**31)
     """Memory grows by about 50 bytes for each."""
-    categories: int = Field(1_000, ge=1, lt=2**31)
+    categories: int = Field(1_000, gt=0, lt=2**31)
     item_zipf: float = Field(0.8, ge=0, le=3)
     """The popularity of an item is 1 / rank to this power; 0: all alike."""
     category_zipf: float = Field(0.8, ge=0, le=3)
     """The share of items that a category has is 1 / rank to this power; 0: all alike."""
     first_timestamp: int = Field(1_577_836_800, ge=0, lt=2**37)
     """Seconds since 1970; nothing is earlier."""
-    days: int = Field(180, ge=1, le=100_000)
+    days: int = Field(180, gt=0, le=100_000)
     """All behaviours lie within so many days."""
     loyalty: float = Field(0.8, ge=0, lt=1)
     """Chance that a behaviour stays in the category of a past one, drawn by relevance, rather than by popularity."""
@@ -41,7 +41,7 @@ class SynthSettings(Settings):
     """Parquet events carry a behaviour type: pv, cart, fav or buy. (Taobao's CSV always does.)"""
     scene: bool = False
     """Parquet events and impressions carry a scene."""
-    impressions_per_user: int = Field(20, ge=1, le=1_000_000)
+    impressions_per_user: int = Field(20, gt=0, le=1_000_000)
     """Where impressions are asked for."""
     click_floor: float = Field(0.05, ge=0, le=1)
     """Chance of a click where no past behaviour is relevant."""

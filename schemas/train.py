@@ -42,7 +42,7 @@ class CheckpointSettings(Settings):
 
     every: Steps = 500
     """Steps between two checkpoints."""
-    keep: Annotated[int, Field(ge=1, le=1_000_000)] = 2
+    keep: Annotated[int, Field(gt=0, le=1_000_000)] = 2
     """How many of the last checkpoints stay, beside the best one."""
 
 
@@ -66,7 +66,7 @@ class TrainSettings(Settings):
 
     seed: Seed = 1
     """What the first weights and the order of the data are drawn with."""
-    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 2
+    epochs: Annotated[int, Field(gt=0, le=1_000_000)] = 2
     deterministic: bool = False
     """Whether a step on CUDA computes the same bits each time, more slowly; on a CPU it always does."""
     compute: Compute = "fp32"
