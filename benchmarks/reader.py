@@ -167,7 +167,7 @@ def read_pyarrow(data_set: DataSet, order: NDArray[np.int64], threads: int) -> I
     columns = data_set.schema().names
 
     def read(group: int) -> pa.Table:
-        path, row_group = data_set.address(group)
+        path, row_group, _ = data_set.address(group)
         files = opened.__dict__
         if str(path) not in files:
             files[str(path)] = pq.ParquetFile(path)

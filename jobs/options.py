@@ -11,7 +11,7 @@ DataSetFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Data set tha
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Take the place of what is in the folder.")]
 TrainedRun = Annotated[Path, typer.Option(help="Folder of a run that `dare train` wrote.")]
 PredictedSplit = Annotated[Literal["train", "validation", "test"], typer.Option(help="What to predict.")]
-CheckpointOfRun = Annotated[Literal["best", "last"], typer.Option(help="Which checkpoint of the run.")]
+CheckpointOfRun = Annotated[str, typer.Option(help="Checkpoint of the run: best, last, or its step.")]
 PlanFile = Annotated[
     Path | None, typer.Option(help="Sharding plan that `dare plan --save` wrote, for this number of processes.")
 ]

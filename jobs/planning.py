@@ -52,7 +52,7 @@ def plan(
     if calibrate is not None:
         _calibrate(calibrate)
         return
-    from pipeline.files import check_output_file
+    from pipeline.files import check_output_file, write_whole
     from pipeline.planning.sweep import NAMES
 
     # A dry run can take a minute: what cannot be written is better known before.
@@ -86,7 +86,7 @@ def plan(
             print("\n".join([f"\nagainst {diff}:", *changes]) if changes else f"\nthe same as {diff}")
             result["differences"] = changes
         if save is not None:
-            save.write_text(plan_text(run.plan))
+            write_whole(save, plan_text(run.plan))
         if html is not None:
             from pipeline.planning.page import write_page
 

@@ -1,38 +1,43 @@
 """Writing what is there whole or not at all, files and folders, and the locks that keep two writers apart.
 
-A file or folder is written under another name beside it and renamed when it is complete: a reader, or a run that begins
-after a kill, never sees half of it. Locks are files that a process holds; the kernel lets go of them when it dies.
+A file or folder is written under another name beside it and renamed when it is complete and on the disk: a reader, or a
+run that begins after a kill or a power cut, never sees half of it. Locks are files that a process holds; the kernel
+lets go of them when it dies.
 """
 
 import atexit
+import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from schemas.errors import UserError
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes, *, sync: bool = True) -> None:
     """Write a file that is there with all its content, or not at all.
+
+    Args:
+        path: of the file.
+        content: text is written as UTF-8.
+        sync: wait for the disk; without, a power cut may leave half of the file. For what is soon written again.
 
     Raises:
         OSError: it cannot be written; what was at ``path`` before is still there.
     """
-    with whole_file(path) as unfinished:
+    with whole_file(path, sync=sync) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write a file under.
+def whole_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """A name beside ``path`` to write a file under; ``sync`` is that of `write_whole`.
 
     The file takes the place of ``path`` if the block ends well and is removed if it fails. What a killed process left
     under that name is overwritten by the next one.
@@ -41,10 +46,43 @@ def whole_file(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         yield unfinished
-        unfinished.replace(path)
+        if sync:
+            give_name(unfinished, path)
+        else:
+            unfinished.replace(path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def give_name(unfinished: Path, path: Path) -> None:
+    """Rename a file or a folder that is complete, so that not even a power cut leaves half of it under the new name.
+
+    What is in it is on the disk before the name is, and the name is when this returns.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    for folder, _, files in os.walk(unfinished):  # nothing, if it is a file
+        for name in files:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
+    if not unfinished.is_dir():
+        _sync(unfinished)
+    unfinished.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some file systems have nothing to sync of a folder, and say so.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -97,7 +135,7 @@ def output_folder(out: Path, contents: Collection[str], *, overwrite: bool) -> I
                 # Two renames: a folder cannot take the place of one that is not empty. A kill in between leaves
                 # ``former``, which the next run removes, and no ``out``.
                 out.rename(former)
-            partial.rename(out)
+            give_name(partial, out)
             shutil.rmtree(former, ignore_errors=True)
         except BaseException:
             if former.exists() and not out.exists():
@@ -193,20 +231,3 @@ def check_output_file(path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON document.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (not a JSON object)")
-    return content

@@ -2,17 +2,22 @@
 
 import hashlib
 import json
+import os
+import zlib
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from schemas.documents import inside, json_document, notice_unverified, read_json
 from schemas.errors import UserError
 from schemas.shards import READABLE_VERSIONS, history_schema
 
 MANIFEST = "manifest.json"
 ROW_GROUP_INDEX = "row_groups.parquet"
+REMEDY = "prepare the data set again"
+"""What to do about a data set that is damaged."""
 
 
 class _Record(BaseModel):
@@ -26,6 +31,11 @@ class File(_Record):
     bytes: int
     sha256: str
 
+    @classmethod
+    def of(cls, path: Path, **contents: Any) -> Self:
+        """Return the record of a file that is written; ``contents`` are the other fields."""
+        return cls(path=path.name, bytes=path.stat().st_size, sha256=sha256(path), **contents)
+
 
 class Shard(File):
     """A shard, with what it holds."""
@@ -33,6 +43,26 @@ class Shard(File):
     users: int
     behaviors: int
     row_groups: int
+    footer_sha256: str | None = None
+    """Checksum of parquet's footer; None: an earlier version of this program wrote the data set."""
+    row_group_crc32: str | None = None
+    """CRC-32 of each row group, 8 digits each: a reader verifies what it reads, and need not read the whole file."""
+
+    @classmethod
+    def of(cls, path: Path, **contents: Any) -> Self:
+        """Return the record of a shard that is written; ``contents`` are users, behaviors and row_groups."""
+        import pyarrow.parquet as pq  # Not at the top: commands that only read a manifest begin at once.
+
+        with path.open("rb") as file:
+            footer = read_footer(file)
+            metadata = pq.read_metadata(pa.BufferReader(footer))
+            crc32 = ""
+            for row_group in range(metadata.num_row_groups):
+                start, end = row_group_range(metadata, row_group)
+                file.seek(start)
+                crc32 += f"{zlib.crc32(file.read(end - start)):08x}"
+        checksum = hashlib.sha256(footer).hexdigest()
+        return super().of(path, **contents, footer_sha256=checksum, row_group_crc32=crc32)
 
 
 class Source(_Record):
@@ -130,7 +160,7 @@ class Manifest(_Record):
     def write(self, folder: Path) -> None:
         """Write the manifest into ``folder``, as the last file of a data set. Equal manifests give equal bytes."""
         content = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
-        (folder / MANIFEST).write_text(content)
+        (folder / MANIFEST).write_text(json_document(content))
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -144,12 +174,9 @@ class Manifest(_Record):
             raise UserError(
                 f"{folder}: no {MANIFEST}: not a data set, or one that was never finished; run `dare prepare`"
             )
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error}); prepare the data set again") from None
+        content = read_json(path, remedy=REMEDY)
         # Checked before the fields: a manifest of another version may lack any of them, and the message should say why.
-        version = content.get("schema_version") if isinstance(content, dict) else None
+        version = content.get("schema_version")
         if version not in READABLE_VERSIONS:
             raise UserError(
                 f"{path}: schema version {version!r}, this program reads {' and '.join(map(str, READABLE_VERSIONS))}; "
@@ -161,9 +188,12 @@ class Manifest(_Record):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"{path}: {where}: {first['msg']}; prepare the data set again") from None
+        # Once for the data set, also where its manifest is new and lists shards of an earlier version.
+        if any(None in (shard.footer_sha256, shard.row_group_crc32) for shard in manifest.shards):
+            notice_unverified(folder)
         # Sizes alone, which cost no reading; `verify` reads all bytes.
         for file in (*manifest.shards, *manifest.files):
-            if not (folder / file.path).is_file():
+            if not inside(folder, file.path).is_file():
                 raise UserError(
                     f"{folder}: {file.path} is missing, but stands in the manifest; prepare the data set again"
                 )
@@ -181,10 +211,49 @@ class Manifest(_Record):
             UserError: a file differs.
         """
         for file in (*self.shards, *self.files):
-            if sha256(folder / file.path) != file.sha256:
-                raise UserError(
-                    f"{folder}: {file.path} differs from the checksum in the manifest; prepare the data set again"
-                )
+            _verify(folder, file)
+
+    def verified(self, folder: Path, name: str) -> Path:
+        """Return the path of a file beside the shards, a dictionary or the index, whose content has been verified.
+
+        Raises:
+            UserError: it differs from its checksum, or does not stand in the manifest.
+        """
+        file = next((file for file in self.files if file.path == name), None)
+        if file is None:
+            raise UserError(f"{folder}: {name} does not stand in {MANIFEST}; {REMEDY}")
+        _verify(folder, file)
+        return folder / name
+
+
+def _verify(folder: Path, file: File) -> None:
+    if sha256(folder / file.path) != file.sha256:
+        raise UserError(f"{folder}: {file.path} differs from the checksum in the manifest; {REMEDY}")
+
+
+def read_footer(file: BinaryIO) -> bytes:
+    """Return the last bytes of a parquet file, with all that it says about itself; less where it is shorter."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 8))
+    # The length of the metadata, then four letters.
+    length = int.from_bytes(file.read(4), "little") + 8
+    file.seek(max(0, size - length))
+    return file.read(length)
+
+
+def row_group_range(metadata: Any, row_group: int) -> tuple[int, int]:
+    """Return where a row group begins and ends in its file.
+
+    Args:
+        metadata: of the file, `pyarrow.parquet.FileMetaData`.
+        row_group: its number.
+    """
+    group = metadata.row_group(row_group)
+    columns = [group.column(position) for position in range(group.num_columns)]
+    # Dictionary pages come before those of the data.
+    starts = [min(each.dictionary_page_offset or each.data_page_offset, each.data_page_offset) for each in columns]
+    ends = [start + each.total_compressed_size for start, each in zip(starts, columns, strict=True)]
+    return min(starts), max(ends)
 
 
 def sha256(path: Path) -> str:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
+from schemas.documents import verify_yaml
 from schemas.errors import UserError
 
 
@@ -84,14 +85,18 @@ def load_settings(
         values: settings that come from elsewhere (command-line options), as nested dictionaries.
 
     Raises:
-        UserError: a file that is missing or no YAML, an unknown key, an impossible value, something else in place of a
-            section; says what is allowed.
+        UserError: a file that is missing, no YAML or unlike its checksum, an unknown key, an impossible value,
+            something else in place of a section; says what is allowed.
     """
     merged: DictConfig | ListConfig | TupleConfig = OmegaConf.create({})
+    where = ""
     try:
         for file in files:
+            where = f"{file}: "
             if not file.is_file():
                 raise UserError(f"{file}: no such settings file")
+            # One that this program wrote carries its checksum: edited by hand or damaged on the disk, it is refused.
+            verify_yaml(file, file.read_bytes())
             # Read twice: here to see what kind of thing the file is, below by OmegaConf, which knows interpolations
             # (``${...}``).
             content = yaml.safe_load(file.read_text()) or {}
@@ -100,6 +105,7 @@ def load_settings(
             refuse_flat_sections(kind, content, f"{file}: ")
             part = OmegaConf.load(file)
             merged = OmegaConf.merge(merged, part)
+        where = ""
         # Files, then command-line options, then overrides: each is laid over what came before, key by key.
         if values:
             merged = OmegaConf.merge(merged, values)
@@ -115,7 +121,7 @@ def load_settings(
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         # ValueError: bytes that are no text, and what YAML takes for a date that there is not (2026-13-45). TypeError:
         # OmegaConf, of a key into what an earlier override has made a list.
-        raise UserError(f"settings cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}settings cannot be read: {' '.join(str(error).split())}") from None
     try:
         return kind.model_validate(content)
     except ValidationError as error:

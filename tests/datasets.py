@@ -11,9 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.ingest.shards import shard_encoding
+from schemas.documents import json_document
 from schemas.manifest import MANIFEST, ROW_GROUP_INDEX, Counts, File, Manifest, Shard, TargetCounts, sha256
 from schemas.shards import ROW_GROUPS, SCHEMA_VERSION, SPLITS, Split, dictionary_schema, history_schema
 
+CONTENTS = ("users", "behaviors", "row_groups")
+"""What a shard holds."""
 ITEMS = 50
 CATEGORIES = 7
 
@@ -113,8 +116,8 @@ def write_dataset(
             targets = [sum(t.split == split for u in group for t in u.targets) for split in Split]
             index.append([number, row_group, len(group), sum(len(u.item) for u in group), *targets])
         shards.append(
-            Shard(
-                **_file(path),
+            Shard.of(
+                path,
                 users=sum(map(len, members)),
                 behaviors=sum(len(u.item) for group in members for u in group),
                 row_groups=len(members),
@@ -141,7 +144,7 @@ def write_dataset(
         settings={},
         sources=(),
         shards=tuple(shards),
-        files=tuple(File(**_file(path)) for path in files),
+        files=tuple(map(File.of, files)),
     )
     manifest.write(folder)
     return manifest
@@ -158,11 +161,29 @@ def rewrite_shard(
 
 def reseal(folder: Path, name: str) -> None:
     """Make the manifest agree with a file that a test has changed."""
-    content = json.loads((folder / MANIFEST).read_text())
+    content = manifest_of(folder)
     for file in content["shards"] + content["files"]:
-        if file["path"] == name:
-            file |= _file(folder / name)
-    (folder / MANIFEST).write_text(json.dumps(content))
+        if file["path"] != name:
+            continue
+        file |= _file(folder / name)
+        if file in content["shards"]:
+            try:
+                file |= Shard.of(folder / name, **{key: file[key] for key in CONTENTS}).model_dump(mode="json")
+            except pa.ArrowException:  # nothing of parquet is left: as if an earlier version had written it
+                file |= {"footer_sha256": None, "row_group_crc32": None}
+    write_manifest(folder, content)
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest as JSON, without its checksum."""
+    content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    del content["checksum"]
+    return content
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write a manifest that a test has changed, with its checksum."""
+    (folder / MANIFEST).write_text(json_document(json.dumps(content)))
 
 
 def _table(users: Sequence[User], schema: pa.Schema) -> pa.Table:

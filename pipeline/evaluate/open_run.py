@@ -13,7 +13,8 @@ from torchrec.distributed.types import ShardingPlan
 from embeddings.sharding import sharded_model
 from pipeline.evaluate.evaluate import evaluate
 from pipeline.evaluate.metrics import Evaluation
-from pipeline.runs.checkpoint import Checkpoint, best_checkpoint, last_checkpoint, load
+from pipeline.runs.checkpoint import Checkpoint, best_of, checkpoints_in, damage_of, from_first_rank, is_there
+from pipeline.runs.checkpoint_files import load
 from pipeline.runs.plan_file import read_plan
 from pipeline.runs.run_folder import RunFolder
 from pipeline.stream.data_set import DataSet
@@ -26,16 +27,62 @@ _LOGGER = logging.getLogger("dare.evaluate")
 
 
 def choose_checkpoint(run: RunFolder, which: str) -> Checkpoint:
-    """Return the ``best`` or the ``last`` checkpoint of a run; where none was validated, the last one is the best.
+    """Return a checkpoint of a run, all of whose files have been compared with their checksums.
+
+    All ranks must call it, and get the same one. While a run goes on, its older checkpoints are removed: if that of
+    the choice is, the choice is made again.
+
+    Args:
+        run: folder of the run.
+        which: ``best``, ``last``, or a step. Where no checkpoint was validated, the last one is the best.
 
     Raises:
-        UserError: the run has no checkpoint.
+        UserError: the run has no such checkpoint, or it is damaged.
     """
-    checkpoint = best_checkpoint(run.checkpoints) if which == "best" else None
-    checkpoint = checkpoint or last_checkpoint(run.checkpoints)
-    if checkpoint is None:
+    while True:
+        checkpoint = from_first_rank(lambda: _named(run, which))
+        damage = damage_of(checkpoint)
+        if damage is None:
+            return checkpoint
+        if is_there(checkpoint):
+            others = [str(each.step) for each in checkpoints_in(run.checkpoints) if each.step != checkpoint.step]
+            choice = f", or take another one by --checkpoint: {', '.join(others)}" if others else ", or train on"
+            raise UserError(f"{checkpoint.path} is damaged ({damage}); restore it from a copy{choice}")
+
+
+def _named(run: RunFolder, which: str) -> Checkpoint:
+    """Return a checkpoint by its name, which is `choose_checkpoint`'s ``which``."""
+    checkpoints = checkpoints_in(run.checkpoints)
+    if not checkpoints:
         raise UserError(f"{run.path}: no checkpoint yet; train first")
-    return checkpoint
+    if which == "last":
+        return checkpoints[-1]
+    if which == "best":
+        # One whose record is damaged might be the best.
+        unknown = next((each for each in checkpoints if each.damage is not None), None)
+        return unknown or best_of(checkpoints) or checkpoints[-1]
+    found = next((each for each in checkpoints if str(each.step) == which), None)
+    if found is None:
+        steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
+        raise UserError(f"{run.path}: no checkpoint {which!r}; choose best, last, or one of the steps {steps}")
+    return found
+
+
+def load_chosen(model: nn.Module, run: RunFolder, which: str, checkpoint: Checkpoint) -> None:
+    """Load a model's parameters from what `choose_checkpoint` has chosen, or from its next choice if that is gone.
+
+    All ranks must call it.
+
+    Raises:
+        UserError: the checkpoint is of another model, or damaged.
+    """
+    while True:
+        try:
+            return load_model(model, checkpoint.path)
+        except UserError:
+            if is_there(checkpoint):
+                raise
+            checkpoint = choose_checkpoint(run, which)
 
 
 def load_model(model: nn.Module, checkpoint: Path) -> None:
@@ -67,7 +114,7 @@ def opened_run(
     Args:
         folder: folder of the run.
         split: ``train``, ``validation`` or ``test``.
-        which: ``best`` or ``last`` checkpoint.
+        which: ``best`` or ``last`` checkpoint, or its step.
         data: folder of the data set; None: the one that the run was trained on.
         device: device of this rank.
         plan: file of a sharding plan to follow, for this number of ranks; None: that of the run where it was trained on
@@ -78,6 +125,7 @@ def opened_run(
         UserError: run, checkpoint, data and plan do not fit each other; the model does not fit the ranks.
     """
     run = RunFolder(folder)
+    # Chosen and verified before a model is built, which takes a while.
     settings, checkpoint = run.settings(), choose_checkpoint(run, which)
     if which == "best" and checkpoint.score is None:
         _LOGGER.info("%s: no checkpoint is the best; the last one is taken, of step %d", folder, checkpoint.step)
@@ -99,7 +147,7 @@ def opened_run(
         # Tables are those of training, whatever ids this data set has.
         manifest = data_set.manifest if translation is None else translation.manifest
         model = sharded_model(settings, manifest, device, read_plan(plan) if plan else _plan_of(run, device))
-        load_model(model, checkpoint.path)
+        load_chosen(model, run, which, checkpoint)
         yield model, stream
 
 

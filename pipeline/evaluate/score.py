@@ -50,7 +50,7 @@ def score_run(
     Args:
         run: folder of the run.
         split: ``train``, ``validation`` or ``test``.
-        which: checkpoint.
+        which: ``best`` or ``last`` checkpoint, or its step.
         data: folder of the data set; None: the one that the run was trained on.
         out: folder that appears when all ranks are done.
         device: device of this rank.
@@ -78,7 +78,7 @@ def score_run(
 
             scored = ScoredImpressions(impressions, stream.data_set.folder, manifest)
         # The dictionary once for each rank; batches hold dense ids.
-        raw_I = _raw_items(stream.data_set.folder)
+        raw_I = _raw_items(stream.data_set.manifest.verified(stream.data_set.folder, "items.parquet"))
         schema = pa.schema(
             [
                 ("user_id", pa.int64()),
@@ -91,7 +91,9 @@ def score_run(
             ]
         )
         names = pa.array(manifest.impression_files, pa.string())
-        with pq.ParquetWriter(folder / f"part-{rank:05}.parquet", schema, compression=COMPRESSION) as writer:
+        with pq.ParquetWriter(
+            folder / f"part-{rank:05}.parquet", schema, compression=COMPRESSION, write_page_checksum=True
+        ) as writer:
             for batch, logit_T in predictions(model, stream, device):
                 writer.write_table(_table(batch, logit_T, raw_I, names, schema))
         # Every rank must have closed its part before the first one reads them, and gives the folder its name.
@@ -119,9 +121,9 @@ def _table(batch: Batch, logit_T: Tensor, raw_I: pa.Array, files: pa.Array, sche
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
-def _raw_items(folder: Path) -> pa.Array:
+def _raw_items(file: Path) -> pa.Array:
     """Return (I,) raw ids by dense id; null for the unknown item 0."""
-    dictionary = read_dictionary(folder / "items.parquet")
+    dictionary = read_dictionary(file)
     # The file is sorted by raw id; here is the row of each dense id, and none for id 0.
     row_I = np.full(dictionary.num_rows + 1, -1)
     row_I[dictionary["id"].to_numpy()] = np.arange(dictionary.num_rows)

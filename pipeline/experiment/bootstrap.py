@@ -59,7 +59,7 @@ class Predictions:
             UserError: the folder is not there or holds something else.
         """
         try:
-            table = pq.read_table(folder, columns=["user_id", "label", "score"])
+            table = pq.read_table(folder, columns=["user_id", "label", "score"], page_checksum_verification=True)
         except (OSError, ArrowException) as error:
             raise UserError(f"{folder}: no predictions that can be read ({' '.join(str(error).split())})") from None
         user_id_U, user_N = np.unique(table["user_id"].to_numpy(), return_inverse=True)

@@ -14,7 +14,6 @@ from omegaconf.errors import OmegaConfBaseException
 from embeddings.models import MODELS, build_model
 from embeddings.sharding import check_tables
 from embeddings.sizes import DataSizes
-from pipeline.files import read_json
 from pipeline.runs.run_folder import RunFolder
 from schemas.errors import UserError
 from schemas.experiment import ExperimentSettings, ModelRow, folder_name
@@ -132,7 +131,7 @@ def refuse_changed(cells: list[Cell], fingerprints: dict[str, str]) -> None:
             for key, values in differing(cell.settings, cell.run.settings()).items()
             if key not in MAY_DIFFER
         }
-        trained_on = read_json(cell.run.data_file).get("fingerprint")
+        trained_on = cell.run.data_record()["fingerprint"]
         if changed or trained_on != fingerprints[cell.data]:
             reason = ", ".join(f"{key} is {now!r}, was {before!r}" for key, (now, before) in changed.items())
             raise UserError(

@@ -9,6 +9,7 @@ from pipeline.experiment.child import Child, stop_all
 from pipeline.files import write_whole
 from pipeline.stream.data_set import DataSet
 from pipeline.train.trainer import StopSignal
+from schemas.documents import json_document, read_json
 from schemas.errors import StoppedError, UserError
 from schemas.experiment import DataSource
 from schemas.prepare import PRESETS, PrepareSettings
@@ -82,16 +83,18 @@ def open_data_sets(
 def _made(name: str, source: DataSource, parent: Path, dare: Sequence[str]) -> Path:
     folder, recipe = parent / name, parent / f"{name}.json"
     definition = json.dumps({key: value for key, value in flat(source).items() if value is not None}, indent=1) + "\n"
+    remedy = f"remove it and {folder} to make the data set anew"
     # `dare prepare` gives the folder its name at the end: if it is there, it is whole.
     if folder.is_dir():
-        if not recipe.is_file() or recipe.read_text() != definition:
+        if not recipe.is_file() or read_json(recipe, remedy=remedy) != json.loads(definition):
             raise UserError(
                 f"{folder} was made with other settings than data.{name} has now; "
                 "remove it to make it anew, or choose another --out"
             )
         return folder
     parent.mkdir(parents=True, exist_ok=True)
-    write_whole(recipe, definition)  # Before the data: a folder without it is not known to be of these settings.
+    # Before the data: a folder without it is not known to be of these settings.
+    write_whole(recipe, json_document(definition))
     log = parent / f"{name}.log"
     events: list[str] = []
     if source.synth is not None:

@@ -15,6 +15,7 @@ from pipeline.experiment.cells import Cell, Parameters
 from pipeline.experiment.report import write_report
 from pipeline.experiment.results import Result, result_of, write_results
 from pipeline.files import locked, write_whole
+from schemas.documents import yaml_document
 from schemas.errors import UserError
 from schemas.experiment import ExperimentSettings
 from schemas.settings import load_settings
@@ -59,7 +60,7 @@ def held(out: Path, experiment: ExperimentSettings) -> Iterator[None]:
 def write_settings(out: Path, experiment: ExperimentSettings) -> None:
     """Write the experiment's settings into its folder."""
     content = OmegaConf.create(experiment.model_dump(mode="json", exclude_none=True))
-    write_whole(out / SETTINGS, OmegaConf.to_yaml(content))
+    write_whole(out / SETTINGS, yaml_document(OmegaConf.to_yaml(content)))
 
 
 class Documents:

@@ -2,18 +2,20 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.experiment.cells import Cell, Parameters
-from pipeline.files import read_json, whole_file, write_whole
+from pipeline.files import whole_file, write_whole
 from pipeline.runs.run_folder import read_step_log
+from schemas.documents import json_document, read_json
 from schemas.errors import UserError
 from schemas.experiment import AccuracyFloor
 from schemas.settings import load_settings
@@ -90,11 +92,11 @@ def result_of(cell: Cell, parameters: Parameters, out: Path) -> Result:
     Raises:
         UserError: a file is damaged.
     """
-    record = read_json(cell.record) if cell.record.is_file() else {}
-    test = read_json(cell.run.test_file) if cell.finished else {}
-    progress = read_json(cell.run.progress_file) if cell.run.progress_file.is_file() else {}
+    record = _record(cell)
+    test = cell.run.test() if cell.finished else {}
+    progress = cell.run.progress() or {}
     # None is an AUC that is not defined: a validation of one label.
-    validated = [line["auc"] for line in read_step_log(cell.run.validations) if line["auc"] is not None]
+    validated = [line["auc"] for line in read_step_log(cell.run.validations) if line.get("auc") is not None]
     # What a run says while it goes (speed, validations) counts only once it is finished: before, it may still change.
     steps, best = test.get("steps"), test.get("checkpoint_step")
     return Result(
@@ -128,6 +130,13 @@ def _revision(cell: Cell) -> str | None:
     return git["revision"][:12] + "+" * git["modified"] if git else None
 
 
+def _record(cell: Cell) -> dict[str, Any]:
+    if not os.path.lexists(cell.record):
+        return {}
+    keys = {"wall_s": float | int, "peak_bytes": int, "error": str | None}
+    return read_json(cell.record, keys, "remove it, and the cell's seconds and memory are counted anew")
+
+
 def add_to_record(cell: Cell, seconds: float, peak_bytes: int, error: str | None) -> None:
     """Note in the record of a cell that a start of it has ended.
 
@@ -137,18 +146,18 @@ def add_to_record(cell: Cell, seconds: float, peak_bytes: int, error: str | None
         peak_bytes: most resident memory of this start; the record keeps the most of all starts.
         error: why it failed; None: it did not fail.
     """
-    before = read_json(cell.record) if cell.record.is_file() else {}
+    before = _record(cell)
     record = {
         "wall_s": round(before.get("wall_s", 0.0) + seconds, 2),
         "peak_bytes": max(before.get("peak_bytes", 0), peak_bytes),
         "error": error,
     }
-    write_whole(cell.record, json.dumps(record) + "\n")
+    write_whole(cell.record, json_document(json.dumps(record) + "\n"))
 
 
 def seconds_of(cell: Cell) -> float | None:
     """Seconds of all starts of a cell that have ended; None: none has."""
-    return read_json(cell.record).get("wall_s") if cell.record.is_file() else None
+    return _record(cell).get("wall_s")
 
 
 def write_results(results: Sequence[Result], file: Path) -> None:

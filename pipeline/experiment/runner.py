@@ -12,9 +12,9 @@ from typing import Self
 from pipeline.experiment.cells import Cell
 from pipeline.experiment.child import Child, stop_all
 from pipeline.experiment.results import add_to_record, seconds_of
-from pipeline.files import read_json, remove_folder, write_whole
+from pipeline.files import remove_folder, write_whole
 from pipeline.progress import Progress, duration, time_left
-from pipeline.runs.checkpoint import best_checkpoint, checkpoints_in
+from pipeline.runs.checkpoint import best_of, checkpoints_in
 from pipeline.runs.run_folder import settings_text
 from pipeline.train.trainer import StopSignal
 
@@ -123,10 +123,13 @@ def _end(started: Started, progress: "CellProgress") -> None:
 
 def _keep_the_best(cell: Cell) -> None:
     """Remove all checkpoints of a finished cell but the best: nothing reads the others any more."""
-    folder = cell.run.checkpoints
-    best = best_checkpoint(folder)
-    for checkpoint in checkpoints_in(folder):
-        if best is not None and checkpoint.path != best.path:
+    checkpoints = checkpoints_in(cell.run.checkpoints)
+    best = best_of(checkpoints)
+    # One whose record is damaged might be the best.
+    if best is None or any(checkpoint.damage is not None for checkpoint in checkpoints):
+        return
+    for checkpoint in checkpoints:
+        if checkpoint != best:
             remove_folder(checkpoint.path)
 
 
@@ -233,6 +236,8 @@ def _step(cell: Cell, child: Child) -> tuple[float, str]:
     # An older file is of an earlier start of the cell.
     if not file.is_file() or file.stat().st_mtime < child.began:
         return 0.0, "begins"
-    at = read_json(cell.run.progress_file)
+    at = cell.run.progress()
+    if at is None:
+        return 0.0, "begins"
     rate = f", {at['samples_per_s']:,.0f} samples/s" if at["samples_per_s"] else ""
     return at["step"] / at["steps"], f"step {at['step']}/{at['steps']}{rate}"

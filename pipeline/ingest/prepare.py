@@ -30,7 +30,6 @@ from schemas.manifest import (
     Shard,
     Source,
     fingerprint,
-    sha256,
 )
 from schemas.prepare import DateSplit, ImpressionSplit, PrepareSettings
 from schemas.shards import ROW_GROUPS, SCHEMA_VERSION, SPLITS, history_schema
@@ -230,17 +229,13 @@ class _Preparation:
             skipped=tuple(reason for files in inputs for reason in files.skipped),
             shards=tuple(self._shard(file) for file in written),
             files=tuple(
-                File(path=name, bytes=(self._folder / name).stat().st_size, sha256=sha256(self._folder / name))
-                for name in ("items.parquet", "categories.parquet", ROW_GROUP_INDEX)
+                File.of(self._folder / name) for name in ("items.parquet", "categories.parquet", ROW_GROUP_INDEX)
             ),
         )
 
     def _shard(self, file: WrittenShard) -> Shard:
-        path = self._folder / file.name
-        return Shard(
-            path=file.name,
-            bytes=path.stat().st_size,
-            sha256=sha256(path),
+        return Shard.of(
+            self._folder / file.name,
             users=sum(file.users),
             behaviors=sum(file.behaviors),
             row_groups=len(file.users),

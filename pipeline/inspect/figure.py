@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from pipeline.inspect.popularity import Popularity, read_popularity
 from pipeline.inspect.summary import Histogram, Summary
 from pipeline.reporting.plots import BLUE, GREY, ORANGE, label, panels, png, whole_numbers
+from schemas.manifest import Manifest
 
 RANGES = 16
 """Row-wise shards whose load is shown."""
@@ -27,8 +28,9 @@ def draw_figure(folder: Path, summary: Summary, figure: Path) -> None:
     Raises:
         UserError: a dictionary that cannot be read.
     """
-    items = read_popularity(folder / "items.parquet", summary.counts.items, RANGES)
-    categories = read_popularity(folder / "categories.parquet", summary.counts.categories, RANGES)
+    manifest = Manifest.read(folder)
+    items = read_popularity(manifest.verified(folder, "items.parquet"), summary.counts.items, RANGES)
+    categories = read_popularity(manifest.verified(folder, "categories.parquet"), summary.counts.categories, RANGES)
     drawing, (lengths, targets, popularity, load) = panels(4, height=4, columns=2, grid="y")
     _lengths(lengths, summary.lengths)
     _targets(targets, summary)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.stream.shard_file import ShardFile
 from schemas.errors import UserError
 from schemas.manifest import Counts, Manifest
 from schemas.shards import SPLITS
@@ -169,16 +170,12 @@ def summarize(folder: Path, *, verify: bool = False) -> Summary:
     )
     for shard in manifest.shards:
         path = folder / shard.path
-        try:
-            with pq.ParquetFile(path) as file:
-                _check_columns(path, file.schema_arrow, manifest)
-                # Sizes and encodings are in the footer; only labels, splits and lengths of lists are read.
-                _add_columns(summary, file.metadata)
-                for row_group in range(file.num_row_groups):
-                    _add_users(path, summary, file, row_group)
-        except (OSError, pa.ArrowException) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path}: cannot be read ({reason}); prepare the data set again") from None
+        with ShardFile(path, shard) as file:
+            _check_columns(path, file.schema, manifest)
+            # Sizes and encodings are in the footer; only labels, splits and lengths of lists are read.
+            _add_columns(summary, file.metadata)
+            for row_group in range(file.metadata.num_row_groups):
+                _add_users(path, summary, file, row_group)
     # Counted above, stated in the manifest: a data set whose parts were exchanged does not pass.
     _compare(folder, summary)
     return summary
@@ -203,13 +200,13 @@ def _add_columns(summary: Summary, metadata: pq.FileMetaData) -> None:
             column.values += chunk.num_values
 
 
-def _add_users(path: Path, summary: Summary, file: pq.ParquetFile, row_group: int) -> None:
+def _add_users(path: Path, summary: Summary, file: ShardFile, row_group: int) -> None:
     # Parquet keeps the lengths of lists beside their values: the smallest history column gives them most cheaply.
     smallest = min(
         (name for name in summary.columns if name.startswith("history_")), key=lambda name: summary.columns[name].bytes
     )
     names = [smallest, *_TARGET_COLUMNS]
-    table = file.read_row_group(row_group, columns=names).combine_chunks()
+    table = file.read(row_group, names).combine_chunks()
     # A row group without rows has no chunk.
     lists = {name: table[name].chunk(0) for name in names if table[name].num_chunks}
     if not lists:

@@ -44,6 +44,7 @@ from pipeline.planning.measuring import (
 )
 from pipeline.planning.traffic import FLOAT
 from schemas.cluster import ClusterSettings, CollectiveShares, Costs, Link
+from schemas.documents import yaml_document
 from schemas.plan import PlanSettings
 from schemas.settings import load_settings
 
@@ -129,7 +130,8 @@ def cluster_text(cluster: ClusterSettings) -> str:
             return {key: rounded(part) for key, part in value.items()}
         return float(f"{value:.3g}") if isinstance(value, float) else value
 
-    return f"# Written by `dare plan --calibrate`.\n{OmegaConf.to_yaml(OmegaConf.create(rounded(values)))}"
+    text = OmegaConf.to_yaml(OmegaConf.create(rounded(values)))
+    return yaml_document(f"# Written by `dare plan --calibrate`.\n{text}")
 
 
 def _figures() -> dict[str, float]:

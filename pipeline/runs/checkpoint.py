@@ -1,65 +1,87 @@
-"""The checkpoints of a run: which there are, which may go, and loading one on any number of ranks.
+"""The checkpoints of a run: which there are, which may go, and which are whole.
 
 A checkpoint is a folder that torch.distributed.checkpoint has written, ``step-000000000123``, with `RECORD` in it.
-Names that begin with a dot are of checkpoints that are being written or removed.
+Names that begin with a dot are of checkpoints that are being written or removed. Whether one is whole, all ranks find
+out together: each looks at its part of the files, and they agree.
 """
 
+import re
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
+import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
 
-from pipeline.errors import is_lost_contact
-from pipeline.files import read_json, remove_folder
+from pipeline.files import remove_folder
+from schemas.documents import inside, notice_unverified, read_json
 from schemas.errors import UserError
+from schemas.manifest import File, sha256
+
+T = TypeVar("T")
 
 RECORD = "checkpoint.json"
-"""File that says of which step a checkpoint is and how good; see `Checkpoint`."""
+"""File that says of which step a checkpoint is, how good, and what files it has; see `Checkpoint`."""
+
+_FILES = TypeAdapter(tuple[File, ...])
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is whole: its folder, its step and its score."""
+    """A checkpoint: its folder, its step, its score and its files."""
 
     path: Path
     step: int
-    score: float | None
+    score: float | None = None
     """The metric of the validation at this step if the model was better than ever before, else None."""
+    files: tuple[File, ...] | None = None
+    """All files beside `RECORD`; None: an earlier version of this program wrote it, without a list."""
+    damage: str | None = None
+    """Why its record cannot be read; then nothing else is known but the step. None: the record is whole."""
 
 
 def checkpoints_in(folder: Path) -> list[Checkpoint]:
-    """Return all checkpoints that are whole, by step.
-
-    Raises:
-        UserError: the record of one is damaged.
-    """
+    """Return all checkpoints by step, also those whose record is damaged, but none that is removed meanwhile."""
     checkpoints = []
     # Steps are written with leading zeros, so that the order of names is that of steps.
     for path in sorted(folder.glob("step-*")):
-        record = read_json(path / RECORD)
-        if not isinstance(record.get("step"), int) or "score" not in record:
-            raise UserError(f"{path / RECORD} is damaged (no step or no score); remove the folder of this checkpoint")
-        checkpoints.append(Checkpoint(path, record["step"], record["score"]))
+        name = re.fullmatch(r"step-([0-9]+)", path.name)
+        if name is None:
+            continue
+        try:
+            checkpoints.append(_read(path))
+        except UserError as error:
+            if path.is_dir():
+                checkpoints.append(Checkpoint(path, int(name[1]), damage=str(error)))
     return checkpoints
+
+
+def _read(path: Path) -> Checkpoint:
+    keys = {"step": int, "score": float | int | None}
+    record = read_json(path / RECORD, keys, "remove the folder of this checkpoint", part_of=path.parent.parent)
+    try:
+        files = None if "files" not in record else _FILES.validate_python(record["files"])
+    except ValidationError as error:
+        raise UserError(f"{path / RECORD}: {error.errors()[0]['msg']}; remove the folder of this checkpoint") from None
+    return Checkpoint(path, record["step"], record["score"], files)
 
 
 def last_checkpoint(folder: Path) -> Checkpoint | None:
     """Return the checkpoint of the latest step, or None if there is none."""
-    return next(reversed(checkpoints_in(folder)), None)
+    return next((each for each in reversed(checkpoints_in(folder)) if each.damage is None), None)
+
+
+def best_of(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """Return the checkpoint of the best validation, or None if none of them has one."""
+    scored = [checkpoint for checkpoint in checkpoints if checkpoint.score is not None]
+    return max(scored, key=lambda checkpoint: checkpoint.score or 0.0, default=None)
 
 
 def best_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the checkpoint of the best validation, or None if no checkpoint has one."""
-    scored = [checkpoint for checkpoint in checkpoints_in(folder) if checkpoint.score is not None]
-    return max(scored, key=lambda checkpoint: checkpoint.score or 0.0, default=None)
+    """Return the checkpoint of the best validation in a folder, or None if no checkpoint has one."""
+    return best_of(checkpoints_in(folder))
 
 
 def final_path(folder: Path, step: int) -> Path:
@@ -73,16 +95,25 @@ def partial_path(folder: Path, step: int) -> Path:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all checkpoints but the last ``keep`` and the best."""
+    """Remove all checkpoints but the last ``keep`` and the best; damaged ones stay, and count for nothing."""
+    checkpoints = [checkpoint for checkpoint in checkpoints_in(folder) if checkpoint.damage is None]
     # The best one stays whatever its age: the test, evaluation and scoring take it.
-    kept = {checkpoint.path for checkpoint in checkpoints_in(folder)[-keep:]}
-    best = best_checkpoint(folder)
-    if best is not None:
-        kept.add(best.path)
-    for checkpoint in checkpoints_in(folder):
-        if checkpoint.path not in kept:
+    kept = [*checkpoints[-keep:], best_of(checkpoints)]
+    for checkpoint in checkpoints:
+        if checkpoint not in kept:
             # Out of sight first: a folder that is removed by half must not be taken for a checkpoint.
             remove_folder(checkpoint.path)
+
+
+def aside(checkpoint: Path) -> Path:
+    """Return the folder that a damaged checkpoint is moved to when training goes on from an earlier one."""
+    return checkpoint.with_name(f"damaged-{checkpoint.name}")
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Move a damaged checkpoint to where it counts for nothing; one that was moved there before goes."""
+    shutil.rmtree(aside(checkpoint), ignore_errors=True)
+    checkpoint.rename(aside(checkpoint))
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -91,61 +122,69 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def keys_in(checkpoint: Path) -> dict[str, tuple[int, ...] | None]:
-    """Return the shapes of a checkpoint's entries by key; None for an entry that is not a tensor.
+def from_first_rank(read: Callable[[], T]) -> T:
+    """Return what a function returns on the first rank, on all ranks, so that they do the same whatever each sees.
+
+    All ranks must call it.
 
     Raises:
-        UserError: the checkpoint is damaged.
+        UserError: on all ranks what the function raises on the first one.
     """
-    try:
-        # The metadata alone: shapes are compared before a single tensor is read.
-        entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    except Exception as error:  # whatever unpickling a damaged file raises
-        raise UserError(f"{checkpoint} cannot be read ({_line(error)}); use another checkpoint") from None
-    return {key: tuple(kind.size) if isinstance(kind, TensorStorageMetadata) else None for key, kind in entries.items()}
+    if not dist.is_initialized():
+        return read()
+    message: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            message = [read(), None]
+        except UserError as error:
+            message = [None, str(error)]
+    dist.broadcast_object_list(message)
+    value, refusal = message
+    if refusal is not None:
+        raise UserError(refusal)
+    return value  # type: ignore[no-any-return]
 
 
-def load(state: dict[str, Any], checkpoint: Path) -> None:
-    """Load the values of ``state`` from ``checkpoint``: tensors in place, others replaced. All ranks must call it.
+def damage_of(checkpoint: Checkpoint) -> str | None:
+    """Compare all files of a checkpoint with their checksums; all ranks must call it.
 
-    Args:
-        state: nested dictionaries, some or all of the top-level keys that were saved.
-        checkpoint: folder of a checkpoint that any number of ranks have saved.
+    A checkpoint of an earlier version of this program has none; a notice says so.
 
-    Raises:
-        UserError: the checkpoint has other keys or shapes, all of which are named; it is damaged.
+    Returns:
+        What is damaged, the same on all ranks; None: nothing.
     """
-    # What is to be loaded against what is there, by torch.distributed.checkpoint's own flattened keys. Top-level parts
-    # that the caller did not ask for do not count as differences.
-    saved = {key: shape for key, shape in keys_in(checkpoint).items() if key.split(".")[0] in state}
-    wanted = {key: _shape(value) for key, value in flatten_state_dict(dict(state))[0].items()}
-    # Of the random states, a rank has its own alone.
-    missing = [f"{key} is not in it" for key in wanted if key not in saved]
-    extra = [f"{key} is not in the model" for key in saved if key not in wanted and not key.startswith("random.")]
-    other = [
-        f"{key} is {_times(saved[key])}, in the model {_times(shape)}"
-        for key, shape in wanted.items()
-        if key in saved and saved[key] != shape
-    ]
-    if differences := other + missing + extra:
-        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise UserError(f"{checkpoint} is of another model: {'; '.join(differences[:5])}{more}")
+    if checkpoint.damage is not None:
+        return checkpoint.damage
+    if checkpoint.files is None:
+        notice_unverified(checkpoint.path.parent.parent)  # the run: once for all of its checkpoints
+        return None
+    # The largest files first, dealt out in turns: about as much to read for each rank.
+    files = sorted(checkpoint.files, key=lambda file: (-file.bytes, file.path))
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    damage = next(filter(None, (_damage_of_file(checkpoint.path, file) for file in files[rank::ranks])), None)
+    found: list[str | None] = [damage]
+    if ranks > 1:
+        found = [None] * ranks
+        dist.all_gather_object(found, damage)
+    return next(filter(None, found), None)
+
+
+def is_there(checkpoint: Checkpoint) -> bool:
+    """Whether the folder of a checkpoint is there, as the first rank sees it; all ranks must call it."""
+    return from_first_rank(checkpoint.path.is_dir)
+
+
+def _damage_of_file(folder: Path, file: File) -> str | None:
+    # Never an error: the other ranks wait for what this one has found.
     try:
-        load_in_place(state, checkpoint_id=checkpoint)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        # Nothing is wrong with the file: another rank is gone, which its own error explains.
-        if is_lost_contact(error):
-            raise
-        raise UserError(f"{checkpoint} cannot be read ({_line(error)}); use another checkpoint") from None
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    return tuple(value.size()) if isinstance(value, torch.Tensor | ShardedTensor) else None
-
-
-def _times(shape: tuple[int, ...] | None) -> str:
-    return "no tensor" if shape is None else " x ".join(map(str, shape)) or "a number"
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[-200:]
+        path = inside(folder, file.path)
+        size = path.stat().st_size
+        if size != file.bytes:
+            return f"{file.path} is {size} bytes, not {file.bytes}"
+        return None if sha256(path) == file.sha256 else f"{file.path} differs from its SHA-256"
+    except FileNotFoundError:
+        return f"{file.path} is missing"
+    except OSError as error:
+        return f"{file.path} cannot be read: {error.strerror}"
+    except UserError as error:
+        return str(error)

@@ -1,5 +1,6 @@
 """Writes checkpoints while training goes on."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,15 +16,18 @@ from torch import Tensor
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from pipeline.errors import is_lost_contact, is_refusal, refusal_reason
+from pipeline.files import give_name
 from pipeline.runs.checkpoint import RECORD, final_path, last_checkpoint, partial_path, prune, remove_leftovers
+from pipeline.runs.checkpoint_files import HashingWriter
 from pipeline.runs.store_collectives import StoreCollectives
+from schemas.documents import json_document
 from schemas.errors import UserError
+from schemas.manifest import File
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the slowest one to write its part."""
@@ -106,15 +110,19 @@ class CheckpointWriter:
         partial, final = partial_path(self._folder, step), final_path(self._folder, step)
         ranks = StoreCollectives(self._store, f"checkpoint/{step}", self._rank, self._ranks, TIMEOUT)
         try:
-            # It returns when the parts of all ranks are written and synced to disk.
-            write_planned(planner, plan, FileSystemWriter(partial), ranks)
+            # It returns when the parts of all ranks are written.
+            files = write_planned(planner, plan, HashingWriter(partial), ranks)
             if self._rank == 0:
-                record = {"step": step, "score": score, "ranks": self._ranks}
-                for name, content in (self._documents | {RECORD: json.dumps(record) + "\n"}).items():
+                for name, content in self._documents.items():
                     (partial / name).write_text(content)
+                    digest = hashlib.sha256(content.encode()).hexdigest()
+                    files.append(File(path=name, bytes=len(content.encode()), sha256=digest))
+                listed = [file.model_dump() for file in files]
+                record = {"step": step, "score": score, "ranks": self._ranks, "files": listed}
+                (partial / RECORD).write_text(json_document(json.dumps(record, indent=1) + "\n"))
                 # The record is in the folder before the folder has its name: whoever sees a checkpoint can tell its
-                # step and score.
-                partial.rename(final)
+                # step and score, and whether its files are whole.
+                give_name(partial, final)
                 # Only now may an older one go: there is a newer one that is whole.
                 prune(self._folder, self._keep)
         except (Exception, CheckpointException) as error:  # the latter is no Exception
@@ -183,7 +191,9 @@ class CopyingPlanner(DefaultSavePlanner):
         return self._copied[write_item.index]
 
 
-def write_planned(planner: CopyingPlanner, plan: SavePlan, writer: FileSystemWriter, ranks: StoreCollectives) -> None:
+def write_planned(
+    planner: CopyingPlanner, plan: SavePlan, writer: HashingWriter, ranks: StoreCollectives
+) -> list[File]:
     """Write a checkpoint together with the other ranks, as torch.distributed.checkpoint's ``save`` does.
 
     Args:
@@ -191,6 +201,9 @@ def write_planned(planner: CopyingPlanner, plan: SavePlan, writer: FileSystemWri
         plan: what this rank can write. What several ranks have is written by one of them.
         writer: of files.
         ranks: the other ranks.
+
+    Returns:
+        On the first rank the files of all ranks with their checksums, else none.
 
     Raises:
         CheckpointException: on all ranks, where one of them has failed.
@@ -207,16 +220,20 @@ def write_planned(planner: CopyingPlanner, plan: SavePlan, writer: FileSystemWri
         plans, metadata = planner.create_global_plan(plans)
         return writer.prepare_global_plan(plans)
 
-    def write() -> list[WriteResult]:
+    def write() -> tuple[list[WriteResult], list[File]]:
         # The future's own ``wait`` raises what went wrong.
-        return writer.write_data(planner.finish_plan(final_plan), planner).wait()
+        return writer.write_data(planner.finish_plan(final_plan), planner).wait(), writer.files
 
-    def finish(results: list[list[WriteResult]]) -> None:
+    def finish(written: list[tuple[list[WriteResult], list[File]]]) -> None:
         assert metadata is not None
-        writer.finish(metadata, results)
+        writer.finish(metadata, [results for results, _ in written])
+        # This rank's own are those of its writer, which has written the metadata just now.
+        files.extend([*writer.files, *(file for _, of_rank in written[1:] for file in of_rank)])
 
+    files = list[File]()
     final_plan = ranks.reduce_scatter("plan", prepare, plan_all)
     ranks.all_reduce("write", write, finish)
+    return files
 
 
 def _reason(error: BaseException) -> str | None:
@@ -227,9 +244,11 @@ def _reason(error: BaseException) -> str | None:
         if is_refusal(each):
             return refusal_reason(each)
     for each in errors:
-        # torch's writer finds out by itself that a file has not become as long as what it wrote.
-        if is_lost_contact(each) or "PytorchStreamWriter" in str(each) or "unexpected pos" in str(each):
+        if is_lost_contact(each):
             return str(each).splitlines()[0]
+        # torch's writer finds out by itself that a file has not become as long as what it wrote, and names its sources.
+        if "PytorchStreamWriter" in str(each) or "unexpected pos" in str(each):
+            return "a file has not become as long as what was written; is the disk full?"
     return None
 
 

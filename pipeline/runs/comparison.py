@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import read_json
 from pipeline.runs.run_folder import RunFolder
 from schemas.errors import UserError
 from schemas.train import flat
@@ -32,11 +31,8 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
         settings.append(flat(run.settings()))
         if not run.test_file.is_file():
             raise UserError(f"{folder}: the run is not finished, it has no {run.test_file.name}; `dare train` goes on")
-        test = read_json(run.test_file)
-        if not set(METRICS) <= test.keys():
-            raise UserError(f"{run.test_file} is damaged (no {', '.join(METRICS)})")
-        data = read_json(run.data_file)
-        known = {"folder": data.get("folder"), "fingerprint": data.get("fingerprint")}
+        test, data = run.test(), run.data_record()
+        known = {"folder": data["folder"], "fingerprint": data["fingerprint"]}
         row = {"run": str(folder), "model": settings[-1]["model.name"], "data": known}
         rows.append(row | {name: test[name] for name in METRICS})
     # All keys of all runs, in the order of the settings; the model has a column of its own.

@@ -17,6 +17,7 @@ from pipeline.errors import LAST_WORDS, description
 from pipeline.files import write_whole
 from pipeline.runs.run_folder import RunFolder
 from pipeline.versions import versions
+from schemas.documents import json_document
 
 PROGRAM = Path(__file__).parents[2]
 """Folder of the checkout, if the program is run from one."""
@@ -107,7 +108,7 @@ def _processor() -> str:
 
 
 def _write(run: RunFolder, starts: list[dict[str, Any]]) -> None:
-    write_whole(run.job_file, json.dumps({"starts": starts}, indent=1) + "\n")
+    write_whole(run.job_file, json_document(json.dumps({"starts": starts}, indent=1) + "\n"))
 
 
 def _now() -> str:

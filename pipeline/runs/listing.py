@@ -3,9 +3,8 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pipeline.files import read_json
 from pipeline.runs.run_folder import LOCK, RunFolder, read_step_log
 from schemas.errors import UserError
 
@@ -55,8 +54,9 @@ def find_runs(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    runs = []
-    for path, folders, files in os.walk(folder):
+    runs = list[Path]()
+    # A folder that may not be read might be a run: it is listed as a damaged one.
+    for path, folders, files in os.walk(folder, onerror=lambda error: runs.append(Path(error.filename))):
         if _MARKS & set(files):
             runs.append(Path(path))
             folders.clear()  # a run has no runs in it, but many folders
@@ -82,8 +82,8 @@ def _read(run: RunFolder, running: bool) -> RunState:
         # Killed before it had written anything: there is nothing to go on from, and nothing is lost.
         return RunState(str(run.path), "running" if running else "died")
     # While the run goes on each file is whole, but one may be older than another.
-    progress = _read_if_there(run.progress_file)
-    test = _read_if_there(run.test_file)
+    progress = run.progress() or {}
+    test = run.test() if os.path.lexists(run.test_file) else {}
     starts = run.starts()
     last = starts[-1] if starts else {}
     validations = _validation_aucs(run)
@@ -112,18 +112,9 @@ def _read(run: RunFolder, running: bool) -> RunState:
     )
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except ValueError:
-        if path.exists():
-            raise
-        return {}
-
-
 def _validation_aucs(run: RunFolder) -> list[float | None]:
     """Return the AUC of each validation; None where it is not defined."""
     lines = read_step_log(run.validations)
-    if not all(isinstance(line, dict) and "auc" in line for line in lines):
+    if not all("auc" in line for line in lines):
         raise UserError(f"{run.validations} is damaged (a line without auc)")
     return [line["auc"] for line in lines]

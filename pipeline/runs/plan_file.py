@@ -12,11 +12,15 @@ from torchrec.distributed.types import (
     ShardingPlan,
 )
 
+from schemas.documents import json_document, parse_json, read_bytes
 from schemas.errors import UserError
 
 
 def plan_text(plan: ShardingPlan) -> str:
-    """Write a plan as JSON: sharding type, kernel, ranks and shards (offsets, sizes, placement) of each table."""
+    """Write a plan as JSON: its checksum, then each table's sharding type, kernel, ranks and shards.
+
+    A shard has offsets, sizes and a placement.
+    """
     by_table = {}
     for module, tables in plan.plan.items():
         for name, sharding in tables.items():
@@ -41,23 +45,27 @@ def plan_text(plan: ShardingPlan) -> str:
         + "\n ]}"
         for name, table in by_table.items()
     ]
-    return "{\n" + ",\n".join(tables) + "\n}\n"
+    return json_document("{\n" + ",\n".join(tables) + "\n}\n")
 
 
 def read_plan(path: Path) -> ShardingPlan:
-    """Read a plan from a file that holds what `plan_text` returns.
+    """Read a plan from a file that holds what `plan_text` returns, or that a person has written.
+
+    Whoever changes a plan takes its checksum out, the first member of the file.
 
     Raises:
-        UserError: no such file, or not a plan.
+        UserError: no such file, not a plan, or one that differs from its checksum.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such plan; `dare plan --save {path}` writes one")
     try:
-        content = json.loads(path.read_text())
+        content, _ = parse_json(path, read_bytes(path))
         # The file is by table, for people; TorchRec's plan is by module and then by table.
         modules: dict[str, EmbeddingModuleShardingPlan] = {}
         for name, table in content.items():
             modules.setdefault(table["module"], EmbeddingModuleShardingPlan())[name] = _sharding(table)
+    except UserError as error:
+        raise UserError(f"{error}, if it is a sharding plan at all") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: not a sharding plan ({type(error).__name__}: {error})") from None
     return ShardingPlan(dict(modules))

@@ -4,6 +4,7 @@ A log of steps has a line for each step: JSON objects that begin with the step, 
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,7 +13,17 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pipeline.files import is_locked, locked, read_json, write_whole
+from pipeline.files import is_locked, locked, write_whole
+from schemas.documents import (
+    json_document,
+    json_line,
+    log_lines,
+    notice_unverified,
+    read_bytes,
+    read_json,
+    verify_yaml,
+    yaml_document,
+)
 from schemas.errors import UserError
 from schemas.settings import load_settings
 from schemas.train import TrainSettings
@@ -21,6 +32,11 @@ LOCK = ".lock"
 """Lock file in a run's folder, held by the process that trains in it."""
 LOOK_S = 1.0
 """Seconds to wait for the lock: `RunFolder.is_locked` holds it for a moment, a training for much longer."""
+
+METRICS = ("auc", "gauc", "log_loss")
+"""Metrics of a test; None where one is not defined."""
+TEST_KEYS = {"steps": int, "checkpoint_step": int} | dict.fromkeys(METRICS, float | int | None)
+"""What `RunFolder.test_file` must have."""
 
 
 @dataclass(frozen=True)
@@ -94,21 +110,47 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: no {self.settings_file.name}: not the folder of a run; see `dare train --run`"
             )
+        if not verify_yaml(self.settings_file, read_bytes(self.settings_file)):
+            notice_unverified(self.path)
         try:
             return load_settings(TrainSettings, [self.settings_file])
         except UserError as error:
-            raise UserError(f"{self.settings_file}: {error}") from None
+            told = str(error)
+            raise UserError(told if str(self.settings_file) in told else f"{self.settings_file}: {told}") from None
 
-    def data_set(self) -> Path:
-        """Return the folder of the data set that the run was trained on.
+    def data_record(self) -> dict[str, Any]:
+        """Return what the run says of the data set that it was trained on.
+
+        Returns:
+            ``folder``, ``fingerprint``; unless an older program wrote it, ``dictionaries``.
 
         Raises:
-            UserError: the run does not say.
+            UserError: the run does not say, or the document is damaged.
         """
-        folder = read_json(self.data_file).get("folder")
-        if not isinstance(folder, str):
-            raise UserError(f"{self.data_file} is damaged (no folder); give --data")
-        return Path(folder)
+        return read_json(self.data_file, {"folder": str, "fingerprint": str})
+
+    def data_set(self) -> Path:
+        """Return the folder of the data set that the run was trained on; errors are those of `data_record`."""
+        return Path(self.data_record()["folder"])
+
+    def test(self) -> dict[str, Any]:
+        """Return the test's metrics, ``steps`` and ``checkpoint_step``.
+
+        Raises:
+            UserError: there is no test, or the document is damaged.
+        """
+        return read_json(self.test_file, TEST_KEYS, "remove it, and `dare train` tests the run again")
+
+    def progress(self) -> dict[str, Any] | None:
+        """Return ``step``, ``steps`` and ``samples_per_s`` as of some seconds ago; None: nothing is known yet.
+
+        Raises:
+            UserError: the document is damaged.
+        """
+        if not os.path.lexists(self.progress_file):
+            return None
+        keys = {"step": int, "steps": int, "samples_per_s": float | int}
+        return read_json(self.progress_file, keys, "remove it, nothing else depends on it")
 
     def starts(self) -> list[dict[str, Any]]:
         """Return all starts of the run so far, the first one first; none: it has not begun.
@@ -116,11 +158,13 @@ class RunFolder:
         Raises:
             UserError: the record is damaged.
         """
-        if not self.job_file.exists():
+        # Not `exists`, which takes a link that leads nowhere for nothing.
+        if not os.path.lexists(self.job_file):
             return []
-        starts = read_json(self.job_file).get("starts")
-        if not (isinstance(starts, list) and starts and all(isinstance(start, dict) for start in starts)):
-            raise UserError(f"{self.job_file} is damaged (no list of starts); without the file, the run goes on")
+        remedy = "without the file, the run goes on"
+        starts: list[Any] = read_json(self.job_file, {"starts": list}, remedy)["starts"]
+        if not (starts and all(isinstance(start, dict) for start in starts)):
+            raise UserError(f"{self.job_file} is damaged (no list of starts); {remedy}")
         return starts
 
     def begin(self, documents: Mapping[str, str], data: Path, fingerprint: str, dictionaries: dict[str, Any]) -> None:
@@ -137,7 +181,7 @@ class RunFolder:
         for name, text in documents.items():
             write_whole(self.path / name, text)
         record = {"folder": str(data.absolute()), "fingerprint": fingerprint, "dictionaries": dictionaries}
-        write_whole(self.data_file, json.dumps(record, indent=1) + "\n")
+        write_whole(self.data_file, json_document(json.dumps(record, indent=1) + "\n"))
 
     def has_dictionaries(self, data: Path, fingerprint: str, dictionaries: dict[str, Any]) -> bool:
         """Whether ids mean in a data set what they meant in training. Arguments are those of `begin`.
@@ -147,8 +191,8 @@ class RunFolder:
         Raises:
             UserError: the run does not say what they meant.
         """
-        record = read_json(self.data_file)
-        if record.get("fingerprint") == fingerprint:
+        record = self.data_record()
+        if record["fingerprint"] == fingerprint:
             return True
         # Another data set will do if its ids have the same meaning: those of items and categories always, of behaviour
         # types and scenes only where the model looks at them.
@@ -205,8 +249,8 @@ class RunFolder:
 
 
 def settings_text(settings: TrainSettings) -> str:
-    """Return settings as YAML, as they stand in `RunFolder.settings_file`."""
-    return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))
+    """Return settings as YAML with their checksum, as they stand in `RunFolder.settings_file`."""
+    return yaml_document(OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json"))))
 
 
 class StepLog:
@@ -217,25 +261,19 @@ class StepLog:
         step: step of the checkpoint; 0: the run begins.
 
     Raises:
-        UserError: a line of the file is not of a step.
+        UserError: a line of the file is damaged.
     """
 
     def __init__(self, path: Path, step: int) -> None:
+        kept = (len(line) for line, content in log_lines(path) if content["step"] <= step)
         path.touch()
-        with path.open("rb+") as former:
-            end = 0
-            for line in former:
-                # A run that was killed may have left half a line.
-                if not line.endswith(b"\n") or _step_of(line, path) > step:
-                    break
-                end += len(line)
-            former.truncate(end)
+        os.truncate(path, sum(kept))
         # Opened after the cut, to append: the next line follows the checkpoint's.
         self._stream = path.open("a")
 
     def add(self, step: int, **values: float | None) -> None:
         """Append the line of a step; it is in the file after `flush`."""
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
+        self._stream.write(json_line({"step": step, **values}))
 
     def flush(self) -> None:
         """Write all lines to the file, so that others see them."""
@@ -250,20 +288,6 @@ def read_step_log(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a log of steps, in order; none if there is no file.
 
     Raises:
-        UserError: a line is no JSON.
+        UserError: a line is damaged.
     """
-    # The last part is empty, or half a line that is just being written.
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error})") from None
-
-
-def _step_of(line: bytes, path: Path) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        raise UserError(
-            f"{path} is damaged: {line[:40]!r} is not of a step; remove the file, and the run goes on with a new one"
-        ) from None
+    return [content for _, content in log_lines(path)]

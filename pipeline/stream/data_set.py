@@ -47,7 +47,7 @@ class DataSet:
             UserError: not a data set, of another schema version, or its parts do not match.
         """
         manifest = Manifest.read(folder)
-        index = _read_index(folder / ROW_GROUP_INDEX)
+        index = _read_index(manifest.verified(folder, ROW_GROUP_INDEX))
         columns = {name: index[name].to_numpy().astype(np.int64) for name in ROW_GROUPS.names}
         file_G, users_G = columns["file"], columns["users"]
         shards = len(manifest.shards)
@@ -85,8 +85,8 @@ class DataSet:
 
     def address(self, group: int) -> RowGroupAddress:
         """Say where row group ``group`` (in file order over all shards) is."""
-        path = self.folder / self.manifest.shards[self.file_G[group]].path
-        return RowGroupAddress(path, int(self.row_group_G[group]))
+        shard = self.manifest.shards[self.file_G[group]]
+        return RowGroupAddress(self.folder / shard.path, int(self.row_group_G[group]), shard)
 
     def dictionaries(self) -> dict[str, Any]:
         """What gives ids their meaning, as JSON knows it: checksums of the dictionary files, and the vocabularies."""

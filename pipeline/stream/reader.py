@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.stream.petastorm_compat import (
     ConcurrentVentilator,
@@ -16,7 +15,9 @@ from pipeline.stream.petastorm_compat import (
     StrictThreadPool,
     WorkerBase,
 )
+from pipeline.stream.shard_file import ShardFile
 from schemas.errors import UserError
+from schemas.manifest import Shard
 
 R = TypeVar("R")
 
@@ -25,10 +26,11 @@ _OPEN_FILES = 16
 
 
 class RowGroupAddress(NamedTuple):
-    """Where a row group is."""
+    """Where a row group is, and what the manifest says of its shard; None: nothing."""
 
     path: Path
     row_group: int
+    shard: Shard | None = None
 
     def __str__(self) -> str:
         return f"{self.path}: row group {self.row_group}"
@@ -128,7 +130,7 @@ class _Worker(WorkerBase):
         super().__init__(worker_id, publish_func, args)
         # petastorm's tuple of arguments: the file system, then the path of the data set.
         self._source: _Source[object] = args[1]
-        self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
+        self._files: OrderedDict[Path, ShardFile] = OrderedDict()
 
     @staticmethod
     def new_results_queue_reader() -> _Results:
@@ -144,20 +146,16 @@ class _Worker(WorkerBase):
         self.publish_func(result)
 
     def _read(self, address: RowGroupAddress) -> pa.Table:
-        try:
-            file = self._open(address.path)
-            # A row group a thread: Arrow's own threads would take more cores than the setting ``threads`` allows.
-            return file.read_row_group(address.row_group, self._source.schema.names, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{address} cannot be read ({reason}); prepare the data set again") from None
+        # A row group a thread: Arrow's own threads would take more cores than the setting ``threads`` allows.
+        return self._open(address).read(address.row_group, self._source.schema.names)
 
-    def _open(self, path: Path) -> pq.ParquetFile:
+    def _open(self, address: RowGroupAddress) -> ShardFile:
         # Taken out and put in again below: the order of the dictionary is that of the last use.
+        path = address.path
         file = self._files.pop(path, None)
         if file is None:
-            file = pq.ParquetFile(path, page_checksum_verification=True)
-            _check_columns(path, file.schema_arrow, self._source.schema)
+            file = ShardFile(path, address.shard)
+            _check_columns(path, file.schema, self._source.schema)
             if len(self._files) == _OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
         self._files[path] = file

@@ -43,7 +43,7 @@ class Translation:
             UserError: a dictionary cannot be read, or raw ids are of another type.
         """
         ids = {
-            kind: _matched(data.folder / file, trained.folder / file)
+            kind: _matched(*(each.manifest.verified(each.folder, file) for each in (data, trained)))
             for kind, file in (("item", "items.parquet"), ("category", "categories.parquet"))
         }
         for kind, here, there in (

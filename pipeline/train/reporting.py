@@ -24,6 +24,7 @@ from pipeline.progress import Progress, time_left
 from pipeline.runs.run_folder import RunFolder, StepLog
 from pipeline.train.event_file import EventWriter, ahead_of_clock
 from pipeline.train.pipeline import Agreement
+from schemas.documents import json_document
 
 _LOGGER = logging.getLogger("dare.train")
 
@@ -253,5 +254,6 @@ class RunReport:
     def _write_progress(self) -> None:
         record = {"step": self._step, "steps": self._steps, "samples_per_s": round(self._progress.samples_per_s, 1)}
         with suppress(OSError):  # A disk that is full is no reason to stop: the next checkpoint finds it out.
-            write_whole(self._run.progress_file, json.dumps(record) + "\n")
+            # Not synced: a disk that is busy with a checkpoint would keep training waiting.
+            write_whole(self._run.progress_file, json_document(json.dumps(record) + "\n"), sync=False)
         self._written = time.monotonic()

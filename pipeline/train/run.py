@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from embeddings.initialization import initialize
 from embeddings.sharding import sharded_model
 from pipeline.evaluate.evaluate import as_document, evaluate
 from pipeline.evaluate.open_run import choose_checkpoint, load_model
-from pipeline.files import read_json, write_whole
-from pipeline.runs.checkpoint import Checkpoint, last_checkpoint
+from pipeline.files import write_whole
+from pipeline.runs.checkpoint import Checkpoint, aside, best_of, checkpoints_in, damage_of, from_first_rank, set_aside
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.runs.job_record import recorded
 from pipeline.runs.plan_file import plan_text, read_plan
@@ -24,6 +25,7 @@ from pipeline.stream.data_set import DataSet
 from pipeline.stream.history_stream import HistoryStream
 from pipeline.train.reporting import RunReport
 from pipeline.train.trainer import StopSignal, Trainer, seed_all
+from schemas.documents import json_document
 from schemas.errors import UserError
 from schemas.shards import SPLITS
 from schemas.train import MAY_CHANGE, TrainSettings, differing
@@ -65,11 +67,14 @@ def train(
         # No rank reads the folder before it is held: an earlier job could still write a checkpoint while this one looks
         # for the last.
         dist.barrier()
-        resumed = _checkpoint_to_resume(run, settings, data_set)
-        tested = _test_of_finished(run, settings) if resumed else None
-        if tested is not None:
-            _LOGGER.info("%s: finished already, at step %d; see %s", folder, tested["steps"], run.test_file)
-            return tested
+        checkpoints_there = from_first_rank(lambda: checkpoints_in(run.checkpoints))
+        if checkpoints_there:
+            _refuse_changed(run, settings, data_set)
+            tested = _test_of_finished(run, settings)
+            if tested is not None:
+                _LOGGER.info("%s: finished already, at step %d; see %s", folder, tested["steps"], run.test_file)
+                return tested
+        resumed, damaged = _checkpoint_to_resume(run, checkpoints_there)
         # For what a rank draws by itself. The first weights and the order of the data come from keys of the seed alone,
         # so that they do not depend on the number of ranks.
         seed_all(settings.seed + dist.get_rank())
@@ -94,6 +99,8 @@ def train(
         dist.barrier()
         documents = {run.settings_file.name: settings_text(settings), run.plan_file.name: plan_text(model.plan)}
         if dist.get_rank() == 0:
+            for checkpoint in damaged:
+                set_aside(checkpoint.path)
             run.begin(documents, data, data_set.fingerprint, data_set.dictionaries())
         stack.enter_context(recorded(run, starts, trainer.step, device))
         if not trainer.done:
@@ -136,22 +143,57 @@ def _compute_deterministically() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _checkpoint_to_resume(run: RunFolder, settings: TrainSettings, data_set: DataSet) -> Checkpoint | None:
-    last = last_checkpoint(run.checkpoints)
-    if last is not None:
-        changed = {key: values for key, values in differing(settings, run.settings()).items() if key not in MAY_CHANGE}
-        if changed:
-            differences = ", ".join(f"{key} is {now!r}, was {before!r}" for key, (now, before) in changed.items())
+def _refuse_changed(run: RunFolder, settings: TrainSettings, data_set: DataSet) -> None:
+    changed = {key: values for key, values in differing(settings, run.settings()).items() if key not in MAY_CHANGE}
+    if changed:
+        differences = ", ".join(f"{key} is {now!r}, was {before!r}" for key, (now, before) in changed.items())
+        raise UserError(
+            f"{run.path}: the run was begun with other settings: {differences}; "
+            "use the same to go on, or another folder to begin anew"
+        )
+    if run.data_record()["fingerprint"] != data_set.fingerprint:
+        raise UserError(
+            f"{run.path}: the run was begun with another data set, {run.data_set()} as it was then, "
+            f"not {data_set.folder}; use the same to go on, or another folder to begin anew"
+        )
+
+
+def _checkpoint_to_resume(
+    run: RunFolder, checkpoints: Sequence[Checkpoint]
+) -> tuple[Checkpoint | None, list[Checkpoint]]:
+    """The newest checkpoint that is whole, and those after it, which are damaged; all ranks must call it.
+
+    Training makes anew what is after it. What is before it is not made anew: the best checkpoint is verified now, and
+    not when the training that it is compared with is done.
+    """
+    damaged = list[Checkpoint]()
+    for resumed in reversed(checkpoints):
+        damage = damage_of(resumed)
+        if damage is None:
+            break
+        _LOGGER.warning("%s is damaged: %s", resumed.path, damage)
+        damaged.append(resumed)
+    else:
+        if damaged:
             raise UserError(
-                f"{run.path}: the run was begun with other settings: {differences}; "
-                "use the same to go on, or another folder to begin anew"
+                f"{run.path}: no checkpoint is whole; restore one from a copy, or use another folder to begin anew"
             )
-        if read_json(run.data_file).get("fingerprint") != data_set.fingerprint:
-            raise UserError(
-                f"{run.path}: the run was begun with another data set, {run.data_set()} as it was then, "
-                f"not {data_set.folder}; use the same to go on, or another folder to begin anew"
-            )
-    return last
+        return None, []
+    if damaged:
+        names = ", ".join(aside(checkpoint.path).name for checkpoint in damaged)
+        _LOGGER.warning("%s: goes on after step %d instead; the damaged is kept as %s", run.path, resumed.step, names)
+    before = [checkpoint for checkpoint in checkpoints if checkpoint.step < resumed.step]
+    best = best_of([*before, resumed])
+    # One whose record cannot be read might be the best.
+    for checkpoint in before:
+        if checkpoint is best or checkpoint.damage is not None:
+            damage = damage_of(checkpoint)
+            if damage is not None:
+                raise UserError(
+                    f"{checkpoint.path} is damaged ({damage}), and the test at the end may need it, as the best; "
+                    "restore it from a copy, or remove its folder to go on without it"
+                )
+    return resumed, damaged
 
 
 def _test_of_finished(run: RunFolder, settings: TrainSettings) -> dict[str, Any] | None:
@@ -164,12 +206,10 @@ def _test_of_finished(run: RunFolder, settings: TrainSettings) -> dict[str, Any]
     former = run.settings()
     if settings.epochs > former.epochs:
         return None
-    test = read_json(run.test_file)
+    test = run.test()
     patience = settings.validation.patience
     if test.get("ended_early") and (patience is None or patience > (former.validation.patience or 0)):
         return None
-    if not isinstance(test.get("steps"), int):
-        raise UserError(f"{run.test_file} is damaged (no steps); remove it, and the run is tested again")
     _refuse_fewer_epochs(run, settings.epochs, former.epochs, test["steps"])
     return test
 
@@ -213,7 +253,7 @@ def _test(run: RunFolder, trainer: Trainer, stream: HistoryStream, device: torch
         result["ended_early"] = True
     if dist.get_rank() == 0:
         # Its presence is what "finished" means to everyone who looks, so it comes after all that it tells of.
-        write_whole(run.test_file, json.dumps(result, indent=1) + "\n")
+        write_whole(run.test_file, json_document(json.dumps(result, indent=1) + "\n"))
     return result
 
 

@@ -17,7 +17,7 @@ from torchrec.distributed import DistributedModelParallel
 from embeddings.gradient_routing import GradientNorms
 from pipeline.errors import interrupts
 from pipeline.evaluate.evaluate import evaluate
-from pipeline.runs.checkpoint import keys_in, load
+from pipeline.runs.checkpoint_files import keys_in, load
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.stream.history_stream import HistoryStream
 from pipeline.train.optimizer import DenseOptimizer

@@ -142,7 +142,7 @@ def test_a_plan_goes_through_a_file(tmp_path: Path) -> None:
 def test_what_is_no_plan_is_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "plan.json"
     file.write_text(content)
-    with pytest.raises(ValueError, match="not a sharding plan"):
+    with pytest.raises(ValueError, match=r"not a sharding plan|if it is a sharding plan"):
         read_plan(file)
 
 

@@ -7,6 +7,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from pipeline.runs.comparison import distinct_names
 from pipeline.runs.job_record import git_state
 from pipeline.runs.listing import find_runs, run_state
 from pipeline.runs.run_folder import RunFolder, read_step_log
+from schemas.documents import json_line, read_json
 from tests.launcher import PATIENCE_S
 from tests.runs import Run, pause, slow_steps, small_settings
 
@@ -70,7 +72,7 @@ def test_a_finished_run_says_who_trained_it(runs: Path) -> None:
     topology = start["topology"]
     assert (topology["ranks"], topology["hosts"], topology["device"]) == (2, [platform.node()], "cpu")
     assert topology["device_name"]
-    plan = json.loads((run / "plan.json").read_text())
+    plan = read_json(run / "plan.json")
     assert {rank for table in plan.values() for rank in table["ranks"]} == {0, 1}
     assert (run / "plan.json").read_text() == (max(run.glob("checkpoints/step-*")) / "plan.json").read_text()
     assert not list(run.glob(".*.tmp"))
@@ -215,28 +217,74 @@ def test_a_folder_that_was_made_for_nothing_goes(tmp_path: Path) -> None:
         ("settings.yaml", "{", "settings cannot be read"),
         ("settings.yaml", None, "no settings.yaml"),
         ("test.json", "{", "test.json is damaged"),
-        ("job.json", '{"starts": 7}', "job.json is damaged (no list of starts)"),
-        ("job.json", "{}", "job.json is damaged (no list of starts)"),
+        ("job.json", '{"starts": 7}', "job.json is damaged (starts is 7)"),
+        ("job.json", '{"starts": []}', "job.json is damaged (no list of starts)"),
+        ("job.json", "{}", "job.json is damaged (no starts)"),
         ("job.json", "\x00\x00", "job.json is damaged"),
         ("progress.json", "[]", "progress.json is damaged"),
         ("validations.jsonl", "\x00\n", "validations.jsonl is damaged"),
         ("validations.jsonl", '{"step": 3}\n', "validations.jsonl is damaged (a line without auc)"),
-        ("progress.json", '{"step": "x"}', "its files hold other values than a run writes"),
+        ("progress.json", '{"step": "x"}', "progress.json is damaged (step is 'x')"),
+        ("progress.json", '{"step": 1, "steps": 2}', "progress.json is damaged (no samples_per_s)"),
+        ("test.json", '{"steps": 1, "checkpoint_step": 1, "auc": 0.5, "gauc": 0.5}', "is damaged (no log_loss)"),
+        ("test.json", "ä".encode("latin-1"), "test.json is damaged"),
+        ("settings.yaml", "ä: 1".encode("latin-1"), "settings.yaml: settings cannot be read"),
+        ("validations.jsonl", json_line({"step": 3}), "validations.jsonl is damaged (a line without auc)"),
+        ("validations.jsonl", "ä".encode("latin-1") + b"\n", "validations.jsonl is damaged"),
+        ("job.json", Path("nowhere"), "job.json is missing"),
+        ("test.json", Path("nowhere"), "test.json is missing"),
+        ("validations.jsonl", Path("nowhere"), "validations.jsonl is missing"),
+        ("settings.yaml", Path("nowhere"), "no settings.yaml"),
+        ("checkpoints/step-000000000001", Path("nowhere"), None),
         ("checkpoints/step-x", "", "invalid literal"),
     ],
 )
 def test_a_damaged_run_is_a_line(
-    name: str, content: str | None, said: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    content: str | bytes | Path | None,
+    said: str | None,
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """``content`` takes the place of a file's; a path: of a link's target; None: the file is gone."""
     subprocess.run(["cp", "-r", runs / "deep/er/finished", tmp_path / "bad"], check=True)
     subprocess.run(["cp", "-r", runs / "deep/er/finished", tmp_path / "good"], check=True)
-    if content is None:
-        (tmp_path / "bad" / name).unlink()
-    else:
-        (tmp_path / "bad" / name).write_text(content)
+    file = tmp_path / "bad" / name
+    file.unlink(missing_ok=True)
+    if isinstance(content, Path):
+        file.symlink_to(content)
+    elif content is not None:
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
     bad, good = listed(tmp_path, capsys)
-    assert (bad["state"], good["state"]) == ("damaged", "finished")
-    assert said in bad["error"]
+    assert (bad["state"], good["state"]) == ("finished" if said is None else "damaged", "finished")
+    if said is not None:
+        assert said in bad["error"]
+        assert "\n" not in bad["error"]
+
+
+def test_a_folder_that_may_not_be_read_is_listed_as_damaged(runs: Path) -> None:
+    if os.geteuid():
+        pytest.skip("becoming another user needs root")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for run in ("a", "b", "c"):
+            subprocess.run(["cp", "-r", runs / "stopped", folder / run], check=True)
+        (folder / "a").chmod(0)
+        (folder / "b/job.json").chmod(0)
+        source, sink = os.pipe()
+        if not (child := os.fork()):
+            os.setuid(65534)
+            states = [asdict(run_state(path)) for path in find_runs(folder)]
+            os.write(sink, json.dumps(states).encode())
+            os._exit(0)
+        os.close(sink)
+        with os.fdopen(source) as stream:
+            found = json.loads(stream.read())
+        os.waitpid(child, 0)
+    assert {Path(each["run"]).name: each["state"] for each in found} == {"a": "damaged", "b": "damaged", "c": "stopped"}
+    assert all("Permission denied" in each["error"] for each in found if each["state"] == "damaged")
 
 
 def test_a_damaged_record_of_starts_is_refused_and_nothing_is_lost(runs: Path, data: Path, tmp_path: Path) -> None:

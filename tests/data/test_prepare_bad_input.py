@@ -15,6 +15,7 @@ import pytest
 
 from jobs.cli import main
 from schemas.manifest import Manifest
+from tests.datasets import manifest_of, write_manifest
 
 HEADER = "user_id,item_id,category_id,timestamp\n"
 GOOD = HEADER + "".join(f"{user},{item},{item % 3},{item}\n" for user in (1, 2) for item in range(10 + user))
@@ -245,7 +246,7 @@ def data_set(dare: Dare, tmp_path: Path) -> Path:
 
 
 def test_manifest_must_be_there_and_fit(data_set: Path) -> None:
-    manifest = json.loads((data_set / "manifest.json").read_text())
+    manifest = manifest_of(data_set)
     shard = data_set / "shard-00000.parquet"
     content = shard.read_bytes()
 
@@ -262,12 +263,12 @@ def test_manifest_must_be_there_and_fit(data_set: Path) -> None:
     assert "shard-00000.parquet is missing" in message()
     shard.write_bytes(content)
     Manifest.read(data_set).verify(data_set)
-    (data_set / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
+    write_manifest(data_set, {**manifest, "schema_version": 99})
     assert "schema version 99, this program reads 1 and 2" in message()
-    (data_set / "manifest.json").write_text(json.dumps({**manifest, "shards": 3}))
+    write_manifest(data_set, {**manifest, "shards": 3})
     assert "shards: " in message()
     (data_set / "manifest.json").write_text("{")
-    assert "not JSON" in message()
+    assert "manifest.json is damaged (" in message()
     (data_set / "manifest.json").unlink()
     assert "no manifest.json: not a data set" in message()
 

@@ -89,7 +89,7 @@ def test_200_shuffled_epochs_equal_plain_pyarrow(folder: Path) -> None:
     data_set = DataSet.open(folder)
     groups = len(data_set.file_G)
     addresses = [data_set.address(group) for group in range(groups)]
-    plain = [pq.ParquetFile(path).read_row_group(row_group) for path, row_group in addresses]
+    plain = [pq.ParquetFile(address.path).read_row_group(address.row_group) for address in addresses]
     assert groups > 8
     for epoch in range(200):
         order = np.random.default_rng(epoch).permutation(groups)

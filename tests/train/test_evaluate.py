@@ -20,8 +20,9 @@ from jobs.cli import main
 from pipeline.evaluate.open_run import evaluate_run
 from pipeline.evaluate.score import score_run
 from pipeline.ingest.prepare import prepare
-from pipeline.runs.run_folder import RunFolder, settings_text
+from pipeline.runs.run_folder import RunFolder, read_step_log, settings_text
 from pipeline.stream.data_set import DataSet
+from schemas.documents import read_json
 from schemas.prepare import PrepareSettings
 from schemas.shards import Split
 from tests.datasets import ITEMS, random_users, write_dataset
@@ -85,7 +86,7 @@ def test_ranks_agree_with_each_other_and_with_scikit_learn(run: Path, tmp_path: 
 
 
 def test_last_and_best(run: Path) -> None:
-    lines = [json.loads(line) for line in (run / "validations.jsonl").read_text().splitlines()]
+    lines = read_step_log(run / "validations.jsonl")
     best = asdict(evaluate_run(run, "validation", "best", None, CPU))
     last = asdict(evaluate_run(run, "validation", "last", None, CPU))
     assert best == {name: value for name, value in max(lines, key=lambda line: line["auc"]).items() if name != "step"}
@@ -126,7 +127,7 @@ def test_another_data_set_needs_the_dictionaries_of_the_run(tmp_path: Path) -> N
     # Other ids for the same items: they are translated.
     seed = prepared("seed", 2)
     assert evaluate_run(run, "test", "best", seed, CPU).samples > 0
-    record = json.loads((run / "data_set.json").read_text())
+    record = read_json(run / "data_set.json")
     del record["dictionaries"]
     (run / "data_set.json").write_text(json.dumps(record))
     assert evaluate_run(run, "test", "best", None, CPU).samples > 0

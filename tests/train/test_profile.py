@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.files import read_json
 from pipeline.train.profile import OTHER, PARTS, STEP, Launch, Span, parts_of_a_step
+from schemas.documents import read_json
 from schemas.errors import UserError
 from tests.runs import Run, slow_steps, small_settings
 

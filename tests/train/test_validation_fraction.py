@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import read_json
 from pipeline.runs.run_folder import read_step_log
+from schemas.documents import read_json
 from schemas.shards import Split
 from tests.datasets import random_users, write_dataset
 from tests.runs import Run, small_settings

@@ -1,0 +1,274 @@
+"""The files of a checkpoint: written with a checksum each, and loaded without executing anything that is in them.
+
+They are those of torch.distributed.checkpoint, which pickles what it knows of a checkpoint, ``.metadata``, and all
+values that are not tensors. Its own reader calls whatever such a file names; the ones here know a few classes and
+refuse the rest.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
+from torch.futures import Future
+
+from pipeline.runs.checkpoint import from_first_rank
+from schemas.documents import inside, read_bytes
+from schemas.errors import UserError
+from schemas.manifest import File
+
+METADATA = ".metadata"
+"""File of a checkpoint that says which values there are, and where."""
+
+_CLASSES = {
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+            *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+}
+"""All that `METADATA` may name, beside the dtypes of torch. None of them does more than hold values."""
+
+_RANDOM_STATES: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    np.dtypes.UInt32DType,
+    # It makes an empty array; numpy has moved it from one module to another.
+    *((np.zeros(0).__reduce__()[0], f"numpy.{module}.multiarray._reconstruct") for module in ("_core", "core")),
+]
+"""What a value beside numbers, texts and containers of them may hold: the state of numpy's random numbers."""
+
+
+class HashingWriter(FileSystemWriter):
+    """Writes files of a checkpoint as torch's writer does, and knows the checksum of each without reading it again.
+
+    Args:
+        folder: of the checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.fs = self._hashing = _HashingFileSystem()
+
+    @property
+    def files(self) -> list[File]:
+        """The files that this process has written, complete ones alone."""
+        return list(self._hashing.files.values())
+
+
+class _HashingFileSystem(FileSystem):
+    def __init__(self) -> None:
+        self.files: dict[str, File] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with _HashingStream(io.FileIO(path, "wb")) as stream:
+            yield stream
+        self._add(Path(path).name, stream.bytes, stream.sha256)
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        file = self.files.pop(Path(path).name)
+        self._add(Path(new_path).name, file.bytes, file.sha256)
+
+    def _add(self, name: str, size: int, sha256: str) -> None:
+        self.files[name] = File(path=name, bytes=size, sha256=sha256)
+
+
+class _HashingStream(io.BufferedWriter):
+    """A file that is written from its beginning to its end."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__(raw)
+        self._digest, self.bytes = hashlib.sha256(), 0
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def seekable(self) -> bool:
+        return False
+
+    def write(self, content: Any) -> int:
+        self._digest.update(content)
+        written = super().write(content)
+        self.bytes += written
+        return written
+
+
+def parse_metadata(folder: Path, content: bytes) -> Metadata:
+    """Parse the content of a checkpoint's `METADATA`.
+
+    Raises:
+        UserError: it is damaged, names something to be called, or files outside of the folder.
+    """
+    file = folder / METADATA
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+    except _ForeignNameError as error:
+        raise UserError(
+            f"{file} names {error}, which no checkpoint of this program holds; nothing of it was executed; "
+            "do not use this checkpoint"
+        ) from None
+    except Exception:  # whatever unpickling a damaged file raises
+        raise UserError(f"{file} is damaged; use another checkpoint") from None
+    if not (isinstance(metadata, Metadata) and isinstance(metadata.storage_data, dict)):
+        raise UserError(f"{file} is damaged; use another checkpoint")
+    for name in sorted({str(getattr(part, "relative_path", "")) for part in metadata.storage_data.values()}):
+        inside(folder, name)
+    metadata.storage_meta = metadata.storage_meta or StorageMeta()
+    return metadata
+
+
+class _ForeignNameError(Exception):
+    """A name that is not to be called."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise _ForeignNameError(f"{module}.{name}")
+
+
+class CheckpointReader(FileSystemReader):
+    """Reads files of a checkpoint whose metadata is known already.
+
+    Args:
+        folder: of the checkpoint.
+        metadata: what `parse_metadata` has returned.
+    """
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self._folder, self._metadata = folder, metadata
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """Return the metadata; nothing is read."""
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what a plan says, file by file.
+
+        Raises:
+            UserError: a file is missing or damaged; names it.
+        """
+        of_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            of_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in of_file.items():
+            try:
+                super().read_data(replace(plan, items=items), planner)
+            except FileNotFoundError:
+                raise UserError(f"{self._folder / name} is missing") from None
+            except OSError as error:
+                raise UserError(f"{self._folder / name} cannot be read: {error.strerror}") from error
+            except Exception as error:  # whatever torch raises of a damaged file; its own words name its sources
+                raise UserError(f"{self._folder / name} is damaged") from error
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+class SafeLoadPlanner(DefaultLoadPlanner):
+    """Loads values that are not tensors as torch does, but for those that would execute something."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Put a value into its place in the state."""
+        with torch.serialization.safe_globals(_RANDOM_STATES):
+            loaded = torch.load(value, weights_only=True)
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
+
+
+def _metadata(checkpoint: Path) -> Metadata:
+    # Read once, for all ranks: one that could not read it would leave the others in the collectives of a load.
+    content = from_first_rank(lambda: read_bytes(checkpoint / METADATA))
+    return parse_metadata(checkpoint, content)
+
+
+def keys_in(checkpoint: Path) -> dict[str, tuple[int, ...] | None]:
+    """Return the shapes of a checkpoint's entries by key; None for an entry that is not a tensor.
+
+    All ranks must call it.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    return _shapes(_metadata(checkpoint))
+
+
+def _shapes(metadata: Metadata) -> dict[str, tuple[int, ...] | None]:
+    return {
+        key: tuple(kind.size) if isinstance(kind, TensorStorageMetadata) else None
+        for key, kind in metadata.state_dict_metadata.items()
+    }
+
+
+def load(state: dict[str, Any], checkpoint: Path) -> None:
+    """Load the values of ``state`` from ``checkpoint``: tensors in place, others replaced. All ranks must call it.
+
+    Args:
+        state: nested dictionaries, some or all of the top-level keys that were saved.
+        checkpoint: folder of a checkpoint that any number of ranks have saved.
+
+    Raises:
+        UserError: the checkpoint has other keys or shapes, all of which are named; it is damaged.
+    """
+    metadata = _metadata(checkpoint)
+    # What is to be loaded against what is there, by torch.distributed.checkpoint's own flattened keys. Top-level parts
+    # that the caller did not ask for do not count as differences.
+    saved = {key: shape for key, shape in _shapes(metadata).items() if key.split(".")[0] in state}
+    wanted = {key: _shape(value) for key, value in flatten_state_dict(dict(state))[0].items()}
+    # Of the random states, a rank has its own alone.
+    missing = [f"{key} is not in it" for key in wanted if key not in saved]
+    extra = [f"{key} is not in the model" for key in saved if key not in wanted and not key.startswith("random.")]
+    other = [
+        f"{key} is {_times(saved[key])}, in the model {_times(shape)}"
+        for key, shape in wanted.items()
+        if key in saved and saved[key] != shape
+    ]
+    if differences := other + missing + extra:
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise UserError(f"{checkpoint} is of another model: {'; '.join(differences[:5])}{more}")
+    try:
+        load_in_place(state, storage_reader=CheckpointReader(checkpoint, metadata), planner=SafeLoadPlanner())
+    except CheckpointException as error:
+        # What a rank says of a file, told on all of them. Anything else is a fault of the program, or a rank is gone.
+        for failure, _ in error.failures.values():
+            if isinstance(failure, UserError):
+                raise UserError(f"{failure}; use another checkpoint") from error
+        raise
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.size()) if isinstance(value, torch.Tensor | ShardedTensor) else None
+
+
+def _times(shape: tuple[int, ...] | None) -> str:
+    return "no tensor" if shape is None else " x ".join(map(str, shape)) or "a number"
