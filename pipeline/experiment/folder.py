@@ -15,7 +15,7 @@ from pipeline.experiment.cells import Cell, Parameters
 from pipeline.experiment.report import write_report
 from pipeline.experiment.results import Result, result_of, write_results
 from pipeline.files import locked, write_whole
-from schemas.documents import yaml_document
+from schemas.documents import notice_unverified, read_bytes, verify_yaml, yaml_document
 from schemas.errors import UserError
 from schemas.experiment import ExperimentSettings
 from schemas.settings import load_settings
@@ -49,6 +49,8 @@ def held(out: Path, experiment: ExperimentSettings) -> Iterator[None]:
         # A folder without runs may hold the settings of an experiment that was refused before anything ran: no reason
         # to refuse the one that mends it.
         begun = file.is_file() and (out / "runs").is_dir()
+        if begun and not verify_yaml(file, read_bytes(file)):
+            notice_unverified(out)
         former = load_settings(ExperimentSettings, [file]).name if begun else experiment.name
         if former != experiment.name:
             raise UserError(f"{out} holds the experiment {former}, not {experiment.name}; choose another folder")

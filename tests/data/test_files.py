@@ -1,14 +1,19 @@
 """Files and folders that are there whole or not at all, and locks that end with their process."""
 
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from embeddings.distributed.process_group import process_group
 from pipeline.files import is_locked, locked, output_folder, remove_folder, whole_file, write_whole
+from pipeline.runs.checkpoint import final_path, partial_path
+from pipeline.runs.checkpoint_writer import CheckpointWriter
 from schemas.errors import UserError
 
 HOLD = """
@@ -34,6 +39,52 @@ def test_a_file_keeps_its_content_until_the_next_one_is_complete(tmp_path: Path)
     assert file.read_bytes() == b"half"
     write_whole(file, b"\x00")
     assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
+    """What reaches the disk, in order: ``sync`` with a path, ``rename`` with the new name."""
+    seen: list[tuple[str, Path]] = []
+    sync, rename = os.fsync, Path.replace
+
+    def noted_sync(handle: int) -> None:
+        seen.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}"))))
+        sync(handle)
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        seen.append(("rename", target))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(Path, "replace", noted_rename)
+    return seen
+
+
+def test_content_is_on_the_disk_before_the_name_is(tmp_path: Path, disk: list[tuple[str, Path]]) -> None:
+    write_whole(tmp_path / "file", "x")
+    assert disk == [("sync", tmp_path / ".file.tmp"), ("rename", tmp_path / "file"), ("sync", tmp_path)]
+    disk.clear()
+    write_whole(tmp_path / "file", "y", sync=False)
+    assert disk == [("rename", tmp_path / "file")]
+    disk.clear()
+    with output_folder(tmp_path / "out", [], overwrite=False) as folder:
+        (folder / "a").mkdir()
+        for name in ("a/x", "y"):
+            (folder / name).write_text("1")
+    *before, named, last = disk
+    assert set(before) == {("sync", folder / name) for name in (".", "a", "a/x", "y")}
+    assert (named, last) == (("rename", tmp_path / "out"), ("sync", tmp_path))
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, disk: list[tuple[str, Path]]) -> None:
+    with process_group(torch.device("cpu")), CheckpointWriter(tmp_path, 1, {"plan.json": "{}"}) as writer:
+        writer.save({"model": {"a": torch.ones(3)}}, 7, None)
+        writer.wait()
+    partial, final = partial_path(tmp_path, 7), final_path(tmp_path, 7)
+    at = disk.index(("rename", final))
+    files = {".", ".metadata", "checkpoint.json", "plan.json", "__0_0.distcp"}
+    assert {path for _, path in disk[:at]} >= {partial / name for name in files}
+    assert disk[at + 1] == ("sync", tmp_path)
 
 
 def test_what_a_killed_process_left_of_a_file_is_overwritten(tmp_path: Path) -> None:
