@@ -30,8 +30,10 @@ def runs(
     """List runs: state, step, best validation AUC, test AUC, samples/s, torchx job."""
     from pipeline.reporting.text_table import table_lines, terminal_width
     from pipeline.runs.listing import find_runs, run_state
+    from schemas.documents import one_notice
 
-    states = [run_state(path) for path in find_runs(folder)]
+    with one_notice(folder):
+        states = [run_state(path) for path in find_runs(folder)]
     if not states:
         print(f"{printable(folder)}: no runs")
     else:

@@ -10,7 +10,9 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -177,12 +179,28 @@ def log_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return parsed
 
 
-@cache
 def notice_unverified(folder: Path) -> None:
     """Say once that files of a folder have no checksums, and are used all the same."""
+    _notice(_WHOLE.get() or folder)
+
+
+@contextmanager
+def one_notice(folder: Path) -> Iterator[None]:
+    """Within the block, notices name this folder: many runs of an earlier version that are listed get one line."""
+    former = _WHOLE.set(folder)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(former)
+
+
+_WHOLE: ContextVar[Path | None] = ContextVar("_WHOLE", default=None)
+
+
+@cache
+def _notice(folder: Path) -> None:
     _NOTICES.warning(
-        "%s: an earlier version of this program wrote it, without checksums of all files; used without being verified",
-        folder,
+        "%s: files that an earlier version of this program wrote have no checksums; used without being verified", folder
     )
 
 

@@ -23,6 +23,7 @@ from pipeline.reporting.text_table import prose_lines, table_lines
 from pipeline.runs.comparison import data_names
 from pipeline.runs.listing import run_state
 from pipeline.runs.run_folder import read_step_log
+from schemas.documents import read_json
 from schemas.shards import Split
 from tests.datasets import random_users, write_dataset
 from tests.runs import Run, small_settings
@@ -111,6 +112,7 @@ def thirty(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         copy = folder / f"{'experiment-of-a-long-name/' * (index % 3)}dim-{index}"
         shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
         text = (copy / "settings.yaml").read_text()
+        text = re.sub("^# checksum: .*\n", "", text, flags=re.M)
         (copy / "settings.yaml").write_text(re.sub("^seed: .*$", f"seed: {index}", text, flags=re.M))
         (copy / "checkpoints").mkdir()
     (folder / "dim-0/test.json").write_text("{")
@@ -150,7 +152,7 @@ def test_runs_of_different_data_sets_say_so(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(run, other)
     assert "data set" not in on_terminal(80, "compare", run, other)[0]
-    document = json.loads((other / "data_set.json").read_text())
+    document = read_json(other / "data_set.json")
     (other / "data_set.json").write_text(json.dumps(document | {"folder": "/data/others", "fingerprint": "f" * 64}))
     lines = on_terminal(80, "compare", run, other, "--json")
     assert "data set" in lines[0]

@@ -18,7 +18,7 @@ from pipeline.inspect.popularity import read_popularity
 from pipeline.inspect.summary import summarize
 from pipeline.stream.data_set import DataSet
 from pipeline.stream.history_stream import HistoryStream
-from schemas.documents import notice_unverified
+from schemas.documents import _notice
 from schemas.errors import UserError
 from schemas.manifest import MANIFEST, Manifest
 from schemas.prepare import PrepareSettings
@@ -119,7 +119,7 @@ def test_a_data_set_of_an_earlier_version(folder: Path, expected: Any, caplog: p
     for shard in content["shards"]:
         del shard["footer_sha256"], shard["row_group_crc32"]
     with changed(folder / MANIFEST, json.dumps(content).encode()):
-        notice_unverified.cache_clear()
+        _notice.cache_clear()
         for read in READERS:
             assert read(folder) == expected[read]
         (record,) = caplog.records

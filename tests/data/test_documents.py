@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from pipeline.runs.run_folder import RunFolder
 from schemas.documents import (
+    _notice,
     inside,
     json_document,
     json_line,
     log_lines,
-    notice_unverified,
+    one_notice,
     parse_json,
     read_json,
     verify_yaml,
@@ -31,7 +32,7 @@ CONTENT = {"step": 12, "score": 0.5, "files": [{"path": "ä", "bytes": 3}], "non
 
 @pytest.fixture(autouse=True)
 def notices_again() -> None:
-    notice_unverified.cache_clear()
+    _notice.cache_clear()
 
 
 @given(content=st.dictionaries(st.text(max_size=3), st.integers() | st.text(max_size=5) | st.none(), max_size=3))
@@ -120,6 +121,16 @@ def test_a_document_of_an_earlier_version_is_used_with_one_notice(
     (record,) = caplog.records
     assert str(tmp_path) in record.getMessage()
     assert "without being verified" in record.getMessage()
+
+
+def test_many_folders_of_a_list_get_one_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with one_notice(tmp_path):
+        for name in "abc":
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "a.json").write_text("{}")
+            read_json(tmp_path / name / "a.json")
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{tmp_path}: ")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from pipeline.runs.checkpoint_files import METADATA, load, parse_metadata
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.runs.comparison import compare
 from pipeline.runs.listing import run_state
-from schemas.documents import json_document, notice_unverified
+from schemas.documents import _notice, json_document
 from schemas.errors import UserError
 from schemas.train import TrainSettings
 from tests.launcher import run_ranks
@@ -340,7 +340,7 @@ def test_a_checkpoint_of_an_earlier_version(
     for checkpoint in checkpoints_in(run / "checkpoints"):
         record = {"step": checkpoint.step, "score": checkpoint.score, "ranks": 1}
         (checkpoint.path / RECORD).write_text(json.dumps(record) + "\n")
-    notice_unverified.cache_clear()
+    _notice.cache_clear()
     with process_group(CPU):
         assert asdict(evaluate_run(run, "test", "best", None, CPU)) == evaluated_before(undisturbed[1])
         (told,) = (text for text in map(logging.LogRecord.getMessage, caplog.records) if "without being" in text)

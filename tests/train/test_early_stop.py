@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.files import read_json
 from pipeline.runs.listing import run_state
 from pipeline.runs.run_folder import read_step_log
+from schemas.documents import read_json
 from tests.runs import Run, run_dare, slow_steps, small_settings
 
 SETTINGS = ("epochs=6", "validation.every=1", "checkpoint.every=1", "model.representation.learning_rate=0.5")
