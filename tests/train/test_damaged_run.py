@@ -353,10 +353,13 @@ def test_a_checkpoint_of_an_earlier_version(
     assert ".cc" not in str(refused.value)
 
 
+NOT_METRICS = ("checksum", "steps", "checkpoint", "checkpoint_step")
+
+
 def evaluated_before(run: Run) -> dict[str, Any]:
     """The test that the run has made of its best checkpoint."""
     test = json.loads((run.folder / "test.json").read_text())
-    return {name: value for name, value in test.items() if name not in ("checksum", "steps", "checkpoint_step")}
+    return {name: value for name, value in test.items() if name not in NOT_METRICS}
 
 
 def test_a_record_that_leads_out_of_its_folder(undisturbed: dict[int, Run], tmp_path: Path) -> None:
