@@ -19,11 +19,14 @@ def local_path(name: str) -> Path:
     Raises:
         UserError: it is a URL, which would otherwise become a local folder of that name (``s3:``).
     """
-    if name.startswith("file:///"):
-        return Path(name.removeprefix("file://"))
+    scheme, separator, rest = name.partition(":/")
+    if scheme == "file" and separator:
+        return Path("/" + rest.lstrip("/"))
     if _URL.match(name):
+        # A `Path` has lost one of the two slashes.
         raise UserError(
-            f"{name}: remote storage is not read or written; copy it to a local disk, or mount it and name a path"
+            f"{scheme}://{rest.lstrip('/')}: remote storage is not read or written; copy it to a local disk, "
+            "or mount it and name a path"
         )
     if "\0" in name:
         raise UserError(f"{name!r}: no path has a zero byte in it")

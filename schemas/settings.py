@@ -3,6 +3,7 @@
 OmegaConf reads and merges, pydantic checks.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -82,7 +83,7 @@ def load_settings(
         kind: the settings class.
         files: YAML files.
         overrides: ``key=value`` or ``section.key=value``; the value is read as YAML. ``model=NAME`` names the model.
-        values: settings that come from elsewhere (command-line options), as nested dictionaries.
+        values: settings that come from elsewhere (command-line options), as nested dictionaries; taken as they are.
 
     Raises:
         UserError: a file that is missing, no YAML or unlike its checksum, an unknown key, an impossible value,
@@ -108,12 +109,15 @@ def load_settings(
         where = ""
         # Files, then command-line options, then overrides: each is laid over what came before, key by key.
         if values:
-            merged = OmegaConf.merge(merged, values)
+            merged = OmegaConf.merge(merged, _literally(values))
         for override in overrides:
             # OmegaConf would take a word without "=" for a key without a value.
             if "=" not in override.lstrip("="):
                 raise UserError(f"{override!r}: an override is written key=value")
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([_in_full(override) for override in overrides]))
+            try:
+                merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([_in_full(override)]))
+            except YAMLError:
+                raise UserError(f"{override!r}: the value is not YAML; write text of signs in quotes") from None
         # Plain dictionaries for pydantic: interpolations are resolved, and a value that was left ``???`` is an error.
         content = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except UserError:
@@ -154,10 +158,24 @@ def refuse_flat_sections(kind: type[Settings], values: Mapping[str, Any], where:
         refuse_flat_sections(section, values[name], f"{where}{name}.")
 
 
+def _literally(value: Any) -> Any:
+    """Values that OmegaConf leaves as they are: in a file's name, ``${`` is no interpolation."""
+    if isinstance(value, str):
+        return value.replace("${", "\\${")
+    if isinstance(value, Mapping):
+        return {key: _literally(each) for key, each in value.items()}
+    return [_literally(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def _in_full(override: str) -> str:
-    """Write out ``model=twin``, which is short for ``model.name=twin``."""
-    # ``model={name: twin}`` is a section written in YAML, and stays.
+    """Write out ``model=twin``, which is short for ``model.name=twin``, and quote what YAML would take for a sign.
+
+    One character that is no letter and no digit is meant as itself: a delimiter, a quote.
+    """
     key, _, value = override.partition("=")
+    if len(value) == 1 and not value.isalnum():
+        return f"{key}={json.dumps(value)}"
+    # ``model={name: twin}`` is a section written in YAML, and stays.
     return f"model.name={value}" if key == "model" and not value.lstrip().startswith("{") else override
 
 

@@ -1,5 +1,6 @@
 """Bad input of `dare prepare`: one clear line, a non-zero exit, nothing lost or half-written; odd input that works."""
 
+import gzip
 import json
 import os
 import signal
@@ -303,3 +304,93 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     assert said.endswith("dare: interrupted\n")
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["e.parquet"]
+
+
+@pytest.mark.parametrize(
+    "delimiter", ["|", ";", "\t", "\\t", " ", "#", "~", ":", "!", "&", "*", "'", "%", "@", "`", "-", ">"]
+)
+def test_a_delimiter_on_the_command_line_is_itself(dare: Dare, tmp_path: Path, delimiter: str) -> None:
+    path = tmp_path / "${x}[1].csv"
+    path.write_text(GOOD.replace(",", "\t" if delimiter == "\\t" else delimiter))
+    code, output = dare(
+        "prepare", "--events", path, "--out", tmp_path / "out", f"events.delimiter={delimiter}", "--overwrite", *LENIENT
+    )
+    assert code == 0
+    assert "events: 23 read, 23 kept" in output
+
+
+def test_tsv_means_tabs_and_no_format_is_guessed(dare: Dare, tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text(GOOD.replace(",", "\t"))
+    assert dare("prepare", "--events", tmp_path / "a.tsv", "--out", tmp_path / "out", *LENIENT)[0] == 0
+    (tmp_path / "a.csv").write_text(GOOD)
+    message = refuse(dare, tmp_path, "--events", tmp_path / "a.tsv", "--events", tmp_path / "a.csv", "--overwrite")
+    assert ".tsv files and others in one log" in message
+    for setting, said in (
+        ("events.delimiter=||", "events.delimiter=||': the value is not YAML; write text of signs in quotes"),
+        ("events.delimiter=ab", "events.delimiter: string should have at most 1 character"),
+        ("events.delimiter=é", "events.delimiter: one character of ASCII"),
+        ('events.delimiter="', "delimiter and quote are both"),
+        ("events.timestamp_zone=Mars/Olympus", "events.timestamp_zone: an IANA name such as Asia/Shanghai"),
+        ("events.since=yesterday", "events.since: a moment is seconds since 1970, or ISO 8601"),
+        ("events.since=5 events.until=5", "events: since (5) must be earlier than until (5)"),
+        ("split.kind=by_date", "split.validation_from: required, but not set"),
+    ):
+        assert said in refuse(dare, tmp_path, "--events", tmp_path / "a.csv", "--overwrite", *setting.split(" "))
+
+
+def test_urls_are_refused_not_made_into_folders(dare: Dare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "events.csv").write_text(GOOD)
+    for command in (
+        ["prepare", "--events", "s3://bucket/x.csv", "--out", "out"],
+        ["prepare", "--events", "events.csv", "--out", "s3://bucket/out"],
+        ["inspect", "s3://bucket/data"],
+        ["runs", "gs://bucket/runs"],
+        ["compare", "hdfs://host/run"],
+        ["train", "--data", "s3://bucket/data", "--run", "run"],
+    ):
+        code, message = dare(*command)
+        assert code == 1
+        assert "://" in message
+        assert "remote storage is not read or written" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["events.csv"]
+
+
+def test_times_with_and_without_an_offset_do_not_meet_unasked(dare: Dare, tmp_path: Path) -> None:
+    events, shown = tmp_path / "events.csv", tmp_path / "shown.csv"
+    events.write_text(HEADER + "".join(f"1,{item},1,2017-11-25 0{item}:00:00\n" for item in range(9)))
+    shown.write_text("user_id,item_id,category_id,timestamp,label\n1,3,1,2017-11-25T05:00:00Z,1\n")
+    arguments = ["--events", events, "--impressions", shown, "split.test_fraction=0", "split.validation_fraction=0"]
+    arguments += ["impressions.timestamp_unit=datetime", "events.timestamp_unit=datetime"]
+    before = set(tmp_path.iterdir())
+    code, message = dare("prepare", "--out", tmp_path / "out", *arguments)
+    assert code == 1
+    assert "events: times without an offset beside ones in impressions that say what moment they are" in message
+    assert set(tmp_path.iterdir()) == before
+    for zone, end in (("UTC", 5), ("-02:00", 3), ("+02:00", 7)):
+        out = tmp_path / zone
+        assert dare("prepare", "--out", out, *arguments, f"events.timestamp_zone={zone}")[0] == 0
+        assert pq.read_table(out / "shard-00000.parquet").to_pylist()[0]["target_history_end"] == [end]
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "garbage"])
+def test_compressed_files_are_read_to_their_end_or_not_at_all(
+    dare: Dare, tmp_path: Path, ending: str, damage: str
+) -> None:
+    path = tmp_path / f"events.csv.{ending}"
+    lines = "".join(f"{n % 50},{n * 7919 % 1009},1,{n}\n" for n in range(60_000))
+    if ending == "gz":
+        content = gzip.compress((HEADER + lines).encode())
+    else:
+        # Frames of zstd carry a checksum only where their writer asked for one: a cut is seen in any case.
+        content = pa.compress((HEADER + lines).encode(), codec="zstd", asbytes=True)
+    middle = len(content) // 2
+    if damage == "cut":
+        content = content[:-20] if ending == "gz" else content[:middle]
+    elif damage == "flipped" and ending == "gz":
+        content = content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1 :]
+    else:
+        content += b"what does not belong here"
+    path.write_bytes(content)
+    assert f"{path}" in refuse(dare, tmp_path, "--events", path)
