@@ -20,7 +20,7 @@ import torch
 from embeddings.distributed.process_group import Meeting, leave, process_group, seconds_of
 from embeddings.distributed.rank_watch import HANG_S, HANG_SECONDS, RankWatch
 from jobs.device import own_device
-from pipeline.errors import LAST_WORDS, exit_code, flush_output, tell
+from pipeline.errors import LAST_WORDS, exit_code, flush_output, is_refusal, tell
 from schemas.errors import UserError
 
 LINGER_S = 5.0
@@ -97,6 +97,14 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    former = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        # TensorBoard's thread prints a trace of a full disk, besides handing the error on to whoever writes next.
+        if not (failed.exc_value and is_refusal(failed.exc_value)):
+            former(failed)
+
+    threading.excepthook = hook
 
 
 def allow_many_files() -> None:

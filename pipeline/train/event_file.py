@@ -4,6 +4,8 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +84,25 @@ class _EventFile(EventFileWriter):
         self._async_writer = _AsyncWriter(RecordWriter(self._general_file_writer), WAITING_EVENTS, FLUSH_S)
         self.add_event(Event(wall_time=begun, file_version=VERSION))
         self.flush()
+
+    def add_event(self, event: Event) -> None:
+        """Add an event; it is written by a thread, whose error comes here with the next one."""
+        with self._named():
+            super().add_event(event)
+
+    def flush(self) -> None:
+        """Write the events that wait."""
+        with self._named():
+            super().flush()
+
+    def close(self) -> None:
+        """Write the events that wait, and close the file."""
+        with self._named():
+            super().close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file_name) from error

@@ -57,3 +57,27 @@ def write(folder: Path, first: int, last: int, value: float) -> None:
     for step in range(first, last + 1):
         writer.add_scalar("loss/train", value, step)
     writer.close()
+
+
+def test_a_full_disk_is_told_with_the_file(few_users: Path, tmp_path: Path) -> None:
+    run = Run(1, small_settings("log_every=1", "epochs=200"), few_users, tmp_path / "run", small_event_files)
+    assert run.wait() == [1]
+    assert "/tensorboard/events.out.tfevents." in run.complaint()
+    assert run.complaint().endswith(": no space left")
+
+
+def small_event_files(rank: int) -> None:
+    """Sabotage: the disk is full for the thread that writes events after some of them."""
+    import errno
+
+    from tensorboard.summary.writer import record_writer
+
+    write, written = record_writer.RecordWriter.write, []
+
+    def full(self: object, data: bytes) -> None:
+        written.append(data)
+        if len(written) > 40:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, data)
+
+    record_writer.RecordWriter.write = full
