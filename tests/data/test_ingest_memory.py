@@ -18,7 +18,7 @@ def dare(*arguments: object) -> dict:
 def test_the_memory_limit_holds(tmp_path: Path) -> None:
     log = tmp_path / "log.csv"
     dare("synth", "--out", log, "events=20_000_000", "items=4_000_000", "categories=9_400")
-    arguments = ("prepare", "--preset", "taobao", "--events", log)
+    arguments = ("prepare", "--preset", "taobao", "--events", log, "events.since=null", "events.until=null")
     free = dare(*arguments, "--out", tmp_path / "free")
     limited = dare(*arguments, "--out", tmp_path / "limited", "memory_limit=1GiB")
     assert free["peak_mib"] > 1024, "a limit that is never reached shows nothing"
