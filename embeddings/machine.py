@@ -41,16 +41,25 @@ def host_memory() -> int:
     return min(psutil.virtual_memory().total, container_limit())
 
 
+def check_threads(key: str, threads: int) -> None:
+    """Refuse threads that this machine's cores cannot run.
+
+    Raises:
+        UserError: names the setting, by ``key``, and what is allowed.
+    """
+    cores = len(os.sched_getaffinity(0))
+    most = max(FEW_THREADS, THREADS_PER_CORE * cores)
+    if threads > most:
+        raise UserError(f"{key}: at most {most} on this machine of {cores} cores (not {threads:,})")
+
+
 def check_stream(settings: StreamSettings, manifest: Manifest) -> None:
     """Refuse threads that this machine's cores cannot run, and batches that its memory cannot hold.
 
     Raises:
         UserError: names the setting, what it needs and what there is.
     """
-    cores = len(os.sched_getaffinity(0))
-    most = max(FEW_THREADS, THREADS_PER_CORE * cores)
-    if settings.threads > most:
-        raise UserError(f"stream.threads: at most {most} on this machine of {cores} cores (not {settings.threads:,})")
+    check_threads("stream.threads", settings.threads)
     memory = host_memory()
     if settings.shuffle_memory > memory:
         raise UserError(

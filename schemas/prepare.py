@@ -11,13 +11,11 @@ from pydantic import (
     BeforeValidator,
     ByteSize,
     Field,
-    NonNegativeInt,
-    PositiveInt,
     field_validator,
     model_validator,
 )
 
-from schemas.settings import Settings
+from schemas.settings import Seed, Settings
 
 TimestampUnit = Literal["s", "ms", "us", "datetime", "mmdd"]
 
@@ -47,6 +45,11 @@ def _no_line_end(value: str) -> str:
         raise ValueError("one character of ASCII that is no end of a line")
     return value
 
+
+Count = Annotated[int, Field(ge=0, le=1_000_000)]
+"""How many behaviours, targets or groups a rule takes of a user."""
+Stride = Annotated[int, Field(gt=0, le=1_000_000)]
+Negatives = Annotated[int, Field(ge=0, le=10_000)]
 
 Character = Annotated[str, Field(min_length=1, max_length=1), BeforeValidator(_tabulator), AfterValidator(_no_line_end)]
 
@@ -141,13 +144,13 @@ class PaperSplit(Settings):
     """The paper's split of a user with T behaviours: test T, validation T-1, train T-2-5j."""
 
     kind: Literal["paper"] = "paper"
-    min_behaviors: PositiveInt = 210
+    min_behaviors: Stride = 210
     """Users with fewer behaviours are left out."""
-    min_history: PositiveInt = 1
+    min_history: Stride = 1
     """A target needs this many strictly earlier behaviours."""
-    train_targets: NonNegativeInt = 19
-    train_stride: PositiveInt = 5
-    negatives: NonNegativeInt = 2
+    train_targets: Count = 19
+    train_stride: Stride = 5
+    negatives: Negatives = 2
     """Negatives of a positive, in proportion to frequency, never an item the user touched."""
 
 
@@ -155,16 +158,16 @@ class TimestampSplit(Settings):
     """Targets are lines of a user's last timestamps (baskets), a basket's lines all in one split."""
 
     kind: Literal["by_timestamp"] = "by_timestamp"
-    min_behaviors: PositiveInt = 1
+    min_behaviors: Stride = 1
     """Users with fewer behaviours are left out."""
-    min_history: PositiveInt = 200
+    min_history: Stride = 200
     """A target needs this many strictly earlier behaviours; users without a target are left out."""
-    test_groups: NonNegativeInt = 12
+    test_groups: Count = 12
     """The last timestamps of a user, for test."""
-    validation_groups: NonNegativeInt = 3
+    validation_groups: Count = 3
     """The timestamps before those, for validation; all earlier ones are for training."""
-    targets_per_group: PositiveInt = 2
-    negatives: NonNegativeInt = 2
+    targets_per_group: Stride = 2
+    negatives: Negatives = 2
     """Negatives of a positive, in proportion to frequency, never an item the user touched."""
 
 
@@ -172,9 +175,9 @@ class ImpressionSplit(Settings):
     """Targets are the impressions; without a column that says the split, the latest ones are held out."""
 
     kind: Literal["impressions"] = "impressions"
-    min_behaviors: NonNegativeInt = 0
+    min_behaviors: Count = 0
     """Users with fewer behaviours are left out."""
-    min_history: NonNegativeInt = 1
+    min_history: Count = 1
     """A target needs this many strictly earlier behaviours."""
     test_fraction: float = Field(0.1, ge=0, lt=1)
     validation_fraction: float = Field(0.1, ge=0, lt=1)
@@ -197,19 +200,19 @@ class DateSplit(Settings):
     kind: Literal["by_date"] = "by_date"
     validation_from: Moment
     test_from: Moment
-    min_behaviors: NonNegativeInt = 1
+    min_behaviors: Count = 1
     """Users with fewer behaviours are left out."""
-    min_history: NonNegativeInt = 1
+    min_history: Count = 1
     """A target needs this many strictly earlier behaviours."""
-    train_targets: NonNegativeInt = 19
+    train_targets: Count = 19
     """At most so many behaviours of a user before ``validation_from``, counted back from the last one."""
-    train_stride: PositiveInt = 5
+    train_stride: Stride = 5
     """Every so many behaviours one is a target."""
-    validation_targets: NonNegativeInt = 1
+    validation_targets: Count = 1
     """The last behaviours of a user in the time of validation."""
-    test_targets: NonNegativeInt = 1
+    test_targets: Count = 1
     """The last behaviours of a user in the time of the test."""
-    negatives: NonNegativeInt = 2
+    negatives: Negatives = 2
     """Negatives of a positive, in proportion to frequency, never an item the user touched; none for impressions."""
 
     @model_validator(mode="after")
@@ -227,9 +230,9 @@ SplitSettings = PaperSplit | TimestampSplit | ImpressionSplit | DateSplit
 class ShardLayout(Settings):
     """How shards are cut."""
 
-    behaviors_per_shard: PositiveInt = 4_000_000
+    behaviors_per_shard: Annotated[int, Field(gt=0, le=10**12)] = 4_000_000
     """Decides the number of shards: all events over this."""
-    users_per_row_group: PositiveInt = 256
+    users_per_row_group: Annotated[int, Field(gt=0, le=1_000_000)] = 256
     """A row group is the unit of reading, shuffling and resuming."""
 
 
@@ -240,11 +243,11 @@ class PrepareSettings(Settings):
     impressions: Impressions | None = None
     split: Annotated[SplitSettings, Field(discriminator="kind")] = PaperSplit()
     shards: ShardLayout = ShardLayout()
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     engine: Literal["duckdb", "spark"] = "duckdb"
     memory_limit: ByteSize = ByteSize(3 << 30)
     """Memory that the whole process keeps to with the embedded engine, e.g. 3GiB; more spills to the output's disk."""
-    threads: PositiveInt | None = None
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     """Threads of the engine; None: one for each core."""
     on_corrupt: Literal["fail", "skip"] = "fail"
     """A Parquet file that cannot be read: stop, or leave it out and report it."""

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embeddings.machine import check_threads, host_memory
 from pipeline.errors import SPACE
 from pipeline.files import output_folder
 from pipeline.ingest import definition
@@ -37,6 +38,9 @@ from schemas.shards import ROW_GROUPS, SCHEMA_VERSION, SPLITS, history_schema
 CONTENTS = ("shard-*.parquet", "items.parquet", "categories.parquet", ROW_GROUP_INDEX, MANIFEST)
 """Names of a data set's files."""
 
+MOST_SHARDS = 100_000
+"""Shards that five digits can number."""
+
 _LOGGER = logging.getLogger("dare.data")
 
 
@@ -49,6 +53,13 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) ->
         UserError: a fault of the settings or of the input, or a full disk; says what to do about it.
         OSError: no right to write.
     """
+    if settings.threads is not None:
+        check_threads("threads", settings.threads)
+    if settings.memory_limit > host_memory():
+        raise UserError(
+            f"memory_limit: {settings.memory_limit.human_readable()} is more than this machine has, "
+            f"{host_memory() / 2**30:.1f}GiB"
+        )
     # Names, formats, columns and types of all files first: no engine starts on a log that cannot be right.
     skip = settings.on_corrupt == "skip"
     events = log_files("events", settings.events, skip_corrupt=skip)
@@ -130,6 +141,11 @@ class _Preparation:
             dictionaries, vocabularies = self._dictionaries(events, impressions)
         # Both logs as lines with dense ids, which the engine sorts and the builder turns into shards.
         shards = -(-counted["lines"] // settings.shards.behaviors_per_shard)
+        if shards > MOST_SHARDS:
+            raise UserError(
+                f"shards.behaviors_per_shard={settings.shards.behaviors_per_shard} makes {shards:,} shards of "
+                f"{counted['lines']:,} events; at most {MOST_SHARDS:,} are possible, so raise it"
+            )
         lines = definition.lines(
             events,
             impressions,
