@@ -167,8 +167,10 @@ def stream(
 ) -> None:
     """Read one epoch of a split, and tell what came."""
     settings = load_settings(StreamSettings, config or [], overrides or [])
+    from embeddings.machine import check_stream
     from pipeline.stream.history_stream import HistoryStream
 
+    check_stream(settings, Manifest.read(folder))
     with HistoryStream(folder, split, settings, seed=0, shuffle=True) as batches:
         print(f"{split}: {batches.targets:,} targets in {batches.steps_per_epoch:,} batches of {settings.batch_size:,}")
         targets, users, positives, behaviors, windows = 0, 0, 0, 0, 0

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.types import ShardingPlan
 
+from embeddings.machine import check_stream
 from embeddings.sharding import sharded_model
 from pipeline.evaluate.evaluate import evaluate
 from pipeline.evaluate.metrics import Evaluation
@@ -130,6 +131,7 @@ def opened_run(
     if which == "best" and checkpoint.score is None:
         _LOGGER.info("%s: no checkpoint is the best; the last one is taken, of step %d", folder, checkpoint.step)
     data_set = DataSet.open(data or run.data_set())
+    check_stream(settings.stream, data_set.manifest)
     translation = _translation(run, data_set)
     with HistoryStream(
         data_set.folder,

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embeddings.batch import Batch
-from embeddings.machine import check_stream
 from pipeline.stream.batches import UserSample, cut_batches, read_blocks, sampled_targets
 from pipeline.stream.data_set import DataSet
 from pipeline.stream.epoch_plan import ORDER, Block, EpochPlan, plan_epoch, shuffled_order, steps_per_epoch
@@ -80,7 +79,6 @@ class HistoryStream:
             raise UserError(f"rank must be at least 0 and below world = {world} (not {rank})")
         # The index alone: no shard is opened before the first batch is asked for.
         self.data_set = DataSet.open(folder)
-        check_stream(settings, self.data_set.manifest)
         self.split = split
         self.settings = settings
         self.epoch = 0

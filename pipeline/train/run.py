@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from embeddings.initialization import initialize
+from embeddings.machine import check_stream
 from embeddings.sharding import sharded_model
 from pipeline.evaluate.evaluate import as_document, evaluate
 from pipeline.evaluate.open_run import choose_checkpoint, load_model
@@ -61,6 +62,7 @@ def train(
         # step.
         stop = stack.enter_context(StopSignal())
         data_set = DataSet.open(data)
+        check_stream(settings.stream, data_set.manifest)
         if dist.get_rank() == 0:
             # One rank holds the lock for all of them.
             stack.enter_context(run.locked())
