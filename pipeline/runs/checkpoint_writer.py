@@ -112,19 +112,8 @@ class CheckpointWriter:
         try:
             # It returns when the parts of all ranks are written.
             files = write_planned(planner, plan, HashingWriter(partial), ranks)
-            if self._rank == 0:
-                for name, content in self._documents.items():
-                    (partial / name).write_text(content)
-                    digest = hashlib.sha256(content.encode()).hexdigest()
-                    files.append(File(path=name, bytes=len(content.encode()), sha256=digest))
-                listed = [file.model_dump() for file in files]
-                record = {"step": step, "score": score, "ranks": self._ranks, "files": listed}
-                (partial / RECORD).write_text(json_document(json.dumps(record, indent=1) + "\n"))
-                # The record is in the folder before the folder has its name: whoever sees a checkpoint can tell its
-                # step and score, and whether its files are whole.
-                give_name(partial, final)
-                # Only now may an older one go: there is a newer one that is whole.
-                prune(self._folder, self._keep)
+            # By the first rank, and all learn whether it could: they end for the same reason, and one of them tells it.
+            ranks.broadcast("publish", lambda: self._publish(partial, final, files, step, score))
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -132,6 +121,21 @@ class CheckpointWriter:
             if (reason := _reason(error)) is not None:
                 raise UserError(self._explain(reason, step)) from error
             raise
+
+    def _publish(self, partial: Path, final: Path, files: list[File], step: int, score: float | None) -> None:
+        """Put documents and record beside the files of all ranks, and give the folder its name."""
+        listed = [file.model_dump() for file in files]
+        for name, content in self._documents.items():
+            (partial / name).write_text(content)
+            digest = hashlib.sha256(content.encode()).hexdigest()
+            listed.append(File(path=name, bytes=len(content.encode()), sha256=digest).model_dump())
+        record = {"step": step, "score": score, "ranks": self._ranks, "files": listed}
+        (partial / RECORD).write_text(json_document(json.dumps(record, indent=1) + "\n"))
+        # The record is in the folder before the folder has its name: whoever sees a checkpoint can tell its step and
+        # score, and whether its files are whole.
+        give_name(partial, final)
+        # Only now may an older one go: there is a newer one that is whole.
+        prune(self._folder, self._keep)
 
     def _explain(self, reason: str, step: int) -> str:
         last = last_checkpoint(self._folder)
