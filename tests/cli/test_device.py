@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from embeddings.distributed.process_group import TIMEOUT, process_group
+from embeddings.distributed.process_group import TIMEOUT, Meeting, process_group
 from jobs import device
 from jobs.device import gpus, own_device
 from jobs.ranks import on_all_ranks
@@ -137,15 +137,18 @@ def test_a_wrong_device_is_told_once(data: Path, tmp_path: Path) -> None:
 
 
 def meet(rank: int, folder: Path, kinds: tuple[str, ...]) -> None:
+    meeting = Meeting.join()
     try:
-        with process_group(torch.device(kinds[rank])):
+        with process_group(torch.device(kinds[rank]), meeting):
             said = "met"
     except UserError as error:
         said = str(error)
     (folder / str(rank)).write_text(said)
-    # The first one's process keeps the store, which the others may still be reading.
-    while rank == 0 and len(list(folder.iterdir())) < len(kinds):
+    # The first one's ``meeting`` keeps the store, which the others may still be reading.
+    until = time.monotonic() + 60
+    while rank == 0 and len(list(folder.iterdir())) < len(kinds) and time.monotonic() < until:
         time.sleep(0.01)
+    del meeting
 
 
 @pytest.mark.parametrize(
