@@ -54,23 +54,31 @@ def prepare(
     values: dict[str, Any] = {}
     if events:
         values["events"] = {"files": events}
+    layers: list[Path | dict[str, Any]] = [PRESETS[preset]]
     if impressions:
-        values |= {"impressions": {"files": impressions}, "split": {"kind": "impressions"}}
+        values |= {"impressions": {"files": impressions}}
+        # In place of the preset's split; the user's own files may say how impressions are split.
+        layers.append({"split": {"kind": "impressions"}})
     if engine is not None:
         values["engine"] = engine
-    settings = load_settings(PrepareSettings, [PRESETS[preset], *(config or [])], overrides or [], values)
+    settings = load_settings(PrepareSettings, [*layers, *(config or [])], overrides or [], values)
     started = time.monotonic()
     manifest = run(settings, out, overwrite=overwrite)
     for reason in manifest.skipped:
         _LOGGER.info("left out: %s", reason)
     result = _counts(manifest)
-    print(f"{printable(out)}: {', '.join(f'{value:,} {name}' for name, value in result.items())}")
     counts = manifest.counts
-    left_out = {
-        "events": (counts.events_read, counts.events_left_out, counts.events_repeated),
-        "impressions": (counts.impressions_read, counts.impressions_left_out, counts.impressions_repeated),
-    }
-    for role, (read, reasons, repeated) in left_out.items():
+    print(
+        f"{printable(out)}: {counts.users:,} users ({counts.users_left_out:,} left out), "
+        f"{counts.behaviors:,} behaviours, {counts.items:,} items, {counts.categories:,} categories; targets: {counts.train.targets:,} train, "
+        f"{counts.validation.targets:,} validation, {counts.test.targets:,} test; {result['bytes'] / 2**20:,.1f} MiB"
+    )
+    if manifest.skipped:
+        print(f"{len(manifest.skipped):,} corrupt files were left out")
+    for role, read, reasons, repeated in (
+        ("events", counts.events_read, counts.events_left_out, counts.events_repeated),
+        ("impressions", counts.impressions_read, counts.impressions_left_out, counts.impressions_repeated),
+    ):
         if read is not None:
             why = "".join(f", {number:,} {reason.replace('_', ' ')}" for reason, number in reasons.items())
             print(f"{role}: {read:,} read, {read - sum(reasons.values()):,} kept{why}; {repeated:,} repeat another one")

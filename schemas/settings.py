@@ -75,13 +75,16 @@ def _notice(line: str) -> None:
 
 
 def load_settings(
-    kind: type[S], files: Sequence[Path] = (), overrides: Sequence[str] = (), values: dict[str, Any] | None = None
+    kind: type[S],
+    files: Sequence[Path | Mapping[str, Any]] = (),
+    overrides: Sequence[str] = (),
+    values: dict[str, Any] | None = None,
 ) -> S:
     """Load settings of class ``kind``: the files in order, then ``values``, then the overrides; later ones win.
 
     Args:
         kind: the settings class.
-        files: YAML files.
+        files: YAML files; or settings as nested dictionaries, laid between them.
         overrides: ``key=value`` or ``section.key=value``; the value is read as YAML. ``model=NAME`` names the model.
         values: settings that come from elsewhere (command-line options), as nested dictionaries; taken as they are.
 
@@ -93,6 +96,9 @@ def load_settings(
     where = ""
     try:
         for file in files:
+            if isinstance(file, Mapping):
+                merged = OmegaConf.merge(merged, _literally(file))
+                continue
             where = f"{file}: "
             if not file.is_file():
                 raise UserError(f"{file}: no such settings file")

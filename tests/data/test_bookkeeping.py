@@ -159,6 +159,21 @@ def test_impressions_are_split_by_date(tmp_path: Path) -> None:
     assert [getattr(counts, split).targets for split in ("train", "validation", "test")] == [7, 5, 5]
 
 
+def test_the_command_line_leaves_the_split_of_impressions_to_a_settings_file(tmp_path: Path) -> None:
+    write(tmp_path / "events.csv", [(1, item, 6 + item, "pv", True) for item in range(1, 5)])
+    write(tmp_path / "shown.csv", [(1, 1, time, "pv", time % 2 == 0) for time in range(8, 25)])
+    (tmp_path / "my.yaml").write_text("split: {kind: by_date, validation_from: 15, test_from: 1970-01-01T00:00:20Z}")
+    command = [sys.executable, "-m", "jobs.cli", "prepare", "--events", "events.csv", "--impressions", "shown.csv"]
+    for more, said in (
+        ([], "14 train, 1 validation, 2 test"),
+        (["--config", "my.yaml"], "7 train, 5 validation, 5 test"),
+    ):
+        result = subprocess.run(
+            [*command, "--out", f"out{len(more)}", *more], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert said in result.stdout
+
+
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     good = [(user, item, 6 + item, "pv", True) for user in range(3) for item in range(1, 6)]
     write(tmp_path / "events.csv", good + [(7, 1, 9, "buy", True)] * 20 + [(8, 1, 2, "pv", True)] * 5)
