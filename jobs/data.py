@@ -70,8 +70,9 @@ def prepare(
     counts = manifest.counts
     print(
         f"{printable(out)}: {counts.users:,} users ({counts.users_left_out:,} left out), "
-        f"{counts.behaviors:,} behaviours, {counts.items:,} items, {counts.categories:,} categories; targets: {counts.train.targets:,} train, "
-        f"{counts.validation.targets:,} validation, {counts.test.targets:,} test; {result['bytes'] / 2**20:,.1f} MiB"
+        f"{counts.behaviors:,} behaviours, {counts.items:,} items, {counts.categories:,} categories; "
+        f"targets: {counts.train.targets:,} train, {counts.validation.targets:,} validation, "
+        f"{counts.test.targets:,} test; {result['bytes'] / 2**20:,.1f} MiB"
     )
     if manifest.skipped:
         print(f"{len(manifest.skipped):,} corrupt files were left out")
