@@ -31,14 +31,14 @@ _TELLING = threading.Lock()
 """Held by the thread that ends the process: its line is the only one."""
 
 
-def on_all_ranks(work: Callable[[torch.device], object]) -> NoReturn:
-    """Do ``work`` in a process group and end the process: with 0 or what it returns, or as `pipeline.errors` says.
+def on_all_ranks(work: Callable[[torch.device], int | None]) -> NoReturn:
+    """Do ``work`` in a process group and end the process: with what it returns, or as `pipeline.errors` says.
 
     Where several ranks fail, the first one tells why and the others keep quiet: mostly they have only lost contact. But
     where a rank does not answer, or not all have come, each tells so: nobody can speak for all.
 
     Args:
-        work: gets this rank's device; a number that it returns is the exit code.
+        work: gets this rank's device and returns the exit code; None: 0.
     """
     _quieten()
     allow_many_files()
@@ -55,8 +55,7 @@ def on_all_ranks(work: Callable[[torch.device], object]) -> NoReturn:
             if device.type == "cpu":
                 keep_large_blocks()
             stack.enter_context(process_group(device, meeting))
-            done = work(device)
-            code = done if isinstance(done, int) else 0
+            code = work(device) or 0
             flush_output()
             # Before the group is left: the others may take a while longer.
             watch.leave()

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.runs.run_folder import read_step_log
 from schemas.settings import load_settings
 from schemas.train import TrainSettings
@@ -128,7 +130,11 @@ def _train(
     log_to_standard_error()
     if sabotage:
         sabotage(rank, *arguments)
-    on_all_ranks(lambda device: train(settings, data, folder, device))
+
+    def work(device: torch.device) -> None:
+        train(settings, data, folder, device)
+
+    on_all_ranks(work)
 
 
 def slow_steps(rank: int, stop_at: int | None = None) -> None:

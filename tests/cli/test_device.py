@@ -169,7 +169,11 @@ def test_ranks_of_two_kinds_are_refused_by_all(
 
 def note_limit(rank: int, folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    on_all_ranks(lambda _: (folder / str(rank)).write_text(str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])))
+
+    def work(_: torch.device) -> None:
+        (folder / str(rank)).write_text(str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+
+    on_all_ranks(work)
 
 
 def test_a_rank_may_open_as_many_files_as_the_system_grants(tmp_path: Path) -> None:

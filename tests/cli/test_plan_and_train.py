@@ -1,6 +1,7 @@
 """`dare plan`, `dare train`, `dare evaluate` and `dare score` decide alike what fits, and follow the same plan."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from jobs.app import app
 from pipeline.evaluate.open_run import opened_run
 from pipeline.planning.dry_run import dry_run
 from pipeline.runs.plan_file import plan_text, read_plan
+from schemas.manifest import Manifest
 from schemas.settings import load_settings
 from schemas.train import TrainSettings
 from tests.datasets import random_users, write_dataset
@@ -190,9 +192,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_that_does_not_fit_ends_in_one_line(data: Path, tmp_path: Path) -> None:
-    # Attention's dim is not in the prediction, whose parameters are no tables: 4 TB of rows, and none of them is made.
-    settings = small_settings("model.attention.features={item: {dim: 20_000_000_000}}", "model.features=[item]")
-    run = Run(2, settings, data, tmp_path / "run")
+    # 4 TB of rows, and none of them is made.
+    large = tmp_path / "large"
+    shutil.copytree(data, large)
+    manifest = Manifest.read(large)
+    counts = manifest.counts.model_copy(update={"items": 2**31 - 2})
+    manifest.model_copy(update={"counts": counts}).write(large)
+    settings = small_settings("model.attention.features={item: {dim: 512}}", "model.features=[item]")
+    run = Run(2, settings, large, tmp_path / "run")
     assert set(run.wait()) == {1}
     line = run.complaint()
     for part in (
