@@ -63,13 +63,14 @@ class RankWatch:
             thread.join(GOODBYE_S)
 
     def _beat(self) -> None:
+        seen: dict[str, tuple[int, float]] = {}
         try:
             self._store.set(f"host/{self._rank}", f"{socket.gethostname()}, process {os.getpid()}")
             if self._rank == 0:
                 for key in self._keys:  # so that all can be read at once, whoever has come by now
                     self._store.add(key, 0)
             watched = self._keys[1:] if self._rank == 0 else self._keys[:1]
-            seen = dict.fromkeys(watched, (0, monotonic()))
+            seen.update(dict.fromkeys(watched, (0, monotonic())))
             looked = monotonic()
             while not self._leaves.wait(self._beat_s):
                 self._store.add(self._keys[self._rank], 1)
@@ -90,8 +91,14 @@ class RankWatch:
             self._store.add(self._keys[self._rank], LEFT)
         except (dist.DistError, RuntimeError):
             # The store has gone with its process. Connections of the collectives have closed with it, which the main
-            # thread finds out by itself.
+            # thread mostly finds out by itself; but gloo waits in one that begins on a connection closed before.
             self._answered = None
+            first_has_left = seen.get("0", (0, 0.0))[0] >= LEFT
+            if not first_has_left and not self._leaves.wait(self._limit_s):
+                self._lost(
+                    f"rank {self._rank} of {self._ranks} has lost the process that keeps the ranks together; what is "
+                    "complete on disk stays; the same command goes on from there"
+                )
 
     def _read(self, keys: list[str]) -> list[int]:
         if self._rank == 0:

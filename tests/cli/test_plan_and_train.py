@@ -207,7 +207,7 @@ def test_a_run_that_does_not_fit_ends_in_one_line(data: Path, tmp_path: Path) ->
         "TiB of host memory: it needs",
         "usable",
         "most for table item_attention (",
-        "try more ranks, a smaller model.attention.dim, ",
+        "try more ranks, a smaller model.attention.dim",
         "; `dare plan` tells which change is enough",
     ):
         assert part in line
