@@ -198,8 +198,8 @@ def stage(name: str, total: float = 100, unit: str = "%") -> Iterator[Progress]:
 
 
 def time_left(seconds: float | None) -> str:
-    """The end of a line: ``, 1:20 left``; nothing where it is not known."""
-    return "" if seconds is None else f", {duration(seconds)} left"
+    """The end of a line: ``, 1:20 left``; nothing where it is not known, or less than a second."""
+    return "" if seconds is None or round(seconds) == 0 else f", {duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:
