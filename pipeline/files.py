@@ -45,14 +45,29 @@ def whole_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
     # In the same folder, because a rename is atomic only within a file system.
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
-        yield unfinished
-        if sync:
-            give_name(unfinished, path)
-        else:
-            unfinished.replace(path)
+        with about(path):
+            yield unfinished
+            if sync:
+                give_name(unfinished, path)
+            else:
+                unfinished.replace(path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Within the block, an error of the operating system that names no file is one of ``path``.
+
+    Writing to a file that is open says "no space left" and not where.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def give_name(unfinished: Path, path: Path) -> None:
@@ -118,7 +133,7 @@ def output_folder(out: Path, contents: Collection[str], *, overwrite: bool) -> I
             lock.unlink(missing_ok=True)
 
     # Beside the folder, not in it: the folder's contents move to another name while the lock is held.
-    with locked(lock, f"another process is writing {out}; wait for it or stop it"):
+    with about(out), locked(lock, f"another process is writing {out}; wait for it or stop it"):
         # For a process that ends at once, without unwinding: see `pipeline.errors.end_at_once`.
         atexit.register(leave_nothing)
         try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pipeline.files import is_locked, locked, write_whole
+from pipeline.files import about, is_locked, locked, write_whole
 from schemas.documents import (
     json_document,
     json_line,
@@ -228,7 +228,8 @@ class RunFolder:
             raise UserError(f"{self.path}: a part of this path is a file; --run names a folder") from None
         with locked(self._lock_file, f"another process is training in {self.path}; wait for it or stop it", LOOK_S):
             try:
-                yield
+                with about(self.path):
+                    yield
             finally:
                 if made and not self._content():
                     with suppress(OSError):

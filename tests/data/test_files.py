@@ -193,3 +193,17 @@ def test_a_lock_file_that_is_removed_while_it_is_held_locks_nobody_out(tmp_path:
         file.unlink()
     with locked(file, "refused"):
         assert is_locked(file)
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    def fill() -> None:
+        with open("/dev/full", "wb", buffering=0) as full:
+            full.write(b"x")
+
+    with pytest.raises(OSError, match="No space left") as whole, whole_file(tmp_path / "a"):
+        fill()
+    assert whole.value.filename == str(tmp_path / "a")
+    with pytest.raises(OSError, match="No space left") as folder, output_folder(tmp_path / "b", [], overwrite=False):
+        fill()
+    assert folder.value.filename == str(tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
