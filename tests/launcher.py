@@ -7,6 +7,7 @@ them waits up to `PATIENCE_S`: how long something takes on a loaded machine says
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import tempfile
 import time
@@ -98,6 +99,9 @@ def _started(target: Callable[..., None], arguments: tuple[Any, ...]) -> BasePro
 
 def _alone(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    # What the tests themselves were started with, such as `nohup`, is not what is tested.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     function(*arguments)
 
 
