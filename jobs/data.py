@@ -179,7 +179,8 @@ def stream(
     from embeddings.machine import check_stream
     from pipeline.stream.history_stream import HistoryStream
 
-    check_stream(settings, Manifest.read(folder))
+    manifest = Manifest.read(folder)
+    check_stream(settings, manifest)
     with HistoryStream(folder, split, settings, seed=0, shuffle=True) as batches:
         print(f"{split}: {batches.targets:,} targets in {batches.steps_per_epoch:,} batches of {settings.batch_size:,}")
         targets, users, positives, behaviors, windows = 0, 0, 0, 0, 0
@@ -191,13 +192,14 @@ def stream(
                     print(batch.describe())
                 targets += len(batch)
                 users += batch.users
-                positives += int(batch.label_T.sum())
+                positives += int((batch.label_T > 0).sum())
                 behaviors += sum(len(history.item_M) for history in batch.histories.values())
                 windows += sum(int((history.end_T - history.start_T).sum()) for history in batch.histories.values())
                 running.advance()
         seconds = time.monotonic() - started
+    labels = f"{positives / targets:.1%} positive" if manifest.labeled else "without labels"
     print(
-        f"one epoch in {seconds:.1f} s: {targets / seconds:,.0f} samples/s, {positives / targets:.1%} positive, "
+        f"one epoch in {seconds:.1f} s: {targets / seconds:,.0f} samples/s, {labels}, "
         f"{targets / users:.1f} targets a user and batch; {behaviors:,} behaviours stand for the {windows:,} "
         f"that a row for each sample would hold"
     )

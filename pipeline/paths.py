@@ -1,5 +1,6 @@
 """What a person names on the command line or in settings, and which files that is."""
 
+import errno
 import glob
 import logging
 import os
@@ -17,7 +18,7 @@ def local_path(name: str) -> Path:
     """The path that a person named.
 
     Raises:
-        UserError: it is a URL, which would otherwise become a local folder of that name (``s3:``).
+        UserError: it is a URL, which would otherwise become a local folder of that name (``s3:``), empty, or not UTF-8.
     """
     scheme, separator, rest = name.partition(":/")
     if scheme == "file" and separator:
@@ -28,9 +29,18 @@ def local_path(name: str) -> Path:
             f"{scheme}://{rest.lstrip('/')}: remote storage is not read or written; copy it to a local disk, "
             "or mount it and name a path"
         )
+    if not name:
+        raise UserError("a path is empty: is a variable of the shell not set?")
     if "\0" in name:
         raise UserError(f"{name!r}: no path has a zero byte in it")
+    _require_utf8(name)
     return Path(name)
+
+
+def _require_utf8(name: str) -> None:
+    # Manifests and records have names in them, as UTF-8.
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise UserError(f"{os.fsencode(name)!r}: the name is not UTF-8; rename it")
 
 
 def input_files(role: str, names: tuple[str, ...]) -> tuple[Path, ...]:
@@ -70,16 +80,14 @@ def _files_of(role: str, name: str, hidden: list[Path]) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        entries = sorted(Path(folder) / file for folder, _, files in os.walk(path, onerror=_raise) for file in files)
+        entries = _below(path)
         what = "a folder without files"
     else:
         # A pattern that ends at folders means what is in them, as Spark's own readers take it.
         matched = [Path(each) for each in sorted(glob.glob(str(path), recursive=True, include_hidden=True))]
-        entries = [
-            file
-            for each in matched
-            for file in ([each] if each.is_file() else sorted(inner for inner in each.rglob("*") if inner.is_file()))
-        ]
+        # ``**`` goes around in circles of links until the system refuses to.
+        matched = [each for each in matched if "**" not in path.parts or not _is_circle(each)]
+        entries = [file for each in matched for file in (_below(each) if each.is_dir() else [each])]
         what = "no such file" if not matched else "a pattern that matches folders without files"
     files: list[Path] = []
     for entry in entries:
@@ -88,12 +96,37 @@ def _files_of(role: str, name: str, hidden: list[Path]) -> list[Path]:
         (hidden if any(part[0] in "_." for part in parts) else files).append(entry)
     if not files:
         raise UserError(f"{role}: {name}: {what}" + (" but ones that begin with _ or ." if entries else ""))
+    for file in files:
+        # A log that is passed over would be lost without a word, and a pipe would be waited for forever.
+        _require_utf8(str(file))
+        if not file.is_file():
+            why = "is no file, but a pipe, socket or device" if file.exists() else "is a link to nothing"
+            raise UserError(f"{role}: {file} {why}; logs are read from files: write it to one, or leave it out")
     return files
 
 
-def _raise(error: OSError) -> None:
-    # `os.walk` would leave out a folder that may not be read, without a word.
-    raise error
+def _below(folder: Path, above: frozenset[str] = frozenset()) -> list[Path]:
+    """All that a folder holds at any depth, except folders; links to folders are followed, but not in circles.
+
+    Args:
+        folder: where to look.
+        above: real paths of the folders that led to it.
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        return []
+    files: list[Path] = []
+    for entry in sorted(folder.iterdir()):
+        files += _below(entry, above | {here}) if entry.is_dir() else [entry]
+    return files
+
+
+def _is_circle(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def _matched_parts(pattern: Path, entry: Path) -> tuple[str, ...]:
@@ -110,4 +143,7 @@ def _in_package(role: str, name: str) -> Path:
         spec = None
     if spec is None or spec.origin is None:
         raise UserError(f"{role}: the Python package {package} is not installed; run `make setup`")
-    return Path(spec.origin).parent / inside
+    path = Path(spec.origin).parent / inside
+    if not path.is_file():
+        raise UserError(f"{role}: {name}: the package has no such file")
+    return path

@@ -23,6 +23,8 @@ TimestampUnit = Literal["s", "ms", "us", "datetime", "mmdd"]
 def _moment(value: Any) -> Any:
     if isinstance(value, datetime | date):  # what YAML takes an unquoted date for
         value = value.isoformat()
+    if isinstance(value, bool) or re.fullmatch("(?:19|20)[0-9]{6}", str(value)):
+        raise ValueError("seconds since 1970, or a date? write dates with dashes, such as 2017-12-03")
     if not isinstance(value, str) or re.fullmatch("-?[0-9]+", value):
         return value
     try:
@@ -32,8 +34,8 @@ def _moment(value: Any) -> Any:
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
-Moment = Annotated[int, BeforeValidator(_moment)]
-"""Seconds since 1970; as ISO 8601 without an offset it is UTC."""
+Moment = Annotated[int, BeforeValidator(_moment), Field(ge=-62_135_596_800, le=253_402_387_199)]
+"""Seconds since 1970, from the year 1 to 9999; as ISO 8601 without an offset it is UTC."""
 
 
 def _tabulator(value: Any) -> Any:
@@ -128,7 +130,7 @@ class Events(Log):
     behavior: str | None = None
     """Column of the behaviour type (click, cart, ...), if histories are to carry it."""
     item_features: ItemFeatures | None = None
-    """Takes the place of ``category_id``."""
+    """Says the categories of both logs. ``category_id`` is null where a log has no such column."""
 
 
 class Impressions(Log):

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.ingest.reading import raw_batches
 from pipeline.ingest.sources import log_files
+from pipeline.ingest.values import WrongValueError, integers
 from schemas.errors import UserError
 from schemas.manifest import Manifest, fingerprint
 from schemas.prepare import Impressions
@@ -40,7 +41,8 @@ class ScoredImpressions:
         if not manifest.impression_files or not isinstance(settings, dict):
             raise UserError(f"{data} was not prepared from impressions; leave --impressions out")
         skip = bool(manifest.skipped)
-        self._files = log_files("impressions", Impressions(**{**settings, "files": names}), skip_corrupt=skip)
+        self._log = Impressions(**{**settings, "files": names})
+        self._files = log_files("impressions", self._log, skip_corrupt=skip)
         found = self._files.names
         known = {(source.name, source.fingerprint) for source in manifest.sources}
         if found != manifest.impression_files:
@@ -65,8 +67,11 @@ class ScoredImpressions:
 
         Args:
             folder: has the predictions of all ranks, see `pipeline.evaluate.score.score_run`.
+
+        Raises:
+            UserError: a line is of another user or item than its prediction.
         """
-        parts = pq.read_table(folder, columns=["file", "line", *ADDED.names]).combine_chunks()
+        parts = pq.read_table(folder, columns=["file", "line", "user_id", "item_id", *ADDED.names]).combine_chunks()
         without = 0
         for index, name in enumerate(self._files.names):
             of_file = parts.filter(pc.equal(parts["file"], name)).sort_by("line")
@@ -81,6 +86,9 @@ class ScoredImpressions:
                 rows = pa.array(row_N, mask=missing_N)
                 without += int(missing_N.sum())
                 record += len(batch)
+                # The fingerprint of a large file is of its ends alone.
+                for source, name_of_id in ((self._log.user_id, "user_id"), (self._log.item_id, "item_id")):
+                    self._check_alike(index, batch.column(source), of_file[name_of_id].take(rows).combine_chunks())
                 table = pa.Table.from_batches([batch])
                 for field in ADDED:
                     table = table.append_column(field, of_file[field.name].take(rows))
@@ -91,4 +99,16 @@ class ScoredImpressions:
         if without:
             _LOGGER.info(
                 "impressions: %d lines have no prediction: `dare inspect` says why the data set left lines out", without
+            )
+
+    def _check_alike(self, index: int, said_N: pa.Array, predicted_N: pa.Array) -> None:
+        """Make sure that lines with a prediction (not null) have the ids that it was made of."""
+        has_N = pc.is_valid(predicted_N)
+        try:
+            alike = integers(said_N.filter(has_N)).equals(predicted_N.filter(has_N))
+        except WrongValueError:
+            alike = False
+        if not alike:
+            raise UserError(
+                f"impressions: {self._files.paths[index]} has changed since the data set was prepared; prepare it again"
             )

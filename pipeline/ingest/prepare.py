@@ -108,6 +108,9 @@ class _Preparation:
         events = definition.with_category(raw, kind, features)
         if features is not None:
             events = engine.materialize("events", events, lambda _: None)
+            without = engine.fetch(events.agg(events=events["category_id"].isnull().sum()))["events"][0].as_py()
+            if without:
+                _LOGGER.info("items: %d events are of items without a category there; theirs is the unknown", without)
         assert set(events.columns) == set(
             event_schema(
                 text_category=settings.events.text_category,
@@ -121,7 +124,7 @@ class _Preparation:
         if impression_files is not None and settings.impressions is not None:
             with stage("read impressions") as running:
                 raw, shown = engine.load(impression_files, running.reach_share)
-            impressions = definition.with_category(raw, kind, None)
+            impressions = definition.with_category(raw, kind, features)
             assert set(impressions.columns) == set(
                 impression_schema(
                     text_category=settings.impressions.text_category,

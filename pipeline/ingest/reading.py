@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import is_refusal
 from pipeline.ingest import values
-from pipeline.ingest.sources import Column, LogFiles, fields, first_line, lines_of
+from pipeline.ingest.sources import Column, LogFiles, decompressed, fields, first_line, lines_of
 from pipeline.ingest.values import Kind, WrongValueError
 from schemas.errors import UserError
 from schemas.shards import RECORDS_OF_A_FILE
@@ -150,16 +150,15 @@ def _text_batches(
     files: LogFiles, path: Path, columns: tuple[str, ...], report: ReportBytes
 ) -> Iterator[pa.RecordBatch]:
     # Columns that are not wanted may share a name, or have none: all go by their numbers here.
-    number = {name: str(index) for index, name in enumerate(files.text_columns)}
+    numbers = [str(index) for index in range(len(files.text_columns))]
+    number = dict(zip(files.text_columns, numbers, strict=True))
     needed = {number[name]: name for name in columns}
     try:
-        with pa.OSFile(str(path)) as raw, _decompressed(path, raw) as stream:
+        with pa.OSFile(str(path)) as raw, decompressed(path, raw) as stream:
             checked = _CheckedText(stream, files, path)
             reader = pyarrow.csv.open_csv(
                 pa.PythonFile(checked, "r"),
-                pyarrow.csv.ReadOptions(
-                    block_size=_BLOCK, column_names=list(number.values()), skip_rows=int(files.header)
-                ),
+                pyarrow.csv.ReadOptions(block_size=_BLOCK, column_names=numbers, skip_rows=int(files.header)),
                 pyarrow.csv.ParseOptions(
                     delimiter=files.delimiter,
                     quote_char=files.quote or False,
@@ -184,12 +183,6 @@ def _text_batches(
         if is_refusal(error):
             raise
         raise UserError(_text_fault(files, path, error)) from None
-
-
-def _decompressed(path: Path, raw: pa.NativeFile) -> pa.NativeFile:
-    # Read to its end, a compressed stream is checked against its length and checksum.
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
-    return raw if codec is None else pa.CompressedInputStream(raw, codec)
 
 
 class _CheckedText(io.RawIOBase):

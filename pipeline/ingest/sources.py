@@ -220,7 +220,13 @@ def _ending(role: str, path: Path) -> str:
 
 def _names(files: LogFiles, path: Path) -> tuple[str, ...]:
     """Column names in the first line of a text file, without spaces around them."""
-    return tuple(name.strip() for name in fields(files, _head(files.role, path)))
+    try:
+        return tuple(name.strip() for name in fields(files, _head(files.role, path)))
+    except csv.Error as error:
+        raise UserError(
+            f"{files.role}: {path}, line 1: cannot be read ({error}); lines end in a line feed, with or without a "
+            "carriage return before it"
+        ) from None
 
 
 def fields(files: LogFiles, line: str) -> list[str]:
@@ -233,7 +239,7 @@ def fields(files: LogFiles, line: str) -> list[str]:
 def _head(role: str, path: Path) -> str:
     """First line of a text file, compressed or not."""
     try:
-        with pa.input_stream(str(path), compression="detect") as stream:
+        with pa.OSFile(str(path)) as raw, decompressed(path, raw) as stream:
             head = stream.read(1 << 16)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{role}: {path}: cannot be read ({first_line(error)})") from None
@@ -260,9 +266,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def decompressed(path: Path, raw: pa.NativeFile) -> pa.NativeFile:
+    """The content of an open file, decompressed if its ending says so, in capitals or not."""
+    # Read to its end, a compressed stream is checked against its length and checksum.
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    return raw if codec is None else pa.CompressedInputStream(raw, codec)
+
+
 def lines_of(path: Path) -> Iterator[bytes]:
     """Lines of a text file, compressed or not, without their ends."""
-    with pa.input_stream(str(path), compression="detect") as stream:
+    with pa.OSFile(str(path)) as raw, decompressed(path, raw) as stream:
         rest = b""
         while block := stream.read(1 << 22):
             *lines, rest = (rest + block).split(b"\n")

@@ -45,7 +45,8 @@ class WrongValueError(ValueError):
     """
 
     def __init__(self, index: int, value: object, reason: str) -> None:
-        super().__init__(f"{value!r} {reason}")
+        shown = repr(value)
+        super().__init__(f"{shown if len(shown) <= 100 else shown[:100] + '...'} {reason}")
         self.index = index
 
 
@@ -313,7 +314,10 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _is_int64(value: Any) -> bool:
     """Whether an integer as text, an integer or a decimal number is one of 64 bits."""
-    return int(value) == (int(value) if isinstance(value, str) else value) and -(2**63) <= int(value) < 2**63
+    if isinstance(value, str):
+        # No more digits than an integer of 64 bits has: Python refuses to read thousands of them.
+        return len(value) <= 20 and -(2**63) <= int(value) < 2**63
+    return int(value) == value and -(2**63) <= int(value) < 2**63
 
 
 def _is_time(text: object) -> bool:

@@ -1,6 +1,7 @@
 """What became of every line: read = kept + left out, by reason, against a count in plain Python."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -204,3 +205,28 @@ def test_nothing_left_names_the_setting(tmp_path: Path) -> None:
     write(tmp_path / "events.csv", [(1, item, 9, "pv", True) for item in (1, 2, 3)])
     with pytest.raises(UserError, match=r"none of 1 users .* 1 with fewer behaviours than split.min_behaviors=210"):
         prepared(tmp_path, {"kind": "paper"}, shown=False)
+
+
+def test_a_file_of_items_says_the_categories_of_both_logs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of items that were only shown as well; those that it does not know are counted."""
+    (tmp_path / "events.csv").write_text(
+        "user_id,item_id,timestamp\n" + "".join(f"1,{item},{item}\n" for item in "123")
+    )
+    (tmp_path / "shown.csv").write_text("user_id,item_id,category_id,timestamp,label\n1,2,77,9,1\n1,8,77,9,0\n")
+    (tmp_path / "items.csv").write_text("item_id,category_id\n1,10\n2,20\n8,80\n")
+    content = {
+        "events": {
+            "files": [str(tmp_path / "events.csv")],
+            "category_id": None,
+            "item_features": {"files": [str(tmp_path / "items.csv")]},
+        },
+        "impressions": {"files": [str(tmp_path / "shown.csv")]},
+        "split": {"kind": "impressions"},
+    }
+    logging.getLogger("dare").propagate = True
+    with caplog.at_level(logging.INFO, "dare.data"):
+        prepare(PrepareSettings.model_validate(content), tmp_path / "out")
+    category = {row["id"]: row["raw_id"] for row in pq.read_table(tmp_path / "out" / "categories.parquet").to_pylist()}
+    items = pq.read_table(tmp_path / "out" / "items.parquet").to_pylist()
+    assert {row["raw_id"]: category.get(row["category"]) for row in items} == {1: 10, 2: 20, 3: None, 8: 80}
+    assert "items: 1 events are of items without a category there" in caplog.text

@@ -1,6 +1,7 @@
 """What a person names, and which files that is."""
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,15 @@ def test_files_of_names(folder: Path, monkeypatch: pytest.MonkeyPatch, names: li
         ("s3://bucket/log.parquet", "remote storage is not read"),
         ("hdfs:/log.parquet", "remote storage is not read"),
         ("package:no_such_package/x.csv", "the Python package no_such_package is not installed"),
+        ("package:yaml/nothing.csv", "the package has no such file"),
         ("a\0b", "zero byte"),
+        ("", "a path is empty"),
+        ("pipes", "pipes/x.csv is no file, but a pipe"),
+        ("pipes/*", "pipes/x.csv is no file, but a pipe"),
+        ("pipes/x.csv", "pipes/x.csv is no file, but a pipe"),
+        ("links", "links/gone.csv is a link to nothing"),
+        ("links/*.csv", "links/gone.csv is a link to nothing"),
+        ("links/gone.csv", "links/gone.csv is a link to nothing"),
     ],
 )
 def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
@@ -73,9 +82,26 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, mes
     (tmp_path / "empty").mkdir()
     (tmp_path / "marks").mkdir()
     (tmp_path / "marks" / "_SUCCESS").touch()
+    (tmp_path / "pipes").mkdir()
+    os.mkfifo(tmp_path / "pipes" / "x.csv")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "here.csv").touch()
+    (tmp_path / "links" / "gone.csv").symlink_to("nowhere.csv")
     with pytest.raises(UserError) as refused:
         input_files("events", (name,))
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["log", "log/[dmp]*"])
+def test_links_to_folders_are_followed_and_circles_are_not(folder: Path, name: str) -> None:
+    (folder / "elsewhere" / "deep").mkdir(parents=True)
+    (folder / "elsewhere" / "deep" / "part-7.parquet").write_text("x")
+    (folder / "log" / "more").symlink_to(folder / "elsewhere")
+    (folder / "log" / "circle").symlink_to(folder / "log")
+    (folder / "elsewhere" / "circle").symlink_to(folder / "elsewhere")
+    (folder / "elsewhere" / "back").symlink_to(folder / "log")
+    names = [path.name for path in input_files("events", (f"{folder}/{name}",))]
+    assert sorted(names) == ["part-0.parquet", "part-0.parquet", "part-1.parquet", "part-7.parquet"]
 
 
 def test_what_is_passed_over_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

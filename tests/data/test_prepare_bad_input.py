@@ -76,6 +76,8 @@ def refuse(dare: Dare, folder: Path, *arguments: object) -> str:
             GOOD + "1,99999999999999999999,3,4\n",
             "item_id: '99999999999999999999' does not fit",
         ),
+        ("digits.csv", GOOD + f"1,{'9' * 5000},3,4\n", "digits.csv, line 25: column item_id: '99999"),
+        ("mac.csv", GOOD.replace("\n", "\r"), "mac.csv, line 1: cannot be read (new-line"),
         ("binary.csv", b"\xff\xfe\x00\x01" * 50, "not a text file"),
         ("events.json", "{}", "unknown format"),
         ("fake.parquet", "PAR1 no parquet", "fake.parquet: not a readable Parquet file"),
@@ -92,6 +94,21 @@ def test_a_fraction_is_named_in_its_own_column(dare: Dare, tmp_path: Path) -> No
     (tmp_path / "events.csv").write_text("\n".join(lines) + "\n")
     message = refuse(dare, tmp_path, "--events", tmp_path / "events.csv")
     assert "events.csv, line 4: column item_id: '1.5' is not an integer" in message
+
+
+def test_columns_that_are_not_wanted_may_share_a_name_or_have_none(dare: Dare, tmp_path: Path) -> None:
+    lines = ["user_id,item_id,category_id,timestamp,a,a,,", *(f"1,{item},3,{item},x,y,z," for item in range(5))]
+    (tmp_path / "events.csv").write_text("\n".join(lines) + "\n")
+    assert dare("prepare", "--out", tmp_path / "out", *LENIENT, "--events", tmp_path / "events.csv")[0] == 0
+
+
+def test_an_ending_in_capitals_and_names_that_are_no_utf8(dare: Dare, tmp_path: Path) -> None:
+    (tmp_path / "LOG.CSV.GZ").write_bytes(gzip.compress(GOOD.encode()))
+    assert dare("prepare", "--out", tmp_path / "out", *LENIENT, "--events", tmp_path / "LOG.CSV.GZ")[0] == 0
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / os.fsdecode(b"\xff.csv")).write_text(GOOD)
+    assert "the name is not UTF-8" in refuse(dare, tmp_path, "--events", tmp_path / "folder")
+    assert "the name is not UTF-8" in refuse(dare, tmp_path, "--events", tmp_path / os.fsdecode(b"\xff.csv"))
 
 
 def test_missing_file(dare: Dare, tmp_path: Path) -> None:
@@ -117,6 +134,9 @@ def test_nobody_has_a_target(dare: Dare, tmp_path: Path) -> None:
         ("split.train_targets=100000000", "split.train_targets: input should be less than or equal to 1000000"),
         ("shards.users_per_row_group=1e12", "shards.users_per_row_group: input should be less than"),
         ("split.kind=last", "expected tags: 'paper', 'by_timestamp', 'impressions'"),
+        ("events.since=20171125", "events.since: seconds since 1970, or a date?"),
+        ("events.since=true", "events.since: seconds since 1970, or a date?"),
+        (f"events.until={10**20}", "events.until: input should be less than or equal to 253402387199"),
         ("split.negatives=x", "split.negatives: input should be a valid integer"),
         ("memory_limit=1MiB", "memory_limit: at least 1GiB is needed, written with its unit (not '1MiB')"),
         ("memory_limit=3XB", "memory_limit: not a number of bytes with or without a unit, such as 3GiB"),

@@ -165,6 +165,9 @@ def test_new_impressions_without_labels(folder: Path, run: Path, tmp_path: Path)
     code, _, errors = run_dare(folder, "evaluate", "--run", run, "--data", data)
     assert code == 1
     assert "have no labels" in errors
+    code, told, _ = run_dare(folder, "stream", data, "--split", "test")
+    assert code == 0
+    assert ", without labels," in told
     code, _, errors = run_dare(folder, "train", "--data", data, "--run", tmp_path / "run2")
     assert code == 1
     assert "no targets to stream in split train" in errors
@@ -178,3 +181,19 @@ def test_a_column_that_would_clash(folder: Path, run: Path, tmp_path: Path) -> N
     assert len(scored(run, data, tmp_path / "out")) == 1
     with pytest.raises(UserError, match="a column called score"):
         scored(run, data, tmp_path / "other", impressions=(str(new),))
+
+
+def test_a_change_between_the_ends_of_a_large_file(folder: Path, run: Path, tmp_path: Path) -> None:
+    """The fingerprint is of the first and the last MiB: a change between them is seen line by line."""
+    new = tmp_path / "new.csv"
+    line = f"100,1,1,500,{'x' * 1000}\n"
+    new.write_text("user_id,item_id,category_id,timestamp,note\n" + line * 2500)
+    data = prepared(folder, "large", [new], impressions={"label": None})
+    scored(run, data, tmp_path / "out", impressions=(str(new),))
+    content = bytearray(new.read_bytes())
+    middle = content.index(b"\n", len(content) // 2) + 1
+    content[middle : middle + 6] = b"100,2,"
+    new.write_bytes(content)
+    with pytest.raises(UserError, match=r"new.csv has changed since"):
+        scored(run, data, tmp_path / "other", impressions=(str(new),))
+    assert not (tmp_path / "other").exists()
