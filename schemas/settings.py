@@ -106,7 +106,7 @@ def load_settings(
             verify_yaml(file, file.read_bytes())
             # Read twice: here to see what kind of thing the file is, below by OmegaConf, which knows interpolations
             # (``${...}``).
-            content = yaml.safe_load(file.read_text()) or {}
+            content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
             if not isinstance(content, dict):
                 raise UserError(f"{file}: settings are a mapping of keys to values, this is something else")
             refuse_flat_sections(kind, content, f"{file}: ")
