@@ -115,8 +115,11 @@ def output_folder(out: Path, contents: Collection[str], *, overwrite: bool) -> I
         UserError: ``out`` is not empty (unless ``overwrite``) or not an earlier output, it cannot be made, or another
             process writes it.
     """
-    # Absolute, because hidden names are made from the last part of the path: ``.`` has none.
-    out = out.absolute()
+    # Absolute, because hidden names are made from the last part of the path: ``.`` has none. Where a link leads, there
+    # the folder is to be: perhaps on another disk.
+    out = Path(os.path.realpath(out)) if out.is_symlink() else out.absolute()
+    if not out.name:
+        raise UserError(f"{out}: no folder that can be written; --out names one below it")
     partial, former, lock = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "former", "lock"))
     _check_replaceable(out, contents, overwrite)
     try:

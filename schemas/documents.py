@@ -90,6 +90,9 @@ def read_bytes(path: Path) -> bytes:
         UserError: it is missing, or cannot be read.
     """
     try:
+        # A pipe would be waited for.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is no regular file")
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None

@@ -4,7 +4,7 @@ import re
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from zoneinfo import ZoneInfo
+from zoneinfo import available_timezones
 
 from pydantic import (
     AfterValidator,
@@ -109,10 +109,9 @@ class Log(TextFormat):
     def _zone_is_known(cls, zone: str | None) -> str | None:
         if zone is None or re.fullmatch("[+-](?:0[0-9]|1[0-4]):?(?:[0-5][0-9])", zone):
             return zone
-        try:
-            ZoneInfo(zone)
-        except (LookupError, OSError, ValueError):
-            raise ValueError("an IANA name such as Asia/Shanghai, or an offset such as +08:00") from None
+        # Beside these there are names of this machine's own zone, and ones whose clocks count leap seconds.
+        if zone not in available_timezones() - {"Factory", "localtime"}:
+            raise ValueError("an IANA name such as Asia/Shanghai, or an offset such as +08:00")
         return zone
 
 
@@ -260,6 +259,18 @@ class PrepareSettings(Settings):
         if limit < 1 << 30:
             raise ValueError("at least 1GiB is needed, written with its unit")
         return limit
+
+    @model_validator(mode="after")
+    def _moments_fit_days_without_a_year(self) -> Self:
+        if self.events.timestamp_unit == "mmdd":
+            moments = [self.events.since, self.events.until]
+            if self.split.kind == "by_date":
+                moments += [self.split.validation_from, self.split.test_from]
+            if any(moment is not None and not 0 <= moment <= 366 * 86_400 for moment in moments):
+                raise ValueError(
+                    "timestamp_unit=mmdd has no year: its days are those of 1970, so write moments as 1970-11-11"
+                )
+        return self
 
     @model_validator(mode="after")
     def _split_fits_the_logs(self) -> Self:

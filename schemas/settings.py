@@ -5,6 +5,7 @@ OmegaConf reads and merges, pydantic checks.
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from omegaconf.errors import (
+    OmegaConfBaseException,
+)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from schemas.documents import verify_yaml
@@ -26,6 +29,22 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, values: Any) -> Any:
+        """Refuse true and false where no yes or no is asked for: pydantic would take them for 1 and 0."""
+        for key, value in values.items() if isinstance(values, Mapping) else ():
+            field = cls.model_fields.get(str(key))
+            if isinstance(value, bool) and field is not None and bool not in _scalars(field.annotation):
+                raise ValueError(f"{key}: true and false are no value of this setting")
+        return values
+
+
+def _scalars(annotation: Any) -> set[Any]:
+    """All types in an annotation."""
+    parts = get_args(annotation)
+    return {annotation} if not parts else {each for part in parts for each in _scalars(part)}
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -101,12 +120,14 @@ def load_settings(
                 continue
             where = f"{file}: "
             if not file.is_file():
-                raise UserError(f"{file}: no such settings file")
+                raise UserError(f"{file}: " + ("not a regular file" if file.exists() else "no such settings file"))
             # One that this program wrote carries its checksum: edited by hand or damaged on the disk, it is refused.
             verify_yaml(file, file.read_bytes())
             # Read twice: here to see what kind of thing the file is, below by OmegaConf, which knows interpolations
             # (``${...}``).
-            content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            text = file.read_text(encoding="utf-8")
+            _refuse_odd_scalars(text, where)
+            content = yaml.safe_load(text) or {}
             if not isinstance(content, dict):
                 raise UserError(f"{file}: settings are a mapping of keys to values, this is something else")
             refuse_flat_sections(kind, content, f"{file}: ")
@@ -128,10 +149,15 @@ def load_settings(
         content = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except UserError:
         raise
+    except UnicodeDecodeError:
+        raise UserError(f"{where}settings cannot be read: the file is not text of UTF-8") from None
+    except RecursionError:
+        raise UserError(f"{where}settings cannot be read: they are nested too deeply") from None
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-        # ValueError: bytes that are no text, and what YAML takes for a date that there is not (2026-13-45). TypeError:
-        # OmegaConf, of a key into what an earlier override has made a list.
-        raise UserError(f"{where}settings cannot be read: {' '.join(str(error).split())}") from None
+        # ValueError: what YAML takes for a date that there is not (2026-13-45). TypeError: OmegaConf, of a key into
+        # what an earlier override has made a list.
+        reason = " ".join(str(error).split()) if isinstance(error, YAMLError) else _first_line(error)
+        raise UserError(f"{where}settings cannot be read: {reason}") from None
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -141,6 +167,32 @@ def load_settings(
         told = [each for each in problems if each["type"] != "too_short" or each["loc"] not in wrong]
         # Three at most: the first mistakes are often the cause of the others, and the message is to stay one line.
         raise UserError("; ".join(_explain(kind, dict(problem)) for problem in told[:3])) from None
+
+
+def _first_line(error: Exception) -> str:
+    """What OmegaConf says first; more lines are about its own insides."""
+    said = (str(error).splitlines() or [type(error).__name__])[0].strip()
+    return (
+        f"{said}; ${{...}} stands for the value of another setting" if "nterpolation" in type(error).__name__ else said
+    )
+
+
+_ODD = re.compile("[-+]?0[0-7_]+|[-+]?0b[01_]+|[-+]?0x[0-9a-fA-F_]+|[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\\.[0-9_]*)?")
+"""Texts that YAML 1.1 takes for numbers of the bases 8, 2, 16 and 60."""
+
+
+def _refuse_odd_scalars(text: str, where: str) -> None:
+    """Make sure that numbers in a YAML text are what they look like.
+
+    Raises:
+        UserError: one is not.
+    """
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.ScalarToken) and token.plain and _ODD.fullmatch(token.value):
+            raise UserError(
+                f"{where}line {token.start_mark.line + 1}: YAML takes {token.value} for a number of the base 2, 8, 16 "
+                "or 60; write it in quotes, or as a decimal number"
+            )
 
 
 def refuse_flat_sections(kind: type[Settings], values: Mapping[str, Any], where: str) -> None:
@@ -176,10 +228,11 @@ def _literally(value: Any) -> Any:
 def _in_full(override: str) -> str:
     """Write out ``model=twin``, which is short for ``model.name=twin``, and quote what YAML would take for a sign.
 
-    One character that is no letter and no digit is meant as itself: a delimiter, a quote.
+    One character that is no letter and no digit is meant as itself: a delimiter, a quote. So is what YAML 1.1 takes for
+    a number of another base: ``010``, ``12:30``.
     """
     key, _, value = override.partition("=")
-    if len(value) == 1 and not value.isalnum():
+    if (len(value) == 1 and not value.isalnum()) or _ODD.fullmatch(value):
         return f"{key}={json.dumps(value)}"
     # ``model={name: twin}`` is a section written in YAML, and stays.
     return f"model.name={value}" if key == "model" and not value.lstrip().startswith("{") else override

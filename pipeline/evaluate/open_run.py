@@ -171,6 +171,7 @@ def _translation(run: RunFolder, data_set: DataSet) -> Translation | None:
         f"{number:,} of {len(translation.ids[kind]) - 1:,} {PLURAL[kind]}"
         for kind, number in translation.unknown.items()
     )
+    unknown += "".join(f"; it has no {PLURAL[kind]}" for kind, ids in translation.ids.items() if len(ids) == 1)
     _LOGGER.info("%s: ids are translated to those of %s; unknown there: %s", data_set.folder, run.path, unknown)
     return translation
 

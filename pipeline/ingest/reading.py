@@ -186,7 +186,7 @@ def _text_batches(
 
 
 class _CheckedText(io.RawIOBase):
-    """Passes the bytes of a text file on, having made sure that quotes in it mean what they say.
+    """Passes the bytes of a text file on, having made sure that quotes and ends of lines in it mean what they say.
 
     A quoted value is a whole value, doubles the quotes in it and ends on its line. Readers take anything else as they
     like: with one stray quote they swallow lines until the next.
@@ -203,23 +203,33 @@ class _CheckedText(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         block: bytes = self._stream.read(size)
-        if self._well_formed is None:
-            return block
-        assert self._quote is not None
         text = self._rest + block
         # All whole lines, and at the end of the file what is left.
         end = text.rfind(b"\n") + 1 if block else len(text)
-        if self._quote in text[:end]:
+        if self._quote is not None and self._well_formed is not None and self._quote in text[:end]:
             good = self._well_formed.match(text, 0, end)
             if good is None or good.end() < end:
-                line = self._lines_done + text.count(b"\n", 0, 0 if good is None else good.end()) + 1
+                line = self._line(text, 0 if good is None else good.end())
                 raise UserError(
                     f"{self._path}, line {line}: a quote {self._quote.decode()} is not closed on its line, or text "
                     "stands behind it; if quotes are ordinary characters of this log, set quote=null for it"
                 )
+        # Arrow ends a record at one, as old systems did: half a line would become a record.
+        if b"\r" in text[:end] and (lone := _LONE_RETURN.search(text, 0, end)) is not None:
+            raise UserError(
+                f"{self._path}, line {self._line(text, lone.start())}: a carriage return within the line; records end "
+                "in a line feed, so take it out"
+            )
         self._lines_done += text.count(b"\n", 0, end)
         self._rest = text[end:]
         return block
+
+    def _line(self, text: bytes, position: int) -> int:
+        """Number of the line in which a position of the present text is."""
+        return self._lines_done + text.count(b"\n", 0, position) + 1
+
+
+_LONE_RETURN = re.compile(rb"\r(?!\r*(?:\n|\Z))")
 
 
 def _well_formed(delimiter: str, quote: str) -> re.Pattern[bytes]:

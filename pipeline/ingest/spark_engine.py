@@ -5,6 +5,7 @@ configuration names no master, it runs on this machine.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -167,8 +168,10 @@ class SparkEngine:
             return run()
         except (PySparkException, Py4JError) as error:
             # Files and lines are no matter of Spark's here; what is left is the cluster: memory, disks, executors.
-            text = str(error).strip().splitlines()
-            raise UserError(f"Spark: {(text or [type(error).__name__])[0]}") from None
+            text = [line.strip() for line in str(error).splitlines() if line.strip()]
+            # Behind a trace of a worker stands what has failed there.
+            failed = [line for line in text if re.match(r"[\w.]*(Error|Exception): ", line)]
+            raise UserError(f"Spark: {(failed or text or [type(error).__name__])[0]}") from None
 
 
 def _together(parts: list[dict[str, Any]]) -> Tally:

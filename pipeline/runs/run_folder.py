@@ -110,7 +110,10 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: no {self.settings_file.name}: not the folder of a run; see `dare train --run`"
             )
-        if not verify_yaml(self.settings_file, read_bytes(self.settings_file)):
+        text = read_bytes(self.settings_file)
+        if not text.strip():
+            raise UserError(f"{self.settings_file} is damaged (empty); restore it from a checkpoint's folder")
+        if not verify_yaml(self.settings_file, text):
             notice_unverified(self.path)
         try:
             return load_settings(TrainSettings, [self.settings_file])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,9 @@ def test_names_of_a_list_stay_in_their_folder(tmp_path: Path, name: str) -> None
     (folder / "y").touch()
     (folder / "there").symlink_to("y")
     assert inside(folder, "there") == folder / "there"
+
+
+def test_a_pipe_in_the_place_of_a_document_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "job.json")
+    with pytest.raises(UserError, match=r"job\.json is no regular file"):
+        read_json(tmp_path / "job.json")

@@ -135,7 +135,7 @@ def test_nobody_has_a_target(dare: Dare, tmp_path: Path) -> None:
         ("shards.users_per_row_group=1e12", "shards.users_per_row_group: input should be less than"),
         ("split.kind=last", "expected tags: 'paper', 'by_timestamp', 'impressions'"),
         ("events.since=20171125", "events.since: seconds since 1970, or a date?"),
-        ("events.since=true", "events.since: seconds since 1970, or a date?"),
+        ("events.since=true", "events: since: true and false are no value of this setting"),
         (f"events.until={10**20}", "events.until: input should be less than or equal to 253402387199"),
         ("split.negatives=x", "split.negatives: input should be a valid integer"),
         ("memory_limit=1MiB", "memory_limit: at least 1GiB is needed, written with its unit (not '1MiB')"),
@@ -420,3 +420,59 @@ def test_compressed_files_are_read_to_their_end_or_not_at_all(
         content += b"what does not belong here"
     path.write_bytes(content)
     assert f"{path}" in refuse(dare, tmp_path, "--events", path)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("split.min_behaviors=1:0", "split.min_behaviors: input should be a valid integer"),
+        ("split.min_behaviors=true", "split: min_behaviors: true and false are no value of this setting"),
+        ("seed=yes", "seed: true and false are no value of this setting"),
+        ("seed=0x10", "seed: input should be a valid integer"),
+        ("seed=${x}", "Interpolation key 'x' not found; ${...} stands for the value of another setting"),
+        ("events.since=12:30", "events.since: a moment is seconds since 1970"),
+        ("events.timestamp_zone=right/UTC", "events.timestamp_zone: an IANA name"),
+        ("events.timestamp_zone=localtime", "events.timestamp_zone: an IANA name"),
+        ("events.timestamp_unit=mmdd events.since=2017-11-11", "timestamp_unit=mmdd has no year"),
+    ],
+)
+def test_values_are_not_what_they_look_like(dare: Dare, tmp_path: Path, argument: str, message: str) -> None:
+    (tmp_path / "events.csv").write_text(GOOD)
+    assert message in refuse(dare, tmp_path, "--events", tmp_path / "events.csv", *argument.split(" "))
+
+
+def test_numbers_are_decimal_and_offsets_are_text(dare: Dare, tmp_path: Path) -> None:
+    events = tmp_path / "events.csv"
+    events.write_text(GOOD)
+    assert dare("prepare", "--events", events, "--out", tmp_path / "a", *LENIENT, "split.min_behaviors=010")[0] == 0
+    assert json.loads((tmp_path / "a" / "manifest.json").read_text())["settings"]["split"]["min_behaviors"] == 10
+    zone = "events.timestamp_zone=+10:00"
+    assert dare("prepare", "--events", events, "--out", tmp_path / "b", *LENIENT, zone)[0] == 0
+    for text, message in (
+        ("split: {min_behaviors: 010}", "my.yaml: line 1: YAML takes 010 for a number of the base 2, 8, 16 or 60"),
+        ("seed: 1\nevents: {timestamp_zone: +10:00}", "my.yaml: line 2: YAML takes +10:00 for a number"),
+        ("[" * 3_000, "my.yaml: settings cannot be read: they are nested too deeply"),
+        ("seed: \xff".encode("latin1"), "my.yaml: settings cannot be read: the file is not text of UTF-8"),
+    ):
+        (tmp_path / "my.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        message_of = dare("prepare", "--events", events, "--out", tmp_path / "c", "--config", tmp_path / "my.yaml")
+        assert message in message_of[1]
+
+
+def test_a_carriage_return_within_a_line_ends_no_record(dare: Dare, tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_bytes(GOOD.replace("\n", "\r\n").encode() + b"1,5,x\r9,9\r\n")
+    message = refuse(dare, tmp_path, "--events", tmp_path / "e.csv", "events.text_category=true")
+    assert "e.csv, line 25: a carriage return within the line" in message
+
+
+def test_an_output_that_is_a_link_is_written_where_it_leads(dare: Dare, tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text(GOOD)
+    (tmp_path / "there").mkdir()
+    for name, target in (("link", "there"), ("dangling", "new")):
+        (tmp_path / name).symlink_to(target)
+        assert dare("prepare", "--events", tmp_path / "events.csv", "--out", tmp_path / name, *LENIENT)[0] == 0
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / target / "manifest.json").is_file()
+    code, message = dare("prepare", "--events", tmp_path / "events.csv", "--out", "/", *LENIENT)
+    assert code == 1
+    assert "no folder that can be written" in message
