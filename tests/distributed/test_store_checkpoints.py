@@ -83,7 +83,7 @@ def test_ranks_meet_in_a_star_and_leave_nothing_in_the_store(tmp_path: Path) -> 
 def die_while_writing(rank: int, folder: Path, of: int) -> None:
     """Rank ``of`` is killed when its part of the second checkpoint is on disk; the others tell their error."""
     checkpoint_writer.TIMEOUT = SOON
-    write_data = checkpoint_writer.FileSystemWriter.write_data
+    write_data = checkpoint_writer.HashingWriter.write_data
 
     def die(writer: Any, *arguments: Any) -> Any:
         found = write_data(writer, *arguments)
@@ -91,7 +91,7 @@ def die_while_writing(rank: int, folder: Path, of: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return found
 
-    checkpoint_writer.FileSystemWriter.write_data = die  # type: ignore[method-assign]
+    checkpoint_writer.HashingWriter.write_data = die  # type: ignore[method-assign]
     with process_group(CPU), CheckpointWriter(folder / "checkpoints", 9, {}) as writer:
         state = {"value": torch.full((10,), rank), "random": {str(rank): rank}}
         try:
@@ -121,14 +121,14 @@ def test_a_rank_that_dies_ends_the_others_with_a_line(of: int, tmp_path: Path) -
 
 def fail_on_one(folder: Path, of: int) -> str:
     """The error of each rank where one of them cannot write."""
-    write_data = checkpoint_writer.FileSystemWriter.write_data
+    write_data = checkpoint_writer.HashingWriter.write_data
 
     def fail(*arguments: Any) -> Any:
         if dist.get_rank() == of:
             raise OSError(28, "No space left on device")
         return write_data(*arguments)
 
-    checkpoint_writer.FileSystemWriter.write_data = fail  # type: ignore[method-assign]
+    checkpoint_writer.HashingWriter.write_data = fail  # type: ignore[method-assign]
     with CheckpointWriter(folder, 9, {}) as writer:
         writer.save({"value": torch.ones(3)}, 1, None)
         try:

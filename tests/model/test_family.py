@@ -272,7 +272,7 @@ def test_the_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     *lines, last = capsys.readouterr().out.splitlines()
     listed = {entry["name"]: entry for entry in json.loads(last)["models"]}
     assert list(listed) == list(MODELS)
-    assert len(lines) == len(MODELS)
+    assert len(lines) == 1 + len(MODELS), "a header, and a line each"
     assert {listed[name]["tables"] for name in ("twin", "dare", "dare-three-tables", "twin-4e")} == {1, 2, 3, 4}
     assert all(entry["summary"] and "`" not in entry["summary"] for entry in listed.values())
 
