@@ -18,7 +18,7 @@ def local_path(name: str) -> Path:
     """The path that a person named.
 
     Raises:
-        UserError: it is a URL, which would otherwise become a local folder of that name (``s3:``), empty, or not UTF-8.
+        UserError: it is a URL, which would otherwise become a local folder of that name (``s3:``), or empty.
     """
     scheme, separator, rest = name.partition(":/")
     if scheme == "file" and separator:
@@ -33,7 +33,6 @@ def local_path(name: str) -> Path:
         raise UserError("a path is empty: is a variable of the shell not set?")
     if "\0" in name:
         raise UserError(f"{name!r}: no path has a zero byte in it")
-    _require_utf8(name)
     return Path(name)
 
 
@@ -75,6 +74,7 @@ def input_files(role: str, names: tuple[str, ...]) -> tuple[Path, ...]:
 def _files_of(role: str, name: str, hidden: list[Path]) -> list[Path]:
     if name.startswith("package:"):
         return [_in_package(role, name)]
+    _require_utf8(name)
     path = local_path(name)
     # What is there comes first: a file may have brackets or a star in its name.
     if path.is_file():
