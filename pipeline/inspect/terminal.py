@@ -37,6 +37,7 @@ def _counts(folder: Path, summary: Summary) -> list[Sequence[str]]:
     users_left_out = f"{counts.users_left_out:,} left out" + (f": {', '.join(reasons)}" if reasons else "")
     return [
         (str(folder), "count", ""),
+        *([("events", f"{counts.events:,}", period)] if counts.events_read is None else []),
         *_lines("events", period, counts.events_read, counts.events_left_out, counts.events_repeated),
         *_lines("impressions", "", counts.impressions_read, counts.impressions_left_out, counts.impressions_repeated),
         *skipped,

@@ -1,6 +1,7 @@
 """`dare inspect`: its numbers equal a slow recount, and what is wrong is told in one line."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from jobs.app import app
 from jobs.cli import main
 from pipeline.inspect.popularity import read_popularity
 from pipeline.inspect.summary import Histogram, summarize
+from pipeline.inspect.terminal import summary_lines
+from pipeline.stream.history_stream import HistoryStream
 from schemas.shards import SPLITS, Split
+from schemas.stream import StreamSettings
 from tests.datasets import User, manifest_of, random_users, reseal, write_dataset, write_manifest
 
 
@@ -161,3 +165,14 @@ def test_not_a_data_set(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["dare", "inspect", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"^dare: .*: no manifest.json: not a data set, .*$"):
         main()
+
+
+def test_a_data_set_of_schema_version_1_is_read(tmp_path: Path) -> None:
+    users = random_users(9)
+    manifest = write_dataset(tmp_path, users)
+    manifest.model_copy(update={"schema_version": 1}).write(tmp_path)
+    with HistoryStream(tmp_path, "train", StreamSettings(batch_size=7), seed=1, shuffle=True) as stream:
+        seen = sum(len(batch) for batch in stream)
+    assert seen == sum(target.split == Split.TRAIN for user in users for target in user.targets)
+    lines = "\n".join(summary_lines(tmp_path, summarize(tmp_path), 200))
+    assert re.search(rf"^events +{sum(len(user.item) for user in users):,} ", lines, re.MULTILINE)
