@@ -195,8 +195,8 @@ class _CheckedText(io.RawIOBase):
     def __init__(self, stream: pa.NativeFile, files: LogFiles, path: Path) -> None:
         super().__init__()
         self._stream, self._path, self._lines_done, self._rest = stream, path, 0, b""
-        self._quote = None if files.quote is None else files.quote.encode()
-        self._well_formed = None if files.quote is None else _well_formed(files.delimiter, files.quote)
+        self._quote = (files.quote or "").encode()
+        self._well_formed = _well_formed(files.delimiter, files.quote) if files.quote else None
 
     def readable(self) -> bool:
         return True
@@ -206,7 +206,7 @@ class _CheckedText(io.RawIOBase):
         text = self._rest + block
         # All whole lines, and at the end of the file what is left.
         end = text.rfind(b"\n") + 1 if block else len(text)
-        if self._quote is not None and self._well_formed is not None and self._quote in text[:end]:
+        if self._well_formed is not None and text.find(self._quote, 0, end) >= 0:
             good = self._well_formed.match(text, 0, end)
             if good is None or good.end() < end:
                 line = self._line(text, 0 if good is None else good.end())
@@ -215,7 +215,7 @@ class _CheckedText(io.RawIOBase):
                     "stands behind it; if quotes are ordinary characters of this log, set quote=null for it"
                 )
         # Arrow ends a record at one, as old systems did: half a line would become a record.
-        if b"\r" in text[:end] and (lone := _LONE_RETURN.search(text, 0, end)) is not None:
+        if text.find(b"\r", 0, end) >= 0 and (lone := _LONE_RETURN.search(text, 0, end)) is not None:
             raise UserError(
                 f"{self._path}, line {self._line(text, lone.start())}: a carriage return within the line; records end "
                 "in a line feed, so take it out"
