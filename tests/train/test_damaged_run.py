@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from pipeline.runs.checkpoint_files import METADATA, load, parse_metadata
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.runs.comparison import compare
 from pipeline.runs.listing import run_state
+from pipeline.runs.run_folder import RunFolder
 from schemas.documents import _notice, json_document
 from schemas.errors import UserError
 from schemas.train import TrainSettings
@@ -373,3 +375,10 @@ def test_a_record_that_leads_out_of_its_folder(undisturbed: dict[int, Run], tmp_
     assert again is not None
     with process_group(CPU):
         assert "which is not a file of this folder" in str(damage_of(again))
+
+
+def test_empty_settings_are_not_the_defaults(undisturbed: dict[int, Run], tmp_path: Path) -> None:
+    shutil.copytree(undisturbed[1].folder, tmp_path / "run")
+    (tmp_path / "run" / "settings.yaml").write_bytes(b"")
+    with pytest.raises(UserError, match=r"settings\.yaml is damaged \(empty\)"):
+        RunFolder(tmp_path / "run").settings()
