@@ -76,13 +76,9 @@ def prepare(
     )
     if manifest.skipped:
         print(f"{len(manifest.skipped):,} corrupt files were left out")
-    for role, read, reasons, repeated in (
-        ("events", counts.events_read, counts.events_left_out, counts.events_repeated),
-        ("impressions", counts.impressions_read, counts.impressions_left_out, counts.impressions_repeated),
-    ):
-        if read is not None:
-            why = "".join(f", {number:,} {reason.replace('_', ' ')}" for reason, number in reasons.items())
-            print(f"{role}: {read:,} read, {read - sum(reasons.values()):,} kept{why}; {repeated:,} repeat another one")
+    for log in counts.logs():
+        why = "".join(f", {number:,} {reason.replace('_', ' ')}" for reason, number in log.left_out.items())
+        print(f"{log.role}: {log.read:,} read, {log.kept:,} kept{why}; {log.repeated:,} repeat another one")
     if json:
         cost = {"seconds": round(time.monotonic() - started, 2), "peak_mib": _peak_kib() // 1024}
         told = {name: value for name, value in counts.model_dump().items() if name.startswith(("events", "impr"))}

@@ -5,7 +5,7 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -91,6 +91,20 @@ LEFT_OUT = {
 """Why lines and users are left out, in the order in which reasons are looked for."""
 
 
+class LogCounts(NamedTuple):
+    """What became of the lines of a log: its role, lines read, reason -> lines left out, lines that repeat another."""
+
+    role: str
+    read: int
+    left_out: dict[str, int]
+    repeated: int
+
+    @property
+    def kept(self) -> int:
+        """Lines that are in the data set."""
+        return self.read - sum(self.left_out.values())
+
+
 class Counts(_Record):
     """What the data set holds and what was left out on the way.
 
@@ -125,6 +139,14 @@ class Counts(_Record):
     train: TargetCounts
     validation: TargetCounts
     test: TargetCounts
+
+    def logs(self) -> list[LogCounts]:
+        """What became of the lines of each log of which the data set says so."""
+        logs = (
+            ("events", self.events_read, self.events_left_out, self.events_repeated),
+            ("impressions", self.impressions_read, self.impressions_left_out, self.impressions_repeated),
+        )
+        return [LogCounts(role, read, left_out, more) for role, read, left_out, more in logs if read is not None]
 
 
 class Manifest(_Record):

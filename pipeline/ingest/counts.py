@@ -139,11 +139,8 @@ def notices(manifest: Manifest, settings: PrepareSettings) -> list[str]:
     """What a person should look at: users, events or impressions of which more than half are left out; odd lines."""
     counts = manifest.counts
     said = []
-    for role, total, reasons in (
-        ("users", counts.users + counts.users_left_out, counts.users_left_out_by_reason),
-        ("events", counts.events_read or 0, counts.events_left_out),
-        ("impressions", counts.impressions_read or 0, counts.impressions_left_out),
-    ):
+    totals = [("users", counts.users + counts.users_left_out, counts.users_left_out_by_reason)]
+    for role, total, reasons in [*totals, *((log.role, log.read, log.left_out) for log in counts.logs())]:
         left = sum(reasons.values())
         if 2 * left > total:
             why = ", ".join(f"{number:,} {_reason(reason, role, settings)}" for reason, number in reasons.items())

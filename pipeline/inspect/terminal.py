@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.inspect.summary import QUANTILES, Histogram, Summary, describe
 from pipeline.reporting.text_table import table_lines
+from schemas.manifest import LogCounts
 
 
 def summary_lines(folder: Path, summary: Summary, width: int | None = None) -> Iterator[str]:
@@ -38,8 +39,7 @@ def _counts(folder: Path, summary: Summary) -> list[Sequence[str]]:
     return [
         (str(folder), "count", ""),
         *([("events", f"{counts.events:,}", period)] if counts.events_read is None else []),
-        *_lines("events", period, counts.events_read, counts.events_left_out, counts.events_repeated),
-        *_lines("impressions", "", counts.impressions_read, counts.impressions_left_out, counts.impressions_repeated),
+        *(row for log in counts.logs() for row in _lines(log, period if log.role == "events" else "")),
         *skipped,
         ("users", f"{counts.users:,}", users_left_out),
         ("behaviours", f"{counts.behaviors:,}", average),
@@ -51,17 +51,15 @@ def _counts(folder: Path, summary: Summary) -> list[Sequence[str]]:
     ]
 
 
-def _lines(role: str, note: str, read: int | None, left_out: dict[str, int], repeated: int) -> list[Sequence[str]]:
-    """What became of the lines of a log; nothing where the data set does not say."""
-    if read is None:
-        return []
+def _lines(log: LogCounts, note: str) -> list[Sequence[str]]:
+    """What became of the lines of a log."""
     return [
-        (f"{role} read", f"{read:,}", note),
+        (f"{log.role} read", f"{log.read:,}", note),
         *(
-            (f"  {reason.replace('_', ' ')}", f"{number:,}", f"{number / read:.1%}")
-            for reason, number in left_out.items()
+            (f"  {why.replace('_', ' ')}", f"{number:,}", f"{number / log.read:.1%}")
+            for why, number in log.left_out.items()
         ),
-        ("  kept", f"{read - sum(left_out.values()):,}", f"{repeated:,} with user, item and time of another one"),
+        ("  kept", f"{log.kept:,}", f"{log.repeated:,} with user, item and time of another one"),
     ]
 
 
