@@ -1,5 +1,6 @@
 """A command of `dare` as a torchx job: processes on nodes, the shell line that starts them, environment and role."""
 
+import logging
 import os
 import re
 import shlex
@@ -76,7 +77,11 @@ def check_training(arguments: Sequence[str]) -> None:
         name = load_settings(TrainSettings, given["config"] or (), given["overrides"] or ()).model.name
     except UserError as error:
         raise UserError(f"dare train: {error}") from None
+    # FBGEMM tells of each library that it loads, on the root logger, whose lines torchx shows.
+    logging.disable(logging.INFO)
     from embeddings.models import MODELS  # Takes a while to import.
+
+    logging.disable(logging.NOTSET)
 
     if name not in MODELS:
         raise UserError(f"dare train: model.name: must be one of {', '.join(sorted(MODELS))} (not {name!r})")
