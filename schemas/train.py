@@ -1,5 +1,6 @@
 """Settings of a training run, and which of them may change when it goes on."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator
@@ -11,15 +12,25 @@ from schemas.stream import StreamSettings
 Compute = Literal["fp32", "tf32", "bf16"]
 
 
-class DenseSettings(Settings):
+class ScheduleSettings(Settings):
+    """How a learning rate changes over the steps of a run."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after the warm-up: stay; or fall, by a line or by half a wave of the cosine, to
+    ``final_fraction`` of itself at the last step of the run."""
+    warmup_steps: Annotated[int, Field(ge=0, le=10**12)] = 0
+    """Number of steps over which the learning rate rises in equal steps from 0."""
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """What share of the learning rate is left at the last step, if it falls."""
+
+
+class DenseSettings(ScheduleSettings):
     """How the parameters outside of the tables are trained."""
 
     optimizer: Literal["adam", "adamw"] = "adam"
     learning_rate: PositiveFloat = 0.01
     weight_decay: NonNegativeFloat = 1e-6
     """adam adds it to the gradient (L2 regularisation), adamw takes it from the weight (decoupled)."""
-    warmup_steps: Annotated[int, Field(ge=0, le=10**12)] = 0
-    """Number of steps over which the learning rate rises in equal steps from 0."""
     clip_norm: PositiveFloat | None = None
     """Largest norm that the gradients of all dense parameters together may have; None: no limit."""
 
@@ -75,6 +86,10 @@ class TrainSettings(Settings):
     model: ModelSettings = ModelSettings()
     stream: StreamSettings = StreamSettings()
     dense: DenseSettings = DenseSettings()
+    tables: ScheduleSettings = ScheduleSettings()
+    """How the learning rates of all tables change; the rates themselves are those of the model's tables."""
+    init: dict[str, Path] = Field(default_factory=dict)
+    """Vectors that some tables begin with, by the table's name: a Parquet file with the columns raw_id and vector."""
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     profile: ProfileSettings = ProfileSettings()
@@ -93,7 +108,8 @@ MAY_CHANGE = (
     "stream.threads",
     "stream.prefetch_batches",
 )
-"""Settings that may differ when a run goes on, because none of them changes what a step computes."""
+"""Settings that may differ when a run goes on. None of them changes what a step computes, but that a learning rate that
+falls to the end of the run (`ScheduleSettings.schedule`) falls to that of the present ``epochs``."""
 
 
 def flat(settings: Settings) -> dict[str, Any]:

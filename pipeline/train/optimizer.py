@@ -1,14 +1,37 @@
-"""The optimizer of the parameters outside of the tables: warm-up, clipping, Adam."""
+"""The optimizer of the parameters outside of the tables, and the learning rates of a step, those of tables too."""
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Adam, AdamW
-from torchrec.optim.keyed import KeyedOptimizerWrapper
+from torchrec.optim.keyed import KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from schemas.train import DenseSettings
+from schemas.train import DenseSettings, ScheduleSettings
+
+
+def scheduled(settings: ScheduleSettings, step: int, steps: int) -> float:
+    """Return by how much the learning rate of a step is multiplied, 0 .. 1.
+
+    It rises in equal steps to 1, which it reaches at step ``warmup_steps``; from there it falls, by a line or by half
+    a wave of the cosine, to ``final_fraction``, which it has at the last step. Nothing is remembered from step to step,
+    so a run that goes on has the rates that it would have had.
+
+    Args:
+        settings: the form of the curve.
+        step: number of the step, from 1.
+        steps: steps at the end of the run, warm-up included.
+    """
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return step / warmup
+    if settings.schedule == "constant" or steps <= warmup:
+        return 1.0
+    done = min(1.0, (step - warmup) / (steps - warmup))
+    left = 1 - done if settings.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return settings.final_fraction + (1 - settings.final_fraction) * left
 
 
 class DenseOptimizer(KeyedOptimizerWrapper):
@@ -27,14 +50,15 @@ class DenseOptimizer(KeyedOptimizerWrapper):
         )
         self._settings = settings
         self._steps = 0
+        self.steps_of_run = 0
+        """Steps at the end of the run, for a learning rate that falls towards it."""
         self.gradient_norm = torch.zeros(())
         """Norm of all dense gradients together at the last step, before clipping; a scalar on their device."""
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the last step, warm-up included."""
-        warmup = self._settings.warmup_steps
-        return self._settings.learning_rate * (min(1.0, self._steps / warmup) if warmup else 1.0)
+        """The learning rate of the last step, by the schedule."""
+        return self._settings.learning_rate * scheduled(self._settings, self._steps, self.steps_of_run)
 
     def step(self, closure: Any = None) -> None:
         """Clip the gradients, set the learning rate of this step, and make it."""
@@ -54,7 +78,7 @@ class DenseOptimizer(KeyedOptimizerWrapper):
         super().step(closure)
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Go on from a saved state; the place in the warm-up is that of Adam's own step count."""
+        """Go on from a saved state; the place in the schedule is that of Adam's own step count."""
         super().load_state_dict(state_dict)
         self._steps = max((int(state["step"]) for state in self.state.values()), default=0)
 
@@ -67,3 +91,30 @@ class DenseOptimizer(KeyedOptimizerWrapper):
         # makes it has gradients of zero, but weight decay still moves the parameters.
         self.init_state()
         self.zero_grad()
+
+
+class TableRates:
+    """Sets the learning rates of the tables, whose optimizers are fused into the backward pass.
+
+    Args:
+        optimizer: TorchRec's, of all tables of this rank (`DistributedModelParallel.fused_optimizer`).
+        settings: the form of the curve, the same for all tables; each table's own rate is that of its settings.
+    """
+
+    def __init__(self, optimizer: KeyedOptimizer, settings: ScheduleSettings) -> None:
+        self._optimizer, self._settings = optimizer, settings
+        self._full = [group["lr"] for group in optimizer.param_groups]
+        """The learning rate of each group of tables, as its settings have it."""
+        self.fraction = 1.0
+        """What the rates were multiplied by at last."""
+
+    def set(self, step: int, steps: int) -> None:
+        """Set the rates of the step that is about to be made; arguments as of `scheduled`."""
+        fraction = scheduled(self._settings, step, steps)
+        if fraction == self.fraction:
+            return
+        self.fraction = fraction
+        for group, full in zip(self._optimizer.param_groups, self._full, strict=True):
+            group["lr"] = full * fraction
+        # It makes no step, which is made in the backward pass: TorchRec tells FBGEMM's kernels their rates here.
+        self._optimizer.step()

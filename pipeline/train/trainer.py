@@ -20,7 +20,7 @@ from pipeline.evaluate.evaluate import evaluate
 from pipeline.runs.checkpoint_files import keys_in, load
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.stream.history_stream import HistoryStream
-from pipeline.train.optimizer import DenseOptimizer
+from pipeline.train.optimizer import DenseOptimizer, TableRates
 from pipeline.train.pipeline import Agreement, SearchPrefetchPipeline, StartedAgreement, agree
 from schemas.train import TrainSettings
 
@@ -132,6 +132,7 @@ class Trainer(Stateful):
         self._validation = validation
         # The tables need none: TorchRec has fused theirs into the backward pass.
         self._optimizer = DenseOptimizer(model, settings.dense)
+        self._table_rates = TableRates(model.fused_optimizer, settings.tables)
         # The pipeline takes the next batch while a step runs, so the stream is one batch ahead: steps are counted here.
         self._pipeline = SearchPrefetchPipeline(model, self._optimizer, device)
 
@@ -178,6 +179,8 @@ class Trainer(Stateful):
             norms = GradientNorms() if (self.step + 1) % self.settings.log_every == 0 else None
             if profile is not None:
                 profile.begin(self.step + 1)
+            self._optimizer.steps_of_run = self.steps
+            self._table_rates.set(self.step + 1, self.steps)
             try:
                 output = self._pipeline.progress(batches, norms)
             except StopIteration:
@@ -240,11 +243,11 @@ class Trainer(Stateful):
         return agreed
 
     def _report_norms(self, report: "RunReport", agreed: Agreement, norms: GradientNorms) -> None:
-        model = self.settings.model
+        model, of_tables = self.settings.model, self._table_rates.fraction
         rates = {
             "dense": self._optimizer.learning_rate,
-            "attention": model.attention.learning_rate,
-            "representation": model.representation.learning_rate,
+            "attention": model.attention.learning_rate * of_tables,
+            "representation": model.representation.learning_rate * of_tables,
         }
         by_name = {str(role): norm for role, norm in norms.norms().items()}
         by_name["dense"] = float(self._optimizer.gradient_norm)

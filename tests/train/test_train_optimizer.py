@@ -77,7 +77,7 @@ def test_settings_survive_their_file(tmp_path: Path) -> None:
         ("stream.history_length=0", "stream.history_length: input should be greater than 0"),
         ("model.retrieved.history=0", "model.retrieved.history: input should be greater than 0"),
         ("validation.metric=f1", "validation.metric: input should be 'auc' or 'gauc'"),
-        ("dense.lr=1", "dense.lr: unknown key; allowed here: clip_norm, learning_rate"),
+        ("dense.lr=1", "dense.lr: unknown key; allowed here: clip_norm, final_fraction, learning_rate"),
         ("model.attention.dim=6", "model.attention.dim: input should be a multiple of 4"),
     ],
 )
