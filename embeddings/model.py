@@ -76,10 +76,10 @@ class CtrModel(nn.Module):
 
     def __init__(self, settings: ModelSettings, sizes: DataSizes, table_device: torch.device) -> None:
         super().__init__()
-        kept = tuple(feature for feature in settings.features if feature not in self.without)
+        kept = tuple(feature for feature in settings.features if feature.name not in self.without)
         # Not validated again: settings of a feature that is left out are without effect.
         self.settings = settings.model_copy(update={"features": kept})
-        if self.needs_categories and "category" not in kept:
+        if self.needs_categories and "category" not in self.settings.feature_names:
             raise UserError(f"model.features: {settings.name} searches by category; add category to the features")
         # With one category every behaviour matches, so the search would be `latest` under another name.
         if self.needs_categories and sizes.categories < 2:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from schemas.documents import inside, json_document, notice_unverified, read_json
 from schemas.errors import UserError
-from schemas.shards import READABLE_VERSIONS, history_schema
+from schemas.shards import READABLE_VERSIONS, FeatureRecord, RawType, Side, history_schema, shard_schema
 
 MANIFEST = "manifest.json"
 ROW_GROUP_INDEX = "row_groups.parquet"
@@ -155,9 +155,21 @@ class Manifest(_Record):
     schema_version: int
     seed: int
     counts: Counts
-    behaviors: tuple[str, ...] | None
-    """Behaviour types by dense id from 1, or None where the data has none."""
-    scenes: tuple[str, ...] | None
+    features: tuple[FeatureRecord, ...] = ()
+    """What describes items, behaviours, users and impressions; read `declared`, which versions 1 and 2 have too."""
+    labels: tuple[str, ...] = ("label",)
+    """Names of the targets' labels, the main one first."""
+    weighted: bool = False
+    """Targets have weights."""
+    user_type: RawType = "integer"
+    item_type: RawType = "integer"
+    item_rows: int | None = None
+    """The largest id that the item table needs; None: the number of items. Items with larger ids are rarer than
+    ``items.min_count``: their features are known, and they themselves are unknown."""
+    behaviors: tuple[str, ...] | None = None
+    """In versions 1 and 2: behaviour types by dense id from 1, or None where the data has none."""
+    scenes: tuple[str, ...] | None = None
+    """In versions 1 and 2: scenes by dense id from 1, or None where the data has none."""
     settings: dict[str, Any]
     """The settings that the data set was prepared with, but for paths."""
     sources: tuple[Source, ...]
@@ -173,8 +185,51 @@ class Manifest(_Record):
     """Dictionaries and the row-group index."""
 
     @property
+    def declared(self) -> tuple[FeatureRecord, ...]:
+        """Every feature of the data set, whatever its version."""
+        if self.schema_version >= 3:
+            return self.features
+        category = FeatureRecord(
+            name="category", of="item", kind="id", encoding="dictionary", rows=self.counts.categories
+        )
+        former = {"behavior": self.behaviors, "scene": self.scenes}
+        return (
+            category,
+            *(
+                FeatureRecord(
+                    name=name,
+                    of="behavior",
+                    kind="id",
+                    encoding="dictionary",
+                    type="text",
+                    rows=len(values),
+                    target=name == "scene",
+                )
+                for name, values in former.items()
+                if values is not None
+            ),
+        )
+
+    def features_of(self, side: Side) -> tuple[FeatureRecord, ...]:
+        """The features of items, of behaviours, of users or of impressions."""
+        return tuple(feature for feature in self.declared if feature.of == side)
+
+    @property
+    def largest_item(self) -> int:
+        """The largest id that an item has in the item table."""
+        return self.counts.items if self.item_rows is None else self.item_rows
+
+    @property
     def shard_schema(self) -> pa.Schema:
         """Arrow schema of the shards."""
+        if self.schema_version >= 3:
+            return shard_schema(
+                self.features,
+                user_type=self.user_type,
+                labels=self.labels,
+                weighted=self.weighted,
+                line=bool(self.impression_files),
+            )
         return history_schema(
             behavior=self.behaviors is not None, scene=self.scenes is not None, line=bool(self.impression_files)
         )

@@ -1,14 +1,16 @@
 """Settings of a model: its name, features, numbers of behaviours retrieved, and tables."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self, TypeGuard
 
-from pydantic import Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_serializer, field_validator, model_validator
 
 from schemas.settings import Settings, renamed
 from schemas.stream import Length
 
-Feature = Literal["item", "category", "position", "interval", "behavior", "scene"]
-"""What a behaviour is described by; each feature has a table of its own in every set of tables."""
+Feature = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+"""What an item, a behaviour, a user or an impression is described by, by name: ``item``, ``position`` and ``interval``,
+which every data set has, and those that its manifest declares."""
 
 INHERENT: tuple[Feature, ...] = ("item", "category")
 """Features that belong to the item, whoever meets it ("inherent features", TWIN, arXiv 2302.02352, section 3.1)."""
@@ -72,21 +74,55 @@ class TableSet(Table):
         return Table(**(common | change))
 
 
+class FeatureUse(Settings):
+    """A feature that the model uses."""
+
+    name: Feature
+    attention: bool = True
+    """Whether behaviours are scored by it, if it belongs to items or behaviours; if not, it is represented alone."""
+
+
+class Task(Settings):
+    """What is predicted: one of the data's labels."""
+
+    name: Feature
+    """The label."""
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """What its loss is multiplied by."""
+    after: Feature | None = None
+    """The task without which this one cannot happen (a purchase after a click): the head predicts it given that one,
+    and learns from all targets by the product of the two (ESMM, arXiv 1804.07931)."""
+
+
+class Mixture(Settings):
+    """Experts that the tasks' heads share, mixed by a gate for each task (MMoE, KDD 2018)."""
+
+    experts: Annotated[int, Field(ge=2, le=1024)] = 4
+    hidden: tuple[Width, ...] = Field((200,), min_length=1, max_length=100)
+    """Widths of each expert's layers."""
+
+
 class ModelSettings(Settings):
     """Everything that decides what a model computes."""
 
     name: str = "dare"
-    features: tuple[Feature, ...] = ("item", "category", "position")
+    features: tuple[FeatureUse, ...] = Field(("item", "category", "position"), validate_default=True)
+    """Features that are used, each by its name, or as ``{name: tags, attention: false}``."""
     attention: TableSet = TableSet()
     """K_A and the like. A model that shares one set of tables needs it equal to ``representation``."""
     representation: TableSet = TableSet()
     """K_R and the like."""
+    context: TableSet = TableSet()
+    """Tables of what belongs to users and impressions; they are seen by the prediction alone."""
     retrieved: dict[SequenceName, Length] = Field(default_factory=lambda: {"history": 20}, min_length=1)
     """K by sequence: how many behaviours of it the search keeps; where the history has fewer, the rest is padding.
 
     Each sequence has its own attention and pooling, and the prediction sees all of them. Their lengths N are the
     stream's.
     """
+    recent: dict[SequenceName, Length] = Field(default_factory=dict)
+    """How many of the latest behaviours of a sequence have an attention and a pooling of their own, beside the K
+    retrieved (the short-term branch of SIM, arXiv 2006.05639, section 3.3)."""
     search: Literal["shard", "local"] = "shard"
     """Where behaviours are scored and pooled. ``shard``: where the rows are; ids travel there, the K best come back.
     ``local``: on the rank that has the sample; the rows of all behaviours travel there, as ``auxiliary_loss`` needs
@@ -103,6 +139,11 @@ class ModelSettings(Settings):
     """The most behaviours that twin-v2 puts into a cluster."""
     hidden: tuple[Width, ...] = Field((200, 80), min_length=1, max_length=100)
     """Widths of the prediction's hidden layers."""
+    tasks: tuple[Task, ...] = ()
+    """What is predicted, each by its label's name, or as ``{name: buy, after: click, weight: 0.5}``; the first is the
+    main one. Empty: the data's main label."""
+    mixture: Mixture | None = None
+    """Experts that the tasks share; None: they share what the heads see, and nothing else."""
     auxiliary_loss: bool = False
     """Add the loss of a second prediction from attention over the whole history, not the K retrieved alone."""
 
@@ -112,16 +153,53 @@ class ModelSettings(Settings):
         # This runs before validation (mode="before"), which knows today's names alone.
         return renamed("model.search", value, {"home": "local"})
 
+    @field_validator("features", "tasks", mode="before")
+    @classmethod
+    def _name_alone(cls, value: object) -> object:
+        if isinstance(value, str):
+            value = value.split(",")
+        return [{"name": each} if isinstance(each, str) else each for each in value] if _is_list(value) else value
+
+    @field_serializer("features", "tasks")
+    def _shortest(self, values: tuple[FeatureUse | Task, ...]) -> list[Any]:
+        # As people write them, so that settings files and comparisons of runs are easy to read.
+        dumped = [value.model_dump(mode="json", exclude_defaults=True) for value in values]
+        return [value["name"] if list(value) == ["name"] else value for value in dumped]
+
+    @property
+    def feature_names(self) -> tuple[Feature, ...]:
+        """Names of all features that are used."""
+        return tuple(feature.name for feature in self.features)
+
+    @property
+    def scored_features(self) -> tuple[Feature, ...]:
+        """Names of those that behaviours are scored by, if they belong to items or behaviours."""
+        return tuple(feature.name for feature in self.features if feature.attention)
+
     @model_validator(mode="after")
     def _features_are_usable(self) -> Self:
-        if "item" not in self.features:
-            raise ValueError("features must name item")
-        if len(set(self.features)) < len(self.features):
+        names = self.feature_names
+        if "item" not in self.scored_features:
+            raise ValueError("features must name item, with attention")
+        if len(set(names)) < len(names):
             raise ValueError("features must name each feature once")
-        for role in ("attention", "representation"):
+        for role in ("attention", "representation", "context"):
             for feature in getattr(self, role).features:
-                if feature not in self.features:
+                if feature not in names:
                     raise ValueError(f"{role}.features.{feature}: features does not name {feature}")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_are_usable(self) -> Self:
+        names = [task.name for task in self.tasks]
+        for number, task in enumerate(self.tasks):
+            if task.name in names[:number]:
+                raise ValueError(f"tasks: {task.name} is named twice")
+            if task.after is not None and task.after not in names[:number]:
+                raise ValueError(f"tasks.{number}.after: {task.after} must be a task before {task.name}")
+        for sequence in self.recent:
+            if sequence not in self.retrieved:
+                raise ValueError(f"recent.{sequence}: retrieved does not name {sequence}")
         return self
 
     @model_validator(mode="after")
@@ -132,3 +210,7 @@ class ModelSettings(Settings):
                 "set model.search=local (or model.auxiliary_loss=false)"
             )
         return self
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[object]]:
+    return isinstance(value, Sequence) and not isinstance(value, str)

@@ -15,7 +15,9 @@ from pydantic import (
     model_validator,
 )
 
+from schemas.features import FeatureName, FeatureSettings, Rows
 from schemas.settings import Seed, Settings
+from schemas.shards import RawType
 
 TimestampUnit = Literal["s", "ms", "us", "datetime", "mmdd"]
 
@@ -75,8 +77,13 @@ class Log(TextFormat):
     file_columns: tuple[str, ...] | None = None
     """Names of a text file's columns in order; required without a header."""
     user_id: str = "user_id"
+    user_type: RawType = "integer"
+    """What raw user ids are; text: uuids, names, any characters as they stand."""
     item_id: str = "item_id"
+    item_type: RawType = "integer"
+    """What raw item ids are."""
     category_id: str | None = "category_id"
+    """Short for a feature ``{name: category, of: item, column: category_id}``."""
     text_category: bool = False
     """Raw categories are text, not integers."""
     timestamp: str = "timestamp"
@@ -137,8 +144,27 @@ class Impressions(Log):
 
     label: str | None = "label"
     """None (``null``): there is none; all impressions are for test, to be scored."""
+    labels: dict[FeatureName, str] | None = Field(None, min_length=1, max_length=32)
+    """Name -> column, where there are several labels; the first is the main one. It takes the place of ``label``."""
+    weight: str | None = None
+    """Column of the targets' weights, 0 or more."""
     split: str | None = None
     """Column that says train, validation or test; without one, ``split`` of the settings cuts by time."""
+
+
+class Items(Settings):
+    """How items are numbered."""
+
+    min_count: Annotated[int, Field(ge=1, le=10**12)] = 1
+    """Items with fewer events have no row of their own: they are unknown, and their features are known."""
+    hash_buckets: Rows | None = None
+    """Hash items into so many ids, without a dictionary; None: number them."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.hash_buckets is not None and self.min_count > 1:
+            raise ValueError("min_count needs a dictionary; hash_buckets has none")
+        return self
 
 
 class PaperSplit(Settings):
@@ -242,6 +268,9 @@ class PrepareSettings(Settings):
 
     events: Events
     impressions: Impressions | None = None
+    items: Items = Items()
+    features: tuple[FeatureSettings, ...] = ()
+    """What describes items, behaviours, users and impressions, beside the short forms of the logs."""
     split: Annotated[SplitSettings, Field(discriminator="kind")] = PaperSplit()
     shards: ShardLayout = ShardLayout()
     seed: Seed = 0
@@ -259,6 +288,60 @@ class PrepareSettings(Settings):
         if limit < 1 << 30:
             raise ValueError("at least 1GiB is needed, written with its unit")
         return limit
+
+    @property
+    def declared_features(self) -> tuple[FeatureSettings, ...]:
+        """All features, the logs' short forms among them, in the order of their names."""
+        declared = self._short_forms() | {feature.name: feature for feature in self.features}
+        return tuple(declared[name] for name in sorted(declared))
+
+    def _short_forms(self) -> dict[str, FeatureSettings]:
+        events, shown = self.events, self.impressions
+        short = {}
+        raw: RawType = "text" if events.text_category else "integer"
+        if events.item_features is not None:
+            # Files of their own, whose format `events.item_features` says.
+            files = events.item_features
+            short["category"] = FeatureSettings(
+                name="category", of="item", column=files.category_id, type=raw, file=files.files[0], key=files.item_id
+            )
+        elif events.category_id is not None:
+            short["category"] = FeatureSettings(name="category", of="item", column=events.category_id, type=raw)
+        if events.behavior is not None:
+            short["behavior"] = FeatureSettings(name="behavior", of="behavior", column=events.behavior)
+        if events.scene is not None:
+            known = events.scene if shown is None else shown.scene
+            short["scene"] = FeatureSettings(name="scene", of="behavior", column=events.scene, impression_column=known)
+        return short
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Name -> column of the impressions' labels, the main one first; empty: there are none."""
+        if self.impressions is None:
+            return {}
+        single = {} if self.impressions.label is None else {"label": self.impressions.label}
+        return self.impressions.labels or single
+
+    @model_validator(mode="after")
+    def _features_fit(self) -> Self:
+        names = [feature.name for feature in self.features]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"features: two are called {name}")
+        short = self._short_forms()
+        for number, feature in enumerate(self.features):
+            where = f"features.{number} ({feature.name})"
+            # The default of category_id is no declaration: one that somebody wrote is.
+            written = feature.name != "category" or "category_id" in self.events.model_fields_set
+            if feature.name in short and written:
+                raise ValueError(f"{where}: the events name it too; declare it once")
+            if feature.of == "impression" and self.impressions is None:
+                raise ValueError(f"{where}: there are no impressions")
+            if self.impressions is None and feature.impression_column not in (None, feature.column):
+                raise ValueError(
+                    f"{where}.impression_column: there are no impressions; it can only be {feature.column}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _moments_fit_days_without_a_year(self) -> Self:
@@ -282,12 +365,15 @@ class PrepareSettings(Settings):
             raise ValueError("split.kind must be impressions or by_date where impressions are given")
         if self.impressions.split is not None and self.split.kind == "by_date":
             raise ValueError("impressions.split names a column and split.kind=by_date dates; set one of them")
-        if self.impressions.label is None and self.impressions.split is not None:
+        if self.impressions.labels is not None and "label" in self.impressions.model_fields_set:
+            raise ValueError("impressions.label and impressions.labels are both set; labels alone says all of them")
+        if not self.labels and self.impressions.split is not None:
             raise ValueError("impressions without a label are all for test; leave impressions.split out")
         if (self.impressions.timestamp_unit == "mmdd") != (self.events.timestamp_unit == "mmdd"):
             raise ValueError("timestamp_unit=mmdd has no year: both logs must have it, or neither")
-        if self.impressions.text_category != self.events.text_category:
-            raise ValueError("impressions.text_category and events.text_category must agree")
+        for key in ("text_category", "user_type", "item_type"):
+            if getattr(self.impressions, key) != getattr(self.events, key):
+                raise ValueError(f"impressions.{key} and events.{key} must agree")
         return self
 
 

@@ -1,6 +1,6 @@
 """Settings of the stream: how shards become batches."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field, PositiveInt
 
@@ -22,6 +22,14 @@ class HistorySequence(Settings):
     """Scenes that belong to it, by name; None: all."""
 
 
+class NegativeSettings(Settings):
+    """Negatives that are drawn anew in each epoch, in the place of those that the data set has stored."""
+
+    per_positive: Annotated[int, Field(ge=1, le=10_000)] = 2
+    draw: Literal["frequency", "uniform"] = "frequency"
+    """In proportion to how often an item stands in the events, or all items alike; never an item of the user's."""
+
+
 class StreamSettings(Settings):
     """How shards become batches. ``threads`` and ``prefetch_batches`` change the speed alone, never a batch."""
 
@@ -31,6 +39,9 @@ class StreamSettings(Settings):
     """N: a target sees the last N behaviours before it. ``sequences`` have lengths of their own."""
     sequences: Annotated[dict[str, HistorySequence], Field(min_length=1)] | None = None
     """Name -> sequence, where a model reads several out of one history; None: one named ``history``, of everything."""
+    negatives: NegativeSettings | None = None
+    """Draw the negatives of training anew in each epoch; None: those that were stored. Validation and test keep
+    theirs."""
     targets_per_user_per_batch: PositiveInt | None = None
     """Spread a user's targets: at most so many in a batch, while other users of the buffer fill it. None: together."""
     shuffle_memory: ByteSize = Field(ByteSize(512 << 20), ge=0, lt=2**63)

@@ -41,6 +41,8 @@ class ValidationSettings(Settings):
     every: Steps = 100
     """Steps between two validations; the end of each epoch is validated too."""
     metric: Literal["auc", "gauc"] = "auc"
+    task: str | None = None
+    """The task whose metric it is; None: the first."""
     patience: Steps | None = None
     """After how many validations in a row without a better one training ends early; None: never."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -66,8 +66,8 @@ class Tables(nn.Module):
         # is parsed.
         self._by_identity = {(spec.set, spec.feature, spec.sequence): spec for spec in specs}
         self.sets = tuple(sets)
-        self.inherent_features = tuple(feature for feature in INHERENT if feature in settings.features)
-        self.cross_features = tuple(feature for feature in CROSS if feature in settings.features)
+        self.inherent_features = tuple(feature for feature in INHERENT if feature in settings.feature_names)
+        self.cross_features = tuple(feature for feature in CROSS if feature in settings.feature_names)
         self.sequences = tuple(settings.retrieved)
         self.codecs = codecs_of(settings.communication)
         """How floats travel between ranks."""

@@ -111,8 +111,8 @@ def declare_tables(settings: ModelSettings, sizes: DataSizes, sets: Mapping[str,
     Raises:
         UserError: a feature that the data does not have.
     """
-    inherent = [feature for feature in INHERENT if feature in settings.features]
-    cross = [feature for feature in CROSS if feature in settings.features]
+    inherent = [feature for feature in INHERENT if feature in settings.feature_names]
+    cross = [feature for feature in CROSS if feature in settings.feature_names]
     specs = [
         TableSpec(name, feature, None, sizes.rows(feature), tables.table(feature))
         for name, tables in sets.items()

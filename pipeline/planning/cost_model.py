@@ -166,7 +166,7 @@ class StepModel:
         """Search where the rows are: ids go out, scores come back (`embeddings.search.sharded`)."""
         roles, work, costs = self._model.roles, self._work, self._cluster.costs
         tables = self._inherent[roles.history_attention]
-        features = self._model.settings.features
+        features = self._model.settings.feature_names
         for traffic in search_on_shard(tables, features, work, self._model.sizes, self._wire):
             yield self._sent(traffic)
         by_feature = {table.feature: table for table in tables}

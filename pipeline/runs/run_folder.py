@@ -205,7 +205,7 @@ class RunFolder:
                 f"{data} is not the data set of {self.path} as it was in training, and {self.data_file.name} does not "
                 "say with which dictionaries that was: an older program wrote it; give that data set, or train anew"
             )
-        features = self.settings().model.features
+        features = self.settings().model.feature_names
         used = {"items": True, "categories": True, "behaviors": "behavior" in features, "scenes": "scene" in features}
         return not any(used[name] and trained.get(name) != dictionaries[name] for name in used)
 

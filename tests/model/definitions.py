@@ -45,7 +45,7 @@ class Definition:
         for name, value in model.state_dict().items():
             leaf = value.detach().double().clone().requires_grad_(value.data_ptr() in learning)
             state[name] = leaves.setdefault(value.data_ptr(), leaf)
-        return DEFINITIONS[model.settings.name](state, model.settings.features, model.settings.retrieved)
+        return DEFINITIONS[model.settings.name](state, model.settings.feature_names, model.settings.retrieved)
 
     # Embeddings
 
