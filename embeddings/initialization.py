@@ -8,6 +8,7 @@ R = rows of a shard, d = its dim.
 
 import hashlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -41,34 +42,60 @@ def initialize(model: nn.Module, seed: int) -> None:
                 bound = module.in_features**-0.5
                 drawn = torch.rand(module.bias.shape, generator=_generator(seed, name, "bias"))
                 module.bias.copy_((2 * drawn - 1) * bound)
+    for shard in table_shards(model):
+        _fill(shard, seed)
+
+
+class TableShard(NamedTuple):
+    """The part of a table that this rank has."""
+
+    key: str
+    """The table's name in the model's state."""
+    rows_Rd: Tensor
+    """The values themselves: what is written here is in the table."""
+    first_row: int
+    first_column: int
+    table_rows: int
+    """Rows of the whole table."""
+    dim: int
+    """Dim of the whole table."""
+
+    @property
+    def last_row(self) -> int:
+        """The row after the last one."""
+        return self.first_row + len(self.rows_Rd)
+
+    @property
+    def columns(self) -> slice:
+        """Which of the table's columns are here."""
+        return slice(self.first_column, self.first_column + self.rows_Rd.shape[1])
+
+
+def table_shards(model: nn.Module) -> Iterator[TableShard]:
+    """The parts of tables that this rank has of a model, which may be sharded or not."""
     # The state, not the parameters: there a table has the same name whether it is sharded or not, and a sharded one
     # says which of its rows are here.
-    for name, value in inner.state_dict().items():
-        if ".embedding_bags." in name:
-            for rows, first_row, table_rows, first_column, dim in _shards(value):
-                _fill(rows, seed, name, first_row, table_rows, first_column, dim)
+    for key, value in get_unwrapped_module(model).state_dict().items():
+        if ".embedding_bags." not in key:
+            continue
+        if not isinstance(value, ShardedTensor):
+            yield TableShard(key, value, 0, 0, len(value), value.shape[1])
+            continue
+        rows, dim = value.size()
+        for shard in value.local_shards():
+            first_row, first_column = shard.metadata.shard_offsets
+            yield TableShard(key, shard.tensor, first_row, first_column, rows, dim)
 
 
-def _shards(value: Tensor | ShardedTensor) -> Iterator[tuple[Tensor, int, int, int, int]]:
-    """The local parts of a table: values, first row, rows of the table, first column, dim of the table."""
-    if not isinstance(value, ShardedTensor):
-        yield value, 0, len(value), 0, value.shape[1]
-        return
-    rows, dim = value.size()
-    for shard in value.local_shards():
-        first_row, first_column = shard.metadata.shard_offsets
-        yield shard.tensor, first_row, rows, first_column, dim
-
-
-def _fill(rows_Rd: Tensor, seed: int, name: str, first_row: int, table_rows: int, first_column: int, dim: int) -> None:
+def _fill(shard: TableShard, seed: int) -> None:
     # Blocks that this shard has a part of. One of them may begin before it and is drawn whole all the same, because a
     # generator cannot start in the middle.
-    last_row, columns = first_row + len(rows_Rd), slice(first_column, first_column + rows_Rd.shape[1])
+    first_row, last_row = shard.first_row, shard.last_row
     for block in range(first_row // BLOCK_ROWS, -(-last_row // BLOCK_ROWS)):
-        start, end = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, table_rows)
-        drawn = torch.randn(end - start, dim, generator=_generator(seed, name, block)) * INITIAL_DEVIATION
+        start, end = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, shard.table_rows)
+        drawn = torch.randn(end - start, shard.dim, generator=_generator(seed, shard.key, block)) * INITIAL_DEVIATION
         low, high = max(start, first_row), min(end, last_row)
-        rows_Rd[low - first_row : high - first_row].copy_(drawn[low - start : high - start, columns])
+        shard.rows_Rd[low - first_row : high - first_row].copy_(drawn[low - start : high - start, shard.columns])
 
 
 def _generator(*key: object) -> Generator:

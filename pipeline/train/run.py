@@ -92,6 +92,11 @@ def train(
         # the checkpoint.
         if resumed is None:
             initialize(model, settings.seed)
+            if settings.init:
+                # Loaded by the runs that use it alone.
+                from pipeline.train.pretrained import load_vectors
+
+                load_vectors(model, settings.init, data_set)
         else:
             trainer.resume(resumed.path)
             # An epoch that is begun counts: it cannot be taken back.
