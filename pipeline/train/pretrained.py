@@ -89,7 +89,8 @@ def _load(name: str, path: Path, spec: TableSpec, shards: list[TableShard], dict
                 record = first + int(finite_N.argmin()) + 1
                 raise UserError(f"init.{name}: {path}: record {record}: its vector has a value that is not finite")
         for shard in shards:
-            here_N = (rows_of_batch >= shard.first_row) & (rows_of_batch < shard.last_row)
+            # Row 0 is of the unknown, whatever the file calls it.
+            here_N = (rows_of_batch >= max(1, shard.first_row)) & (rows_of_batch < shard.last_row)
             values = torch.from_numpy(vectors_Nd[here_N][:, shard.columns]).to(shard.rows_Rd)
             index = torch.from_numpy(rows_of_batch[here_N] - shard.first_row).to(shard.rows_Rd.device)
             shard.rows_Rd.index_copy_(0, index, values)
