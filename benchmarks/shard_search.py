@@ -192,10 +192,8 @@ def _batch(case: Case, rows: int) -> Batch:
     nothing_M = torch.zeros(behaviors, dtype=torch.int32)
     history = History(
         item_M=torch.randint(1, rows, (behaviors,), generator=draw, dtype=torch.int32),
-        category_M=nothing_M,
         timestamp_M=nothing_M.long(),
-        behavior_type_M=None,
-        scene_M=None,
+        features_M={"category": nothing_M},
         offset_U=offset_U,
         start_T=offset_U[:-1],
         end_T=offset_U[1:],
@@ -205,10 +203,9 @@ def _batch(case: Case, rows: int) -> Batch:
         user_T=torch.arange(samples),
         user_id_U=torch.arange(samples),
         item_T=torch.randint(1, rows, (samples,), generator=draw, dtype=torch.int32),
-        category_T=nothing_M[:samples],
         timestamp_T=nothing_M[:samples].long(),
-        scene_T=None,
-        label_T=torch.zeros(samples),
+        features_T={"category": nothing_M[:samples]},
+        labels_T={"label": torch.zeros(samples)},
         origin="benchmark",
     )
 

@@ -192,8 +192,8 @@ class PaddedBatch(NamedTuple):
         (length,) = set((history.end_T - history.start_T).tolist())
         index_BN = history.start_T[:, None] + torch.arange(length)
         position_BN = (history.end_T[:, None] - index_BN).int()
-        item_BN, category_BN = history.item_M[index_BN], history.category_M[index_BN]
-        return cls(batch.item_T, batch.category_T, item_BN, category_BN, position_BN, batch.label_T)
+        item_BN, category_BN = history.item_M[index_BN], history.features_M["category"][index_BN]
+        return cls(batch.item_T, batch.features_T["category"], item_BN, category_BN, position_BN, batch.label_T)
 
 
 class PlainDare(nn.Module):

@@ -8,24 +8,31 @@ window, X = any shape.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 from torchrec.streamable import Pipelineable
 
+if TYPE_CHECKING:
+    from pyarrow import StringArray
+
 
 class _Tensors:
     """A base for dataclasses whose fields are tensors, None, or dictionaries and dataclasses of this kind."""
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def _map(
+        self, function: Callable[[Tensor], Tensor], of_bags: Callable[["Bags"], "Bags"] = lambda bags: bags
+    ) -> Self:
         def apply(value: object) -> object:
             if isinstance(value, Tensor):
                 return function(value)
             if isinstance(value, _Tensors):
-                return value._map(function)
+                return value._map(function, of_bags)
+            if isinstance(value, Bags):
+                return of_bags(value)
             if isinstance(value, dict):
                 return {name: apply(part) for name, part in value.items()}
             return value
@@ -37,7 +44,9 @@ class _Tensors:
     # copy it.
     def to(self, device: torch.device, non_blocking: bool = False) -> Self:
         """Copy all tensors to ``device``; TorchRec's train pipelines call it."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._map(
+            lambda tensor: tensor.to(device, non_blocking=non_blocking), lambda bags: bags.to(torch.device(device))
+        )
 
     def pin_memory(self) -> Self:
         """Copy all tensors to page-locked memory, from which a GPU can copy while the CPU goes on."""
@@ -55,20 +64,45 @@ class _Tensors:
         self._map(record)
 
 
+class Bags:
+    """The sets of ids that a feature of several values has in a data set, by number; number 0 is the empty set.
+
+    All batches of a data set share the object, and its copy on another device is made once.
+
+    Args:
+        offset_B1: int64, (B + 1,): the ids of bag b are offset_B1[b] .. offset_B1[b + 1].
+        id_E: int32, the ids of all bags, ascending within each.
+    """
+
+    def __init__(self, offset_B1: Tensor, id_E: Tensor) -> None:
+        self.offset_B1, self.id_E = offset_B1, id_E
+        self._copies = {offset_B1.device: self}
+
+    def __len__(self) -> int:
+        """Number of bags, the empty one included."""
+        return len(self.offset_B1) - 1
+
+    def to(self, device: torch.device) -> "Bags":
+        """The bags on ``device``, copied at the first call alone."""
+        device = torch.empty(0, device=device).device  # "cuda" is that of a number
+        if device not in self._copies:
+            copy = Bags(self.offset_B1.to(device), self.id_E.to(device))
+            copy._copies = self._copies
+            self._copies[device] = copy
+        return self._copies[device]
+
+
 @dataclass(frozen=True)
 class History(_Tensors):
     """Behaviours of U users, flat and in time order; target t sees the window [start_T[t], end_T[t])."""
 
     item_M: Tensor
     """int32, dense ids, 0 = unknown."""
-    category_M: Tensor
-    """int32, dense ids, 0 = unknown."""
     timestamp_M: Tensor
     """int64, seconds."""
-    behavior_type_M: Tensor | None
-    """int32, None where the data has no behaviour types."""
-    scene_M: Tensor | None
-    """int32, None where the data has no scenes."""
+    features_M: dict[str, Tensor]
+    """By name, what belongs to the behaviours and to their items: int32, ids or numbers of bags, 0 = unknown; float32,
+    numbers that stay numbers."""
     offset_U: Tensor
     """int64, (U + 1,): user u's behaviours are offset_U[u] .. offset_U[u + 1]."""
     start_T: Tensor
@@ -86,27 +120,39 @@ class Batch(_Tensors, Pipelineable):
     user_T: Tensor
     """int64, which of the U users a target belongs to."""
     user_id_U: Tensor
-    """int64, raw ids."""
+    """int64, raw ids; where these are text, the number of each user's row in the data set. No model looks at it."""
     item_T: Tensor
-    """int32, dense ids."""
-    category_T: Tensor
     """int32, dense ids."""
     timestamp_T: Tensor
     """int64, seconds."""
-    scene_T: Tensor | None
-    """int32, None where the data has no scenes."""
-    label_T: Tensor
-    """float32, 0 or 1; -1 where there is no label."""
+    features_T: dict[str, Tensor]
+    """By name, what belongs to the targets' items, to the impressions, and to behaviours where targets have it too;
+    types as those of `History.features_M`."""
+    labels_T: dict[str, Tensor]
+    """By name, float32, 0 or 1; -1 where there is no label. The first one is the main label."""
     origin: str
     """Where the batch comes from, for messages: data set, epoch, step, row groups."""
+    features_U: dict[str, Tensor] = field(default_factory=dict)
+    """By name, what belongs to the users; types as those of `History.features_M`."""
+    weight_T: Tensor | None = None
+    """float32, 0 or more: how much each target counts; None: all alike."""
+    bags: dict[str, Bags] = field(default_factory=dict)
+    """By the name of each feature with several values: which ids each number of a bag stands for."""
     line_T: Tensor | None = None
     """int64, which lines of the impressions the targets are; None where it is not read. No model looks at it."""
+    user_text_U: "StringArray | None" = None
+    """Raw ids of the users where these are text; None where they are integers. No model looks at it."""
     own_item_T: Tensor | None = None
     """int32, ids that the items have in the data set that is read; None where these are the model's. No model looks."""
 
     def __len__(self) -> int:
         """Number of targets; 0 on a rank that has run out before the others."""
         return len(self.item_T)
+
+    @property
+    def label_T(self) -> Tensor:
+        """float32: the main label, 0 or 1; -1 where there is none."""
+        return next(iter(self.labels_T.values()))
 
     # A frozen dataclass may have it, because `cached_property` writes into ``__dict__`` and not through
     # ``__setattr__``.
@@ -121,13 +167,16 @@ class Batch(_Tensors, Pipelineable):
 
         def describe(part: object, indent: str) -> None:
             assert is_dataclass(part)
-            for field in fields(part):
-                value = getattr(part, field.name)
-                if isinstance(value, Tensor):
+            for each in fields(part):
+                value = getattr(part, each.name)
+                tensors = {each.name: value} if isinstance(value, Tensor) else {}
+                if isinstance(value, dict):
+                    tensors = {name: part for name, part in value.items() if isinstance(part, Tensor)}
+                for name, value in tensors.items():
                     shape = "x".join(map(str, value.shape))
                     kind = str(value.dtype).removeprefix("torch.")
                     head = ", ".join(map(str, value[:4].tolist()))
-                    lines.append(f"{indent}{field.name:12} {kind:8} {shape:>8}  {head}, ...")
+                    lines.append(f"{indent}{name:12} {kind:8} {shape:>8}  {head}, ...")
 
         describe(self, "  ")
         for name, history in self.histories.items():

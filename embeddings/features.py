@@ -152,7 +152,7 @@ def behavior_row(feature: Feature, batch: Batch, history: History, index_X: Tens
         return history.end_T[target_X] - index_X
     if feature == "interval":
         return interval_bucket(batch.timestamp_T[target_X] - gather_or_zeros(history.timestamp_M, index_X))
-    column_M = history.behavior_type_M if feature == "behavior" else history.scene_M
+    column_M = history.features_M.get(feature)
     if column_M is None:
         raise UserError(f"model.features: {feature} is not in the histories of {batch.origin}")
     return gather_or_zeros(column_M, index_X)
@@ -166,9 +166,9 @@ def target_row(feature: Feature, batch: Batch) -> Tensor | None:
     """
     if feature != "scene":
         return None
-    if batch.scene_T is None:
+    if "scene" not in batch.features_T:
         raise UserError(f"model.features: scene is not in the targets of {batch.origin}")
-    return batch.scene_T
+    return batch.features_T["scene"]
 
 
 def target_rows(batch: Batch, tables: Mapping[Feature, Tensor]) -> dict[Feature, Tensor]:

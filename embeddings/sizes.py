@@ -141,13 +141,13 @@ def _id_features(sizes: DataSizes) -> list[Feature]:
 
 
 def _id_columns(batch: Batch, sizes: DataSizes) -> list[tuple[Feature, Tensor]]:
-    columns: list[Tensor | None] = [batch.item_T, batch.category_T]
+    columns: list[Tensor | None] = [batch.item_T, batch.features_T.get("category")]
     for sequence in sizes.lengths:
         history = batch.histories[sequence]
-        columns += [history.item_M, history.category_M]
-        columns += [history.behavior_type_M] * (sizes.behaviors is not None)
-        columns += [history.scene_M] * (sizes.scenes is not None)
-    columns += [batch.scene_T] * (sizes.scenes is not None)
+        columns += [history.item_M, history.features_M.get("category")]
+        columns += [history.features_M.get("behavior")] * (sizes.behaviors is not None)
+        columns += [history.features_M.get("scene")] * (sizes.scenes is not None)
+    columns += [batch.features_T.get("scene")] * (sizes.scenes is not None)
     # A batch may lack a column that no feature needs.
     nothing = batch.item_T[:0]
     features = _id_features(sizes)

@@ -39,10 +39,8 @@ def make_batch(data: Path) -> tuple[Batch, list[int]]:
     now = 1_700_000_000
     history = History(
         item_M=int32([dense[row] for row in seen]),
-        category_M=int32([category[row] for row in seen]),
         timestamp_M=torch.tensor([now - 3600 * age for age in (72, 48, 24, 1, 96, 95, 2)]),  # seconds, in order
-        behavior_type_M=None,  # the data has no behaviour types, and no scenes
-        scene_M=None,
+        features_M={"category": int32([category[row] for row in seen])},  # by name, as the data set declares them
         offset_U=torch.tensor([0, 4, 7]),  # user u has the behaviours offset_U[u] .. offset_U[u + 1]
         # Each target sees the window start_T .. end_T: behaviours of its own user, at most `stream.history_length`,
         # all of them earlier than the target.
@@ -54,10 +52,9 @@ def make_batch(data: Path) -> tuple[Batch, list[int]]:
         user_T=torch.tensor([0, 0, 0, 1]),
         user_id_U=torch.tensor([101, 102]),  # not used by the model
         item_T=int32([dense[row] for row in wanted]),
-        category_T=int32([category[row] for row in wanted]),
         timestamp_T=torch.full((4,), now),
-        scene_T=None,
-        label_T=torch.zeros(4),  # nobody knows yet
+        features_T={"category": int32([category[row] for row in wanted])},
+        labels_T={"label": torch.zeros(4)},  # nobody knows yet
         origin="a batch made by hand",  # for error messages
     )
     return batch, [raw[row] for row in wanted]

@@ -3,7 +3,11 @@
 U users, M behaviours, T targets.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from embeddings.batch import Batch, History
 
@@ -35,10 +39,7 @@ def toy_batch(
         end_T = offset_U[user_T] + (torch.rand(targets, generator=draw) * (size_U[user_T] + 1)).long()
         histories[name] = History(
             item_M=ids(items, count),
-            category_M=ids(categories, count),
-            timestamp_M=torch.randint(0, 100_000, (count,), generator=draw),
-            behavior_type_M=ids(behaviors, count),
-            scene_M=ids(scenes, count),
+            **_columns(ids, draw, count, categories, behaviors, scenes),
             offset_U=offset_U,
             start_T=torch.maximum(offset_U[user_T], end_T - length),
             end_T=end_T,
@@ -48,12 +49,20 @@ def toy_batch(
         user_T=user_T,
         user_id_U=torch.arange(users),
         item_T=ids(items, targets),
-        category_T=ids(categories, targets),
+        features_T={"category": ids(categories, targets), "scene": ids(scenes, targets)},
         timestamp_T=torch.full((targets,), 100_000),
-        scene_T=ids(scenes, targets),
-        label_T=torch.randint(0, 2, (targets,), generator=draw).float(),
+        labels_T={"label": torch.randint(0, 2, (targets,), generator=draw).float()},
         origin=f"toy batch {seed}",
     )
+
+
+def _columns(
+    ids: Callable[[int, int], Tensor], draw: torch.Generator, count: int, categories: int, behaviors: int, scenes: int
+) -> dict[str, Any]:
+    # Drawn in this order, so that batches of a seed stay what they are.
+    category_M, timestamp_M = ids(categories, count), torch.randint(0, 100_000, (count,), generator=draw)
+    features_M = {"category": category_M, "behavior": ids(behaviors, count), "scene": ids(scenes, count)}
+    return {"timestamp_M": timestamp_M, "features_M": features_M}
 
 
 def part(batch: Batch, rank: int, ranks: int) -> Batch:
@@ -69,9 +78,11 @@ def part(batch: Batch, rank: int, ranks: int) -> Batch:
         user_T=batch.user_T[mine],
         user_id_U=batch.user_id_U,
         item_T=batch.item_T[mine],
-        category_T=batch.category_T[mine],
         timestamp_T=batch.timestamp_T[mine],
-        scene_T=None if batch.scene_T is None else batch.scene_T[mine],
-        label_T=batch.label_T[mine],
+        features_T={name: column_T[mine] for name, column_T in batch.features_T.items()},
+        labels_T={name: label_T[mine] for name, label_T in batch.labels_T.items()},
+        features_U=batch.features_U,
+        weight_T=None if batch.weight_T is None else batch.weight_T[mine],
+        bags=batch.bags,
         origin=f"{batch.origin}, part {rank} of {ranks}",
     )

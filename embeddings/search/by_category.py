@@ -40,7 +40,9 @@ def search_by_category(
         other = 0.0 if filled else -torch.inf
         match_21 = torch.cat([one_11 * other, one_11 * longest])
         parts = [
-            ScorePart(PartKind.MATCH, match_21, one_11, history.category_M, batch.category_T.long()),
+            ScorePart(
+                PartKind.MATCH, match_21, one_11, history.features_M["category"], batch.features_T["category"].long()
+            ),
             ScorePart(PartKind.POSITION, position_R1, one_11, None, history.end_T),
         ]
         rows_RD, query_TD = position_R1.new_empty(1, 0), position_R1.new_empty(len(batch), 0)

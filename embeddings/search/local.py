@@ -78,8 +78,8 @@ class LocalRows:
         """
         # All sequences share the tables, so all their behaviours are one lookup. Equal ids travel once.
         items = [batch.histories[sequence].item_M for sequence in tables.sequences]
-        categories = [batch.histories[sequence].category_M for sequence in tables.sequences]
-        targets: dict[Feature, Tensor] = {"item": batch.item_T, "category": batch.category_T}
+        categories = [batch.histories[sequence].features_M["category"] for sequence in tables.sequences]
+        targets: dict[Feature, Tensor] = {"item": batch.item_T, "category": batch.features_T["category"]}
 
         def rows(set_name: str, item: list[Tensor], category: list[Tensor]) -> dict[Feature, IndexedRows]:
             ids: dict[Feature, Tensor] = {"item": torch.cat(item), "category": torch.cat(category)}
@@ -96,7 +96,7 @@ class LocalRows:
         counts = [len(item_M) for item_M in items]
         if target_set == history_set:
             # One lookup for both: a rank that asks twice waits for the others twice.
-            together = rows(history_set, [*items, batch.item_T], [*categories, batch.category_T])
+            together = rows(history_set, [*items, batch.item_T], [*categories, batch.features_T["category"]])
             parts = {feature: of.index_X.split([*counts, len(batch)]) for feature, of in together.items()}
             of_targets = {feature: IndexedRows(of.rows_Ld, parts[feature][-1]) for feature, of in together.items()}
         else:

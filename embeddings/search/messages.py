@@ -219,7 +219,7 @@ class SearchMessages:
 
     def alone(self, batch: Batch) -> ShardInput:
         """The input of a shard that has all rows: the batch as it is, of which nothing needs to travel."""
-        columns: dict[Feature, Tensor] = {"item": batch.item_T, "category": batch.category_T}
+        columns: dict[Feature, Tensor] = {"item": batch.item_T, "category": batch.features_T["category"]}
         if "scene" in self._features:
             scene_T = target_row("scene", batch)
             assert scene_T is not None
@@ -279,7 +279,7 @@ class SearchMessages:
             # A target that is earlier than all behaviours of the batch has none before it, so its time does not matter.
             time_T = (batch.timestamp_T - earliest).clamp(min=0)
             for feature in self._target_features:
-                values = {"item": batch.item_T, "category": batch.category_T, "interval": time_T}
+                values = {"item": batch.item_T, "category": batch.features_T["category"], "interval": time_T}
                 own_T = values[feature] if feature in values else target_row(feature, batch)
                 assert own_T is not None
                 own[feature] = own_T

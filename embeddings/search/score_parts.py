@@ -37,8 +37,7 @@ def pair_rows(feature: Feature, batch: Batch, history: History) -> PairRows:
         return PairRows(PartKind.POSITION, value_T=history.end_T)
     if feature == "interval":
         return PairRows(PartKind.INTERVAL, history.timestamp_M, batch.timestamp_T)
-    columns = {"category": history.category_M, "behavior": history.behavior_type_M, "scene": history.scene_M}
-    column_M = columns[feature]
+    column_M = history.features_M.get(feature)
     if column_M is None:
         raise UserError(f"model.features: {feature} is not in the histories of {batch.origin}")
     return PairRows(PartKind.VALUE, column_M)

@@ -72,7 +72,9 @@ class BatchRows:
             history = batch.histories[name]
             item.append(history.item_M if looks_up_all else gather_or_zeros(history.item_M, chosen.index_TK).flatten())
             category.append(
-                history.category_M if looks_up_all else gather_or_zeros(history.category_M, chosen.index_TK).flatten()
+                history.features_M["category"]
+                if looks_up_all
+                else gather_or_zeros(history.features_M["category"], chosen.index_TK).flatten()
             )
             valid += [] if looks_up_all else [chosen.valid_TK.flatten()]
             self._counts[name] = len(item[-1])
@@ -86,7 +88,7 @@ class BatchRows:
             # A list times False is empty: a set that serves targets alone looks up no behaviours, and vice versa.
             ids: dict[Feature, Tensor] = {
                 "item": torch.cat([*item * has_history, *[batch.item_T] * has_target]),
-                "category": torch.cat([*category * has_history, *[batch.category_T] * has_target]),
+                "category": torch.cat([*category * has_history, *[batch.features_T["category"]] * has_target]),
             }
             valid_B = torch.cat([*valid, *[targets] * has_target]) if valid and has_history else None
             self._rows[name] = tables.inherent_rows(name, ids, valid_B, small)
@@ -203,13 +205,13 @@ def pooled_on_shards(
     target_T = torch.arange(count, device=device)
     # First the targets, each a bag of one with weight 1, then for each sequence a bag for each target. Padding is left
     # out of the bags, so an empty history is an empty bag, and its sum is 0.
-    ids: dict[Feature, list[Tensor]] = {"item": [batch.item_T], "category": [batch.category_T]}
+    ids: dict[Feature, list[Tensor]] = {"item": [batch.item_T], "category": [batch.features_T["category"]]}
     weight, valid = [torch.ones(count, device=device)], [torch.ones_like(batch.item_T, dtype=torch.bool)]
     bag = [target_T]
     for number, (sequence, chosen) in enumerate(selected.items()):
         history = batch.histories[sequence]
         ids["item"].append(gather_or_zeros(history.item_M, chosen.index_TK).flatten())
-        ids["category"].append(gather_or_zeros(history.category_M, chosen.index_TK).flatten())
+        ids["category"].append(gather_or_zeros(history.features_M["category"], chosen.index_TK).flatten())
         weight.append(weights[sequence].flatten())
         valid.append(chosen.valid_TK.flatten())
         bag.append((target_T + count * (number + 1))[:, None].expand_as(chosen.index_TK).flatten())

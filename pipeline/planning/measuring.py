@@ -209,17 +209,17 @@ def made_up_batch(task: StepTask, seed: int, targets_per_user: int = TARGETS_PER
     def ids(count: int, size: int) -> torch.Tensor:
         return torch.randint(1, count + 1, (size,), generator=draw, dtype=torch.int32)
 
+    sizes = task.sizes
+    counts = {"category": sizes.categories, "behavior": sizes.behaviors or 0, "scene": sizes.scenes or 0}
     histories = {}
     for name, length in task.sizes.lengths.items():
         # Every user has exactly N behaviours, all of which each target sees: the workload is known to the last pair.
         offset_U = torch.arange(users + 1) * length
         histories[name] = History(
             item_M=ids(task.sizes.items, users * length),
-            # An item may have several categories here: only how many there are matters.
-            category_M=ids(task.sizes.categories, users * length),
             timestamp_M=torch.arange(users * length),
-            behavior_type_M=ids(task.sizes.behaviors, users * length) if task.sizes.behaviors else None,
-            scene_M=ids(task.sizes.scenes, users * length) if task.sizes.scenes else None,
+            # An item may have several categories here: only how many there are matters.
+            features_M={feature: ids(count, users * length) for feature, count in counts.items() if count},
             offset_U=offset_U,
             start_T=offset_U[user_T],
             end_T=offset_U[user_T + 1],
@@ -229,9 +229,8 @@ def made_up_batch(task: StepTask, seed: int, targets_per_user: int = TARGETS_PER
         user_T=user_T,
         user_id_U=torch.arange(users),
         item_T=ids(task.sizes.items, targets),
-        category_T=ids(task.sizes.categories, targets),
         timestamp_T=torch.full((targets,), 10**9),
-        scene_T=ids(task.sizes.scenes, targets) if task.sizes.scenes else None,
-        label_T=torch.randint(0, 2, (targets,), generator=draw).float(),
+        features_T={feature: ids(counts[feature], targets) for feature in ("category", "scene") if counts[feature]},
+        labels_T={"label": torch.randint(0, 2, (targets,), generator=draw).float()},
         origin="made up",
     )

@@ -81,11 +81,9 @@ class Windows:
         """The sequence and the windows as a `History` of tensors, which share the arrays' memory."""
         columns_M = {name: torch.from_numpy(column_M) for name, column_M in self.columns_M.items()}
         return History(
-            item_M=columns_M["item"],
-            category_M=columns_M["category"],
-            timestamp_M=columns_M["timestamp"],
-            behavior_type_M=columns_M.get("behavior"),
-            scene_M=columns_M.get("scene"),
+            item_M=columns_M.pop("item"),
+            timestamp_M=columns_M.pop("timestamp"),
+            features_M=columns_M,
             offset_U=torch.from_numpy(self.offset_U),
             start_T=torch.from_numpy(self.start_T),
             end_T=torch.from_numpy(self.end_T),
@@ -142,17 +140,18 @@ class HistorySamples:
             origin: where the batch comes from, for messages.
         """
         columns_T: dict[str, Tensor] = {name: torch.from_numpy(column_T) for name, column_T in self.columns_T.items()}
+        item_T, timestamp_T, label_T = (columns_T.pop(name) for name in ("item", "timestamp", "label"))
+        line_T, own_item_T = columns_T.pop("line", None), columns_T.pop("own_item", None)
         return Batch(
             histories={name: windows.history() for name, windows in self.sequences.items()},
             user_T=torch.from_numpy(self.user_T),
             user_id_U=torch.from_numpy(self.user_id_U),
-            item_T=columns_T["item"],
-            category_T=columns_T["category"],
-            timestamp_T=columns_T["timestamp"],
-            scene_T=columns_T.get("scene"),
-            label_T=columns_T["label"].to(torch.float32),
-            line_T=columns_T.get("line"),
-            own_item_T=columns_T.get("own_item"),
+            item_T=item_T,
+            timestamp_T=timestamp_T,
+            features_T=columns_T,
+            labels_T={"label": label_T.to(torch.float32)},
+            line_T=line_T,
+            own_item_T=own_item_T,
             origin=origin,
         )
 

@@ -101,22 +101,19 @@ def test_batches_equal_a_slow_reference(folder: Path, split: Split, shuffle: boo
             user, target = expected[key]
             seen += 1
             assert batch.item_T[t] == target.item
-            assert batch.category_T[t] == target.category
+            assert batch.features_T["category"][t] == target.category
             assert batch.label_T[t] == target.label
-            assert batch.scene_T is not None
-            assert batch.scene_T[t] == target.scene
+            assert batch.features_T["scene"][t] == target.scene
             before = list(zip(user.item, user.category, user.timestamp, user.behavior, user.scene, strict=True))
             for name, belongs in wanted.items():
                 history = batch.histories[name]
                 window = slice(int(history.start_T[t]), int(history.end_T[t]))
-                assert history.behavior_type_M is not None
-                assert history.scene_M is not None
                 columns = (
                     history.item_M,
-                    history.category_M,
+                    history.features_M["category"],
                     history.timestamp_M,
-                    history.behavior_type_M,
-                    history.scene_M,
+                    history.features_M["behavior"],
+                    history.features_M["scene"],
                 )
                 shown = list(zip(*(column[window].tolist() for column in columns), strict=True))
                 kept = [line for line in before[: target.history_end] if belongs(line[3], line[4])]

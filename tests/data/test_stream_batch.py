@@ -23,12 +23,10 @@ def test_windows_equal_a_slow_reference(tmp_path: Path, named: bool) -> None:
     assert len(batches) > 2
     for batch in batches:
         history = batch.histories["history"]
-        columns = {"item": history.item_M, "category": history.category_M}
-        targets = {"item": batch.item_T, "category": batch.category_T}
-        if named:
-            columns |= {"behavior": history.behavior_type_M, "scene": history.scene_M}
-            targets |= {"scene": batch.scene_T}
-        assert (history.behavior_type_M is None, history.scene_M is None, batch.scene_T is None) == (not named,) * 3
+        columns = {"item": history.item_M, **history.features_M}
+        targets = {"item": batch.item_T, **batch.features_T}
+        assert set(history.features_M) == {"category"} | ({"behavior", "scene"} if named else set())
+        assert set(batch.features_T) == {"category"} | ({"scene"} if named else set())
         offsets = history.offset_U.tolist()
         assert (offsets[0], offsets[-1]) == (0, len(history.item_M))
         everything = Selection.everything(history)

@@ -60,18 +60,18 @@ class Definition:
 
     def target_rows(self, batch: Batch, t: int) -> dict[str, int]:
         rows = dict.fromkeys(("position", "interval", "behavior"), 0)
-        inherent = {"item": int(batch.item_T[t]), "category": int(batch.category_T[t])}
-        return rows | inherent | {"scene": int(batch.scene_T[t])}
+        inherent = {"item": int(batch.item_T[t]), "category": int(batch.features_T["category"][t])}
+        return rows | inherent | {"scene": int(batch.features_T["scene"][t])}
 
     def behavior_rows(self, batch: Batch, history: History, t: int, m: int) -> dict[str, int]:
         gone = int(batch.timestamp_T[t]) - int(history.timestamp_M[m])
         return {
             "item": int(history.item_M[m]),
-            "category": int(history.category_M[m]),
+            "category": int(history.features_M["category"][m]),
             "position": int(history.end_T[t]) - m,
             "interval": min(33, 1 + math.floor(math.log2(1 + max(0, gone)))),
-            "behavior": int(history.behavior_type_M[m]),
-            "scene": int(history.scene_M[m]),
+            "behavior": int(history.features_M["behavior"][m]),
+            "scene": int(history.features_M["scene"][m]),
         }
 
     def linear(self, name: str, x: Tensor) -> Tensor:
@@ -247,8 +247,12 @@ class TwinHard(Definition):
     def retrieve(self, batch: Batch, sequence: str, t: int) -> dict[int, float]:
         history = batch.histories[sequence]
         window = range(int(history.start_T[t]), int(history.end_T[t]))
-        same = [m for m in reversed(window) if history.category_M[m] == batch.category_T[t]]
-        others = [m for m in reversed(window) if history.category_M[m] != batch.category_T[t]] if self.filled else []
+        same = [m for m in reversed(window) if history.features_M["category"][m] == batch.features_T["category"][t]]
+        others = (
+            [m for m in reversed(window) if history.features_M["category"][m] != batch.features_T["category"][t]]
+            if self.filled
+            else []
+        )
         return dict.fromkeys([*same, *others][: self.retrieved[sequence]], 0.0)
 
 

@@ -153,9 +153,12 @@ def test_hard_search_returns_the_category_alone_while_there_are_enough() -> None
         history = batch.histories["ads"]
         chosen = model.search_locally(batch, {})["ads"]
         for t in range(len(batch)):
-            window = history.category_M[int(history.start_T[t]) : int(history.end_T[t])]
-            there = int((window == batch.category_T[t]).sum())
-            kept = history.category_M[chosen.index_TK[t][chosen.valid_TK[t]]] == batch.category_T[t]
+            window = history.features_M["category"][int(history.start_T[t]) : int(history.end_T[t])]
+            there = int((window == batch.features_T["category"][t]).sum())
+            kept = (
+                history.features_M["category"][chosen.index_TK[t][chosen.valid_TK[t]]]
+                == batch.features_T["category"][t]
+            )
             assert len(kept) == min(4, len(window))
             assert int(kept.sum()) == min(4, there)
             enough, few = enough + (there >= 4), few + (there < 4 <= len(window))

@@ -58,10 +58,8 @@ def without_histories(batch: Batch) -> Batch:
     none_T = torch.zeros_like(batch.user_T)
     empty = History(
         item_M=nothing,
-        category_M=nothing,
         timestamp_M=nothing.long(),
-        behavior_type_M=nothing,
-        scene_M=nothing,
+        features_M={"category": nothing, "behavior": nothing, "scene": nothing},
         offset_U=torch.zeros(len(batch.user_id_U) + 1, dtype=torch.int64),
         start_T=none_T,
         end_T=none_T,
@@ -104,7 +102,7 @@ def test_three_steps_learn_a_planted_rule(name: str) -> None:
         dense = [weight for name, weight in sharded.named_parameters() if "embedding_bags" not in name]
         optimizer = torch.optim.Adam(dense, lr=0.01)
         batch = batch_of(settings, seed=7, targets=200, users=20)
-        batch.label_T.copy_(batch.category_T > 1)
+        batch.label_T.copy_(batch.features_T["category"] > 1)
         losses = []
         for _ in range(4):
             optimizer.zero_grad()

@@ -17,7 +17,7 @@ def spoiled(column: str, value: int) -> Callable[[Batch, History], None]:
     """Give one behaviour another value."""
 
     def spoil(batch: Batch, history: History) -> None:
-        getattr(history, column)[3] = value
+        (history.item_M if column == "item" else history.features_M[column])[3] = value
 
     return spoil
 
@@ -33,17 +33,17 @@ def window(start: int, end: int, *, behind: bool = False) -> Callable[[Batch, Hi
 
 
 def target_scene(batch: Batch, history: History) -> None:
-    batch.scene_T[1] = 4
+    batch.features_T["scene"][1] = 4
 
 
 WRONG: dict[str, tuple[Callable[[Batch, History], None], str]] = {
-    "behaviour type": (spoiled("behavior_type_M", 5), "behavior 5, but the behavior tables have 5 rows"),
-    "negative behaviour type": (spoiled("behavior_type_M", -1), "behavior -1, but the behavior tables have 5 rows"),
-    "scene": (spoiled("scene_M", 4), "scene 4, but the scene tables have 4 rows"),
+    "behaviour type": (spoiled("behavior", 5), "behavior 5, but the behavior tables have 5 rows"),
+    "negative behaviour type": (spoiled("behavior", -1), "behavior -1, but the behavior tables have 5 rows"),
+    "scene": (spoiled("scene", 4), "scene 4, but the scene tables have 4 rows"),
     "scene of a target": (target_scene, "scene 4, but the scene tables have 4 rows"),
-    "item": (spoiled("item_M", 51), "item 51, but the item tables have 51 rows"),
-    "negative item": (spoiled("item_M", -(2**31)), "item -2147483648, but the item tables have 51 rows"),
-    "category": (spoiled("category_M", 9), "category 9, but the category tables have 4 rows"),
+    "item": (spoiled("item", 51), "item 51, but the item tables have 51 rows"),
+    "negative item": (spoiled("item", -(2**31)), "item -2147483648, but the item tables have 51 rows"),
+    "category": (spoiled("category", 9), "category 9, but the category tables have 4 rows"),
     "behind": (window(-1, 1, behind=True), "a window of content is outside of its behaviours"),
     "before": (window(-1, 1), "a window of content is outside of its behaviours"),
     "backwards": (window(2, 1), "a window of content is outside of its behaviours"),
