@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from functools import wraps
 from importlib.metadata import entry_points
+from inspect import Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -13,28 +14,58 @@ from jobs.experiment import experiment
 from jobs.planning import plan
 from jobs.runs import compare, models, runs
 from jobs.training import evaluate, score, train
-from pipeline.paths import local_path
+from pipeline.paths import local_path, location
 from pipeline.versions import versions
 
+REMOTE: dict[Callable[..., None], set[str]] = {
+    prepare: {"out"},
+    inspect: {"folder"},
+    stream: {"folder"},
+    train: {"data", "run", "score"},
+    evaluate: {"data", "run"},
+    score: {"data", "run", "out"},
+    compare: {"runs"},
+    runs: {"folder"},
+}
+"""Parameters of commands that take URLs, beside those whose values are texts."""
 
-def on_local_paths(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a command refuse URLs where it takes paths: they would become local folders of such names."""
+
+_TEXT: dict[Any, Any] = {Path: str, Path | None: str | None, list[Path]: list[str]}
+
+
+def on_paths(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the paths that its arguments name.
+
+    URLs are refused where it takes none: they would become local folders of such names.
+    """
+    remote = REMOTE.get(command, set())
 
     @wraps(command)
     def checked(**arguments: Any) -> None:
         for name, value in arguments.items():
-            if isinstance(value, Path):
-                arguments[name] = local_path(str(value))
+            # A `Path` of a URL has lost slashes: where URLs may come, texts do.
+            kind, path = (str, location) if name in remote else (Path, local_path)
+            if isinstance(value, kind):
+                arguments[name] = path(str(value))
             elif isinstance(value, list):
-                arguments[name] = [local_path(str(each)) if isinstance(each, Path) else each for each in value]
+                arguments[name] = [path(str(each)) if isinstance(each, kind) else each for each in value]
         command(**arguments)
 
+    parameters = []
+    for parameter in signature(command).parameters.values():
+        if parameter.name in remote:
+            path_type, info = get_args(parameter.annotation)
+            info.metavar = info.metavar or "PATH"
+            parameter = parameter.replace(annotation=Annotated[_TEXT[path_type], info])
+        parameters.append(parameter)
+    checked.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": None}
+    checked.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return checked
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (prepare, synth, inspect, stream, plan, train, evaluate, score, compare, experiment, runs, models):
-    app.command()(on_local_paths(command))
+    app.command()(on_paths(command))
 # Extensions declare a `typer.Typer` in this group. It is loaded at once, because the help lists it: its module must be
 # light, and load what its commands need when they are called.
 for extension in sorted(entry_points(group="dare.commands"), key=lambda point: point.name):

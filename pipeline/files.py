@@ -18,6 +18,7 @@ from tempfile import TemporaryFile
 from filelock import FileLock, Timeout
 
 from schemas.errors import UserError
+from schemas.storage import RemotePath
 
 
 def write_whole(path: Path, content: str | bytes, *, sync: bool = True) -> None:
@@ -31,6 +32,9 @@ def write_whole(path: Path, content: str | bytes, *, sync: bool = True) -> None:
     Raises:
         OSError: it cannot be written; what was at ``path`` before is still there.
     """
+    if isinstance(path, RemotePath):
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return
     with whole_file(path, sync=sync) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -101,8 +105,10 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def output_folder(out: Path, contents: Collection[str], *, overwrite: bool) -> Iterator[Path]:
+def output_folder(out: Path, contents: Collection[str], *, overwrite: bool, last: str = "_SUCCESS") -> Iterator[Path]:
     """A folder beside ``out`` to write into; takes the place of ``out`` if the block ends well, goes away if it fails.
+
+    Where ``out`` is a URL, the folder is on the disk of temporary files; see `pipeline.upload.remote_output`.
 
     What a killed run left behind is removed by the next one. Entries that begin with a dot are removed at the end.
 
@@ -110,11 +116,18 @@ def output_folder(out: Path, contents: Collection[str], *, overwrite: bool) -> I
         out: the folder.
         contents: patterns of the names that such a folder holds; with others in it, it is never overwritten.
         overwrite: ``out`` may hold an earlier output.
+        last: name of the file that makes the folder at a URL whole.
 
     Raises:
         UserError: ``out`` is not empty (unless ``overwrite``) or not an earlier output, it cannot be made, or another
             process writes it.
     """
+    if isinstance(out, RemotePath):
+        from pipeline.upload import remote_output  # Loaded by those who need it alone.
+
+        with remote_output(out, contents, last, overwrite=overwrite) as folder:
+            yield folder
+        return
     # Absolute, because hidden names are made from the last part of the path: ``.`` has none. Where a link leads, there
     # the folder is to be: perhaps on another disk.
     out = Path(os.path.realpath(out)) if out.is_symlink() else out.absolute()

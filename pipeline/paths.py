@@ -9,25 +9,38 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from schemas.errors import UserError
+from schemas.storage import RemotePath
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+_MAGIC = re.compile(r"[*?\[]")
 _LOGGER = logging.getLogger("dare.paths")
 
 
+def location(name: str) -> Path:
+    """The path that a person named, of this machine or, where it is a URL, of remote storage.
+
+    Raises:
+        UserError: it is empty, or a URL that names no place.
+    """
+    if _URL.match(name) and name.partition(":")[0].lower() != "file":
+        return RemotePath(name)
+    return local_path(name)
+
+
 def local_path(name: str) -> Path:
-    """The path that a person named.
+    """The path of this machine that a person named.
 
     Raises:
         UserError: it is a URL, which would otherwise become a local folder of that name (``s3:``), or empty.
     """
     scheme, separator, rest = name.partition(":/")
-    if scheme == "file" and separator:
+    if scheme.lower() == "file" and separator:
         return Path("/" + rest.lstrip("/"))
     if _URL.match(name):
         # A `Path` has lost one of the two slashes.
         raise UserError(
-            f"{scheme}://{rest.lstrip('/')}: remote storage is not read or written; copy it to a local disk, "
-            "or mount it and name a path"
+            f"{scheme}://{rest.lstrip('/')}: a path of this machine is wanted here, not a URL; data sets, runs and "
+            "logs may be at one"
         )
     if not name:
         raise UserError("a path is empty: is a variable of the shell not set?")
@@ -47,14 +60,14 @@ def input_files(role: str, names: tuple[str, ...]) -> tuple[Path, ...]:
 
     A name is an existing file; a folder, all of whose files are meant, at any depth; a pattern; or
     ``package:NAME/path``, a file inside an installed Python package. In folders and patterns, names that begin with
-    ``_`` or ``.`` are left out: markers and checksums of Spark and Hadoop.
+    ``_`` or ``.`` are left out: markers and checksums of Spark and Hadoop. All but the last may be a URL.
 
     Args:
         role: what the files are, for messages.
         names: at least one.
 
     Raises:
-        UserError: a name stands for no file, or is a URL.
+        UserError: a name stands for no file, or its store cannot be reached.
     """
     chosen: dict[Path, Path] = {}
     twice: list[Path] = []
@@ -75,7 +88,9 @@ def _files_of(role: str, name: str, hidden: list[Path]) -> list[Path]:
     if name.startswith("package:"):
         return [_in_package(role, name)]
     _require_utf8(name)
-    path = local_path(name)
+    path = location(name)
+    if isinstance(path, RemotePath):
+        return _remote_files(role, path, hidden)
     # What is there comes first: a file may have brackets or a star in its name.
     if path.is_file():
         return [path]
@@ -102,6 +117,29 @@ def _files_of(role: str, name: str, hidden: list[Path]) -> list[Path]:
         if not file.is_file():
             why = "is no file, but a pipe, socket or device" if file.exists() else "is a link to nothing"
             raise UserError(f"{role}: {file} {why}; logs are read from files: write it to one, or leave it out")
+    return files
+
+
+def _remote_files(role: str, path: RemotePath, hidden: list[Path]) -> list[Path]:
+    if path.is_file():
+        return [path]
+    from fsspec.utils import glob_translate
+
+    # One listing, of all below what the pattern spells out.
+    base, match = path, None
+    if not path.is_dir() and _MAGIC.search(path.url):
+        while _MAGIC.search(base.url):
+            base = base.parent
+        # A pattern that ends at folders means what is in them.
+        match = re.compile(glob_translate(path.url).removesuffix(r"\Z") + r"(?:/.*)?\Z", re.DOTALL)
+    files: list[Path] = []
+    matched = [file for file in base.files() if match is None or match.match(file.url)]
+    for file in matched:
+        parts = file.relative_to(base).parts if match is None else _matched_parts(path, file)
+        (hidden if any(part[0] in "_." for part in parts) else files).append(file)
+    if not files:
+        what = "no such file, and no folder with files"
+        raise UserError(f"{role}: {path}: {what}" + (" but ones that begin with _ or ." if matched else ""))
     return files
 
 

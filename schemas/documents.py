@@ -19,6 +19,7 @@ from types import UnionType
 from typing import Any
 
 from schemas.errors import UserError
+from schemas.storage import RemotePath
 
 _JSON = re.compile(rb'\A\{\s*"checksum": "([0-9a-f]{64})",?\s*')
 _YAML = re.compile(rb"^# checksum: ([0-9a-f]{64})\n\Z", re.MULTILINE)
@@ -91,13 +92,18 @@ def read_bytes(path: Path) -> bytes:
     """
     try:
         # A pipe would be waited for.
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if not isinstance(path, RemotePath) and path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{path} is no regular file")
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def is_named(path: Path) -> bool:
+    """Whether something has this name, be it a link that leads nowhere."""
+    return path.exists() if isinstance(path, RemotePath) else os.path.lexists(path)
 
 
 def parse_json(path: Path, text: bytes, remedy: str = RESTORE) -> tuple[dict[str, Any], bool]:
@@ -158,7 +164,7 @@ def log_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     Raises:
         UserError: a line is damaged.
     """
-    if not os.path.lexists(path):
+    if not is_named(path):
         return []
     *lines, last = read_bytes(path).split(b"\n")
     remedy = "restore it from a copy, or remove it, and it begins anew"

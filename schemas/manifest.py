@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from schemas.documents import inside, json_document, notice_unverified, read_json
 from schemas.errors import UserError
 from schemas.shards import READABLE_VERSIONS, FeatureRecord, RawType, Side, history_schema, shard_schema
+from schemas.storage import RemotePath, local_copy
 
 MANIFEST = "manifest.json"
 ROW_GROUP_INDEX = "row_groups.parquet"
@@ -269,12 +270,15 @@ class Manifest(_Record):
         if any(None in (shard.footer_sha256, shard.row_group_crc32) for shard in manifest.shards):
             notice_unverified(folder)
         # Sizes alone, which cost no reading; `verify` reads all bytes.
+        # Of a store with one listing, not with a question a file.
+        remote = {path.name: size for path, size in folder.files().items()} if isinstance(folder, RemotePath) else None
         for file in (*manifest.shards, *manifest.files):
-            if not inside(folder, file.path).is_file():
+            path = inside(folder, file.path)
+            if not (path.is_file() if remote is None else file.path in remote):
                 raise UserError(
                     f"{folder}: {file.path} is missing, but stands in the manifest; prepare the data set again"
                 )
-            size = (folder / file.path).stat().st_size
+            size = path.stat().st_size if remote is None else remote[file.path]
             if size != file.bytes:
                 raise UserError(
                     f"{folder}: {file.path} is {size} bytes, in the manifest {file.bytes}; prepare the data set again"
@@ -293,18 +297,21 @@ class Manifest(_Record):
     def verified(self, folder: Path, name: str) -> Path:
         """Return the path of a file beside the shards, a dictionary or the index, whose content has been verified.
 
+        Of a data set at a URL, it is that of a copy on this machine.
+
         Raises:
             UserError: it differs from its checksum, or does not stand in the manifest.
         """
         file = next((file for file in self.files if file.path == name), None)
         if file is None:
             raise UserError(f"{folder}: {name} does not stand in {MANIFEST}; {REMEDY}")
-        _verify(folder, file)
-        return folder / name
+        path = local_copy(folder / name, file.sha256)
+        _verify(folder, file, path)
+        return path
 
 
-def _verify(folder: Path, file: File) -> None:
-    if sha256(folder / file.path) != file.sha256:
+def _verify(folder: Path, file: File, path: Path | None = None) -> None:
+    if sha256(path or folder / file.path) != file.sha256:
         raise UserError(f"{folder}: {file.path} differs from the checksum in the manifest; {REMEDY}")
 
 

@@ -17,6 +17,7 @@ from pipeline.ingest.values import WrongValueError, integers
 from schemas.errors import UserError
 from schemas.manifest import Manifest, fingerprint
 from schemas.prepare import Impressions
+from schemas.storage import arrow_file
 
 ADDED = pa.schema([("score", pa.float64()), ("logit", pa.float32())])
 """Columns that are added; null on lines that the data set left out."""
@@ -54,7 +55,7 @@ class ScoredImpressions:
             if (path.name, fingerprint(path)) not in known:
                 raise UserError(f"impressions: {path} has changed since {data} was prepared; prepare it again")
         for path in self._files.paths:
-            columns = self._files.text_columns or pq.read_schema(path).names
+            columns = self._files.text_columns or pq.read_schema(arrow_file(path)).names
             clash = [name for name in columns if name in ADDED.names or list(columns).count(name) > 1]
             if clash:
                 raise UserError(

@@ -34,6 +34,7 @@ from schemas.manifest import (
 )
 from schemas.prepare import DateSplit, ImpressionSplit, PrepareSettings
 from schemas.shards import ROW_GROUPS, SCHEMA_VERSION, SPLITS, history_schema
+from schemas.storage import RemotePath
 
 CONTENTS = ("shard-*.parquet", "items.parquet", "categories.parquet", ROW_GROUP_INDEX, MANIFEST)
 """Names of a data set's files."""
@@ -71,7 +72,7 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) ->
         text = settings.events.text_category
         features = feature_files(settings.events.item_features, text_category=text, skip_corrupt=skip)
     engine_class = _engine_class(settings)
-    with output_folder(out, CONTENTS, overwrite=overwrite) as folder:
+    with output_folder(out, CONTENTS, overwrite=overwrite, last=MANIFEST) as folder:
         # With a dot: `output_folder` removes it before the data set gets its name.
         work = folder / ".work"
         work.mkdir()
@@ -80,7 +81,10 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) ->
             manifest = _Preparation(settings, engine, folder, work).run(events, impressions, features)
         except OSError as error:
             if error.errno in SPACE:
-                raise UserError(f"no space left on the disk of {out}; free some or choose another --out") from None
+                where, choose = out, "choose another --out"
+                if isinstance(out, RemotePath):
+                    where, choose = folder.parent, "set TMPDIR to a folder on another"
+                raise UserError(f"no space left on the disk of {where}; free some or {choose}") from None
             raise
         finally:
             engine.close()

@@ -28,6 +28,7 @@ from pipeline.ingest.sources import Column, LogFiles, decompressed, fields, firs
 from pipeline.ingest.values import Kind, WrongValueError
 from schemas.errors import UserError
 from schemas.shards import RECORDS_OF_A_FILE
+from schemas.storage import arrow_file
 
 READ, FILTERED, OUTSIDE_TIME = "read", "filtered", "outside_time"
 """Keys of a tally: lines in the files, and of those the ones that ``keep``, and ``since`` and ``until``, leave out."""
@@ -75,7 +76,7 @@ def read_file(files: LogFiles, index: int, tally: Tally, report: ReportBytes) ->
 
 def raw_batches(files: LogFiles, index: int) -> Iterator[pa.RecordBatch]:
     """Read all columns of a file of a log as they stand, every line of it; errors are those of `read_file`."""
-    names = files.text_columns or tuple(pq.read_schema(files.paths[index]).names)
+    names = files.text_columns or tuple(pq.read_schema(arrow_file(files.paths[index])).names)
     return _batches(files, index, names, lambda _: None)
 
 
@@ -154,7 +155,7 @@ def _text_batches(
     number = dict(zip(files.text_columns, numbers, strict=True))
     needed = {number[name]: name for name in columns}
     try:
-        with pa.OSFile(str(path)) as raw, decompressed(path, raw) as stream:
+        with arrow_file(path) as raw, decompressed(path, raw) as stream:
             checked = _CheckedText(stream, files, path)
             reader = pyarrow.csv.open_csv(
                 pa.PythonFile(checked, "r"),
@@ -270,7 +271,7 @@ def _parquet_batches(
     files: LogFiles, path: Path, columns: tuple[str, ...], report: ReportBytes
 ) -> Iterator[pa.RecordBatch]:
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+        with pq.ParquetFile(arrow_file(path), page_checksum_verification=True) as parquet:
             rows, size = max(parquet.metadata.num_rows, 1), path.stat().st_size
             for batch in parquet.iter_batches(_ROWS, columns=list(columns)):
                 yield batch

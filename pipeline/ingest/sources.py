@@ -1,7 +1,6 @@
 """Input files of a log: which they are, their format, and what is read of them, before any engine starts."""
 
 import csv
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from pipeline.ingest.values import Kind, fits
 from pipeline.paths import input_files
 from schemas.errors import UserError
 from schemas.prepare import Events, Impressions, ItemFeatures, Log, TimestampUnit
+from schemas.storage import arrow_file
 
 _TEXT = (".csv", ".tsv", ".txt")
 _PACKED = ("", ".gz", ".zst")
@@ -66,9 +66,10 @@ class LogFiles:
         names = tuple(path.name for path in self.paths)
         if len(set(names)) == len(names):
             return names
-        paths = [path.absolute() for path in self.paths]
-        root = os.path.commonpath([path.parent for path in paths])
-        return tuple(path.relative_to(root).as_posix() for path in paths)
+        parts = [path.absolute().parts for path in self.paths]
+        # How many folders above they share. Not `os.path.commonpath`: some may be URLs.
+        shared = next(depth for depth, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1)
+        return tuple("/".join(each[shared:]) for each in parts)
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -141,7 +142,7 @@ def _parquet_files(files: LogFiles, skip_corrupt: bool) -> LogFiles:
     for path in files.paths:
         try:
             # The footer alone; whether the rest can be read shows later, or below where corrupt files are left out.
-            schema = pq.read_schema(path)
+            schema = pq.read_schema(arrow_file(path))
         except (OSError, pa.ArrowException) as error:
             if not skip_corrupt:
                 raise UserError(
@@ -173,7 +174,7 @@ def _parquet_files(files: LogFiles, skip_corrupt: bool) -> LogFiles:
 def _damage(path: Path, columns: tuple[str, ...]) -> str | None:
     """Why the needed columns of a Parquet file cannot be read to the end; None: they can."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+        with pq.ParquetFile(arrow_file(path), page_checksum_verification=True) as parquet:
             for _ in parquet.iter_batches(columns=list(columns)):
                 pass
     except (OSError, pa.ArrowException) as error:
@@ -239,7 +240,7 @@ def fields(files: LogFiles, line: str) -> list[str]:
 def _head(role: str, path: Path) -> str:
     """First line of a text file, compressed or not."""
     try:
-        with pa.OSFile(str(path)) as raw, decompressed(path, raw) as stream:
+        with arrow_file(path) as raw, decompressed(path, raw) as stream:
             head = stream.read(1 << 16)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{role}: {path}: cannot be read ({first_line(error)})") from None
@@ -275,7 +276,7 @@ def decompressed(path: Path, raw: pa.NativeFile) -> pa.NativeFile:
 
 def lines_of(path: Path) -> Iterator[bytes]:
     """Lines of a text file, compressed or not, without their ends."""
-    with pa.OSFile(str(path)) as raw, decompressed(path, raw) as stream:
+    with arrow_file(path) as raw, decompressed(path, raw) as stream:
         rest = b""
         while block := stream.read(1 << 22):
             *lines, rest = (rest + block).split(b"\n")

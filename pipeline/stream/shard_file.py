@@ -1,6 +1,7 @@
 """A shard that is open for reading, and every byte of which is verified before it is used."""
 
 import hashlib
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 
 from schemas.errors import UserError
 from schemas.manifest import Shard, read_footer, row_group_range
+from schemas.storage import arrow_file
 
 
 class ShardFile:
@@ -40,7 +42,7 @@ class ShardFile:
                 raise _damaged(path, "its footer differs from its checksum")
             # What parquet looks for at the end of a file is all there. Later on, row groups alone are read.
             self.metadata = pq.read_metadata(pa.BufferReader(footer))
-            self._bytes = _Bytes(path.stat().st_size)
+            self._bytes = _Bytes(self._file.seek(0, os.SEEK_END))
             self._verified = pq.ParquetFile(pa.PythonFile(self._bytes, "r"), metadata=self.metadata)
         except (OSError, pa.ArrowException) as error:
             self.close()
@@ -65,7 +67,7 @@ class ShardFile:
         try:
             if checksums is None or 2 * len(columns) < len(self.schema):
                 self._by_page = self._by_page or pq.ParquetFile(
-                    self.path, metadata=self.metadata, page_checksum_verification=True
+                    arrow_file(self.path), metadata=self.metadata, page_checksum_verification=True
                 )
                 return self._by_page.read_row_group(row_group, columns, use_threads=False)
             start, end = row_group_range(self.metadata, row_group)

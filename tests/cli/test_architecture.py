@@ -15,7 +15,7 @@ PRODUCT = ("schemas", "embeddings", "pipeline", "jobs")
 NOT_PRODUCT = ("benchmarks", "tests")
 LONGEST_FILE = 450
 TRAINER = "pipeline.train.trainer"
-MODULES_OF_THE_TRAINER = 60
+MODULES_OF_THE_TRAINER = 62
 
 ROOMS = {
     "embeddings": (
@@ -30,7 +30,7 @@ ROOMS = {
         ("sharding",),
     ),
     "pipeline": (
-        ("files", "errors", "hashing", "paths", "progress", "reporting", "versions"),
+        ("files", "errors", "hashing", "paths", "progress", "reporting", "upload", "versions"),
         ("stream", "ingest"),
         ("runs", "synth", "inspect"),
         ("evaluate",),

@@ -63,8 +63,8 @@ def test_files_of_names(folder: Path, monkeypatch: pytest.MonkeyPatch, names: li
         ("absent*.csv", "events: absent*.csv: no such file"),
         ("empty", "events: empty: a folder without files"),
         ("marks", "events: marks: a folder without files but ones that begin with _ or ."),
-        ("s3://bucket/log.parquet", "remote storage is not read"),
-        ("hdfs:/log.parquet", "remote storage is not read"),
+        ("nosuch://bucket/log.parquet", "no file system that is known"),
+        ("s3:///log.parquet", "names no bucket"),
         ("package:no_such_package/x.csv", "the Python package no_such_package is not installed"),
         ("package:yaml/nothing.csv", "the package has no such file"),
         ("a\0b", "zero byte"),
@@ -114,7 +114,7 @@ def test_what_is_passed_over_is_said(folder: Path, caplog: pytest.LogCaptureFixt
 
 def test_a_url_is_no_local_folder() -> None:
     for url in ("s3://bucket/out", "gs://x", "hdfs://host/x", "S3://x"):
-        with pytest.raises(UserError, match="remote storage"):
+        with pytest.raises(UserError, match="a path of this machine is wanted"):
             local_path(url)
     assert local_path("C:x") == Path("C:x")
     assert local_path("file:///tmp/x") == Path("/tmp/x")

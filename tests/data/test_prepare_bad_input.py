@@ -364,21 +364,26 @@ def test_tsv_means_tabs_and_no_format_is_guessed(dare: Dare, tmp_path: Path) -> 
         assert said in refuse(dare, tmp_path, "--events", tmp_path / "a.csv", "--overwrite", *setting.split(" "))
 
 
-def test_urls_are_refused_not_made_into_folders(dare: Dare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_are_not_made_into_folders(dare: Dare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "events.csv").write_text(GOOD)
-    for command in (
-        ["prepare", "--events", "s3://bucket/x.csv", "--out", "out"],
-        ["prepare", "--events", "events.csv", "--out", "s3://bucket/out"],
-        ["inspect", "s3://bucket/data"],
-        ["runs", "gs://bucket/runs"],
-        ["compare", "hdfs://host/run"],
-        ["train", "--data", "s3://bucket/data", "--run", "run"],
+    for command, said in (
+        (["prepare", "--events", "nosuch://bucket/x.csv", "--out", "out"], "nosuch is no file system that is known"),
+        (["prepare", "--events", "events.csv", "--out", "nosuch://bucket/out"], "no file system that is known"),
+        (["prepare", "--events", "events.csv", "--out", "out", "--config", "s3://b/x.yaml"], "a path of this machine"),
+        (["inspect", "nosuch://bucket/data"], "no file system that is known"),
+        (["inspect", "s3://key:secret@bucket/data"], "a URL holds no credentials"),
+        (["inspect", "s3://bucket/data?secret_key=abc"], "unknown option secret_key"),
+        (["runs", "nosuch://bucket/runs"], "no file system that is known"),
+        (["compare", "nosuch://host/run"], "no file system that is known"),
+        (["synth", "--out", "s3://bucket/x.csv"], "a path of this machine is wanted here, not a URL"),
     ):
         code, message = dare(*command)
-        assert code == 1
+        assert code == 1, message
         assert "://" in message
-        assert "remote storage is not read or written" in message
+        assert said in message
+        assert "abc" not in message
+        assert ":secret@" not in message
     assert [path.name for path in tmp_path.iterdir()] == ["events.csv"]
 
 
