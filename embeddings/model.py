@@ -15,7 +15,7 @@ from torch.profiler import record_function
 
 from embeddings.batch import Batch, Selection
 from embeddings.features import RowHook, Rows
-from embeddings.layers.mlp import MLP
+from embeddings.layers.mlp import MLP, TaskHeads
 from embeddings.layers.pooling import Representation, history_inputs, pooled
 from embeddings.layers.scoring import DinScore, DotProduct, MappedScore, ScaledDotProduct, attention_weights
 from embeddings.search.local import LocalRows, search_by_dot_product, search_by_score
@@ -25,7 +25,7 @@ from embeddings.tables.batch_rows import BatchRows, pooled_on_shards
 from embeddings.tables.collections import SmallRows, Tables
 from embeddings.tables.specs import TableRoles
 from schemas.errors import UserError
-from schemas.model import INHERENT, Feature, ModelSettings
+from schemas.model import INHERENT, Feature, Mixture, ModelSettings, Task
 
 SearchPlace = Literal["shard", "local", "ids", "none"]
 """Where a search looks at behaviours: ``shard``, where their rows are; ``local``, on the sample's rank, which fetches
@@ -39,10 +39,20 @@ AUXILIARY_HIDDEN = (200,)
 class Prediction:
     """What a model says about T targets."""
 
-    logit_T: Tensor
-    """float32: log odds of a click."""
-    auxiliary_logit_T: Tensor | None = None
-    """float32: the same from attention over the whole history; None without ``auxiliary_loss``, and in evaluation."""
+    logits: tuple[Tensor, ...]
+    """float32 (T,) each: log odds of each task, the main one first."""
+    auxiliary_logits: tuple[Tensor, ...] = ()
+    """Those from attention over the whole history; empty without ``auxiliary_loss``, and in evaluation."""
+
+    @property
+    def logit_T(self) -> Tensor:
+        """float32: log odds of the main task."""
+        return self.logits[0]
+
+    @property
+    def auxiliary_logit_T(self) -> Tensor | None:
+        """float32: the main task's from attention over the whole history, if there is one."""
+        return self.auxiliary_logits[0] if self.auxiliary_logits else None
 
 
 class CtrModel(nn.Module):
@@ -98,10 +108,10 @@ class CtrModel(nn.Module):
         # the width of the prediction depends on those dims.
         self.scoring = self.make_scoring()
         self.make_modules()
-        self.prediction = MLP(self._inputs(self.heads), settings.hidden)
+        self.prediction = self._make_prediction(self.heads, settings.hidden, settings.mixture)
         self.auxiliary = None
         if settings.auxiliary_loss or self.auxiliary_always:
-            self.auxiliary = MLP(self._inputs(self.auxiliary_heads or self.heads), AUXILIARY_HIDDEN)
+            self.auxiliary = self._make_prediction(self.auxiliary_heads or self.heads, AUXILIARY_HIDDEN, None)
 
     def make_scoring(self) -> nn.Module:
         """Make the module that scores K behaviours (T, K, ...) for their targets (T, ...): (T, K), or (T, H, K)."""
@@ -109,6 +119,14 @@ class CtrModel(nn.Module):
 
     def make_modules(self) -> None:
         """Make the other modules that this model needs, before the prediction is made."""
+
+    def _make_prediction(self, heads: int, hidden: Sequence[int], mixture: Mixture | None) -> MLP | TaskHeads:
+        """The layers from what a prediction sees to the tasks' logits."""
+        inputs, tasks = self._inputs(heads), self.settings.tasks
+        # One task has the names of values that it had before there were several, so its checkpoints stay readable.
+        if len(tasks) < 2 and mixture is None:
+            return MLP(inputs, hidden)
+        return TaskHeads(inputs, hidden, tasks or (Task(name="label"),), mixture)
 
     def start_search(self, batch: Batch, channel: SearchChannel | None = None) -> SearchHandle | None:
         """Check a batch, and send its ids to the shards that will search for it; every rank must call it.
@@ -286,15 +304,15 @@ class CtrModel(nn.Module):
             input_TI = self._pool_on_shards(batch, small, selected, weights, row_hook)
         else:
             input_TI = self._pool_locally(representation_rows, selected, weights, row_hook)
-        logit_T = self.prediction(input_TI)
+        logits = _tuple(self.prediction(input_TI))
         if not predicts_twice:
-            return Prediction(logit_T)
+            return Prediction(logits)
 
         # The second prediction: the same tables, but the whole history and an MLP of its own.
         assert self.auxiliary is not None
         weights = self._attend(attention_rows, everything, self.auxiliary_attention, row_hook)
         input_TI = self._pool_locally(representation_rows, everything, weights, row_hook)
-        return Prediction(logit_T, self.auxiliary(input_TI))
+        return Prediction(logits, _tuple(self.auxiliary(input_TI)))
 
     def _inputs(self, heads: int) -> int:
         # Counted as `_prediction_input` concatenates: the target's inherent rows once, then for each sequence its cross
@@ -412,3 +430,8 @@ class CtrModel(nn.Module):
             inputs += history.target.cross.values()
             inputs += history_inputs(history, self.target_aware)
         return torch.cat(inputs, dim=1)
+
+
+def _tuple(logits: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The logits of each task, of layers that have one task or several."""
+    return logits if isinstance(logits, tuple) else (logits,)

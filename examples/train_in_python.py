@@ -75,9 +75,10 @@ def train(data: Path, device: torch.device) -> None:
                 loss = click_loss(model(batch), batch.label_T)
                 loss.backward()
                 optimizer.step()
-            metrics = evaluate(model, validation, device).compute()  # over all ranks, the same on each
+            (metrics,) = evaluate(model, validation, device).values()  # of one task
+            found = metrics.compute()  # over all ranks, the same on each
             if rank == 0:
-                print(f"epoch {epoch + 1}: AUC {metrics.auc:.4f}, log loss {metrics.log_loss:.4f}")
+                print(f"epoch {epoch + 1}: AUC {found.auc:.4f}, log loss {found.log_loss:.4f}")
 
 
 def main() -> None:

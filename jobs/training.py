@@ -55,6 +55,9 @@ def train(
         if first_rank() and test is not None:
             metrics = ", ".join(f"{shown} {_defined(test[name], 4)}" for name, shown in METRICS.items())
             print(f"{printable(run)}: test of {_tested(test)}: {metrics}")
+            for task, of_task in test.get("tasks", {}).items():
+                metrics = ", ".join(f"{shown} {_defined(of_task[name], 4)}" for name, shown in METRICS.items())
+                print(f"  {task}: {metrics}")
         return 0
 
     on_all_ranks(work)
@@ -90,12 +93,15 @@ def evaluate(
     from pipeline.progress import first_rank
 
     def work(device: torch.device) -> None:
-        evaluation = evaluate_run(run, split, checkpoint, data, device, plan)
+        evaluations = evaluate_run(run, split, checkpoint, data, device, plan)
         if first_rank():
-            for name, value in vars(evaluation).items():
-                print(f"{name:20} {f'{value:,}' if isinstance(value, int) else _defined(value, 5)}")
+            for task, evaluation in evaluations.items():
+                if len(evaluations) > 1:
+                    print(f"{task}:")
+                for name, value in vars(evaluation).items():
+                    print(f"{name:20} {f'{value:,}' if isinstance(value, int) else _defined(value, 5)}")
             if json:
-                print(dumps(as_document(evaluation)))
+                print(dumps(as_document(evaluations)))
 
     on_all_ranks(work)
 

@@ -1,9 +1,9 @@
 """Settings of a training run, and which of them may change when it goes on."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
 from schemas.model import ModelSettings
 from schemas.settings import Seed, Settings, Steps
@@ -97,6 +97,14 @@ class TrainSettings(Settings):
     profile: ProfileSettings = ProfileSettings()
     log_every: Steps = 20
     """Steps between two points of the curves in TensorBoard, where gradients are measured too."""
+
+    @model_validator(mode="after")
+    def _validation_is_of_a_task(self) -> Self:
+        names = [task.name for task in self.model.tasks]
+        if self.validation.task is not None and self.validation.task not in names:
+            there = ", ".join(names) or "none: name them, or leave validation.task out"
+            raise ValueError(f"validation.task: {self.validation.task} is none of model.tasks; there are {there}")
+        return self
 
 
 MAY_CHANGE = (

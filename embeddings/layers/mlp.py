@@ -1,6 +1,7 @@
-"""The prediction: an MLP, and its batch normalisation over the targets of all ranks.
+"""The prediction: an MLP, or one for each of several tasks, and batch normalisation over the targets of all ranks.
 
-T = targets of this rank, I = width of the input, h = width of a hidden layer, B = rows of a batch, F = their features.
+T = targets of this rank, I = width of the input, h = width of a hidden layer, x = width of what a head sees, X =
+experts, B = rows of a batch, F = their features.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 from embeddings.distributed.collectives import sum_over_ranks
+from schemas.model import Mixture, Task
 from schemas.train import Compute
 
 SLOPE = 0.1
@@ -49,11 +51,90 @@ class MLP(nn.Module):
         return logit_T1.squeeze(1)
 
 
+class Experts(nn.Module):
+    """Experts over one input, and for each task a gate that mixes them (MMoE, Ma et al., KDD 2018).
+
+    The input is normalised once, for experts and gates alike. Task k sees ``sum_i g_k(x)_i f_i(x)``, where ``g_k`` is
+    the softmax of a linear map and ``f_i`` an expert: Linear and PReLU for each layer.
+
+    Args:
+        inputs: I.
+        settings: how many experts, and their layers.
+        tasks: how many gates.
+    """
+
+    def __init__(self, inputs: int, settings: Mixture, tasks: int) -> None:
+        super().__init__()
+        self.norm = GlobalBatchNorm(inputs)
+        self.experts = nn.ModuleList()
+        for _ in range(settings.experts):
+            layers: list[nn.Module] = []
+            for before, after in pairwise([inputs, *settings.hidden]):
+                layers += [nn.Linear(before, after), nn.PReLU(init=SLOPE)]
+            self.experts.append(nn.Sequential(*layers))
+        self.gates = nn.ModuleList(nn.Linear(inputs, settings.experts, bias=False) for _ in range(tasks))
+        self.hidden_dtype = torch.float32
+        """What the experts compute in; gates are float32 in any case."""
+
+    @record_function("dare/dense")
+    def forward(self, input_TI: Tensor) -> list[Tensor]:
+        """What each task sees, float32 (T, h). In training, every rank must call it, even with no targets."""
+        normal_TI = self.norm(input_TI)
+        reduced = self.hidden_dtype != torch.float32
+        with torch.autocast(input_TI.device.type, self.hidden_dtype, enabled=reduced):
+            outputs = [expert(normal_TI) for expert in self.experts]
+        expert_TXh = torch.stack(outputs, dim=1).to(input_TI.dtype)
+        return [torch.bmm(gate(normal_TI).softmax(1).unsqueeze(1), expert_TXh).squeeze(1) for gate in self.gates]
+
+
+class TaskHeads(nn.Module):
+    """A head for each task, which is the `MLP` that a single task has.
+
+    Args:
+        inputs: I.
+        hidden: widths of each head's hidden layers.
+        tasks: what is predicted.
+        mixture: experts between the input and the heads; None: the heads see the input itself ("shared bottom").
+    """
+
+    def __init__(self, inputs: int, hidden: Sequence[int], tasks: Sequence[Task], mixture: Mixture | None) -> None:
+        super().__init__()
+        self.mixture = Experts(inputs, mixture, len(tasks)) if mixture is not None else None
+        seen = mixture.hidden[-1] if mixture is not None else inputs
+        self.heads = nn.ModuleList(MLP(seen, hidden) for _ in tasks)
+        names = [task.name for task in tasks]
+        self._after = [None if task.after is None else names.index(task.after) for task in tasks]
+        self.inputs = seen * len(tasks) + (inputs if mixture is not None else 0)
+        """Floats that the layers see of each target, all of them together."""
+
+    def forward(self, input_TI: Tensor) -> tuple[Tensor, ...]:
+        """Predict the logits of each task, float32 (T,). In training, every rank must call it, even with no targets.
+
+        A task that comes after another one has the logit of both: ``P(click, buy) = P(click) P(buy | click)``, of which
+        its head gives the second factor ("entire space", ESMM, arXiv 1804.07931).
+        """
+        seen = [input_TI] * len(self.heads) if self.mixture is None else self.mixture(input_TI)
+        logits = list[Tensor]()
+        for head, seen_Tx, after in zip(self.heads, seen, self._after, strict=True):
+            logit_T = head(seen_Tx)
+            # A task is named before those that come after it, so its own logit is that of all before it already.
+            logits.append(logit_T if after is None else logit_of_product(logits[after], logit_T))
+        return tuple(logits)
+
+
+def logit_of_product(one_T: Tensor, other_T: Tensor) -> Tensor:
+    """The logit of ``sigmoid(one) * sigmoid(other)``, whose log loss is exact where probabilities round to 0 or 1.
+
+    With ``p = 1 / ((1 + exp(-a)) (1 + exp(-b)))`` the odds are ``p / (1 - p) = 1 / (exp(-a) + exp(-b) + exp(-a - b))``.
+    """
+    return -torch.logsumexp(torch.stack([-one_T, -other_T, -one_T - other_T]), dim=0)
+
+
 def compute_in(model: nn.Module, compute: Compute) -> None:
     """Let a GPU multiply the matrices of ``model`` as `TrainSettings.compute` says; tf32 is for the whole process."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if compute == "tf32" else "ieee"
     for module in model.modules():
-        if isinstance(module, MLP):
+        if isinstance(module, MLP | Experts):
             module.hidden_dtype = torch.bfloat16 if compute == "bf16" else torch.float32
 
 
@@ -132,7 +213,8 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, values_BF: Tensor, weight_F: Tensor, bias_F: Tensor, statistics: _Statistics) -> Tensor:
-        normal_BF = values_BF.double().sub_(statistics.mean_F).mul_(statistics.inverse_F)
+        # The difference is float64, as the mean is, and a tensor of its own: several heads may see the same values.
+        normal_BF = (values_BF - statistics.mean_F).mul_(statistics.inverse_F)
         context.save_for_backward(normal_BF, weight_F)
         context.statistics = statistics
         return torch.addcmul(bias_F.double(), normal_BF, weight_F.double()).to(values_BF.dtype)

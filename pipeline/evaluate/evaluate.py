@@ -4,20 +4,38 @@ T = targets of a batch.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.model_parallel import get_unwrapped_module
 
 from embeddings.batch import Batch
+from embeddings.loss import labels_of
+from embeddings.model import CtrModel
+from pipeline.evaluate.distribution import ScoreDistribution
 from pipeline.evaluate.metrics import Evaluation, Metrics
 from pipeline.stream.history_stream import HistoryStream
+from schemas.model import Task
+from schemas.shards import UNLABELED
+
+MAIN = "label"
+"""What the main label's task is called where the settings name none."""
 
 
-def predictions(model: nn.Module, stream: HistoryStream, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield an epoch's batches, on the CPU, each with its logits, (T,) float32 on ``device``.
+def tasks_of(model: nn.Module) -> tuple[Task, ...]:
+    """The tasks of a model that may be sharded; empty: the data's main label is the only one."""
+    inner = get_unwrapped_module(model)
+    assert isinstance(inner, CtrModel)
+    return inner.settings.tasks
+
+
+def predictions(
+    model: nn.Module, stream: HistoryStream, device: torch.device
+) -> Iterator[tuple[Batch, tuple[Tensor, ...]]]:
+    """Yield an epoch's batches, on the CPU, each with the logits of each task, (T,) float32 on ``device``.
 
     All ranks must call it and take all batches. The model's parameters and its mode are the same afterwards.
     """
@@ -26,24 +44,48 @@ def predictions(model: nn.Module, stream: HistoryStream, device: torch.device) -
     try:
         for batch in stream:
             with torch.no_grad():
-                logit_T = model(batch.to(device, non_blocking=True)).logit_T
+                logits = model(batch.to(device, non_blocking=True)).logits
             # The batch as it came, on the CPU: users, labels and items need no way back from the device.
-            yield batch, logit_T
+            yield batch, logits
     finally:
         model.train(training)
 
 
-def evaluate(model: nn.Module, stream: HistoryStream, device: torch.device) -> Metrics:
-    """Predict a split from its start; all ranks must call it, and then `Metrics.compute` of what it returns."""
-    metrics = Metrics()
+def evaluate(model: nn.Module, stream: HistoryStream, device: torch.device) -> dict[str, Metrics]:
+    """Predict a split from its start; all ranks must call it, and then `Metrics.compute` of what it returns.
+
+    Returns:
+        By task, the main one first, as the settings name them; ``label`` where they name none. Targets without a label
+        are left out of its metrics; weights of targets are for the loss and change none of them.
+    """
+    tasks = tasks_of(model)
+    metrics = {task.name: Metrics() for task in tasks} or {MAIN: Metrics()}
     # An earlier evaluation has left the stream at a later epoch; the order is the same in each, and ``origin`` shall be
     # too.
     stream.set_epoch(0)
-    for batch, logit_T in predictions(model, stream, device):
-        metrics.add(batch.user_id_U[batch.user_T], batch.label_T, logit_T)
+    for batch, logits in predictions(model, stream, device):
+        user_id_T = batch.user_id_U[batch.user_T]
+        for of_task, label_T, logit_T in zip(metrics.values(), labels_of(batch, tasks), logits, strict=True):
+            labeled_T = label_T != UNLABELED
+            of_task.add(user_id_T[labeled_T], label_T[labeled_T], logit_T[labeled_T.to(logit_T.device)])
     return metrics
 
 
-def as_document(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the metrics by name as JSON knows them: None in the place of nan, where a metric is not defined."""
-    return {name: None if math.isnan(value) else value for name, value in asdict(evaluation).items()}
+class Validated(NamedTuple):
+    """What a validation says of a task."""
+
+    evaluation: Evaluation
+    scores: ScoreDistribution
+
+
+def as_document(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Return the main task's metrics by name as JSON knows them, and below ``tasks`` those of each, if several.
+
+    None in the place of nan, where a metric is not defined.
+    """
+    documents = {
+        task: {name: None if math.isnan(value) else value for name, value in asdict(evaluation).items()}
+        for task, evaluation in evaluations.items()
+    }
+    main = next(iter(documents.values()))
+    return {**main, "tasks": documents} if len(documents) > 1 else main

@@ -12,7 +12,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from embeddings.machine import check_stream
 from embeddings.sharding import sharded_model
-from pipeline.evaluate.evaluate import evaluate
+from pipeline.evaluate.evaluate import evaluate, tasks_of
 from pipeline.evaluate.metrics import Evaluation
 from pipeline.runs.checkpoint import Checkpoint, best_of, checkpoints_in, damage_of, from_first_rank, is_there
 from pipeline.runs.checkpoint_files import load
@@ -188,12 +188,19 @@ def _plan_of(run: RunFolder, device: torch.device) -> ShardingPlan | None:
 
 def evaluate_run(
     folder: Path, split: str, which: str, data: Path | None, device: torch.device, plan: Path | None = None
-) -> Evaluation:
-    """Compute the metrics of a run's checkpoint on a split; arguments and errors are those of `opened_run`."""
+) -> dict[str, Evaluation]:
+    """Compute each task's metrics of a run's checkpoint on a split; arguments and errors are those of `opened_run`."""
     with opened_run(folder, split, which, data, device, plan) as (model, stream):
         if not stream.data_set.manifest.labeled:
             raise UserError(
                 f"{stream.data_set.folder}: its impressions have no labels, so there is nothing to compare predictions "
                 "with; `dare score` writes them"
             )
-        return evaluate(model, stream, device).compute()
+        labels = stream.data_set.manifest.labels
+        missing = [task.name for task in tasks_of(model) if task.name not in labels]
+        if missing:
+            said = f"{stream.data_set.folder}: no label {', '.join(missing)}, which the model predicts; its labels"
+            if len(missing) == len(tasks_of(model)):
+                raise UserError(f"{said} are {', '.join(labels)}: prepare it with impressions.labels by those names")
+            _LOGGER.warning("%s are %s: metrics of what is missing are not defined", said, ", ".join(labels))
+        return {task: metrics.compute() for task, metrics in evaluate(model, stream, device).items()}

@@ -3,7 +3,7 @@
 I = items, T = targets of a batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embeddings.batch import Batch
-from pipeline.evaluate.evaluate import predictions
+from embeddings.loss import labels_of
+from pipeline.evaluate.evaluate import predictions, tasks_of
 from pipeline.evaluate.open_run import opened_run
 from pipeline.files import output_folder
 from pipeline.stream.translation import read_dictionary
 from schemas.shards import RECORDS_OF_A_FILE, UNLABELED
 
 COMPRESSION = "zstd"
+PREDICTED = {"score": pa.float64(), "logit": pa.float32()}
+"""Columns that a task has: its probability and the logarithm of its odds."""
 PARTS = "part-*.parquet"
 """Names of the files with predictions."""
 
@@ -45,7 +48,8 @@ def score_run(
     Columns: ``user_id``, ``item_id`` (raw ids; null for the unknown item), ``timestamp`` (seconds), where targets are
     impressions ``file`` and ``line`` (name of the file, and number of the record in it, from 1), ``label`` (null where
     there is none), ``score`` (probability, float64) and ``logit`` (float32: in the order of logits no two differ that
-    the model told apart, which probabilities near 1 do).
+    the model told apart, which probabilities near 1 do). Those are of the main task; ``label_NAME``, ``score_NAME`` and
+    ``logit_NAME`` are of each further one.
 
     Args:
         run: folder of the run.
@@ -70,13 +74,16 @@ def score_run(
         opened_run(run, split, which, data, device, plan, lines=True) as (model, stream),
         _folder_of_all(out, overwrite) as folder,
     ):
-        manifest = stream.data_set.manifest
+        manifest, tasks = stream.data_set.manifest, tasks_of(model)
+        # The main task's columns have no name beside theirs: they are the same however many tasks there are.
+        endings = ["", *(f"_{task.name}" for task in tasks[1:])]
         scored = None
         if impressions and rank == 0:
             # Loaded by the runs that use it alone, and before hours are spent on predictions.
             from pipeline.evaluate.scored_impressions import ScoredImpressions
 
-            scored = ScoredImpressions(impressions, stream.data_set.folder, manifest)
+            added = {name + ending: kind for ending in endings for name, kind in PREDICTED.items()}
+            scored = ScoredImpressions(impressions, stream.data_set.folder, manifest, pa.schema(added))
         # The dictionary once for each rank; batches hold dense ids.
         raw_I = _raw_items(stream.data_set.manifest.verified(stream.data_set.folder, "items.parquet"))
         schema = pa.schema(
@@ -85,17 +92,17 @@ def score_run(
                 ("item_id", raw_I.type),
                 ("timestamp", pa.int64()),
                 *([("file", pa.string()), ("line", pa.int64())] if manifest.impression_files else []),
-                ("label", pa.int8()),
-                ("score", pa.float64()),
-                ("logit", pa.float32()),
+                *((f"label{ending}", pa.int8()) for ending in endings),
+                *((name + ending, kind) for ending in endings for name, kind in PREDICTED.items()),
             ]
         )
         names = pa.array(manifest.impression_files, pa.string())
         with pq.ParquetWriter(
             folder / f"part-{rank:05}.parquet", schema, compression=COMPRESSION, write_page_checksum=True
         ) as writer:
-            for batch, logit_T in predictions(model, stream, device):
-                writer.write_table(_table(batch, logit_T, raw_I, names, schema))
+            for batch, logits in predictions(model, stream, device):
+                of_tasks = dict(zip(endings, zip(labels_of(batch, tasks), logits, strict=True), strict=True))
+                writer.write_table(_table(batch, of_tasks, raw_I, names, schema))
         # Every rank must have closed its part before the first one reads them, and gives the folder its name.
         dist.barrier()
         if scored is not None:
@@ -103,18 +110,28 @@ def score_run(
         return stream.targets
 
 
-def _table(batch: Batch, logit_T: Tensor, raw_I: pa.Array, files: pa.Array, schema: pa.Schema) -> pa.Table:
+def _table(
+    batch: Batch,
+    of_tasks: Mapping[str, tuple[Tensor, Tensor]],
+    raw_I: pa.Array,
+    files: pa.Array,
+    schema: pa.Schema,
+) -> pa.Table:
+    """The lines of a batch; ``of_tasks``: labels and logits by the ending of their columns' names."""
     item_T = batch.item_T if batch.own_item_T is None else batch.own_item_T
-    label_T = pa.array(batch.label_T.to(torch.int8).numpy())
     columns: dict[str, Any] = {
         "user_id": batch.user_id_U[batch.user_T].numpy(),
         "item_id": raw_I.take(pa.array(item_T.numpy())),
         "timestamp": batch.timestamp_T.numpy(),
-        "label": pc.if_else(pc.equal(label_T, UNLABELED), pa.scalar(None, pa.int8()), label_T),
-        # In float64: float32 knows 2^24 probabilities next to 1, and far more logits.
-        "score": logit_T.double().sigmoid().cpu().numpy(),
-        "logit": logit_T.cpu().numpy(),
     }
+    for ending, (label_T, logit_T) in of_tasks.items():
+        known = pa.array(label_T.to(torch.int8).numpy())
+        columns |= {
+            f"label{ending}": pc.if_else(pc.equal(known, UNLABELED), pa.scalar(None, pa.int8()), known),
+            # In float64: float32 knows 2^24 probabilities next to 1, and far more logits.
+            f"score{ending}": logit_T.double().sigmoid().cpu().numpy(),
+            f"logit{ending}": logit_T.cpu().numpy(),
+        }
     if batch.line_T is not None:
         file_T, record_T = np.divmod(batch.line_T.numpy(), RECORDS_OF_A_FILE)
         columns |= {"file": files.take(pa.array(file_T)), "line": record_T}

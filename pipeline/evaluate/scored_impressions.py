@@ -19,9 +19,6 @@ from schemas.manifest import Manifest, fingerprint
 from schemas.prepare import Impressions
 from schemas.storage import arrow_file
 
-ADDED = pa.schema([("score", pa.float64()), ("logit", pa.float32())])
-"""Columns that are added; null on lines that the data set left out."""
-
 _LOGGER = logging.getLogger("dare.evaluate")
 
 
@@ -32,12 +29,14 @@ class ScoredImpressions:
         names: files, folders or patterns, as they were given to ``dare prepare``.
         data: folder of the data set.
         manifest: the data set's.
+        added: columns that are added; null on lines that the data set left out.
 
     Raises:
-        UserError: they are others, or a column of theirs has a name of `ADDED`.
+        UserError: they are others, or a column of theirs has a name of ``added``.
     """
 
-    def __init__(self, names: tuple[str, ...], data: Path, manifest: Manifest) -> None:
+    def __init__(self, names: tuple[str, ...], data: Path, manifest: Manifest, added: pa.Schema) -> None:
+        self._added = added
         settings = manifest.settings.get("impressions")
         if not manifest.impression_files or not isinstance(settings, dict):
             raise UserError(f"{data} was not prepared from impressions; leave --impressions out")
@@ -56,7 +55,7 @@ class ScoredImpressions:
                 raise UserError(f"impressions: {path} has changed since {data} was prepared; prepare it again")
         for path in self._files.paths:
             columns = self._files.text_columns or pq.read_schema(arrow_file(path)).names
-            clash = [name for name in columns if name in ADDED.names or list(columns).count(name) > 1]
+            clash = [name for name in columns if name in added.names or list(columns).count(name) > 1]
             if clash:
                 raise UserError(
                     f"impressions: {path}: a column called {clash[0]} cannot stand beside the predictions, or twice; "
@@ -72,7 +71,9 @@ class ScoredImpressions:
         Raises:
             UserError: a line is of another user or item than its prediction.
         """
-        parts = pq.read_table(folder, columns=["file", "line", "user_id", "item_id", *ADDED.names]).combine_chunks()
+        parts = pq.read_table(
+            folder, columns=["file", "line", "user_id", "item_id", *self._added.names]
+        ).combine_chunks()
         without = 0
         for index, name in enumerate(self._files.names):
             of_file = parts.filter(pc.equal(parts["file"], name)).sort_by("line")
@@ -91,7 +92,7 @@ class ScoredImpressions:
                 for source, name_of_id in ((self._log.user_id, "user_id"), (self._log.item_id, "item_id")):
                     self._check_alike(index, batch.column(source), of_file[name_of_id].take(rows).combine_chunks())
                 table = pa.Table.from_batches([batch])
-                for field in ADDED:
+                for field in self._added:
                     table = table.append_column(field, of_file[field.name].take(rows))
                 writer = writer or pq.ParquetWriter(target, table.schema, compression="zstd")
                 writer.write_table(table)

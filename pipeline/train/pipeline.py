@@ -15,7 +15,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase
 
 from embeddings.batch import Batch
 from embeddings.features import RowHook
-from embeddings.loss import click_loss
+from embeddings.loss import labels_of, task_losses, weighted_sum
 from embeddings.model import CtrModel
 from embeddings.search.sharded import SearchChannel, SearchHandle
 from pipeline.train.optimizer import DenseOptimizer
@@ -27,6 +27,8 @@ class StepOutput(NamedTuple):
 
     loss: Tensor
     """Scalar, detached; the mean over ranks is the loss of the global batch."""
+    task_losses: Tensor
+    """That of each task by itself, before its weight, (tasks,)."""
     targets: int
     """Number of targets in the rank's batch."""
     origin: str
@@ -34,18 +36,26 @@ class StepOutput(NamedTuple):
 
 
 class ClickTask(nn.Module):
-    """The model with its loss, as TorchRec's pipelines want it; the tables' optimizers run in its backward pass."""
+    """The model with the loss of its tasks, as TorchRec's pipelines want it.
+
+    The tables' optimizers run in its backward pass.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        inner = get_unwrapped_module(model)
+        assert isinstance(inner, CtrModel)
+        self._tasks = inner.settings.tasks
 
     def forward(
         self, batch: Batch, handle: SearchHandle | None = None, row_hook: RowHook | None = None
     ) -> tuple[Tensor, StepOutput]:
         """The loss with its gradient, and what there is to report; arguments as of `CtrModel.forward`."""
-        loss = click_loss(self.model(batch, handle, row_hook), batch.label_T)
-        return loss, StepOutput(loss.detach(), len(batch), batch.origin)
+        labels = labels_of(batch, self._tasks)
+        losses = task_losses(self.model(batch, handle, row_hook), labels, batch.weight_T)
+        loss = weighted_sum(losses, self._tasks)
+        return loss, StepOutput(loss.detach(), torch.stack(losses).detach(), len(batch), batch.origin)
 
 
 class Agreement(NamedTuple):
@@ -53,6 +63,8 @@ class Agreement(NamedTuple):
 
     loss: float
     """Loss of the global batch."""
+    task_losses: tuple[float, ...]
+    """Loss of each task by itself, before its weight."""
     targets: int
     """Number of targets in the global batch."""
     stop: bool
@@ -68,10 +80,11 @@ class StartedAgreement:
         # A loss that is nan would make the sum nan, and no rank could tell whose it was: it counts as 0, and the fault
         # is counted beside it. float64 holds counts exactly up to 2^53. One small vector, because the cost of the
         # exchange is its latency; made on the device, for an upload would wait for it.
-        numbers = output.loss.new_zeros(4, dtype=torch.float64)
+        numbers = output.loss.new_zeros(4 + len(output.task_losses), dtype=torch.float64)
         numbers[0], numbers[3] = torch.where(self._sound, output.loss, 0), ~self._sound
         numbers[1].fill_(output.targets)
         numbers[2].fill_(stop)
+        numbers[4:] = torch.where(self._sound, output.task_losses, 0)
         self._work = dist.all_reduce(numbers, async_op=True)
         self._numbers = numbers
         self._copied: torch.cuda.Event | None = None
@@ -94,11 +107,12 @@ class StartedAgreement:
             self._copied.synchronize()
         else:
             self._work.wait()
-        loss, targets, stops, faults = self._numbers.tolist()
+        loss, targets, stops, faults, *of_tasks = self._numbers.tolist()
         # The sum is the same on all ranks, so all of them go into the gather in there, and none goes on alone.
         if faults:
             _raise_not_finite(self.step, self._output, bool(self._sound))
-        return Agreement(loss / dist.get_world_size(), int(targets), stops > 0)
+        ranks = dist.get_world_size()
+        return Agreement(loss / ranks, tuple(of_task / ranks for of_task in of_tasks), int(targets), stops > 0)
 
 
 def agree(step: int, output: StepOutput, gradient_norm: Tensor, stop: bool) -> StartedAgreement:

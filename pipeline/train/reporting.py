@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +17,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pipeline.evaluate.distribution import ScoreDistribution
-from pipeline.evaluate.evaluate import as_document
-from pipeline.evaluate.metrics import Evaluation
+from pipeline.evaluate.evaluate import Validated, as_document
 from pipeline.files import write_whole
 from pipeline.progress import Progress, time_left
 from pipeline.runs.run_folder import RunFolder, StepLog
@@ -109,9 +108,10 @@ class TensorBoard:
         step: step of the checkpoint that the run goes on from, or 0. What was written after it is taken back
             (``purge_step``).
         documents: texts by name.
+        tasks: names of the tasks, if there are several.
     """
 
-    def __init__(self, folder: Path, step: int, documents: dict[str, str]) -> None:
+    def __init__(self, folder: Path, step: int, documents: dict[str, str], tasks: Sequence[str] = ()) -> None:
         # TensorBoard hides the points of ``purge_step`` and after. What a killed run has written beyond its checkpoint
         # is still in the event files of that start, which nobody changes.
         self._ahead_s = ahead_of_clock(folder)
@@ -120,7 +120,7 @@ class TensorBoard:
         if not step:
             for name, content in documents.items():
                 self._writer.add_text(name, "".join(f"    {line}\n" for line in content.splitlines()), 0, self._time())
-        self._process = psutil.Process()
+        self._process, self._tasks = psutil.Process(), tasks
         self._began, self._samples, self._waited_s = time.monotonic(), 0, 0.0
 
     def count(self, targets: int) -> None:
@@ -142,6 +142,8 @@ class TensorBoard:
         now = time.monotonic()
         seconds = max(now - self._began, 1e-9)
         self._scalar("loss/train", agreed.loss, step)
+        for task, loss in zip(self._tasks, agreed.task_losses, strict=True) if self._tasks else ():
+            self._scalar(f"loss/{task}", loss, step)
         self._scalar("speed/samples_per_s", self._samples / seconds, step)
         self._scalar("speed/waiting_for_data", (waited_s - self._waited_s) / seconds, step)
         self._scalar("memory/resident_gib", self._process.memory_info().rss / 2**30, step)
@@ -154,19 +156,21 @@ class TensorBoard:
         # Each point tells the speed since the one before it.
         self._began, self._samples, self._waited_s = now, 0, waited_s
 
-    def validation(self, step: int, evaluation: Evaluation, scores: ScoreDistribution, seconds: float) -> None:
-        """Add a validation, which took ``seconds``."""
-        for name, value in asdict(evaluation).items():
-            # Counts of samples and users are the same each time; the metrics are the floats. One that is not defined
-            # has no point: TensorBoard would draw nan as a point somewhere.
-            if isinstance(value, float) and not math.isnan(value):
-                self._scalar(f"validation/{name}", value, step)
-        self._scalar("speed/validation_s", seconds, step)
+    def validation(self, step: int, results: Mapping[str, Validated], seconds: float) -> None:
+        """Add a validation, which took ``seconds``: the curves of the main task, and below its name those of others."""
         at: dict[str, Any] = {"global_step": step, "walltime": self._time()}
-        if evaluation.positives:
-            self._writer.add_pr_curve_raw("validation/precision_recall", **at, **scores.pr_curve)
-        for label, histogram in scores.histograms.items():
-            self._writer.add_histogram_raw(f"validation_logits/{label}", **at, **histogram)
+        for number, (task, (evaluation, scores)) in enumerate(results.items()):
+            below = f"{task}/" if number else ""
+            for name, value in asdict(evaluation).items():
+                # Counts of samples and users are the same each time; the metrics are the floats. One that is not
+                # defined has no point: TensorBoard would draw nan as a point somewhere.
+                if isinstance(value, float) and not math.isnan(value):
+                    self._scalar(f"validation/{below}{name}", value, step)
+            if evaluation.positives:
+                self._writer.add_pr_curve_raw(f"validation/{below}precision_recall", **at, **scores.pr_curve)
+            for label, histogram in scores.histograms.items():
+                self._writer.add_histogram_raw(f"validation_logits/{below}{label}", **at, **histogram)
+        self._scalar("speed/validation_s", seconds, step)
         self._began += seconds  # the speed is that of training
 
     def __enter__(self) -> Self:
@@ -194,9 +198,12 @@ class RunReport:
         step: step of the checkpoint that the run goes on from, or 0.
         steps: steps in all.
         documents: texts for TensorBoard, by name.
+        tasks: names of the tasks, if there are several.
     """
 
-    def __init__(self, run: RunFolder, step: int, steps: int, documents: dict[str, str]) -> None:
+    def __init__(
+        self, run: RunFolder, step: int, steps: int, documents: dict[str, str], tasks: Sequence[str] = ()
+    ) -> None:
         self._open = ExitStack()
         self._speaks = dist.get_rank() == 0
         self._run, self._step, self._steps, self._written = run, step, steps, time.monotonic()
@@ -207,7 +214,7 @@ class RunReport:
             self._losses, self._validations = StepLog(run.losses, step), StepLog(run.validations, step)
             self._open.callback(self._losses.close)
             self._open.callback(self._validations.close)
-            self._board = self._open.enter_context(TensorBoard(run.tensorboard, step, documents))
+            self._board = self._open.enter_context(TensorBoard(run.tensorboard, step, documents, tasks))
             self._write_progress()
             self._open.callback(self._write_progress)
 
@@ -229,15 +236,14 @@ class RunReport:
             self._losses.flush()
             self._board.step(step, agreed, learning_rates, norms, waited_s)
 
-    def validation(
-        self, step: int, evaluation: Evaluation, scores: ScoreDistribution, seconds: float, better: bool
-    ) -> None:
-        """Note a validation, which took ``seconds``; ``better``: it is the best one so far."""
-        self._progress.validated(evaluation.auc, better, seconds)
+    def validation(self, step: int, results: Mapping[str, Validated], seconds: float, better: bool) -> None:
+        """Note a validation of each task, which took ``seconds``; ``better``: it is the best one so far."""
+        evaluations = {task: result.evaluation for task, result in results.items()}
+        self._progress.validated(next(iter(evaluations.values())).auc, better, seconds)
         if self._speaks:
-            self._validations.add(step, **as_document(evaluation))
+            self._validations.add(step, **as_document(evaluations))
             self._validations.flush()
-            self._board.validation(step, evaluation, scores, seconds)
+            self._board.validation(step, results, seconds)
 
     def flush(self) -> None:
         """Write to the files what was noted up to now; to be called before a checkpoint of it is saved."""

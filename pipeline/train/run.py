@@ -121,7 +121,8 @@ def train(
                 from pipeline.train.profile import StepProfile
 
                 profile = StepProfile(settings.profile.steps, run.profile, device)
-            with RunReport(run, trainer.step, trainer.steps, documents) as report, profile or nullcontext():
+            tasks = [task.name for task in settings.model.tasks] if len(settings.model.tasks) > 1 else []
+            with RunReport(run, trainer.step, trainer.steps, documents, tasks) as report, profile or nullcontext():
                 trainer.train(checkpoints, report, stop, profile)
             # The other ranks know only that their parts are written. Rank 0 names the checkpoint after that, and
             # `_test` would otherwise miss the last one.
@@ -247,11 +248,11 @@ def _test(run: RunFolder, trainer: Trainer, stream: HistoryStream, device: torch
     # The parameters alone: nothing is trained any more, so optimizers and random states may stay as they are.
     checkpoint = choose_checkpoint(run, "best")
     load_model(trainer.model, checkpoint.path)
-    evaluation = evaluate(trainer.model, stream, device).compute()
+    evaluations = {task: metrics.compute() for task, metrics in evaluate(trainer.model, stream, device).items()}
     # Where no validation was defined, there is no best one.
     chosen = "last" if checkpoint.score is None else "best"
     result = {
-        **as_document(evaluation),
+        **as_document(evaluations),
         "steps": trainer.step,
         "checkpoint": chosen,
         "checkpoint_step": checkpoint.step,

@@ -16,7 +16,7 @@ from torchrec.distributed import DistributedModelParallel
 
 from embeddings.gradient_routing import GradientNorms
 from pipeline.errors import interrupts
-from pipeline.evaluate.evaluate import evaluate
+from pipeline.evaluate.evaluate import Validated, evaluate
 from pipeline.runs.checkpoint_files import keys_in, load
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.stream.history_stream import HistoryStream
@@ -257,13 +257,14 @@ class Trainer(Stateful):
         """Evaluate on the validation split, and return whether the result is the best so far."""
         began = time.monotonic()
         metrics = evaluate(self.model, self._validation, self.device)
-        evaluation, scores = metrics.compute(), metrics.distribution()
-        score = getattr(evaluation, self.settings.validation.metric)
+        results = {task: Validated(each.compute(), each.distribution()) for task, each in metrics.items()}
+        task = self.settings.validation.task or next(iter(results))
+        score = getattr(results[task].evaluation, self.settings.validation.metric)
         better: bool = score > self.best  # never where it is nan
         self.not_better = 0 if better else self.not_better + 1
         if better:
             self.best = score
-        report.validation(self.step, evaluation, scores, time.monotonic() - began, better)
+        report.validation(self.step, results, time.monotonic() - began, better)
         return better
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,15 +5,22 @@ batch and the names of the values.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from embeddings.batch import Batch, History
 
 INHERENT = ("item", "category")
 Vectors = dict[str, Tensor]
 """By feature."""
+
+
+def odds(log_p_T: Tensor) -> Tensor:
+    """The logarithm of ``p / (1 - p)``."""
+    return log_p_T - torch.log(-torch.expm1(log_p_T))
 
 
 class Definition:
@@ -26,6 +33,9 @@ class Definition:
     whole = False
     alone: str | None = None
     """The role whose use of the tables has gradients; None: both have."""
+
+    tasks: Sequence[tuple[str, float, str | None]] = ()
+    """Label, weight, and the task that must happen before; none: the main label alone."""
 
     training = True
     """Predictions are normalised by the batch's own statistics, else by those of the state."""
@@ -45,7 +55,9 @@ class Definition:
         for name, value in model.state_dict().items():
             leaf = value.detach().double().clone().requires_grad_(value.data_ptr() in learning)
             state[name] = leaves.setdefault(value.data_ptr(), leaf)
-        return DEFINITIONS[model.settings.name](state, model.settings.feature_names, model.settings.retrieved)
+        definition = DEFINITIONS[model.settings.name](state, model.settings.feature_names, model.settings.retrieved)
+        definition.tasks = [(task.name, task.weight, task.after) for task in model.settings.tasks]
+        return definition
 
     # Embeddings
 
@@ -164,8 +176,7 @@ class Definition:
     def nothing(self, v: Vectors, whole: bool) -> Tensor:
         return torch.zeros_like(self.joined(v))
 
-    def perceptron(self, name: str, x_TI: Tensor) -> Tensor:
-        first = f"{name}.layers.0"
+    def normalised(self, first: str, x_TI: Tensor) -> Tensor:
         running = {
             "mean": self.state[f"{first}.running_mean_F"],
             "variance": self.state[f"{first}.running_variance_F"],
@@ -177,8 +188,10 @@ class Definition:
             for kind, value in unbiased.items():
                 self.statistics[f"{first}.running_{kind}_F"] = (0.9 * running[kind] + 0.1 * value).detach()
         x = (x_TI - statistics["mean"]) / torch.sqrt(statistics["variance"] + 1e-5)
-        x = x * self.state[f"{first}.weight"] + self.state[f"{first}.bias"]
-        layer = 1
+        return x * self.state[f"{first}.weight"] + self.state[f"{first}.bias"]
+
+    def perceptron(self, name: str, x_TI: Tensor) -> Tensor:
+        x, layer = self.normalised(f"{name}.layers.0", x_TI), 1
         while f"{name}.layers.{layer + 1}.weight" in self.state:
             x = x @ self.state[f"{name}.layers.{layer}.weight"].T + self.state[f"{name}.layers.{layer}.bias"]
             slope = self.state[f"{name}.layers.{layer + 1}.weight"]
@@ -187,19 +200,62 @@ class Definition:
         last = self.state[f"{name}.layers.{layer}.weight"], self.state[f"{name}.layers.{layer}.bias"]
         return x @ last[0].squeeze(0) + last[1]
 
-    def logits(self, batch: Batch) -> list[Tensor]:
-        """The prediction's, and in training the auxiliary prediction's if there is one."""
+    def mixed(self, name: str, task: int, x_TI: Tensor) -> Tensor:
+        """What a task's gate lets through of the experts, target by target (Ma et al., KDD 2018, equations 5 and 6)."""
+        normal, mixed = self.normalised(f"{name}.norm", x_TI), []
+        for x in normal:
+            gate = (self.state[f"{name}.gates.{task}.weight"] @ x).exp()
+            total = torch.zeros((), dtype=torch.float64)
+            for expert, share in enumerate(gate / gate.sum()):
+                y, layer = x, 0
+                while f"{name}.experts.{expert}.{layer}.weight" in self.state:
+                    y = self.linear(f"{name}.experts.{expert}.{layer}", y)
+                    y = torch.where(y > 0, y, self.state[f"{name}.experts.{expert}.{layer + 1}.weight"] * y)
+                    layer += 2
+                total = total + share * y
+            mixed.append(total)
+        return torch.stack(mixed)
+
+    def log_probabilities(self, name: str, x_TI: Tensor) -> list[Tensor]:
+        """The logarithm of each task's probability; that of a task after another one is the product of both (ESMM)."""
+        if f"{name}.layers.0.weight" in self.state:
+            return [-softplus(-self.perceptron(name, x_TI))]
+        found: dict[str, Tensor] = {}
+        for number, (task, _, after) in enumerate(self.tasks or [("label", 1.0, None)]):
+            seen = x_TI
+            if f"{name}.mixture.norm.weight" in self.state:
+                seen = self.mixed(f"{name}.mixture", number, x_TI)
+            found[task] = -softplus(-self.perceptron(f"{name}.heads.{number}", seen))
+            if after is not None:
+                found[task] = found[task] + found[after]
+        return list(found.values())
+
+    def predictions(self, batch: Batch) -> list[list[Tensor]]:
+        """The logarithms of the tasks' probabilities: the prediction's, and in training the auxiliary prediction's."""
         found = []
         for name, whole in (("prediction", False), ("auxiliary", True)):
-            if f"{name}.layers.0.weight" in self.state and (self.training or not whole):
+            if any(key.startswith(f"{name}.") for key in self.state) and (self.training or not whole):
                 x_TI = torch.stack([self.inputs(batch, t, whole) for t in range(len(batch))])
-                found.append(self.perceptron(name, x_TI))
+                found.append(self.log_probabilities(name, x_TI))
         return found
 
+    def logits(self, batch: Batch) -> list[Tensor]:
+        """The main task's: the prediction's, and in training the auxiliary prediction's if there is one."""
+        return [odds(of_tasks[0]) for of_tasks in self.predictions(batch)]
+
     def loss(self, batch: Batch) -> Tensor:
-        label = batch.label_T.double()
-        terms = [torch.nn.functional.binary_cross_entropy_with_logits(logit, label) for logit in self.logits(batch)]
-        return torch.stack(terms).sum()
+        total = torch.zeros((), dtype=torch.float64)
+        weight_T = torch.ones(len(batch)) if batch.weight_T is None else batch.weight_T
+        for of_tasks in self.predictions(batch):
+            tasks = self.tasks or [(next(iter(batch.labels_T)), 1.0, None)]
+            for (task, weight, _), log_p_T in zip(tasks, of_tasks, strict=True):
+                above, below = [], []
+                for label, share, log_p in zip(batch.labels_T[task], weight_T, log_p_T, strict=True):
+                    if label >= 0:
+                        above.append(-share.double() * (log_p if label else torch.log(-torch.expm1(log_p))))
+                        below.append(share.double())
+                total = total + weight * sum(above) / sum(below)
+        return total
 
     def learn(self, batch: Batch) -> None:
         """Leave all gradients in ``state``."""

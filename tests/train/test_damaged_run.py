@@ -77,7 +77,7 @@ def turned(file: Path, place: int, bit: int) -> Iterator[None]:
 
 def evaluated(run: Path) -> Any:
     with process_group(CPU):
-        return asdict(evaluate_run(run, "test", "best", None, CPU))
+        return asdict(evaluate_run(run, "test", "best", None, CPU)["label"])
 
 
 def listed(run: Path) -> Any:
@@ -248,11 +248,11 @@ def test_a_checkpoint_is_named_by_its_step(undisturbed: dict[int, Run]) -> None:
     run = undisturbed[1].folder
     checkpoints = checkpoints_in(run / "checkpoints")
     with process_group(CPU):
-        best = evaluate_run(run, "test", "best", None, CPU)
-        by_step = {each.step: evaluate_run(run, "test", str(each.step), None, CPU) for each in checkpoints}
+        best = evaluate_run(run, "test", "best", None, CPU)["label"]
+        by_step = {each.step: evaluate_run(run, "test", str(each.step), None, CPU)["label"] for each in checkpoints}
         step = json.loads((run / "test.json").read_text())["checkpoint_step"]
         assert by_step[step] == best
-        assert by_step[checkpoints[-1].step] == evaluate_run(run, "test", "last", None, CPU)
+        assert by_step[checkpoints[-1].step] == evaluate_run(run, "test", "last", None, CPU)["label"]
         assert len({each.log_loss for each in by_step.values()}) == len(by_step)
         steps = ", ".join(str(each.step) for each in checkpoints)
         with pytest.raises(UserError, match=f"no checkpoint '1200'; choose best, last, or one of the steps {steps}$"):
@@ -275,7 +275,7 @@ def test_a_live_run_prunes_while_others_read(data: Path, tmp_path: Path, monkeyp
         run.wait_for_step(5)
         with process_group(CPU):
             for _ in range(6):
-                assert evaluate_run(run.folder, "test", "last", None, CPU).samples > 0
+                assert evaluate_run(run.folder, "test", "last", None, CPU)["label"].samples > 0
                 assert run_state(run.folder).state == "running"
     finally:
         run.kill()
@@ -344,7 +344,7 @@ def test_a_checkpoint_of_an_earlier_version(
         (checkpoint.path / RECORD).write_text(json.dumps(record) + "\n")
     _notice.cache_clear()
     with process_group(CPU):
-        assert asdict(evaluate_run(run, "test", "best", None, CPU)) == evaluated_before(undisturbed[1])
+        assert asdict(evaluate_run(run, "test", "best", None, CPU)["label"]) == evaluated_before(undisturbed[1])
         (told,) = (text for text in map(logging.LogRecord.getMessage, caplog.records) if "without being" in text)
         assert str(run) in told
         best = best_of_run(run)

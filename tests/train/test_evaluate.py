@@ -53,7 +53,7 @@ def alone() -> Iterator[None]:
 
 def both(run: Path, split: str, which: str, out: Path) -> tuple[dict[str, Any], int]:
     samples = score_run(run, split, which, None, out, CPU, overwrite=False)
-    return asdict(evaluate_run(run, split, which, None, CPU)), samples
+    return asdict(evaluate_run(run, split, which, None, CPU)["label"]), samples
 
 
 def test_ranks_agree_with_each_other_and_with_scikit_learn(run: Path, tmp_path: Path) -> None:
@@ -87,8 +87,8 @@ def test_ranks_agree_with_each_other_and_with_scikit_learn(run: Path, tmp_path: 
 
 def test_last_and_best(run: Path) -> None:
     lines = read_step_log(run / "validations.jsonl")
-    best = asdict(evaluate_run(run, "validation", "best", None, CPU))
-    last = asdict(evaluate_run(run, "validation", "last", None, CPU))
+    best = asdict(evaluate_run(run, "validation", "best", None, CPU)["label"])
+    last = asdict(evaluate_run(run, "validation", "last", None, CPU)["label"])
     assert best == {name: value for name, value in max(lines, key=lambda line: line["auc"]).items() if name != "step"}
     assert last == {name: value for name, value in lines[-1].items() if name != "step"}
 
@@ -96,7 +96,7 @@ def test_last_and_best(run: Path) -> None:
 def test_refusals(run: Path, data: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     write_dataset(other, random_users(20, behaviors=2), behaviors=("a", "b"))
-    assert evaluate_run(run, "test", "best", other, CPU).samples > 0
+    assert evaluate_run(run, "test", "best", other, CPU)["label"].samples > 0
     with pytest.raises(ValueError, match="not the folder of a run"):
         evaluate_run(data, "test", "best", None, CPU)
     with pytest.raises(ValueError, match="not a data set"):
@@ -123,14 +123,14 @@ def test_another_data_set_needs_the_dictionaries_of_the_run(tmp_path: Path) -> N
 
     data = prepared("data", 1)
     run = Run(1, small_settings("epochs=1"), data, tmp_path / "run").finish().folder
-    assert evaluate_run(run, "test", "best", prepared("split", 1, 5), CPU).samples > 0
+    assert evaluate_run(run, "test", "best", prepared("split", 1, 5), CPU)["label"].samples > 0
     # Other ids for the same items: they are translated.
     seed = prepared("seed", 2)
-    assert evaluate_run(run, "test", "best", seed, CPU).samples > 0
+    assert evaluate_run(run, "test", "best", seed, CPU)["label"].samples > 0
     record = read_json(run / "data_set.json")
     del record["dictionaries"]
     (run / "data_set.json").write_text(json.dumps(record))
-    assert evaluate_run(run, "test", "best", None, CPU).samples > 0
+    assert evaluate_run(run, "test", "best", None, CPU)["label"].samples > 0
     with pytest.raises(ValueError, match="an older program wrote it"):
         evaluate_run(run, "test", "best", tmp_path / "split", CPU)
     # Where the run's data set has become another one, nothing says what its ids were.
@@ -145,7 +145,7 @@ def test_another_data_set_needs_the_dictionaries_of_the_run(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="has changed since"):
         score_run(run, "test", "best", None, tmp_path / "out", CPU, overwrite=False)
     assert not (tmp_path / "out").exists()
-    assert evaluate_run(run, "test", "best", tmp_path / "former", CPU).samples > 0
+    assert evaluate_run(run, "test", "best", tmp_path / "former", CPU)["label"].samples > 0
 
 
 def test_vocabularies_matter_where_the_model_has_the_feature(tmp_path: Path) -> None:

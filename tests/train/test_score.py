@@ -97,7 +97,7 @@ def test_file_and_line_find_every_impression(folder: Path, run: Path, tmp_path: 
         assert (joined[name] == joined[f"{name}_log"]).all()
     assert test["score"].dtype == np.float64
     np.testing.assert_allclose(test["score"], 1 / (1 + np.exp(-test["logit"].astype(np.float64))), rtol=1e-12)
-    evaluation = evaluate_run(run, "test", "best", None, CPU)
+    evaluation = evaluate_run(run, "test", "best", None, CPU)["label"]
     assert roc_auc_score(test["label"], test["logit"]) == pytest.approx(evaluation.auc, abs=1e-12)
     assert roc_auc_score(test["label"], test["score"]) == pytest.approx(evaluation.auc, abs=1e-12)
 
