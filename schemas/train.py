@@ -1,6 +1,5 @@
 """Settings of a training run, and which of them may change when it goes on."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
@@ -90,8 +89,9 @@ class TrainSettings(Settings):
     dense: DenseSettings = DenseSettings()
     tables: ScheduleSettings = ScheduleSettings()
     """How the learning rates of all tables change; the rates themselves are those of the model's tables."""
-    init: dict[str, Path] = Field(default_factory=dict)
-    """Vectors that some tables begin with, by the table's name: a Parquet file with the columns raw_id and vector."""
+    init: dict[str, str] = Field(default_factory=dict)
+    """Vectors that some tables begin with, by the table's name: a Parquet file, or the URL of one, with the
+    columns raw_id and vector."""
     validation: ValidationSettings = ValidationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     profile: ProfileSettings = ProfileSettings()

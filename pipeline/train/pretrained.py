@@ -21,9 +21,11 @@ from embeddings.initialization import TableShard, table_shards
 from embeddings.model import CtrModel
 from embeddings.tables.specs import TableSpec
 from pipeline.ingest.values import WrongValueError, integers, texts
+from pipeline.paths import location
 from pipeline.stream.data_set import DataSet
 from pipeline.stream.translation import read_dictionary
 from schemas.errors import UserError
+from schemas.storage import arrow_file
 
 BATCH_BYTES = 16 << 20
 """About how much of the vectors is in memory at a time."""
@@ -36,7 +38,7 @@ _FLOATS = (pa.types.is_float16, pa.types.is_float32, pa.types.is_float64)
 
 
 @torch.no_grad()
-def load_vectors(model: nn.Module, files: Mapping[str, Path], data_set: DataSet) -> None:
+def load_vectors(model: nn.Module, files: Mapping[str, str], data_set: DataSet) -> None:
     """Put the vectors of files into tables, in the place of values that were drawn.
 
     Every rank reads every file, a part at a time, and keeps what belongs to its own rows: so all of them find the same
@@ -45,8 +47,8 @@ def load_vectors(model: nn.Module, files: Mapping[str, Path], data_set: DataSet)
 
     Args:
         model: sharded, its weights drawn.
-        files: Parquet by the table's name, with the columns ``raw_id`` and ``vector`` (a list of floats, as many as
-            the table's dim).
+        files: Parquet, a path or a URL by the table's name, with the columns ``raw_id`` and ``vector`` (a list of
+            floats, as many as the table's dim).
         data_set: gives raw ids their rows.
 
     Raises:
@@ -57,10 +59,11 @@ def load_vectors(model: nn.Module, files: Mapping[str, Path], data_set: DataSet)
     assert isinstance(inner, CtrModel)
     specs = inner.tables.specs
     for name, file in files.items():
+        path = location(file)
         if name not in specs:
             raise UserError(f"init.{name}: the model has no such table; its tables: {', '.join(sorted(specs))}")
         shards = [shard for shard in table_shards(model) if shard.key.endswith(f".embedding_bags.{name}.weight")]
-        _load(name, file, specs[name], shards, _dictionary(name, specs[name], data_set))
+        _load(name, path, specs[name], shards, _dictionary(name, specs[name], data_set))
 
 
 def _dictionary(name: str, spec: TableSpec, data_set: DataSet) -> pa.Table:
@@ -105,7 +108,7 @@ def _load(name: str, path: Path, spec: TableSpec, shards: list[TableShard], dict
 def _opened(name: str, path: Path, spec: TableSpec) -> pq.ParquetFile:
     """The file, whose schema is right."""
     with _reading(name, path):
-        file = pq.ParquetFile(path, page_checksum_verification=True)
+        file = pq.ParquetFile(arrow_file(path), page_checksum_verification=True)
     schema = file.schema_arrow
     if missing := [column for column in ("raw_id", "vector") if schema.names.count(column) != 1]:
         raise UserError(

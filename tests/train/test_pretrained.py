@@ -9,28 +9,30 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from embeddings.distributed.process_group import process_group
 from pipeline.train import pretrained
 from tests.datasets import CATEGORIES, ITEMS
 from tests.launcher import run_ranks
+from tests.object_store import object_store
 from tests.runs import Run, small_settings
-from tests.trainers import trainer_of
+from tests.trainers import CPU, trainer_of
 
 KEY = "tables.inherent.{set}.embedding_bags.{name}.weight"
 UNKNOWN = (10_001, -3)
 """Raw ids that the data set does not have; its own are 1 .. ITEMS, and each is its own row."""
 
 
-def write(path: Path, ids: list[Any], vectors: Any, kind: pa.DataType | None = None) -> Path:
+def write(path: Path, ids: list[Any], vectors: Any, kind: pa.DataType | None = None) -> str:
     vectors = pa.array([None if vector is None else list(vector) for vector in vectors], kind or pa.list_(pa.float32()))
     pq.write_table(pa.table({"raw_id": ids, "vector": vectors}), path, row_group_size=7)
-    return path
+    return str(path)
 
 
 def drawn(count: int, dim: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(count).normal(size=(count, dim)).astype(np.float32)
 
 
-def rows_of(data: Path, files: dict[str, Path], *overrides: str) -> dict[str, torch.Tensor]:
+def rows_of(data: Path, files: dict[str, str], *overrides: str) -> dict[str, torch.Tensor]:
     """All tables, gathered on every rank, after `load_vectors` with batches of a few records."""
     pretrained.BATCH_BYTES = 160
     trainer = trainer_of(small_settings(*overrides), data)
@@ -82,7 +84,7 @@ def test_a_run_begins_with_them_says_how_many_and_goes_on_without_the_file(few_u
     assert f"2 rows begin with a vector of {file}, {ITEMS - 2} keep their drawn values; 2 of its ids" in said[0]
     plain = Run(2, small_settings("epochs=1"), few_users, tmp_path / "plain").finish()
     assert plain.logs()[0] != run.logs()[0]
-    file.unlink()
+    Path(file).unlink()
     longer = Run(2, settings.model_copy(update={"epochs": 2}), few_users, tmp_path / "run").finish()
     assert "init.item_attention" not in longer.said()
 
@@ -127,3 +129,12 @@ def test_a_file_that_is_none_is_one_line_and_exit_code_1(few_users: Path, tmp_pa
         run = Run(2, settings, few_users, tmp_path / f"run-{name}")
         assert set(run.wait()) == {1}
         assert complaint in run.complaint()
+
+
+def test_a_file_may_be_at_a_url(few_users: Path, tmp_path: Path) -> None:
+    vectors = drawn(2, 4)
+    with object_store() as store, process_group(CPU):
+        store.path("items.parquet").write_bytes(Path(write(tmp_path / "file.parquet", [3, 1], vectors)).read_bytes())
+        rows = rows_of(few_users, {"item_attention": "s3://bucket/items.parquet"})
+    item = rows[KEY.format(set="attention", name="item_attention")]
+    assert torch.equal(item[[3, 1]], torch.from_numpy(vectors))
