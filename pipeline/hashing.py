@@ -3,9 +3,13 @@
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 U64 = NDArray[np.uint64]
+
+_WORD = 8
+"""Bytes of a text that are mixed at a time."""
 
 
 def mix(key: NDArray[Any], salt: int) -> U64:
@@ -17,3 +21,46 @@ def mix(key: NDArray[Any], salt: int) -> U64:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def hash_texts(values: pa.Array) -> U64:
+    """64-bit hashes of texts, the same on every machine and in every version of this program.
+
+    The hash begins as ``mix(length in bytes, 0)``. Then each word of 8 bytes, little-endian, the last one filled up
+    with zeros, makes of it ``mix(hash xor word, number of the word from 1)``.
+
+    Args:
+        values: (N,) of Arrow's type string, as UTF-8; a null has the hash of the empty text.
+
+    Returns:
+        (N,) uint64.
+    """
+    assert values.type == pa.string(), values.type
+    if not len(values):
+        return np.zeros(0, np.uint64)
+    _, offsets, content = values.buffers()
+    offset = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1].astype(np.int64)
+    text = np.frombuffer(content, np.uint8)[offset[0] : offset[-1]] if content is not None else np.zeros(0, np.uint8)
+    # Words begin at any byte. Zeros behind the last text: its last word is read whole.
+    text = np.concatenate([text, np.zeros(_WORD, np.uint8)])
+    words: NDArray[Any] = np.ndarray((len(text) - _WORD + 1,), "<u8", text.data, strides=(1,))
+    start, length = offset[:-1] - offset[0], np.diff(offset)
+    hashed = mix(length, 0)
+    for number in range(-(-int(length.max()) // _WORD)):
+        rest = length - number * _WORD
+        longer = np.flatnonzero(rest > 0)
+        word = words[start[longer] + number * _WORD].astype(np.uint64)
+        unused = np.maximum(_WORD - rest[longer], 0).astype(np.uint64) * np.uint64(8)
+        word = (word << unused) >> unused
+        hashed[longer] = mix(hashed[longer] ^ word, number + 1)
+    return hashed
+
+
+def hash_values(values: pa.Array) -> pa.Array:
+    """Hashes of texts or integers without their last bit, so that they fit int64; nulls stay.
+
+    A value's bucket of N is 1 + hash % N. Texts are hashed by `hash_texts`, an integer i is ``mix(i, 0)``.
+    """
+    missing = values.is_null().to_numpy(zero_copy_only=False)
+    hashed = hash_texts(values) if values.type == pa.string() else mix(values.fill_null(0).to_numpy(), 0)
+    return pa.array((hashed >> np.uint64(1)).astype(np.int64), mask=missing)

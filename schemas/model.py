@@ -172,6 +172,11 @@ class ModelSettings(Settings):
         return tuple(feature.name for feature in self.features)
 
     @property
+    def read_features(self) -> tuple[Feature, ...]:
+        """Names of the features that batches must have: those that are used, and what sim-hard searches by."""
+        return tuple({**dict.fromkeys(self.feature_names), "category": None})
+
+    @property
     def scored_features(self) -> tuple[Feature, ...]:
         """Names of those that behaviours are scored by, if they belong to items or behaviours."""
         return tuple(feature.name for feature in self.features if feature.attention)

@@ -1,18 +1,21 @@
 """Settings of the stream: how shards become batches."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
-from pydantic import ByteSize, Field, PositiveInt
+from pydantic import ByteSize, Field, PositiveInt, field_validator, model_validator
 
 from schemas.settings import Settings
 
 Length = Annotated[int, Field(gt=0, le=10_000_000)]
 """N: how many behaviours a target sees at most."""
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
+Values = Annotated[tuple[str | int, ...], Field(min_length=1)]
+"""Raw values of a feature; integers may be written as such or as text."""
 
 
 class HistorySequence(Settings):
-    """A sequence cut out of a user's history; with both conditions, behaviours must meet both."""
+    """A sequence cut out of a user's history; with several conditions, behaviours must meet all of them."""
 
     length: Length
     """N: a target sees the last N of these behaviours before it."""
@@ -20,6 +23,36 @@ class HistorySequence(Settings):
     """Behaviour types that belong to it, by name; None: all."""
     scene: Names | None = None
     """Scenes that belong to it, by name; None: all."""
+    where: Annotated[dict[str, Values], Field(min_length=1)] | None = None
+    """Values that belong to it, by name of each feature of behaviours that matters; None: all. Of a number that is cut
+    into quantiles, the numbers of these, from 1; of several values, one is enough."""
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _truth_is_a_word(cls, value: object) -> object:
+        """Take true and false for the words that raw values of such a column are."""
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            name: [str(each).lower() if isinstance(each, bool) else each for each in values]
+            if isinstance(values, list | tuple)
+            else values
+            for name, values in value.items()
+        }
+
+    @model_validator(mode="after")
+    def _names_each_feature_once(self) -> Self:
+        twice = [name for name in ("behavior", "scene") if getattr(self, name) and name in (self.where or {})]
+        if twice:
+            raise ValueError(f"{twice[0]} stands in where as well; leave one of the two out")
+        return self
+
+    @property
+    def conditions(self) -> dict[str, tuple[str, tuple[str | int, ...]]]:
+        """By the name of each feature with a condition, the key that it is set by and the values that belong."""
+        former = {"behavior": self.behavior, "scene": self.scene}
+        named = {name: (name, values) for name, values in former.items() if values is not None}
+        return named | {name: (f"where.{name}", values) for name, values in (self.where or {}).items()}
 
 
 class NegativeSettings(Settings):

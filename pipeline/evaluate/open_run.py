@@ -1,7 +1,7 @@
 """The model of a run's checkpoint, and the data to evaluate it on."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -131,29 +131,33 @@ def opened_run(
     if which == "best" and checkpoint.score is None:
         _LOGGER.info("%s: no checkpoint is the best; the last one is taken, of step %d", folder, checkpoint.step)
     data_set = DataSet.open(data or run.data_set())
-    check_stream(settings.stream, data_set.manifest)
-    translation = _translation(run, data_set)
+    # Stored negatives: those that training draws are others in each epoch.
+    stream_settings = settings.stream.model_copy(update={"negatives": None})
+    check_stream(stream_settings, data_set.manifest)
+    features = settings.model.read_features
+    translation = _translation(run, data_set, features)
     with HistoryStream(
         data_set.folder,
         split,
-        settings.stream,
+        stream_settings,
         seed=settings.seed,
         # In file order: a user's targets come together, and scores come out in the order of the shards.
         shuffle=False,
         rank=dist.get_rank(),
         world=dist.get_world_size(),
         pin_memory=device.type == "cuda",
+        features=features,
         lines=lines,
         translation=translation,
     ) as stream:
         # Tables are those of training, whatever ids this data set has.
-        manifest = data_set.manifest if translation is None else translation.manifest
+        manifest = data_set.manifest if translation is None else translation.trained.manifest
         model = sharded_model(settings, manifest, device, read_plan(plan) if plan else _plan_of(run, device))
         load_chosen(model, run, which, checkpoint)
         yield model, stream
 
 
-def _translation(run: RunFolder, data_set: DataSet) -> Translation | None:
+def _translation(run: RunFolder, data_set: DataSet, features: Collection[str]) -> Translation | None:
     """What gives the data set's samples the ids of the run's; None: they have them.
 
     Rows of another dictionary would give predictions that look right and mean nothing.
@@ -166,12 +170,13 @@ def _translation(run: RunFolder, data_set: DataSet) -> Translation | None:
             f"{data_set.folder} has other dictionaries than {run.path} was trained with, and {trained.folder}, which "
             "could tell what they were, has changed since; put that data set back, or train anew"
         )
-    translation = Translation.between(data_set, trained)
+    translation = Translation.between(data_set, trained, features)
+    words = {kind: PLURAL.get(kind, f"values of {kind}") for kind in translation.ids}
     unknown = ", ".join(
-        f"{number:,} of {len(translation.ids[kind]) - 1:,} {PLURAL[kind]}"
+        f"{number:,} of {len(translation.ids[kind]) - 1:,} {words[kind]}"
         for kind, number in translation.unknown.items()
     )
-    unknown += "".join(f"; it has no {PLURAL[kind]}" for kind, ids in translation.ids.items() if len(ids) == 1)
+    unknown += "".join(f"; it has no {words[kind]}" for kind, ids in translation.ids.items() if len(ids) == 1)
     _LOGGER.info("%s: ids are translated to those of %s; unknown there: %s", data_set.folder, run.path, unknown)
     return translation
 

@@ -21,8 +21,7 @@ from embeddings.loss import labels_of
 from pipeline.evaluate.evaluate import predictions, tasks_of
 from pipeline.evaluate.open_run import opened_run
 from pipeline.files import output_folder
-from pipeline.stream.translation import read_dictionary
-from schemas.shards import RECORDS_OF_A_FILE, UNLABELED
+from schemas.shards import RECORDS_OF_A_FILE, UNLABELED, raw_type
 
 COMPRESSION = "zstd"
 PREDICTED = {"score": pa.float64(), "logit": pa.float32()}
@@ -85,10 +84,10 @@ def score_run(
             added = {name + ending: kind for ending in endings for name, kind in PREDICTED.items()}
             scored = ScoredImpressions(impressions, stream.data_set.folder, manifest, pa.schema(added))
         # The dictionary once for each rank; batches hold dense ids.
-        raw_I = _raw_items(stream.data_set.manifest.verified(stream.data_set.folder, "items.parquet"))
+        raw_I = stream.data_set.names("item")
         schema = pa.schema(
             [
-                ("user_id", pa.int64()),
+                ("user_id", raw_type(manifest.user_type)),
                 ("item_id", raw_I.type),
                 ("timestamp", pa.int64()),
                 *([("file", pa.string()), ("line", pa.int64())] if manifest.impression_files else []),
@@ -120,7 +119,9 @@ def _table(
     """The lines of a batch; ``of_tasks``: labels and logits by the ending of their columns' names."""
     item_T = batch.item_T if batch.own_item_T is None else batch.own_item_T
     columns: dict[str, Any] = {
-        "user_id": batch.user_id_U[batch.user_T].numpy(),
+        "user_id": (pa.array(batch.user_id_U.numpy()) if batch.user_text_U is None else batch.user_text_U).take(
+            pa.array(batch.user_T.numpy())
+        ),
         "item_id": raw_I.take(pa.array(item_T.numpy())),
         "timestamp": batch.timestamp_T.numpy(),
     }
@@ -136,16 +137,6 @@ def _table(
         file_T, record_T = np.divmod(batch.line_T.numpy(), RECORDS_OF_A_FILE)
         columns |= {"file": files.take(pa.array(file_T)), "line": record_T}
     return pa.table([columns[name] for name in schema.names], schema=schema)
-
-
-def _raw_items(file: Path) -> pa.Array:
-    """Return (I,) raw ids by dense id; null for the unknown item 0."""
-    dictionary = read_dictionary(file)
-    # The file is sorted by raw id; here is the row of each dense id, and none for id 0.
-    row_I = np.full(dictionary.num_rows + 1, -1)
-    row_I[dictionary["id"].to_numpy()] = np.arange(dictionary.num_rows)
-    raw = dictionary["raw_id"].combine_chunks()
-    return raw.take(pa.array(row_I, mask=row_I < 0))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ A log of steps has a line for each step: JSON objects that begin with the step, 
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +206,9 @@ class RunFolder:
                 "say with which dictionaries that was: an older program wrote it; give that data set, or train anew"
             )
         features = self.settings().model.feature_names
+        if "features" in trained or "features" in dictionaries:
+            # Of versions that say it in different ways, raw ids are matched.
+            return _of_used(trained, features) == _of_used(dictionaries, features)
         used = {"items": True, "categories": True, "behaviors": "behavior" in features, "scenes": "scene" in features}
         return not any(used[name] and trained.get(name) != dictionaries[name] for name in used)
 
@@ -250,6 +253,14 @@ class RunFolder:
 
     def _content(self) -> bool:
         return any(entry.name != LOCK for entry in self.path.iterdir())
+
+
+def _of_used(dictionaries: Mapping[str, Any], features: Collection[str]) -> dict[str, Any]:
+    """What matters of a data set's dictionaries to a model with some features."""
+    of_features = dictionaries.get("features")
+    if not isinstance(of_features, dict):
+        return dict(dictionaries)
+    return {**dictionaries, "features": {name: of_features[name] for name in features if name in of_features}}
 
 
 def settings_text(settings: TrainSettings) -> str:

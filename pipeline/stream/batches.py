@@ -4,7 +4,8 @@ T = targets, U = users of a row group, M = their targets of all splits, G = row 
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +15,8 @@ from pipeline.hashing import mix
 from pipeline.stream.data_set import DataSet
 from pipeline.stream.epoch_plan import Block, Piece
 from pipeline.stream.reader import RowGroupReader
-from pipeline.stream.row_group import RowGroup, flat_column, list_column
-from pipeline.stream.samples import HistorySamples, SequenceCut, samples_of
+from pipeline.stream.row_group import RowGroup, flat_column, list_column, user_keys
+from pipeline.stream.samples import HistorySamples, Items, SequenceCut, samples_of
 from schemas.errors import UserError
 from schemas.shards import Split
 
@@ -34,10 +35,10 @@ class UserSample(NamedTuple):
 
     fraction: float = 1.0
 
-    def keeps(self, user_id_U: I64) -> NDArray[np.bool_]:
-        """Whether each user, by raw id, is in the sample, (U,)."""
+    def keeps(self, user_key_U: NDArray[Any]) -> NDArray[np.bool_]:
+        """Whether each user, by its key (`pipeline.stream.row_group.user_keys`), is in the sample, (U,)."""
         # The upper 53 bits as a number in [0, 1), which float64 holds exactly.
-        return (mix(user_id_U, _SALT) >> np.uint64(11)) * 2.0**-53 < self.fraction
+        return (mix(user_key_U, _SALT) >> np.uint64(11)) * 2.0**-53 < self.fraction
 
 
 def sampled_targets(data_set: DataSet, split: Split, sample: UserSample, threads: int) -> I64:
@@ -54,7 +55,7 @@ def sampled_targets(data_set: DataSet, split: Split, sample: UserSample, threads
 
     def count(table: pa.Table, index: int) -> int:
         offset_U, split_M = list_column("target_split", table["target_split"])
-        kept_M = np.repeat(sample.keeps(flat_column("user_id", table["user_id"]).to_numpy()), np.diff(offset_U))
+        kept_M = np.repeat(sample.keeps(user_keys(flat_column("user_id", table["user_id"]))), np.diff(offset_U))
         return int(np.count_nonzero(kept_M & (split_M == split)))
 
     addresses = [data_set.address(int(group)) for group in groups]
@@ -68,67 +69,83 @@ def sampled_targets(data_set: DataSet, split: Split, sample: UserSample, threads
     return targets_G
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a stream reads of row groups, and what it makes of them."""
+
+    data_set: DataSet
+    split: Split
+    schema: pa.Schema
+    """Columns that are read."""
+    cuts: Mapping[str, SequenceCut]
+    items: Items
+    sample: UserSample
+    translation: "Translation | None"
+
+    def samples(self, table: pa.Table, first_user: int, piece: Piece) -> HistorySamples:
+        """The piece's targets of the sample's users, with the parts of their users' histories that they see.
+
+        Args:
+            table: the row group.
+            first_user: number of its first user in the data set.
+            piece: which of its targets.
+
+        Raises:
+            UserError: it does not hold what the manifest and the index say.
+        """
+        group = self._group(table, first_user)
+        chosen_T = np.flatnonzero(group.target_T["split"] == self.split)
+        users = int(self.data_set.users_G[piece.group])
+        targets = int(self.data_set.targets_G[self.split.name.lower()][piece.group])
+        # The epoch was planned by the index: were it wrong, targets would be left out in silence.
+        if len(group.user_id_U) != users or len(chosen_T) != targets:
+            raise UserError(
+                f"{len(group.user_id_U)} users and {len(chosen_T)} targets, "
+                f"the index of row groups says {users} and {targets}"
+            )
+        if self.sample.fraction < 1:
+            chosen_T = chosen_T[self.sample.keeps(group.user_key_U)[group.user_T[chosen_T]]]
+        samples = samples_of(group, self.cuts).take(chosen_T[piece.first : piece.last])
+        # Of what the piece's windows reach alone.
+        return samples.with_items(self.items)
+
+    def no_samples(self) -> HistorySamples:
+        """Samples without targets or users, with all columns that others have."""
+        # Made on the same way as real samples, so that names and dtypes are the same: ranks exchange these columns.
+        group = self._group(self.schema.empty_table(), 0)
+        return samples_of(group, self.cuts).take(np.zeros(0, np.int64)).with_items(self.items)
+
+    def _group(self, table: pa.Table, first_user: int) -> RowGroup:
+        group = RowGroup.from_table(table, self.data_set.largest_ids(), first_user)
+        return group if self.translation is None else self.translation.of(group)
+
+
 def read_blocks(
-    data_set: DataSet,
-    split: Split,
-    sample: UserSample,
-    cuts: Mapping[str, SequenceCut],
-    blocks: tuple[Block, ...],
-    threads: int,
-    *,
-    lines: bool = False,
-    translation: "Translation | None" = None,
+    reading: Reading, blocks: tuple[Block, ...], threads: int
 ) -> Generator[tuple[Block, HistorySamples], None, None]:
     """Read blocks in order; while one is in use, the reader's threads work on the next.
-
-    ``lines`` and ``translation`` are those of `HistoryStream`.
 
     Raises:
         UserError: a row group that cannot be read or that does not hold what the manifest and the index say.
     """
     # Flat lists, one entry a row group: the reader knows row groups by their number here, and nothing of blocks.
     pieces = [piece for block in blocks for piece in block.pieces]
-    addresses = [data_set.address(piece.group) for piece in pieces]
-    largest_ids = data_set.largest_ids()
+    addresses = [reading.data_set.address(piece.group) for piece in pieces]
+    first_user_G = reading.data_set.first_user_G
 
     def convert(table: pa.Table, index: int) -> HistorySamples:
         try:
-            group = RowGroup.from_table(table, largest_ids)
-            if translation is not None:
-                group = translation.of(group)
-            return _samples_of_piece(data_set, split, sample, cuts, pieces[index], group)
+            return reading.samples(table, int(first_user_G[pieces[index].group]), pieces[index])
         except UserError as error:
             raise UserError(f"{addresses[index]}: {error}; prepare the data set again") from None
 
     # A whole block may wait: otherwise reading would stop while the consumer works through the block before.
     ahead = max(threads, max((len(block.pieces) for block in blocks), default=0))
-    with RowGroupReader(addresses, data_set.schema(lines=lines), convert, threads=threads, ahead=ahead) as reader:
+    with RowGroupReader(addresses, reading.schema, convert, threads=threads, ahead=ahead) as reader:
         for block in blocks:
             # The reader keeps the order of ``pieces``, whatever its threads do, so the next ones are those of this
             # block. Each row group is in one block of a rank alone: parts have no user in common.
             yield block, HistorySamples.concatenate([next(reader) for _ in block.pieces])
-
-
-def _samples_of_piece(
-    data_set: DataSet,
-    split: Split,
-    sample: UserSample,
-    cuts: Mapping[str, SequenceCut],
-    piece: Piece,
-    group: RowGroup,
-) -> HistorySamples:
-    """The piece's targets of the sample's users, with the parts of their users' histories that they see."""
-    chosen_T = np.flatnonzero(group.target_T["split"] == split)
-    users, targets = int(data_set.users_G[piece.group]), int(data_set.targets_G[split.name.lower()][piece.group])
-    # The epoch was planned by the index: were it wrong, targets would be left out in silence.
-    if len(group.user_id_U) != users or len(chosen_T) != targets:
-        raise UserError(
-            f"{len(group.user_id_U)} users and {len(chosen_T)} targets, "
-            f"the index of row groups says {users} and {targets}"
-        )
-    if sample.fraction < 1:
-        chosen_T = chosen_T[sample.keeps(group.user_id_U)[group.user_T[chosen_T]]]
-    return samples_of(group, cuts).take(chosen_T[piece.first : piece.last])
 
 
 def cut_batches(

@@ -1,24 +1,47 @@
-"""A data set's folder as the stream sees it: manifest, index of row groups, and where to read.
+"""A data set's folder as the stream sees it: manifest, index of row groups, where to read, and what lies beside shards.
 
-G = row groups, in file order.
+G = row groups, in file order; I = items, by dense id, the unknown 0 included; X = any shape.
 """
 
 import hashlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
+from embeddings.batch import Bags
 from pipeline.stream.reader import RowGroupAddress
+from pipeline.stream.row_group import check_values, flat_column, list_column
 from schemas.errors import UserError
-from schemas.manifest import MANIFEST, ROW_GROUP_INDEX, Manifest
-from schemas.shards import ROW_GROUPS, SPLITS
+from schemas.manifest import MANIFEST, REMEDY, ROW_GROUP_INDEX, Manifest
+from schemas.shards import ITEM_FEATURES, ROW_GROUPS, SPLITS, FeatureRecord, value_type
 
 I64 = NDArray[np.int64]
+BUILT_IN = frozenset({"item", "position", "interval"})
+"""Features that a model has of every data set; no file has a column of them by name."""
+
+
+@dataclass(frozen=True)
+class ItemFeatures:
+    """What belongs to items: a column a feature, mapped from the file where it is one."""
+
+    columns_I: Mapping[str, NDArray[Any]]
+    """By name: int32, ids or numbers of bags; float32, numbers that stay numbers."""
+
+    def of(self, item_X: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
+        """The features of items by dense id, each (X)."""
+        return {name: column_I.take(item_X) for name, column_I in self.columns_I.items()}
+
+
+_OPENED: WeakValueDictionary[tuple[Path, str, str], Any] = WeakValueDictionary()
+"""What is verified and mapped once for all streams of a data set that are open: by folder, fingerprint and name."""
 
 
 @dataclass(frozen=True)
@@ -75,39 +98,216 @@ class DataSet:
             {split: columns[split] for split in SPLITS},
         )
 
-    def schema(self, *, lines: bool = False) -> pa.Schema:
+    def schema(self, *, lines: bool = False, features: Collection[str] | None = None) -> pa.Schema:
         """Arrow schema of what is read of the shards.
 
         Args:
             lines: with ``target_line``, where the data set has it.
+            features: names of the features that are read; None: all.
         """
-        return pa.schema([field for field in self.manifest.shard_schema if lines or field.name != "target_line"])
+        left_out = {"target_line"} - ({"target_line"} if lines else set())
+        for feature in self.manifest.declared:
+            if features is not None and feature.name not in features:
+                left_out |= {f"{side}_{feature.name}" for side in ("user", "history", "target")}
+        return pa.schema([field for field in self.manifest.shard_schema if field.name not in left_out])
+
+    def feature(self, name: str) -> FeatureRecord:
+        """What the manifest says of a feature.
+
+        Raises:
+            UserError: the data set does not have it.
+        """
+        declared = {feature.name: feature for feature in self.manifest.declared}
+        if name not in declared:
+            raise UserError(
+                f"{self.folder}: no feature {name}; it has {', '.join(declared)}: prepare the data set with that "
+                "column, or leave the feature out"
+            )
+        return declared[name]
 
     def address(self, group: int) -> RowGroupAddress:
         """Say where row group ``group`` (in file order over all shards) is."""
         shard = self.manifest.shards[self.file_G[group]]
         return RowGroupAddress(self.folder / shard.path, int(self.row_group_G[group]), shard)
 
+    @property
+    def first_user_G(self) -> I64:
+        """Number of the first user of each row group, counted over all shards from 0."""
+        return np.cumsum(self.users_G) - self.users_G
+
     def dictionaries(self) -> dict[str, Any]:
-        """What gives ids their meaning, as JSON knows it: checksums of the dictionary files, and the vocabularies."""
+        """What gives ids their meaning, as JSON knows it: checksums of dictionary files, vocabularies, encodings.
+
+        Two data sets whose features have equal entries here have equal ids of them.
+        """
         checksums = {file.path: file.sha256 for file in self.manifest.files}
-        behaviors, scenes = self.manifest.behaviors, self.manifest.scenes
+        items = checksums.get("items.parquet")
+        if self.manifest.schema_version < 3:
+            behaviors, scenes = self.manifest.behaviors, self.manifest.scenes
+            return {
+                "items": items,
+                "categories": checksums.get("categories.parquet"),
+                "behaviors": None if behaviors is None else list(behaviors),
+                "scenes": None if scenes is None else list(scenes),
+            }
         return {
-            "items": checksums.get("items.parquet"),
-            "categories": checksums.get("categories.parquet"),
-            "behaviors": None if behaviors is None else list(behaviors),
-            "scenes": None if scenes is None else list(scenes),
+            "items": items,
+            # Rarer items have no row: the table's size gives ids their meaning too.
+            "item_rows": self.manifest.largest_item,
+            "features": {
+                feature.name: encoding(feature)
+                | ({} if feature.dictionary is None else {"dictionary": checksums.get(feature.dictionary)})
+                for feature in self.manifest.declared
+            },
         }
 
     def largest_ids(self) -> dict[str, int]:
-        """The largest id that each kind of id can have: item, category; behavior and scene where the data have them."""
+        """The largest number that each column of ids has: of items, features, and, of sets of ids, the sets."""
         # Ids begin at 1, with 0 for the unknown: the largest one is the number of different values.
-        largest = {"item": self.manifest.counts.items, "category": self.manifest.counts.categories}
-        if self.manifest.behaviors is not None:
-            largest["behavior"] = len(self.manifest.behaviors)
-        if self.manifest.scenes is not None:
-            largest["scene"] = len(self.manifest.scenes)
-        return largest
+        return {"item": self.manifest.counts.items} | {
+            feature.name: feature.rows if feature.bags is None else feature.bags
+            for feature in self.manifest.declared
+            if not feature.is_number
+        }
+
+    def names(self, feature: str) -> pa.Array:
+        """Raw values by id, text or int64; null for the unknown 0, and where an id has no raw value of its own.
+
+        Args:
+            feature: ``item``, or the name of a feature that has a dictionary.
+
+        Returns:
+            (largest id + 1,).
+
+        Raises:
+            UserError: the data set has no such feature or no such dictionary, or it cannot be read.
+        """
+        manifest = self.manifest
+        former = {"behavior": manifest.behaviors, "scene": manifest.scenes, "category": None, "item": None}
+        if feature == "item":
+            file, rows = "items.parquet", manifest.counts.items
+        else:
+            record = self.feature(feature)
+            rows = record.rows
+            if manifest.schema_version < 3:
+                values = former[feature]
+                if values is not None:
+                    return pa.array([None, *values], pa.string())
+                file = "categories.parquet"
+            elif record.dictionary is None:
+                raise UserError(f"{self.folder}: feature {feature} has no dictionary: its values are {record.encoding}")
+            else:
+                file = record.dictionary
+        path = manifest.verified(self.folder, file)
+        table = read_dictionary(path)
+        id_N = table["id"].to_numpy()
+        if len(id_N) and not 1 <= id_N.min() <= id_N.max() <= rows:
+            raise UserError(f"{path}: ids from {id_N.min()} to {id_N.max()}, the manifest allows 1 to {rows}; {REMEDY}")
+        # The file is sorted by raw id; here is the row of each dense id, and none for id 0.
+        row = np.full(rows + 1, -1)
+        row[id_N] = np.arange(len(id_N))
+        return table["raw_id"].combine_chunks().take(pa.array(row, mask=row < 0))
+
+    def item_features(self, features: Collection[str] | None = None) -> ItemFeatures:
+        """Features of items that do not stand in the shards: none of versions 1 and 2.
+
+        Args:
+            features: names of those that are wanted; None: all.
+
+        Raises:
+            UserError: the file differs from its checksum, or does not hold what the manifest says.
+        """
+        wanted = [each for each in self.manifest.features_of("item") if features is None or each.name in features]
+        if self.manifest.schema_version < 3 or not wanted:
+            return ItemFeatures({})
+        table, largest, columns = self._mapped(ITEM_FEATURES), self.largest_ids(), {}
+        for feature in wanted:
+            where = f"{self.folder / ITEM_FEATURES}: column {feature.name}"
+            if feature.name not in table.column_names or table.schema.field(feature.name).type != value_type(feature):
+                raise UserError(f"{where} is missing or of another type; {REMEDY}")
+            if len(table) != self.manifest.counts.items + 1:
+                raise UserError(
+                    f"{where} has {len(table)} rows, the manifest says {self.manifest.counts.items} items; {REMEDY}"
+                )
+            try:
+                column_I = flat_column(feature.name, table[feature.name]).to_numpy()
+                check_values(feature.name, column_I, largest.get(feature.name))
+            except UserError as error:
+                raise UserError(f"{self.folder / ITEM_FEATURES}: {error}; {REMEDY}") from None
+            columns[feature.name] = column_I
+        return ItemFeatures(columns)
+
+    def bags(self, features: Collection[str] | None = None) -> dict[str, Bags]:
+        """By name of each feature of several values, its sets of ids; the same objects for all streams that are open.
+
+        Args:
+            features: names of those that are wanted; None: all.
+
+        Raises:
+            UserError: a file differs from its checksum, or does not hold what the manifest says.
+        """
+        return {
+            feature.name: self._bags(feature)
+            for feature in self.manifest.declared
+            if feature.kind == "ids" and (features is None or feature.name in features)
+        }
+
+    def _bags(self, feature: FeatureRecord) -> Bags:
+        assert feature.bag_file is not None
+        key = (self.folder, self.fingerprint, f"Bags of {feature.name}")
+        bags: Bags | None = _OPENED.get(key)
+        if bags is None:
+            table, where = self._mapped(feature.bag_file), self.folder / feature.bag_file
+            try:
+                if table.column_names != ["ids"] or table.schema.field("ids").type.value_type != pa.int32():
+                    raise UserError("no column ids of lists of int32")
+                offset_B1, id_E = list_column("ids", table["ids"])
+                check_values("ids", id_E, feature.rows)
+                if len(offset_B1) != (feature.bags or 0) + 2 or (len(offset_B1) > 1 and offset_B1[1]):
+                    raise UserError(f"{len(offset_B1) - 1} sets; the empty one and {feature.bags} are expected")
+                # Within each set ids ascend and none is the unknown one.
+                ascends_E = np.diff(id_E, prepend=0) > 0
+                ascends_E[offset_B1[:-1][np.diff(offset_B1) > 0]] = True
+                if not ascends_E.all() or (len(id_E) and id_E.min() < 1):
+                    raise UserError("a set whose ids do not ascend from 1")
+            except UserError as error:
+                raise UserError(f"{where}: {error}; {REMEDY}") from None
+            # A copy: tensors do not know memory that nobody may write to.
+            bags = _OPENED[key] = Bags(torch.from_numpy(offset_B1), torch.from_numpy(id_E.copy()))
+        return bags
+
+    def _mapped(self, name: str) -> pa.Table:
+        """A file of Arrow's beside the shards, verified when it is opened first and mapped into memory."""
+        key = (self.folder, self.fingerprint, name)
+        table: pa.Table | None = _OPENED.get(key)
+        if table is None:
+            path = self.manifest.verified(self.folder, name)
+            try:
+                table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            except (OSError, pa.ArrowException) as error:
+                raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); {REMEDY}") from None
+            _OPENED[key] = table
+        return table
+
+
+def read_dictionary(file: Path) -> pa.Table:
+    """Raw and dense ids of a dictionary, (raw_id, id).
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return pq.read_table(file, columns=["raw_id", "id"])
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); {REMEDY}") from None
+
+
+def encoding(feature: FeatureRecord) -> dict[str, Any]:
+    """How raw values of a feature become what a model sees, but for the dictionary, as JSON knows it."""
+    said = feature.model_dump(mode="json", include={"kind", "encoding", "type", "edges", "mean", "deviation", "scale"})
+    if feature.encoding == "hash":
+        said["rows"] = feature.rows
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _read_index(path: Path) -> pa.Table:

@@ -1,6 +1,6 @@
 """The stream of batches that training and evaluation read."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -8,12 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embeddings.batch import Batch
-from pipeline.stream.batches import UserSample, cut_batches, read_blocks, sampled_targets
-from pipeline.stream.data_set import DataSet
+from pipeline.stream.batches import Reading, UserSample, cut_batches, read_blocks, sampled_targets
+from pipeline.stream.data_set import BUILT_IN, DataSet
 from pipeline.stream.epoch_plan import ORDER, Block, EpochPlan, plan_epoch, shuffled_order, steps_per_epoch
 from pipeline.stream.prefetch import Prefetch
-from pipeline.stream.row_group import RowGroup
-from pipeline.stream.samples import HistorySamples, resolve_sequences, samples_of
+from pipeline.stream.samples import HistorySamples, Items, resolve_sequences
 from schemas.errors import UserError
 from schemas.shards import SPLITS, Split
 from schemas.stream import StreamSettings
@@ -43,6 +42,7 @@ class HistoryStream:
         pin_memory: put batches into page-locked memory, for copies to a CUDA device that do not block.
         user_fraction: about what part of the users is read, above 0; always the same ones. Below 1 two columns of the
             split are read at once, to count their targets.
+        features: names of the features that batches have, beside those that sequences are cut by; None: all.
         lines: read which lines of the impressions the targets are, where the data set says so.
         translation: gives batches the ids of another data set; None: they have those of this one.
 
@@ -69,6 +69,7 @@ class HistoryStream:
         world: int = 1,
         pin_memory: bool = False,
         user_fraction: float = 1.0,
+        features: Collection[str] | None = None,
         lines: bool = False,
         translation: "Translation | None" = None,
     ) -> None:
@@ -85,11 +86,10 @@ class HistoryStream:
         """The epoch of the next batch, from 0."""
         self.step = 0
         """The next batch's number in its epoch, from 0."""
-        # Names of behaviour types and scenes become ids that the batches will have.
-        self._cuts = resolve_sequences(settings, (translation or self.data_set).manifest)
         self._seed, self._shuffle, self._rank, self._world = seed, shuffle, rank, world
-        self._pin_memory, self._lines, self._translation = pin_memory, lines, translation
-        self._sample = UserSample(user_fraction)
+        self._pin_memory, self._features = pin_memory, None if features is None else set(features) - BUILT_IN
+        sample = UserSample(user_fraction)
+        self._reading = self._what_to_read(sample, lines, translation)
         self._targets_G = self.data_set.targets_G[split]
         self._prefetch: Prefetch[Batch] | None = None
         self._waited_s = 0.0
@@ -97,7 +97,7 @@ class HistoryStream:
             counts = ", ".join(f"{name} {int(count_G.sum())}" for name, count_G in self.data_set.targets_G.items())
             raise UserError(f"{folder}: no targets to stream in split {split} (targets: {counts})")
         if user_fraction < 1:
-            self._targets_G = sampled_targets(self.data_set, Split[split.upper()], self._sample, settings.threads)
+            self._targets_G = sampled_targets(self.data_set, Split[split.upper()], sample, settings.threads)
 
     @property
     def targets(self) -> int:
@@ -176,30 +176,60 @@ class HistoryStream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _what_to_read(self, sample: UserSample, lines: bool, translation: "Translation | None") -> Reading:
+        data_set, features = self.data_set, self._features
+        if features is not None:
+            features |= {name for cut in (self.settings.sequences or {}).values() for name in cut.conditions}
+        known_I, largest = None, data_set.manifest.largest_item
+        of_items, self._bags, ids = data_set.item_features(features), data_set.bags(features), data_set
+        if translation is not None:
+            of_items, self._bags, ids = translation.of_items(of_items), translation.bags, translation.trained
+            known_I, largest = translation.ids["item"], translation.trained.manifest.largest_item
+        # Raw values of the sequences' conditions become ids that the batches will have.
+        cuts = resolve_sequences(self.settings, ids, self._bags)
+        for name in features or ():
+            data_set.feature(name)
+        return Reading(
+            data_set,
+            Split[self.split.upper()],
+            data_set.schema(lines=lines, features=features),
+            cuts,
+            Items(of_items, largest, known_I is not None or largest < data_set.manifest.counts.items, known_I),
+            sample,
+            translation,
+        )
+
     def _identity(self) -> dict[str, Any]:
         """What decides the batches of an epoch: it must not change between saving a state and going on from it."""
         # They change how fast batches come, not which.
-        speed_alone = {"threads", "prefetch_batches"}
+        settings = self.settings.model_dump(mode="json", exclude={"threads", "prefetch_batches"})
+        # Only where there is one: states were saved before there were such settings.
+        if settings["negatives"] is None:
+            del settings["negatives"]
+        for sequence in (settings["sequences"] or {}).values():
+            if sequence["where"] is None:
+                del sequence["where"]
         return {
             "data_set": self.data_set.fingerprint,
             "split": self.split,
             "seed": self._seed,
             "shuffle": self._shuffle,
             "order": ORDER,
-            # Only where there is one: states of streams of all users were saved without this key.
-            **({"user_fraction": self._sample.fraction} if self._sample.fraction < 1 else {}),
-            **self.settings.model_dump(mode="json", exclude=speed_alone),
+            # Likewise.
+            **({"user_fraction": self._reading.sample.fraction} if self._reading.sample.fraction < 1 else {}),
+            # How much fits into the shuffle buffer decides the order, and which features are read decides that.
+            **({"row_bytes": list(self._bytes())} if self.data_set.manifest.schema_version >= 3 else {}),
+            **settings,
         }
 
     def _plan(self, epoch: int) -> EpochPlan:
-        targets_G = self._targets_G
-        columns = 4 * (len(self.data_set.largest_ids()) + 2)  # int32 ids and an int64 timestamp
+        targets_G, behaviors_G = self._targets_G, self.data_set.behaviors_G
+        behavior, target, user = self._bytes()
         # What a row group takes at most: a sequence keeps no more behaviours than the users have, and no more than N
         # for each target.
-        bytes_G = sum(
-            (columns * np.minimum(self.data_set.behaviors_G, targets_G * cut.length) for cut in self._cuts.values()),
-            np.zeros_like(targets_G),
-        )
+        bytes_G = targets_G * target + self.data_set.users_G * user
+        for cut in self._reading.cuts.values():
+            bytes_G = bytes_G + behavior * np.minimum(behaviors_G, targets_G * cut.length)
         return plan_epoch(
             targets_G,
             bytes_G,
@@ -211,6 +241,20 @@ class HistoryStream:
             rank=self._rank,
             world=self._world,
         )
+
+    def _bytes(self) -> tuple[int, int, int]:
+        """What a behaviour of a sequence, a target and a user take in the shuffle buffer."""
+        if self.data_set.manifest.schema_version < 3:
+            # As it was counted when these versions were written: another number would be another order of an epoch.
+            return 4 * (len(self.data_set.largest_ids()) + 2), 0, 0  # int32 ids and an int64 timestamp
+        empty = self._reading.no_samples()
+        windows = list(empty.sequences.values())
+
+        def size(columns: Mapping[str, NDArray[Any]]) -> int:
+            return sum(column.itemsize for column in columns.values())
+
+        # Beside the columns: start and end of each window and the user's row, the user's id and offsets.
+        return size(windows[0].columns_M), size(empty.columns_T) + 8 + 16 * len(windows), size(empty.columns_U) + 16
 
     def _batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
         """Batches of an epoch from ``step`` on; runs in the prefetch thread."""
@@ -225,17 +269,7 @@ class HistoryStream:
             together = self.settings.targets_per_user_per_batch
             return shuffled_order(samples.user_T, together, self._seed, epoch, block.key)
 
-        split = Split[self.split.upper()]
-        read = read_blocks(
-            self.data_set,
-            split,
-            self._sample,
-            self._cuts,
-            blocks,
-            self.settings.threads,
-            lines=self._lines,
-            translation=self._translation,
-        )
+        read = read_blocks(self._reading, blocks, self.settings.threads)
         try:
             for samples in cut_batches(read, order, batch_size, first_target):
                 yield self._to_batch(samples, epoch, step)
@@ -246,19 +280,13 @@ class HistoryStream:
         # A rank with a batch less than others makes the step too, with nothing in it: the others' collectives wait for
         # it.
         while step < self.steps_per_epoch:
-            yield self._to_batch(self._no_samples(), epoch, step)
+            yield self._to_batch(self._reading.no_samples(), epoch, step)
             step += 1
-
-    def _no_samples(self) -> HistorySamples:
-        """Samples without targets or users, for a rank that has run out before the others."""
-        # Made on the same way as real samples, so that names and dtypes are the same: ranks exchange these columns.
-        group = RowGroup.from_table(self.data_set.schema(lines=self._lines).empty_table(), {})
-        if self._translation is not None:
-            group = self._translation.of(group)
-        return samples_of(group, self._cuts).take(np.zeros(0, np.int64))
 
     def _to_batch(self, samples: HistorySamples, epoch: int, step: int) -> Batch:
         batch = samples.batch(
-            f"{self.data_set.folder.name} {self.split}, epoch {epoch}, step {step}, rank {self._rank} of {self._world}"
+            f"{self.data_set.folder.name} {self.split}, epoch {epoch}, step {step}, rank {self._rank} of {self._world}",
+            self.data_set.manifest.labels,
+            self._bags,
         )
         return batch.pin_memory() if self._pin_memory else batch

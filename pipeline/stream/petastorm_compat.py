@@ -15,6 +15,8 @@ import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+
 _REMOVED_FROM_PYARROW = {
     "pyarrow.filesystem": {"LocalFileSystem": object},
     "pyarrow.hdfs": {"HadoopFileSystem": object},
@@ -44,7 +46,11 @@ class SchemaOnlyDataset:
     metadata = common_metadata = partitions = None
 
     def __init__(self, source: Any, **_: object) -> None:
-        metadata = SimpleNamespace(num_row_groups=0, schema=SimpleNamespace(to_arrow_schema=lambda: source.schema))
+        # petastorm has a numpy type for each column, which nothing here looks at; that of text is one that numpy 2 has
+        # removed. So text is said to be numbers.
+        kinds = {field.name: pa.int64() if field.type == pa.string() else field.type for field in source.schema}
+        schema = pa.schema(list(kinds.items()))
+        metadata = SimpleNamespace(num_row_groups=0, schema=SimpleNamespace(to_arrow_schema=lambda: schema))
         self.fs = SimpleNamespace(open=None)
         self.pieces = [SimpleNamespace(get_metadata=lambda: metadata, partition_keys=[])]
 

@@ -1,25 +1,28 @@
 """Targets and the histories they look into, as numpy arrays: what a row group, a shuffle buffer and a batch all are.
 
 A history is stored once for each user. A target sees a window of it: the last N behaviours before the target, out of
-all or out of those of some types or scenes. Each such sequence of the settings is cut out of the history when a row
-group has been read; batches then take targets, and of the sequences what their windows reach.
+all or out of those that have some values of some features. Each such sequence of the settings is cut out of the history
+when a row group has been read; batches then take targets, and of the sequences what their windows reach.
 
 U = users, M = behaviours of all users, T = targets.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embeddings.batch import Batch, History
+from embeddings.batch import Bags, Batch, History
+from pipeline.hashing import hash_values
+from pipeline.stream.data_set import DataSet, ItemFeatures
 from pipeline.stream.row_group import RowGroup
 from schemas.errors import UserError
-from schemas.manifest import Manifest
 from schemas.stream import StreamSettings
 
 I64 = NDArray[np.int64]
@@ -30,7 +33,7 @@ class Windows:
     """A sequence of each user, one after the other, and each target's window of it; both are given as indices in M."""
 
     columns_M: dict[str, NDArray[Any]]
-    """item, category, timestamp; behavior and scene where the data have them."""
+    """item, timestamp; features of behaviours and of their items."""
     offset_U: I64
     """(U + 1,): user u's behaviours are offset_U[u] .. offset_U[u + 1]."""
     start_T: I64
@@ -95,11 +98,14 @@ class HistorySamples:
     """Targets and their users' histories."""
 
     user_id_U: I64
+    user_text_U: pa.StringArray | None
+    columns_U: dict[str, NDArray[Any]]
+    """Features of the users."""
     user_T: I64
     """The row in U of each target's user."""
     columns_T: dict[str, NDArray[Any]]
-    """item, category, timestamp, label; scene and line where the data have them and they are read; own_item
-    where ids were translated."""
+    """item, timestamp, label and label_NAME, features; weight and line where the data have them and they are read;
+    own_item where ids are not those of the data set."""
     sequences: dict[str, Windows]
     """By the name of the sequence in the settings."""
 
@@ -113,8 +119,11 @@ class HistorySamples:
         if len(parts) == 1:
             return parts[0]
         base = np.cumsum([0] + [len(part.user_id_U) for part in parts])
+        texts = [part.user_text_U for part in parts if part.user_text_U is not None]
         return cls(
             np.concatenate([part.user_id_U for part in parts]),
+            pa.concat_arrays(texts) if texts else None,
+            {name: np.concatenate([part.columns_U[name] for part in parts]) for name in parts[0].columns_U},
             np.concatenate([part.user_T + b for part, b in zip(parts, base, strict=False)]),
             {name: np.concatenate([part.columns_T[name] for part in parts]) for name in parts[0].columns_T},
             {name: Windows.concatenate([part.sequences[name] for part in parts]) for name in parts[0].sequences},
@@ -128,20 +137,46 @@ class HistorySamples:
         first_U = np.searchsorted(user_T[order_T], np.arange(len(kept_U)))
         return type(self)(
             self.user_id_U[kept_U],
+            None if self.user_text_U is None else self.user_text_U.take(pa.array(kept_U)),
+            {name: column_U[kept_U] for name, column_U in self.columns_U.items()},
             user_T,
             {name: column_T[index_T] for name, column_T in self.columns_T.items()},
             {name: windows.take(index_T, user_T, order_T, first_U) for name, windows in self.sequences.items()},
         )
 
-    def batch(self, origin: str) -> Batch:
+    def with_items(self, items: "Items") -> Self:
+        """The samples with the features of their items, and the ids that these have in the model."""
+        if items.is_empty:
+            return self
+
+        def known(columns: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            # Features first: they are those of the data set's own ids, and rare items have them too.
+            return columns | items.features.of(columns["item"]) | {"item": items.known(columns["item"])}
+
+        columns_T = known(self.columns_T)
+        if items.renames:
+            columns_T["own_item"] = self.columns_T["item"]
+        sequences = {
+            name: replace(windows, columns_M=known(windows.columns_M)) for name, windows in self.sequences.items()
+        }
+        return replace(self, columns_T=columns_T, sequences=sequences)
+
+    def batch(self, origin: str, labels: Sequence[str] = ("label",), bags: Mapping[str, Bags] | None = None) -> Batch:
         """The samples as a `Batch` of tensors, which share the arrays' memory.
 
         Args:
             origin: where the batch comes from, for messages.
+            labels: names of the labels, the main one first.
+            bags: by the name of each feature of several values, its sets of ids; None: no feature has several.
         """
         columns_T: dict[str, Tensor] = {name: torch.from_numpy(column_T) for name, column_T in self.columns_T.items()}
-        item_T, timestamp_T, label_T = (columns_T.pop(name) for name in ("item", "timestamp", "label"))
-        line_T, own_item_T = columns_T.pop("line", None), columns_T.pop("own_item", None)
+        item_T, timestamp_T = columns_T.pop("item"), columns_T.pop("timestamp")
+        # The columns of `schemas.shards.label_column`, without what they begin with.
+        labels_T = {
+            label: columns_T.pop(f"label_{label}" if number else "label").to(torch.float32)
+            for number, label in enumerate(labels)
+        }
+        beside = {name: columns_T.pop(name, None) for name in ("weight", "line", "own_item")}
         return Batch(
             histories={name: windows.history() for name, windows in self.sequences.items()},
             user_T=torch.from_numpy(self.user_T),
@@ -149,25 +184,55 @@ class HistorySamples:
             item_T=item_T,
             timestamp_T=timestamp_T,
             features_T=columns_T,
-            labels_T={"label": label_T.to(torch.float32)},
-            line_T=line_T,
-            own_item_T=own_item_T,
+            labels_T=labels_T,
+            features_U={name: torch.from_numpy(column_U) for name, column_U in self.columns_U.items()},
+            weight_T=beside["weight"],
+            bags=dict(bags or {}),
+            line_T=beside["line"],
+            user_text_U=self.user_text_U,
+            own_item_T=beside["own_item"],
             origin=origin,
         )
 
 
+@dataclass(frozen=True)
+class Items:
+    """What a stream makes of the ids of items in shards: features of theirs, and the ids that a model knows."""
+
+    features: ItemFeatures
+    largest: int
+    """The largest id in the model's table of items; larger ones are unknown to it."""
+    renames: bool
+    """Whether an id may become another one."""
+    known_I: NDArray[np.int32] | None = None
+    """By id in the shards, the id in the model; None: the same one."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether samples stay as they are."""
+        return not (self.renames or self.features.columns_I)
+
+    def known(self, item_X: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The model's ids of items."""
+        if self.known_I is not None:
+            return self.known_I.take(item_X)
+        return np.where(item_X > self.largest, np.int32(0), item_X) if self.renames else item_X
+
+
 ONLY_SEQUENCE = "history"
 """Name of the sequence where the settings cut none."""
+_SHOWN = 20
+"""Values of a feature that a message lists."""
 
 
 @dataclass(frozen=True)
 class SequenceCut:
-    """How a sequence of the settings is cut out of a history, its names of types and scenes resolved to ids."""
+    """How a sequence of the settings is cut out of a history, the raw values of its conditions resolved to ids."""
 
     length: int
     """N: a target sees the last N behaviours of the sequence."""
     allowed: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
-    """For ``behavior`` and ``scene``, as far as they matter: whether an id belongs to the sequence, by id."""
+    """By the name of each feature with a condition: whether an id, or a set, belongs to the sequence, by number."""
 
     def windows(self, group: RowGroup) -> Windows:
         """The sequence of each user in ``group``, and the windows of all its targets."""
@@ -190,36 +255,77 @@ def samples_of(group: RowGroup, cuts: Mapping[str, SequenceCut]) -> HistorySampl
     """All targets of a row group, of every split, and their users' sequences."""
     columns_T = {name: column for name, column in group.target_T.items() if name not in ("split", "history_end")}
     return HistorySamples(
-        group.user_id_U, group.user_T, columns_T, {name: cut.windows(group) for name, cut in cuts.items()}
+        group.user_id_U,
+        group.user_text_U,
+        group.user_U,
+        group.user_T,
+        columns_T,
+        {name: cut.windows(group) for name, cut in cuts.items()},
     )
 
 
-def resolve_sequences(settings: StreamSettings, manifest: Manifest) -> dict[str, SequenceCut]:
-    """Look up the ids of the names in the settings' sequences; by the name of the sequence.
+def resolve_sequences(settings: StreamSettings, data_set: DataSet, bags: Mapping[str, Bags]) -> dict[str, SequenceCut]:
+    """Look up the ids of the values in the conditions of the settings' sequences; by the name of the sequence.
+
+    Args:
+        settings: of the stream.
+        data_set: whose ids the sequences are cut by.
+        bags: sets of ids, by feature.
 
     Raises:
-        UserError: a behaviour type or a scene that the data set does not have.
+        UserError: a feature or a value that the data set does not have.
     """
     if settings.sequences is None:
         return {ONLY_SEQUENCE: SequenceCut(settings.history_length)}
-    cuts = {}
-    for name, sequence in settings.sequences.items():
-        allowed = {}
-        for kind, wanted, known in (
-            ("behavior", sequence.behavior, manifest.behaviors),
-            ("scene", sequence.scene, manifest.scenes),
-        ):
-            if wanted is not None:
-                allowed[kind] = _allowed(f"sequences.{name}.{kind}", wanted, known)
-        cuts[name] = SequenceCut(sequence.length, allowed)
-    return cuts
+    return {
+        name: SequenceCut(
+            sequence.length,
+            {
+                feature: _allowed(f"sequences.{name}.{key}", feature, wanted, data_set, bags)
+                for feature, (key, wanted) in sequence.conditions.items()
+            },
+        )
+        for name, sequence in settings.sequences.items()
+    }
 
 
-def _allowed(key: str, wanted: tuple[str, ...], known: tuple[str, ...] | None) -> NDArray[np.bool_]:
-    if known is None:
-        raise UserError(f"{key}: the data set has no such column; prepare it with one, or leave this setting out")
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise UserError(f"{key}: {', '.join(unknown)} is not in the data set; it has {', '.join(known)}")
+def _allowed(
+    key: str, feature: str, wanted: tuple[str | int, ...], data_set: DataSet, bags: Mapping[str, Bags]
+) -> NDArray[np.bool_]:
+    behaviors = [each.name for each in data_set.manifest.features_of("behavior")]
+    if feature not in behaviors:
+        known = f" (it has {', '.join(behaviors)})" if behaviors else ""
+        raise UserError(
+            f"{key}: the data set has no such column{known}; prepare it with one, or leave this setting out"
+        )
+    record, texts = data_set.feature(feature), [str(value) for value in wanted]
     # Id 0 is unknown: it belongs to no sequence that asks for something.
-    return np.array([False] + [name in wanted for name in known])
+    allowed = np.zeros(record.rows + 1, np.bool_)
+    if record.encoding == "scale":
+        raise UserError(f"{key}: {feature} is a number that stays one, which has no values to choose; leave it out")
+    if record.encoding == "hash":
+        if record.type == "integer" and not all(text.removeprefix("-").isdecimal() for text in texts):
+            raise UserError(f"{key}: values of {feature} are integers; give integers")
+        raw = pa.array(texts) if record.type == "text" else pa.array([int(text) for text in texts])
+        allowed[1 + hash_values(raw).to_numpy() % record.rows] = True
+    else:
+        # Quantiles have no names but their numbers.
+        quantiles = pa.array([None, *range(1, record.rows + 1)], pa.int64())
+        names = data_set.names(feature) if record.encoding == "dictionary" else quantiles
+        found = pc.index_in(pa.array(texts), names.cast(pa.string())).to_pylist()
+        unknown = [text for text, id in zip(texts, found, strict=True) if id is None]
+        if unknown:
+            several = names.drop_null().cast(pa.string())
+            more = f", ... ({len(several)} in all)" if len(several) > _SHOWN else ""
+            raise UserError(
+                f"{key}: {', '.join(unknown)} is not in the data set; it has "
+                f"{', '.join(several.slice(0, _SHOWN).to_pylist())}{more}"
+            )
+        allowed[found] = True
+    if record.kind != "ids":
+        return allowed
+    # A set belongs to the sequence if one of its ids does.
+    offset_B1, id_E = (tensor.numpy() for tensor in (bags[feature].offset_B1, bags[feature].id_E))
+    before_E = np.concatenate([[0], np.cumsum(allowed[id_E])])
+    has_one_B: NDArray[np.bool_] = np.diff(before_E[offset_B1]) > 0
+    return has_one_B

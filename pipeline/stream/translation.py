@@ -3,23 +3,22 @@
 M = behaviours of all users, T = targets of all users.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
-from pipeline.stream.data_set import DataSet
+from embeddings.batch import Bags
+from pipeline.stream.data_set import DataSet, ItemFeatures, encoding
 from pipeline.stream.row_group import RowGroup
 from schemas.errors import UserError
-from schemas.manifest import Manifest
 
 PLURAL = {"item": "items", "category": "categories", "behavior": "behaviour types", "scene": "scenes"}
-"""Kinds of ids in words, for messages."""
+"""Kinds of ids in words, for messages; others are values of the feature."""
 
 
 @dataclass(frozen=True)
@@ -27,33 +26,46 @@ class Translation:
     """For each kind of id, the other data set's id of each of this one's; 0, the unknown, for what it does not know."""
 
     ids: dict[str, NDArray[np.int32]]
-    """By ``item``, ``category``, ``behavior``, ``scene``: (largest id of this data set + 1,)."""
-    manifest: Manifest
-    """The other data set's."""
+    """By ``item`` and the name of each feature that has a dictionary: (largest id of this data set + 1,)."""
+    bags: dict[str, Bags]
+    """This data set's sets of ids, by the name of the feature, in the other one's ids."""
+    trained: DataSet
+    """The other data set."""
 
     @classmethod
-    def between(cls, data: DataSet, trained: DataSet) -> Self:
+    def between(cls, data: DataSet, trained: DataSet, features: Collection[str] | None = None) -> Self:
         """Match the dictionaries of two data sets by raw id.
 
         Args:
             data: the data set that is read.
             trained: the one whose ids are wanted.
+            features: names of those that are read; None: all that both have.
 
         Raises:
-            UserError: a dictionary cannot be read, or raw ids are of another type.
+            UserError: a dictionary cannot be read, raw ids are of another type, or a feature is encoded in another way.
         """
-        ids = {
-            kind: _matched(*(each.manifest.verified(each.folder, file) for each in (data, trained)))
-            for kind, file in (("item", "items.parquet"), ("category", "categories.parquet"))
-        }
-        for kind, here, there in (
-            ("behavior", data.manifest.behaviors, trained.manifest.behaviors),
-            ("scene", data.manifest.scenes, trained.manifest.scenes),
-        ):
-            if here is not None:
-                number = {name: index for index, name in enumerate(there or (), 1)}
-                ids[kind] = np.array([0, *(number.get(name, 0) for name in here)], np.int32)
-        return cls(ids, trained.manifest)
+        ids, bags = {"item": _matched("item", data, trained)}, {}
+        known = {feature.name: feature for feature in trained.manifest.declared}
+        for feature in data.manifest.declared:
+            if feature.name not in known or (features is not None and feature.name not in features):
+                continue
+            other = known[feature.name]
+            here, there = {"of": feature.of} | encoding(feature), {"of": other.of} | encoding(other)
+            # The first versions did not say it of categories; their dictionaries are compared below.
+            for said in (here, there) if None in (feature.type, other.type) else ():
+                said.pop("type", None)
+            different = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
+            if different:
+                key = different[0]
+                raise UserError(
+                    f"{data.folder}: feature {feature.name} has {key}={here.get(key)!r:.60}, and {key}="
+                    f"{there.get(key)!r:.60} in {trained.folder}: its values cannot be translated; prepare both alike"
+                )
+            if feature.encoding == "dictionary":
+                ids[feature.name] = _matched(feature.name, data, trained)
+        for name, of_data in data.bags(features).items():
+            bags[name] = _translated(of_data, ids[name]) if name in ids else of_data
+        return cls(ids, bags, trained)
 
     @property
     def unknown(self) -> dict[str, int]:
@@ -61,35 +73,56 @@ class Translation:
         return {kind: int((of_kind[1:] == 0).sum()) for kind, of_kind in self.ids.items()}
 
     def of(self, group: RowGroup) -> RowGroup:
-        """A row group with the other data set's ids; what items its targets are here stays, as ``own_item``."""
+        """A row group with the other data set's ids, but for items, whose features come first."""
 
         def translated(columns: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-            return {name: self.ids[name][column] if name in self.ids else column for name, column in columns.items()}
+            return {name: self._values(name, column) for name, column in columns.items()}
 
-        target_T = translated(group.target_T) | {"own_item": group.target_T["item"]}
-        return replace(group, history_M=translated(group.history_M), target_T=target_T)
+        return replace(
+            group,
+            user_U=translated(group.user_U),
+            history_M=translated(group.history_M),
+            target_T=translated(group.target_T),
+        )
+
+    def of_items(self, features: ItemFeatures) -> ItemFeatures:
+        """Features of this data set's items with the other one's ids."""
+        return ItemFeatures({name: self._values(name, column_I) for name, column_I in features.columns_I.items()})
+
+    def _values(self, name: str, column: NDArray[Any]) -> NDArray[Any]:
+        # The number of a set stays what it is: the ids in the set are others.
+        return self.ids[name][column] if name in self.ids and name != "item" and name not in self.bags else column
 
 
-def read_dictionary(file: Path) -> pa.Table:
-    """Raw and dense ids of a dictionary, (raw_id, id).
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return pq.read_table(file, columns=["raw_id", "id"])
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); prepare the data set again") from None
-
-
-def _matched(here: Path, there: Path) -> NDArray[np.int32]:
-    ours, theirs = read_dictionary(here), read_dictionary(there)
-    if ours["raw_id"].type != theirs["raw_id"].type:
+def _matched(kind: str, data: DataSet, trained: DataSet) -> NDArray[np.int32]:
+    """For each id of one kind in ``data``, that of ``trained``."""
+    ours, theirs = data.names(kind), trained.names(kind)
+    if kind == "item" and ours.null_count == len(ours) > 1 and theirs.null_count == len(theirs):
+        # Hashed items have no raw ids.
+        if len(ours) != len(theirs):
+            raise UserError(
+                f"{data.folder}: items.hash_buckets is {len(ours) - 1}, and {len(theirs) - 1} in {trained.folder}; "
+                "prepare both alike"
+            )
+        return np.arange(len(ours), dtype=np.int32)
+    if ours.type != theirs.type:
         raise UserError(
-            f"{here}: raw ids are {ours['raw_id'].type}, those of {there} are {theirs['raw_id'].type}; "
+            f"{data.folder}: raw values of {kind} are {ours.type}, those of {trained.folder} are {theirs.type}; "
             "prepare both from logs of one kind"
         )
-    index = pc.index_in(ours["raw_id"], theirs["raw_id"].combine_chunks())
-    ids = np.zeros(len(ours) + 1, np.int32)
-    ids[ours["id"].to_numpy()] = pc.fill_null(theirs["id"].take(index), 0).to_numpy()
+    # The place of a raw value is its id. Null has the place 0, which is what an id without a raw value becomes.
+    ids: NDArray[np.int32] = pc.fill_null(pc.index_in(ours, theirs), 0).to_numpy().astype(np.int32)
+    if kind == "item":
+        # Rarer items have no row.
+        ids[ids > trained.manifest.largest_item] = 0
     return ids
+
+
+def _translated(bags: Bags, ids: NDArray[np.int32]) -> Bags:
+    """Sets with other ids, ascending within each; what is unknown is left out, as it is where a set is written."""
+    id_E = ids[bags.id_E.numpy()]
+    bag_E = np.repeat(np.arange(len(bags)), np.diff(bags.offset_B1.numpy()))
+    bag_E, id_E = bag_E[id_E > 0], id_E[id_E > 0]
+    order_E = np.lexsort((id_E, bag_E))
+    offset_B1 = np.concatenate([[0], np.cumsum(np.bincount(bag_E, minlength=len(bags)))])
+    return Bags(torch.from_numpy(offset_B1), torch.from_numpy(id_E[order_E]))

@@ -22,8 +22,7 @@ from embeddings.model import CtrModel
 from embeddings.tables.specs import TableSpec
 from pipeline.ingest.values import WrongValueError, integers, texts
 from pipeline.paths import location
-from pipeline.stream.data_set import DataSet
-from pipeline.stream.translation import read_dictionary
+from pipeline.stream.data_set import DataSet, read_dictionary
 from schemas.errors import UserError
 from schemas.storage import arrow_file
 
@@ -74,7 +73,9 @@ def _dictionary(name: str, spec: TableSpec, data_set: DataSet) -> pa.Table:
     there = {file.path for file in data_set.manifest.files}
     for path in (_DICTIONARIES.get(spec.feature), f"feature-{spec.feature}.parquet"):
         if path in there:
-            return read_dictionary(data_set.manifest.verified(data_set.folder, path))
+            dictionary = read_dictionary(data_set.manifest.verified(data_set.folder, path))
+            # Rare items are in the dictionary and have no row.
+            return dictionary.filter(pc.less(dictionary["id"], spec.rows))
     raise UserError(f"init.{name}: rows of {spec.feature} have no raw ids in this data set; leave the table out")
 
 

@@ -241,6 +241,7 @@ def _stream(data: Path, split: str, settings: TrainSettings, device: torch.devic
         world=dist.get_world_size(),
         pin_memory=device.type == "cuda",
         user_fraction=settings.validation.fraction if split == "validation" else 1.0,
+        features=settings.model.read_features,
     )
 
 

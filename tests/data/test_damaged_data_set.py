@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluate.score import _raw_items
 from pipeline.ingest.prepare import prepare
 from pipeline.inspect.popularity import read_popularity
 from pipeline.inspect.summary import summarize
@@ -59,9 +58,9 @@ def counted(folder: Path) -> Any:
 
 def dictionaries(folder: Path) -> Any:
     manifest = Manifest.read(folder)
-    items, categories = (manifest.verified(folder, f"{name}.parquet") for name in ("items", "categories"))
+    categories = manifest.verified(folder, "categories.parquet")
     popularity = read_popularity(categories, manifest.counts.categories, 4)
-    return _raw_items(items).to_pylist(), popularity.load_W.tolist()
+    return DataSet.open(folder).names("item").to_pylist(), popularity.load_W.tolist()
 
 
 READERS: tuple[Callable[[Path], Any], ...] = (streamed, counted, dictionaries)
