@@ -50,7 +50,7 @@ def measure() -> Iterator[PrefetchFigures]:
                 f"model.retrieved.history={size.retrieved}",
             ],
         )
-        sizes = DataSizes(items=1_000_000, categories=10_000, lengths={"history": size.length})
+        sizes = DataSizes.counted(items=1_000_000, categories=10_000, lengths={"history": size.length})
         plain, prefetch = (
             max(times) * 1e3 for times in zip(*on_gloo_ranks(RANKS, _step, settings, sizes), strict=True)
         )

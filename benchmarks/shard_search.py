@@ -220,7 +220,7 @@ class _OnShard:
             representation=TableSet(dim=4),
             retrieved={"history": case.k},
         )
-        sizes = DataSizes(rows - 1, 1, {"history": case.length})
+        sizes = DataSizes.counted(rows - 1, 1, {"history": case.length})
         self.model: CtrModel = build_model(settings, sizes, META)
         shard(self.model, CPU, make_plan(self.model, CPU, batch_size=1))
         with torch.no_grad():

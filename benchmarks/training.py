@@ -131,7 +131,7 @@ def _measured(size: Size, threads: int, rounds: int, tuned: bool) -> list[Traini
             f"model.retrieved.history={size.k}",
         ],
     )
-    sizes = DataSizes(items=size.items, categories=size.categories, lengths={"history": size.length})
+    sizes = DataSizes.counted(items=size.items, categories=size.categories, lengths={"history": size.length})
     task = StepTask(settings, sizes)
     ours = _sharded(settings, sizes)
     plain = PlainDare(size, settings.model.hidden)

@@ -4,16 +4,17 @@ Many targets of a user share one history. So a history is not padded and not rep
 window of it, [start_T[t], end_T[t]).
 
 U = users, M = behaviours of all users, T = targets, N = longest window, K = behaviours selected of each target's
-window, X = any shape.
+window, X = any shape, B = bags of a data set, U = those that are asked for, E = ids of bags, L = rows, d = their dim.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
 from torchrec.streamable import Pipelineable
 
 if TYPE_CHECKING:
@@ -64,6 +65,27 @@ class _Tensors:
         self._map(record)
 
 
+class DistinctBags(NamedTuple):
+    """Those of a data set's bags that some numbers stand for, each once; the empty bag is always the first of them."""
+
+    slot_X: Tensor
+    """int64: which of the U bags each number stands for."""
+    offset_U1: Tensor
+    """int64, (U + 1,): the ids of bag u are offset_U1[u] .. offset_U1[u + 1]."""
+    id_E: Tensor
+    """int32, the ids of all of them."""
+
+    def means(self, rows_Ld: Tensor, index_E: Tensor) -> Tensor:
+        """The mean of each bag's rows, (U, d); 0 for the empty bag.
+
+        Args:
+            rows_Ld: floats.
+            index_E: integer, which of them is the row of each id.
+        """
+        mean_Ud: Tensor = embedding_bag(index_E.long(), rows_Ld, self.offset_U1, mode="mean", include_last_offset=True)
+        return mean_Ud
+
+
 class Bags:
     """The sets of ids that a feature of several values has in a data set, by number; number 0 is the empty set.
 
@@ -81,6 +103,36 @@ class Bags:
     def __len__(self) -> int:
         """Number of bags, the empty one included."""
         return len(self.offset_B1) - 1
+
+    @cached_property
+    def largest(self) -> int:
+        """The largest id of all bags; on a GPU the host waits for it once."""
+        return int(self.id_E.max()) if len(self.id_E) else 0
+
+    def distinct(self, number_X: Tensor) -> DistinctBags:
+        """The bags that some numbers stand for, each once; on a GPU the host waits for how many there are.
+
+        Args:
+            number_X: integer, 0 .. B - 1.
+        """
+        # A flag for each bag, rather than `unique`, which would sort all numbers. Counting the flags numbers them.
+        present_B = torch.zeros(len(self), dtype=torch.bool, device=number_X.device)
+        present_B[:1] = True
+        present_B.index_fill_(0, number_X.flatten().long(), True)
+        slot_B = present_B.cumsum(0) - 1
+        number_U = present_B.nonzero().flatten()
+        length_U, id_E = self.each(number_U)
+        return DistinctBags(slot_B[number_X.long()], pad(length_U.cumsum(0), (1, 0)), id_E)
+
+    def each(self, number_X: Tensor) -> tuple[Tensor, Tensor]:
+        """How many ids each of some bags has, int64 (X,), and the ids of all of them, one bag's after the other's.
+
+        On a GPU the host waits for how many they are.
+        """
+        start_X = self.offset_B1.index_select(0, number_X.long())
+        length_X = self.offset_B1.index_select(0, number_X.long() + 1) - start_X
+        shift_E = (start_X - (length_X.cumsum(0) - length_X)).repeat_interleave(length_X)
+        return length_X, self.id_E.index_select(0, shift_E + torch.arange(len(shift_E), device=shift_E.device))
 
     def to(self, device: torch.device) -> "Bags":
         """The bags on ``device``, copied at the first call alone."""
@@ -109,6 +161,10 @@ class History(_Tensors):
     """int64, first behaviour of each target's window, counted in M."""
     end_T: Tensor
     """int64, end of each window, counted in M; all behaviours before it are strictly earlier than the target."""
+
+    def column(self, feature: str) -> Tensor:
+        """The column (M,) of ``item``, or of a feature of behaviours or their items."""
+        return self.item_M if feature == "item" else self.features_M[feature]
 
 
 @dataclass(frozen=True)
@@ -153,6 +209,10 @@ class Batch(_Tensors, Pipelineable):
     def label_T(self) -> Tensor:
         """float32: the main label, 0 or 1; -1 where there is none."""
         return next(iter(self.labels_T.values()))
+
+    def column(self, feature: str) -> Tensor:
+        """The column (T,) of ``item``, or of a feature that targets have."""
+        return self.item_T if feature == "item" else self.features_T[feature]
 
     # A frozen dataclass may have it, because `cached_property` writes into ``__dict__`` and not through
     # ``__setattr__``.

@@ -1,14 +1,14 @@
 """Features: rows of inherent ones, and which rows of the small cross tables a target and a behaviour have.
 
-Inherent features (item, category) belong to a target or a behaviour alone. Cross features (position, interval) depend
-on both, or (behavior, scene) have small tables that are treated alike.
+Inherent features (item, and what belongs to items) are a target's or a behaviour's alone. Cross features (position,
+interval) depend on both, or (what belongs to behaviours) have small tables that are treated alike.
 
 T = targets, K = behaviours selected of each, M = behaviours of all users, X = any shape of (target, behaviour) pairs,
 D = dim of the inherent features together, d = dim of one feature, R = rows of its table, L = rows looked up, E = dim of
 all features together.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from embeddings.batch import Batch, History, Selection, gather_or_zeros
+from embeddings.batch import Bags, Batch, History, Selection, gather_or_zeros
 from embeddings.intervals import interval_bucket
-from schemas.errors import UserError
-from schemas.model import INHERENT, Feature
+from schemas.model import Feature
 
 Role = Literal["attention", "representation"]
 """What rows are used for: to score and weight behaviours, or to be pooled and predicted from."""
@@ -29,7 +28,7 @@ class Rows:
     """Embedding rows of targets (T, ...) or of behaviours (T, K, ...) in one set of tables.
 
     Args:
-        inherent: float32 (..., D): item and category, concatenated.
+        inherent: float32 (..., D): those of the inherent features, concatenated.
         cross: float32 (..., d) each.
     """
 
@@ -38,7 +37,7 @@ class Rows:
 
     @property
     def inherent(self) -> Tensor:
-        """float32 (..., D): item and category, concatenated."""
+        """float32 (..., D): those of the inherent features, concatenated."""
         return self._inherent
 
     @property
@@ -87,20 +86,33 @@ class IndexedBehaviors(Rows):
     Products with queries and weighted sums do not (`embeddings.layers.row_products`).
 
     Args:
-        features: the rows of each feature, the inherent ones first; index (T, K).
+        inherent: the rows of each inherent feature; index (T, K).
+        cross: those of each cross feature.
     """
 
-    def __init__(self, features: Mapping[Feature, IndexedRows]) -> None:
-        self.features = features
+    def __init__(self, inherent: Mapping[Feature, IndexedRows], cross: Mapping[Feature, IndexedRows]) -> None:
+        self.inherent_features, self.cross_features = inherent, cross
+
+    @property
+    def features(self) -> dict[Feature, IndexedRows]:
+        """The rows of each feature, the inherent ones first."""
+        return {**self.inherent_features, **self.cross_features}
 
     @cached_property
     def _inherent(self) -> Tensor:  # type: ignore[override]
-        parts = [rows.gathered() for feature, rows in self.features.items() if feature in INHERENT]
+        parts = [rows.gathered() for rows in self.inherent_features.values()]
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
     @cached_property
     def _cross(self) -> Mapping[Feature, Tensor]:  # type: ignore[override]
-        return {feature: rows.gathered() for feature, rows in self.features.items() if feature not in INHERENT}
+        return {feature: rows.gathered() for feature, rows in self.cross_features.items()}
+
+    def only(self, features: Collection[Feature]) -> "IndexedBehaviors":
+        """The rows of some features."""
+        parts = (
+            {f: rows for f, rows in of.items() if f in features} for of in (self.inherent_features, self.cross_features)
+        )
+        return IndexedBehaviors(*parts)
 
 
 class RowHook(Protocol):
@@ -127,7 +139,20 @@ class RowHook(Protocol):
 
 
 TARGET_ROW = 0
-"""The target's own row of position, interval and behavior; a behaviour has it only where its type is unknown (0)."""
+"""The target's row of cross features that it has no value of its own of; a behaviour has it only where its value is
+unknown (0)."""
+
+
+def pooled_bags(bags: Bags, number_X: Tensor, rows_Rd: Tensor) -> IndexedRows:
+    """Rows of a feature with several values: the mean of each bag's rows, made once for each different bag.
+
+    Args:
+        bags: of the data set.
+        number_X: integer, numbers of bags.
+        rows_Rd: all rows of the feature's table.
+    """
+    distinct = bags.distinct(number_X)
+    return IndexedRows(distinct.means(rows_Rd, distinct.id_E), distinct.slot_X)
 
 
 def behavior_row(feature: Feature, batch: Batch, history: History, index_X: Tensor, target_X: Tensor) -> Tensor:
@@ -143,8 +168,6 @@ def behavior_row(feature: Feature, batch: Batch, history: History, index_X: Tens
     Returns:
         int32 or int64 (X).
 
-    Raises:
-        UserError: the batch lacks the feature.
     """
     if feature == "position":
         # Counted back from the target: 1 is the latest behaviour of its window. At most N, as a window is no longer, so
@@ -152,37 +175,52 @@ def behavior_row(feature: Feature, batch: Batch, history: History, index_X: Tens
         return history.end_T[target_X] - index_X
     if feature == "interval":
         return interval_bucket(batch.timestamp_T[target_X] - gather_or_zeros(history.timestamp_M, index_X))
-    column_M = history.features_M.get(feature)
-    if column_M is None:
-        raise UserError(f"model.features: {feature} is not in the histories of {batch.origin}")
-    return gather_or_zeros(column_M, index_X)
+    return gather_or_zeros(history.features_M[feature], index_X)
 
 
-def target_row(feature: Feature, batch: Batch) -> Tensor | None:
+def target_row(feature: Feature, batch: Batch, carried: Collection[Feature]) -> Tensor | None:
     """Which row of a cross feature's table each target has, int32 (T,); None: ``TARGET_ROW`` for all.
 
-    Raises:
-        UserError: the batch lacks the feature.
+    Args:
+        feature: a cross feature.
+        batch: the targets.
+        carried: the features that targets have values of their own of.
     """
-    if feature != "scene":
-        return None
-    if "scene" not in batch.features_T:
-        raise UserError(f"model.features: scene is not in the targets of {batch.origin}")
-    return batch.features_T["scene"]
+    return batch.features_T[feature] if feature in carried else None
 
 
-def target_rows(batch: Batch, tables: Mapping[Feature, Tensor]) -> dict[Feature, Tensor]:
-    """Embedding rows of the targets, (T, d) for each cross feature, taken from all rows of its table."""
+def target_rows(
+    batch: Batch, tables: Mapping[Feature, Tensor], carried: Collection[Feature], of_bags: Collection[Feature]
+) -> dict[Feature, Tensor]:
+    """Embedding rows of the targets, (T, d) for each cross feature.
+
+    Args:
+        batch: the targets.
+        tables: by cross feature, all rows of its table.
+        carried: the features that targets have values of their own of.
+        of_bags: the features with several values.
+    """
     rows: dict[Feature, Tensor] = {}
     for feature, rows_Rd in tables.items():
-        row_T = target_row(feature, batch)
-        # `expand` copies nothing, and its backward pass adds up the gradients of all targets into the one row.
-        rows[feature] = rows_Rd[TARGET_ROW].expand(len(batch), -1) if row_T is None else embedding(row_T, rows_Rd)
+        row_T = target_row(feature, batch, carried)
+        if row_T is None:
+            # The empty bag has no row. `expand` copies nothing, and its backward pass adds up the gradients of all
+            # targets into the one row.
+            row_d = rows_Rd.new_zeros(rows_Rd.shape[1]) if feature in of_bags else rows_Rd[TARGET_ROW]
+            rows[feature] = row_d.expand(len(batch), -1)
+        elif feature in of_bags:
+            rows[feature] = pooled_bags(batch.bags[feature], row_T, rows_Rd).gathered()
+        else:
+            rows[feature] = embedding(row_T, rows_Rd)
     return rows
 
 
 def selected_rows(
-    batch: Batch, history: History, selected: Selection, tables: Mapping[Feature, Tensor]
+    batch: Batch,
+    history: History,
+    selected: Selection,
+    tables: Mapping[Feature, Tensor],
+    of_bags: Collection[Feature],
 ) -> dict[Feature, IndexedRows]:
     """Embedding rows of the selected behaviours, (T, K, d) for each cross feature; padding has row 0.
 
@@ -191,6 +229,7 @@ def selected_rows(
         history: the behaviours.
         selected: of the behaviours.
         tables: by cross feature, all rows of its table.
+        of_bags: the features with several values.
     """
     target_T1 = torch.arange(len(batch), device=selected.index_TK.device)[:, None]
     rows: dict[Feature, IndexedRows] = {}
@@ -198,5 +237,7 @@ def selected_rows(
         # Padding has index 0, which seen from its target may be a position that the table does not have: so rows are
         # masked before they are looked up.
         row_TK = behavior_row(feature, batch, history, selected.index_TK, target_T1)
-        rows[feature] = IndexedRows(rows_Rd, torch.where(selected.valid_TK, row_TK, 0).long())
+        row_TK = torch.where(selected.valid_TK, row_TK, 0).long()
+        of_bag = feature in of_bags
+        rows[feature] = pooled_bags(batch.bags[feature], row_TK, rows_Rd) if of_bag else IndexedRows(rows_Rd, row_TK)
     return rows

@@ -16,16 +16,16 @@ from torch.profiler import record_function
 from embeddings.batch import Batch, Selection
 from embeddings.features import RowHook, Rows
 from embeddings.layers.mlp import MLP, TaskHeads
-from embeddings.layers.pooling import Representation, history_inputs, pooled
+from embeddings.layers.pooling import Representation, all_inputs, history_inputs, pooled, weighted_sum
 from embeddings.layers.scoring import DinScore, DotProduct, MappedScore, ScaledDotProduct, attention_weights
 from embeddings.search.local import LocalRows, search_by_dot_product, search_by_score
 from embeddings.search.sharded import SearchChannel, SearchHandle, ShardedTopK, SmallAttentionRows
-from embeddings.sizes import DataSizes, check_bounds
+from embeddings.sizes import DataSizes, check_bounds, check_categories
 from embeddings.tables.batch_rows import BatchRows, pooled_on_shards
 from embeddings.tables.collections import SmallRows, Tables
 from embeddings.tables.specs import TableRoles
 from schemas.errors import UserError
-from schemas.model import INHERENT, Feature, Mixture, ModelSettings, Task
+from schemas.model import Feature, Mixture, ModelSettings, Task
 
 SearchPlace = Literal["shard", "local", "ids", "none"]
 """Where a search looks at behaviours: ``shard``, where their rows are; ``local``, on the sample's rank, which fetches
@@ -89,21 +89,16 @@ class CtrModel(nn.Module):
         kept = tuple(feature for feature in settings.features if feature.name not in self.without)
         # Not validated again: settings of a feature that is left out are without effect.
         self.settings = settings.model_copy(update={"features": kept})
-        if self.needs_categories and "category" not in self.settings.feature_names:
-            raise UserError(f"model.features: {settings.name} searches by category; add category to the features")
-        # With one category every behaviour matches, so the search would be `latest` under another name.
-        if self.needs_categories and sizes.categories < 2:
-            raise UserError(
-                f"model.name: {settings.name} searches by category, and these data have {sizes.categories} of them; "
-                "choose another model"
-            )
+        self.sizes = sizes.used(self.settings.feature_names)
+        """Sizes of what the model uses."""
+        if self.needs_categories:
+            check_categories(settings.name, self.sizes)
         # The auxiliary loss trains attention on behaviours that the search left out; here it leaves out none.
         if self.attends_all and settings.auxiliary_loss:
             raise UserError(
                 f"model.auxiliary_loss: {settings.name} predicts from the whole history already; set it to false"
             )
-        self.tables = Tables(self.settings, sizes, self.roles.sets(settings), table_device)
-        self.sizes = sizes
+        self.tables = Tables(self.settings, sizes, self.roles, table_device)
         # In this order: the dims of what is represented may depend on the model's own modules (`TwinProjection`), and
         # the width of the prediction depends on those dims.
         self.scoring = self.make_scoring()
@@ -148,7 +143,7 @@ class CtrModel(nn.Module):
             check_bounds(batch, self.sizes)
             return None
         assert isinstance(self.scoring, DotProduct)
-        return SearchHandle(self._top_k(self.scoring), batch, channel)
+        return SearchHandle(self._top_k(self.scoring, batch), batch, channel)
 
     def warm_search(self, device: torch.device) -> None:
         """Compile, or load, what searches on a GPU will need, so that no step has to wait for it; nothing on a CPU."""
@@ -193,15 +188,15 @@ class CtrModel(nn.Module):
             return search_by_dot_product(rows, self.scoring, retrieved)
         return search_by_score(rows, self.scoring, retrieved)
 
-    def _top_k(self, scoring: DotProduct) -> ShardedTopK:
+    def _top_k(self, scoring: DotProduct, batch: Batch) -> ShardedTopK:
         """Make the search on the shards: anew for each search, because it reads the tables as they are sharded now."""
         return ShardedTopK(
             self.tables.inherent[self.roles.target_attention],
             self.tables.inherent[self.roles.history_attention],
             scoring,
             self.settings.retrieved,
-            self.sizes,
-            self.tables.cross_features,
+            self.sizes.with_bags(batch),
+            self.tables.sides,
             self.tables.codecs,
         )
 
@@ -230,6 +225,11 @@ class CtrModel(nn.Module):
         """Dims of what `represent` returns."""
         name = self.roles.target_representation
         return self.tables.inherent_dims(name) | self.tables.cross_dims(name)
+
+    def attended_dims(self) -> dict[Feature, int]:
+        """Dims of the rows that `attention` is given."""
+        name = self.roles.target_attention
+        return self.tables.inherent_dims(name, scored=True) | self.tables.cross_dims(name, scored=True)
 
     @property
     def predicted_from(self) -> int:
@@ -304,7 +304,9 @@ class CtrModel(nn.Module):
             input_TI = self._pool_on_shards(batch, small, selected, weights, row_hook)
         else:
             input_TI = self._pool_locally(representation_rows, selected, weights, row_hook)
-        logits = _tuple(self.prediction(input_TI))
+        context = self.tables.context_rows(batch)
+        seen = partial(all_inputs, batch=batch, sides=self.tables.sides, pool=self.pool_numbers, context=context)
+        logits = _tuple(self.prediction(seen(input_TI, selected, weights)))
         if not predicts_twice:
             return Prediction(logits)
 
@@ -312,16 +314,26 @@ class CtrModel(nn.Module):
         assert self.auxiliary is not None
         weights = self._attend(attention_rows, everything, self.auxiliary_attention, row_hook)
         input_TI = self._pool_locally(representation_rows, everything, weights, row_hook)
-        return Prediction(logits, _tuple(self.auxiliary(input_TI)))
+        return Prediction(logits, _tuple(self.auxiliary(seen(input_TI, everything, weights))))
 
     def _inputs(self, heads: int) -> int:
         # Counted as `_prediction_input` concatenates: the target's inherent rows once, then for each sequence its cross
         # rows, the pooled history of each head, and with TR its product with the target.
         inherent, cross = 0, 0
+        sides = self.tables.sides
         for feature, dim in self.represented_dims().items():
-            inherent, cross = (inherent + dim, cross) if feature in INHERENT else (inherent, cross + dim)
+            inherent, cross = (inherent + dim, cross) if feature in sides.inherent else (inherent, cross + dim)
         parts = (2 if self.target_aware else 1) * heads
-        return inherent + len(self.settings.retrieved) * (cross + parts * (inherent + cross))
+        inputs = inherent + len(self.settings.retrieved) * (cross + parts * (inherent + cross))
+        # Then what `all_inputs` adds.
+        numbers = (
+            len(sides.carried.intersection(sides.numbers)) + len(self.settings.retrieved) * len(sides.numbers) * heads
+        )
+        return inputs + numbers + self.tables.context_inputs
+
+    def pool_numbers(self, weight_TK: Tensor, number_TKn: Tensor) -> Tensor:
+        """Pool the numbers of behaviours, (T, K, n): ``sum_i w_i x_i``, (T, n); of several heads side by side."""
+        return weighted_sum(weight_TK, number_TKn)
 
     def _local_rows(self, batch: Batch, small: SmallRows) -> LocalRows:
         """The attention rows of all targets and behaviours, on this rank and without gradient."""
@@ -351,8 +363,8 @@ class CtrModel(nn.Module):
         """The attention weights of each sequence's selected behaviours, (T, K) or (T, H, K)."""
         weights = {}
         for sequence, chosen in selected.items():
-            target = rows.targets(self.roles.target_attention, sequence)
-            behaviors = rows.behaviors(self.roles.history_attention, sequence, chosen)
+            target = rows.targets(self.roles.target_attention, sequence, scored=True)
+            behaviors = rows.behaviors(self.roles.history_attention, sequence, chosen, scored=True)
             weights[sequence] = attention(target, behaviors, chosen)
             if row_hook is not None and self.training:
                 # ``chosen`` as a default: a closure would see the last sequence of the loop, as it is called in the

@@ -30,6 +30,7 @@ from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from embeddings.model import CtrModel
 from embeddings.tables.sharder import KERNELS, TableSharder
+from embeddings.tables.specs import CONTEXT
 from embeddings.workload import Search, Workload, distinct
 from schemas.errors import UserError
 from schemas.model import TableOptimizer
@@ -220,11 +221,12 @@ def _planner(model: CtrModel, topology: Topology, bounds: dict[str, ParameterCon
 
 
 def constraints(model: CtrModel, device_type: str, ranks: int) -> dict[str, ParameterConstraints]:
-    """What TorchRec's planner must keep to: every table row-wise, in equal parts on all ranks.
+    """What TorchRec's planner must keep to: all tables row-wise, in equal parts on all ranks, but for those of context.
 
     Shards search and pool the item and category tables; a row that is needed elsewhere travels once; and the cross
     tables, which every rank needs whole, are gathered in equal parts from all (`embeddings.tables`). With a table-wise
-    table one rank would send a vector for every bag of every other rank.
+    table one rank would send a vector for every bag of every other rank. Tables of context are looked up by TorchRec's
+    own lookup, which knows both ways: the planner chooses.
 
     Args:
         model: not sharded yet.
@@ -239,9 +241,11 @@ def constraints(model: CtrModel, device_type: str, ranks: int) -> dict[str, Para
     for spec, weight in model.tables.weights():
         # Where a rank would have no rows, FBGEMM's backward pass on a CPU takes the next table for this one.
         small = device_type == "cpu" and spec.name not in on_shard and _leaves_out_a_rank(len(weight), ranks)
-        kind = ShardingType.TABLE_WISE.value if small else ShardingType.ROW_WISE.value
+        kinds = [ShardingType.TABLE_WISE.value if small else ShardingType.ROW_WISE.value]
+        if spec.kind == "context" and not small:
+            kinds.append(ShardingType.TABLE_WISE.value)
         by_table[spec.name] = ParameterConstraints(
-            sharding_types=[kind], compute_kernels=[KERNELS[spec.settings.memory]], pooling_factors=[1.0]
+            sharding_types=kinds, compute_kernels=[KERNELS[spec.settings.memory]], pooling_factors=[1.0]
         )
     return by_table
 
@@ -292,7 +296,7 @@ def _search_bytes(model: CtrModel, work: Workload) -> float:
         return work.pairs * PAIR_BYTES
     if search_place(model) == "local":
         specs = [spec for spec in model.tables.specs.values() if spec.set == model.roles.history_attention]
-        inherent = [spec for spec in specs if spec.inherent]
+        inherent = [spec for spec in specs if spec.inherent and spec.feature in model.tables.sides.scored]
         # Equal rows travel once, and on one rank none does: they are read where they are. A score that is no dot
         # product of rows takes them side by side.
         fetched = sum(distinct(work.behaviors, spec.rows) * spec.dim for spec in inherent if not spec.gathered)
@@ -302,7 +306,7 @@ def _search_bytes(model: CtrModel, work: Workload) -> float:
     # On its shard nothing of the size of pairs is written: each keeps its best for each target of all ranks.
     targets = work.targets * work.ranks
     answers = sum(min(part.pairs / work.targets / work.ranks, part.retrieved) for part in work.sequences)
-    query = sum(model.tables.inherent_dims(model.roles.target_attention).values()) * FLOAT
+    query = sum(model.tables.inherent_dims(model.roles.target_attention, scored=True).values()) * FLOAT
     return work.behaviors * BEHAVIOR_BYTES + targets * (answers * BEST_BYTES + query)
 
 
@@ -315,7 +319,9 @@ def _bounds(model: CtrModel, machines: Machines, work: Workload) -> dict[str, Pa
     bounds = constraints(model, machines.device, machines.ranks)
     for name, constraint in bounds.items():
         spec = model.tables.specs[name]
-        if not spec.gathered:
+        if spec.kind == "context":
+            ids = float(work.targets * machines.ranks)
+        elif not spec.gathered:
             # With local search the rows of attention are fetched for all behaviours.
             fetched = search_place(model) == "local" and model.searched in ("shard", "local")
             everything = looks_up_all(model) or (fetched and spec.set in model.roles.attention)
@@ -378,7 +384,7 @@ def _least(option: ShardingOption, memory: str, ranks: int) -> float:
 def _advice(model: CtrModel, machines: Machines, lack: Lack) -> str:
     """What may help, as far as it depends on the table that takes most; `dare plan` tries what is enough."""
     spec, roles = model.tables.specs[lack.table], model.roles
-    parts = {"attention": roles.attention, "representation": roles.representation}
+    parts = {"attention": roles.attention, "representation": roles.representation, CONTEXT: {CONTEXT}}
     sections = [f"model.{role}" for role, sets in parts.items() if spec.set in sets]
     changes = ["more ranks", " and ".join(f"a smaller {section}.dim" for section in sections)]
     if lack.beside > lack.table_bytes:

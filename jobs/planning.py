@@ -142,7 +142,7 @@ def _settings(
     # Sizes by hand: what a manifest would say.
     sequences = settings.stream.sequences
     lengths = {name: part.length for name, part in sequences.items()} if sequences else None
-    return settings, DataSizes(
+    return settings, DataSizes.counted(
         items=settings.sizes.items,
         categories=settings.sizes.categories,
         lengths=lengths or {"history": settings.stream.history_length},

@@ -12,12 +12,6 @@ Feature = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 """What an item, a behaviour, a user or an impression is described by, by name: ``item``, ``position`` and ``interval``,
 which every data set has, and those that its manifest declares."""
 
-INHERENT: tuple[Feature, ...] = ("item", "category")
-"""Features that belong to the item, whoever meets it ("inherent features", TWIN, arXiv 2302.02352, section 3.1)."""
-
-CROSS: tuple[Feature, ...] = ("position", "interval", "behavior", "scene")
-"""Features of the meeting of user and item ("user-item cross features", TWIN, section 3.1); their tables are small."""
-
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "rowwise_adam"]
 
 Precision = Literal["fp32", "fp16"]

@@ -32,7 +32,7 @@ def settings_of(name: str, **changes: object) -> ModelSettings:
 
 def sizes_of(settings: ModelSettings) -> DataSizes:
     lengths = {name: LENGTHS[name] for name in settings.retrieved}
-    return DataSizes(items=50, categories=3, behaviors=4, scenes=3, lengths=lengths)
+    return DataSizes.counted(items=50, categories=3, behaviors=4, scenes=3, lengths=lengths)
 
 
 def batch_of(settings: ModelSettings, seed: int, **shape: int) -> Batch:

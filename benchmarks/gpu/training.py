@@ -39,7 +39,7 @@ from schemas.train import TrainSettings
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SIZES = DataSizes(items=20_000, categories=300, lengths={"history": 60}, behaviors=4, scenes=3)
+SIZES = DataSizes.counted(items=20_000, categories=300, lengths={"history": 60}, behaviors=4, scenes=3)
 FEATURES = "model.features=[item,category,position,interval,behavior,scene]"
 STEPS_COMPARED = 20
 
@@ -127,7 +127,7 @@ def throughput() -> None:
     goals = {200: 200_000, 10_000: 50_000}
     for length, dim in product(goals, (32, 128)):
         settings = _settings("stream.batch_size=2048", f"model.attention.dim={dim}", "model.representation.dim=32")
-        sizes = DataSizes(items=4_000_000, categories=10_000, lengths={"history": length})
+        sizes = DataSizes.counted(items=4_000_000, categories=10_000, lengths={"history": length})
         # Few batches over and over: on a GPU no cache holds their rows, and to make many takes the time of the check.
         batches = [made_up_batch(StepTask(settings, sizes), seed) for seed in range(3)]
         pipeline, _ = _pipeline(settings, sizes, DEVICE, prefetched=True)

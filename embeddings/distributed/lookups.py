@@ -4,12 +4,13 @@ An id travels once to the shard that has its row. Of a row, the row travels back
 part of the sum, so that D floats travel back for a bag and not a row for each of its ids. A lookup waits once for a
 GPU: for the numbers of ids, without which nothing can be sent.
 
-B = ids of this rank, U = distinct ids of it, L = rows that were looked up, E = entries of bags, I = ids that a shard
-was sent by all ranks, P = parts: bags of this rank that have an entry on a shard, one shard's after the other's, S =
-shards (one a rank), R = rows of a table, d = its dim, V = values of all tables on a shard.
+B = ids of this rank (or, of a feature with several values, bags), U = distinct ids of it, L = rows that were looked up,
+E = entries of bags, I = ids that a shard was sent by all ranks, P = parts: bags of this rank that have an entry on a
+shard, one shard's after the other's, S = shards (one a rank), R = rows of a table, d = its dim, V = values of all
+tables on a shard.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn.functional import embedding_bag, pad
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import QuantizedCommCodecs
 
+from embeddings.batch import DistinctBags
 from embeddings.distributed.collectives import (
     Column,
     ColumnsAllToAll,
@@ -42,6 +44,14 @@ class RowsOfIds(NamedTuple):
     """int32 or int64: the id of each row; None: these are all rows of the table, in order."""
     in_order: bool = False
     """Whether the rows are those of the ids, one after the other."""
+    bags: DistinctBags | None = None
+    """For a feature with several values: which of the ids make up each bag; None: the ids are what was asked for."""
+
+    def pooled(self) -> "RowsOfIds":
+        """The means of the bags' rows, and which of them was asked for each time; as it is where there are no bags."""
+        if self.bags is None:
+            return self
+        return RowsOfIds(self.bags.means(self.rows_Ld, self.index_B), self.bags.slot_X, None)
 
 
 class _Distinct(NamedTuple):
@@ -59,6 +69,7 @@ def sharded_rows(
     ids: Mapping[Feature, Tensor],
     valid_B: Tensor | None,
     codecs: QuantizedCommCodecs | None = None,
+    all_valid: Collection[Feature] = (),
 ) -> dict[Feature, RowsOfIds]:
     """Rows of ids in some tables of a collection; every rank must call it, and go through its backward pass.
 
@@ -70,16 +81,18 @@ def sharded_rows(
         ids: by feature, int32 or int64 (B,).
         valid_B: bool; what is False is not looked up, its slot is any; None: all are valid.
         codecs: of the rows and of their gradients on their way; None: as they are.
+        all_valid: features whose ids are all valid, and may be of another number.
     """
     lookup = RowWiseLookup(collection)
+    valid = {feature: None if feature in all_valid else valid_B for feature in ids}
     # On a GPU FBGEMM adds up the gradients of a row that occurs more than 1,024 times in no fixed order; in a run that
     # must be exact, rows are made distinct first.
     exact = torch.are_deterministic_algorithms_enabled() and next(iter(ids.values())).is_cuda
     if lookup.group.size() == 1 and not exact:
-        return _local_rows(lookup, ids, valid_B)
+        return _local_rows(lookup, ids, valid)
     # An id travels once however often this rank has it, so the gradients of equal ids are added up here, before one
     # row's gradient travels back.
-    distinct = {feature: _distinct(id_B, valid_B, lookup.tables[feature]) for feature, id_B in ids.items()}
+    distinct = {feature: _distinct(id_B, valid[feature], lookup.tables[feature]) for feature, id_B in ids.items()}
     # One row of counts for each shard, with all tables in it: a single small exchange for all of them.
     sent, received = exchange_counts(torch.stack([of.count_S for of in distinct.values()], dim=1), lookup.group)
     requests, id_of = list[Tensor](), dict[Feature, Tensor]()
@@ -100,14 +113,19 @@ def sharded_rows(
 
 
 def _local_rows(
-    lookup: RowWiseLookup, ids: Mapping[Feature, Tensor], valid_B: Tensor | None
+    lookup: RowWiseLookup, ids: Mapping[Feature, Tensor], valid: Mapping[Feature, Tensor | None]
 ) -> dict[Feature, RowsOfIds]:
     """What `sharded_rows` returns where one rank has all rows: nothing travels, and equal ids stay apart."""
-    if valid_B is not None and len(valid_B):
+
+    def looked_up(id_B: Tensor, valid_B: Tensor | None) -> Tensor:
+        if valid_B is None or not len(valid_B):
+            return id_B
         # Ids that are not valid stand for the first valid one: so no row is touched but those that were asked for, and
         # nobody has to wait for how many those are. Their gradients are 0.
         first = valid_B.to(torch.uint8).argmax(0, keepdim=True)
-        ids = {feature: torch.where(valid_B, id_B, id_B.index_select(0, first)) for feature, id_B in ids.items()}
+        return torch.where(valid_B, id_B, id_B.index_select(0, first))
+
+    ids = {feature: looked_up(id_B, valid[feature]) for feature, id_B in ids.items()}
     return {
         feature: _rows_of_ids(rows_Bd, torch.arange(len(rows_Bd), device=rows_Bd.device), ids[feature], True)
         for feature, rows_Bd in lookup.rows(ids).items()

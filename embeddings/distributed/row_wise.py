@@ -16,7 +16,7 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ShardingType
 
 from embeddings.distributed.collectives import Column, ColumnsAllToAll, exchange_counts
-from schemas.model import INHERENT, Feature
+from schemas.model import Feature
 
 
 class Bucketed(NamedTuple):
@@ -76,6 +76,19 @@ class RowWiseTable:
         (by_shard_Bd,) = ColumnsAllToAll(self.group, [Column(local_rows_Id, received, sent)]).wait()
         # The rows come back in the order in which they were asked for, by shard; each is written where its id was.
         return torch.empty_like(by_shard_Bd).index_copy_(0, ids.index_B.long(), by_shard_Bd)
+
+    def fetch_distinct(self, id_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Fetch the rows of the different ones of this rank's ids; every rank must call it, if with no ids.
+
+        Returns:
+            float32, at least one row, and int64 (B,), which of the rows each id has.
+        """
+        # A flag for each row, rather than `unique`, which would sort all ids. Counting the flags numbers them.
+        present_R = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
+        present_R.index_fill_(0, id_B.long(), True)
+        rows_Cd = self.fetch(present_R.nonzero().flatten()).float()
+        rows_Cd = rows_Cd if len(rows_Cd) else rows_Cd.new_zeros(1, rows_Cd.shape[1])
+        return rows_Cd, (present_R.cumsum(0) - 1).index_select(0, id_B)
 
     def gather(self, id_G: Tensor, held: Sequence[int] | None) -> Tensor:
         """Gather rows of ids that all ranks know, (G, d) on all of them: each shard sends what it has to all.
@@ -154,8 +167,7 @@ class RowWiseLookup:
 
     def __init__(self, collection: torch.nn.Module) -> None:
         assert isinstance(collection, ShardedEmbeddingBagCollection), collection
-        assert is_row_wise(collection), collection._sharding_types
-        self.tables = _tables(collection)
+        self.tables = row_wise_tables(collection)
         """By the feature that is looked up in them."""
         self._kernels: list[BatchedFusedEmbeddingBag] = list(collection._lookups[0]._emb_modules)
         self.group: dist.ProcessGroup = collection._env.process_group
@@ -215,13 +227,8 @@ def is_row_wise(collection: torch.nn.Module | None) -> bool:
 
 
 def row_wise_tables(collection: ShardedEmbeddingBagCollection) -> dict[Feature, RowWiseTable]:
-    """The tables of inherent features by the feature that is looked up in them, item first; all must be row-wise."""
+    """The tables by the feature that is looked up in them; all must be row-wise."""
     assert is_row_wise(collection), collection._sharding_types
-    tables = _tables(collection)
-    return {feature: tables[feature] for feature in INHERENT if feature in tables}
-
-
-def _tables(collection: ShardedEmbeddingBagCollection) -> dict[str, RowWiseTable]:
     tables = {}
     for kernel in collection._lookups[0]._emb_modules:
         for number, table in enumerate(kernel.config.embedding_tables):

@@ -1,16 +1,18 @@
-"""Pooling: the weighted sum of a history's rows, and what the prediction sees of it.
+"""Pooling: the weighted sum of a history's rows and numbers, and what the prediction sees of it.
 
-T = targets, K = behaviours of each, H = heads, d = dim of one feature, E = dim of all features together.
+T = targets, K = behaviours of each, H = heads, d = dim of one feature, E = dim of all features together, n = numbers.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from embeddings.batch import Batch, Selection, gather_or_zeros
 from embeddings.features import IndexedBehaviors, Rows
 from embeddings.layers import row_products
-from schemas.model import INHERENT
+from embeddings.sizes import FeatureSides
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ def pooled(weight_TK: Tensor, behaviors: Rows) -> Rows:
     """Pool representation rows of behaviours (T, K, ...) with their weights: ``sum_i w_i e_i``, (T, ...)."""
     if isinstance(behaviors, IndexedBehaviors) and weight_TK.dim() == 2:
         sums = {feature: row_products.weighted_sum(weight_TK, *rows) for feature, rows in behaviors.features.items()}
-        inherent = [sum_Td for feature, sum_Td in sums.items() if feature in INHERENT]
-        cross = {feature: sum_Td for feature, sum_Td in sums.items() if feature not in INHERENT}
+        inherent = [sums[feature] for feature in behaviors.inherent_features]
+        cross = {feature: sums[feature] for feature in behaviors.cross_features}
         return Rows(torch.cat(inherent, dim=1) if len(inherent) > 1 else inherent[0], cross)
     return behaviors.map(lambda rows_TKd: weighted_sum(weight_TK, rows_TKd))
 
@@ -55,3 +57,34 @@ def history_inputs(representation: Representation, target_aware: bool) -> list[T
     """
     pooled_TE = representation.pooled.concatenated()
     return [pooled_TE, pooled_TE * representation.target.concatenated()] if target_aware else [pooled_TE]
+
+
+def all_inputs(
+    input_TI: Tensor,
+    selected: Mapping[str, Selection],
+    weights: Mapping[str, Tensor],
+    *,
+    batch: Batch,
+    sides: FeatureSides,
+    pool: Callable[[Tensor, Tensor], Tensor],
+    context: Sequence[Tensor],
+) -> Tensor:
+    """All that a prediction sees: rows; numbers, the targets' own and those of histories, pooled; and the context.
+
+    Args:
+        input_TI: what it sees of rows.
+        selected: the behaviours of each sequence.
+        weights: (T, K) or (T, H, K), 0 where there is no behaviour.
+        batch: the targets and their histories.
+        sides: the features; n of those of items and behaviours are numbers.
+        pool: takes weights and numbers (T, K, n).
+        context: what is known of users and impressions, (T, ...) each.
+    """
+    own = [batch.column(feature) for feature in sides.numbers if feature in sides.carried]
+    parts = [torch.stack(own, dim=1)] if own else []
+    for sequence, chosen in selected.items() if sides.numbers else ():
+        history = batch.histories[sequence]
+        columns = [gather_or_zeros(history.column(feature), chosen.index_TK) for feature in sides.numbers]
+        parts.append(pool(weights[sequence], torch.stack(columns, dim=2).to(weights[sequence].dtype)))
+    others = [part.to(input_TI.dtype) for part in (*parts, *context)]
+    return torch.cat([input_TI, *others], dim=1) if others else input_TI

@@ -4,22 +4,23 @@ F = features mapped together, T = targets, I, O = dims of the mapped features to
 feature, D = dim of the inherent features together, B = bits of a signature, X = any shape.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from embeddings.features import Rows
-from schemas.model import INHERENT, Feature
+from schemas.model import Feature
 
 
 class RowsMap(nn.Module):
     """A linear map, or an MLP, of some features' rows side by side; the other features stay as they are.
 
     Args:
-        dims: of all features, the inherent ones first.
-        mapped: those that are mapped together.
+        inherent: dims of the inherent features.
+        cross: dims of the cross features.
+        mapped: those of both that are mapped together.
         outputs: their dims afterwards.
         hidden: hidden layers, each as wide as the input; 0: a linear map.
         bias: the last layer adds one.
@@ -27,15 +28,17 @@ class RowsMap(nn.Module):
 
     def __init__(
         self,
-        dims: Mapping[Feature, int],
-        mapped: Sequence[Feature],
+        inherent: Mapping[Feature, int],
+        cross: Mapping[Feature, int],
+        mapped: Collection[Feature],
         outputs: Mapping[Feature, int],
         hidden: int = 0,
         bias: bool = True,
     ) -> None:
         super().__init__()
+        self._inherent, dims = tuple(inherent), {**inherent, **cross}
         # In the order of ``dims``, not of ``mapped``: rows are split and joined in that order.
-        self.dims, self.mapped = dict(dims), tuple(feature for feature in dims if feature in mapped)
+        self.dims, self.mapped = dims, tuple(feature for feature in dims if feature in mapped)
         self.outputs = {feature: outputs[feature] if feature in mapped else dim for feature, dim in dims.items()}
         wide = sum(dims[feature] for feature in self.mapped)
         layers: list[nn.Module] = []
@@ -70,7 +73,7 @@ class RowsMap(nn.Module):
     def bias_product(self, rows: Rows) -> Tensor:
         """Multiply rows (..., d) with the dims of ``outputs`` by a linear map's bias: dot products, float32 (...)."""
         linear = self._linear()
-        mapped_XO = self._side_by_side(_by_feature(rows, self.outputs))
+        mapped_XO = self._side_by_side(self._by_feature(rows, self.outputs))
         return mapped_XO.new_zeros(mapped_XO.shape[:-1]) if linear.bias is None else mapped_XO @ linear.bias
 
     def _linear(self) -> nn.Linear:
@@ -85,22 +88,19 @@ class RowsMap(nn.Module):
         after: Mapping[Feature, int],
         layers: Callable[[Tensor], Tensor],
     ) -> Rows:
-        parts = _by_feature(rows, before)
+        parts = self._by_feature(rows, before)
         mapped = layers(self._side_by_side(parts)).split([after[feature] for feature in self.mapped], dim=-1)
         parts |= dict(zip(self.mapped, mapped, strict=True))
-        inherent = [part for feature, part in parts.items() if feature in INHERENT]
-        return Rows(torch.cat(inherent, dim=-1), {name: part for name, part in parts.items() if name not in INHERENT})
+        inherent_XD = torch.cat([parts.pop(feature) for feature in self._inherent], dim=-1)
+        return Rows(inherent_XD, parts)
 
     def _side_by_side(self, parts: Mapping[Feature, Tensor]) -> Tensor:
         """The mapped features' rows in one tensor; a feature with one row for all targets is repeated for each."""
         leading = torch.broadcast_shapes(*[parts[feature].shape[:-1] for feature in self.mapped])
         return torch.cat([parts[feature].expand(*leading, -1) for feature in self.mapped], dim=-1)
 
-
-def _by_feature(rows: Rows, dims: Mapping[Feature, int]) -> dict[Feature, Tensor]:
-    inherent = [feature for feature in dims if feature in INHERENT]
-    parts = rows.inherent.split([dims[feature] for feature in inherent], dim=-1)
-    return {**dict(zip(inherent, parts, strict=True)), **rows.cross}
+    def _by_feature(self, rows: Rows, dims: Mapping[Feature, int]) -> dict[Feature, Tensor]:
+        return rows.by_feature({feature: dims[feature] for feature in self._inherent})
 
 
 class Signature(nn.Module):

@@ -4,16 +4,13 @@ T = targets, K = behaviours of each, H = heads, D = dim of the inherent features
 of one head, E = dim of all features together, h = hidden units.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from embeddings.features import IndexedBehaviors, IndexedRows, Rows
+from embeddings.features import IndexedBehaviors, Rows
 from embeddings.layers import row_products
 from embeddings.layers.projections import RowsMap
-from schemas.model import INHERENT, Feature
 
 
 class DotProduct(nn.Module):
@@ -157,20 +154,21 @@ class MultiHeadScore(nn.Module):
 def product(query: Rows, behaviors: Rows) -> Tensor:
     """Dot products over all features, float32 (T, K), of queries (T, ...) with K behaviours of each (T, K, ...)."""
     if isinstance(behaviors, IndexedBehaviors):
-        return _indexed_product(query, behaviors.features)
+        return _indexed_product(query, behaviors)
     score_TK = _dot(behaviors.inherent, query.inherent)
     for feature, rows_TKd in behaviors.cross.items():
         score_TK = score_TK + _dot(rows_TKd, query.cross[feature])
     return score_TK
 
 
-def _indexed_product(query: Rows, features: Mapping[Feature, IndexedRows]) -> Tensor:
-    # Item and category rows lie apart.
+def _indexed_product(query: Rows, behaviors: IndexedBehaviors) -> Tensor:
+    # Rows of the inherent features lie apart.
     queries = query.by_feature(
-        {feature: rows.rows_Ld.shape[1] for feature, rows in features.items() if feature in INHERENT}
+        {feature: rows.rows_Ld.shape[1] for feature, rows in behaviors.inherent_features.items()}
     )
     parts = [
-        row_products.dot(queries[feature].expand(len(rows.index_X), -1), *rows) for feature, rows in features.items()
+        row_products.dot(queries[feature].expand(len(rows.index_X), -1), *rows)
+        for feature, rows in behaviors.features.items()
     ]
     return sum(parts[1:], start=parts[0])
 

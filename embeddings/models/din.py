@@ -25,7 +25,7 @@ class Din(Twin):
 
     def make_scoring(self) -> nn.Module:
         """Make the MLP that scores a pair."""
-        return DinScore(sum(self.represented_dims().values()))
+        return DinScore(sum(self.attended_dims().values()))
 
 
 class DinShort(Din):

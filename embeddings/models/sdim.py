@@ -59,6 +59,11 @@ class Sdim(Eta):
         inherent, *cross = unit_THE.mean(1).split([sum_THd.shape[2] for sum_THd in sums], dim=1)
         return Rows(inherent, dict(zip(behaviors.cross, cross, strict=True)))
 
+    def pool_numbers(self, weight_TK: Tensor, number_TKn: Tensor) -> Tensor:
+        """Pool to the mean over rounds of the bucket's mean, 0 for an empty bucket."""
+        mean_THK = weight_TK / weight_TK.sum(2, keepdim=True).clamp(min=1)
+        return torch.bmm(mean_THK, number_TKn).mean(1)
+
     def _rounds(self, rows: Tensor) -> Tensor:
         """Signatures by round, bool (..., H, b)."""
         bits: Tensor = self.signature(rows).unflatten(-1, (-1, self.settings.hash_width))

@@ -33,7 +33,7 @@ class SimHard(Twin):
 
     def make_scoring(self) -> nn.Module:
         """Make the attention's score, of each head."""
-        return MultiHeadScore(sum(super().represented_dims().values()), self.heads)
+        return MultiHeadScore(sum(self.attended_dims().values()), self.heads)
 
     def search_locally(self, batch: Batch, small: SmallRows) -> dict[str, Selection]:
         """Select the K latest behaviours of the target's category; no rows are looked up."""
@@ -54,8 +54,9 @@ class SimSoft(SimHard):
 
     def make_modules(self) -> None:
         """Make the search's score: the scaled product of mapped rows, ``(W_b e_i) . (W_a e_a)`` in equation 1."""
-        dims = self.represented_dims()
-        of_target, of_behavior = (RowsMap(dims, tuple(dims), dims, bias=False) for _ in range(2))
+        name, dims = self.roles.target_attention, self.attended_dims()
+        parts = self.tables.inherent_dims(name, scored=True), self.tables.cross_dims(name, scored=True)
+        of_target, of_behavior = (RowsMap(*parts, dims, dims, bias=False) for _ in range(2))
         self.searching = MappedDotProduct(of_target, of_behavior)
 
     def search_locally(self, batch: Batch, small: SmallRows) -> dict[str, Selection]:

@@ -11,7 +11,7 @@ from embeddings.layers.projections import RowsMap
 from embeddings.layers.scoring import MappedDotProduct, MappedScore
 from embeddings.models.twin import Twin
 from schemas.errors import UserError
-from schemas.model import CROSS, INHERENT, Feature
+from schemas.model import Feature
 
 
 class TwinProjection(Twin):
@@ -21,8 +21,8 @@ class TwinProjection(Twin):
     start as small as all linear layers of the authors' code, N(0, 0.01^2), which makes mapped rows very small at first.
     """
 
-    mapped: ClassVar[Sequence[Feature]] = (*INHERENT, *CROSS)
-    """Features whose rows the maps mix; the others stay as they are."""
+    mapped: ClassVar[Sequence[Feature] | None] = None
+    """Features whose rows the maps mix, and the others stay as they are; None: all of them."""
     shared: ClassVar[bool] = False
     """Targets and behaviours have the same maps."""
     hidden: ClassVar[int] = 0
@@ -32,11 +32,11 @@ class TwinProjection(Twin):
 
     def make_scoring(self) -> nn.Module:
         """Make the dot product of mapped rows; if the maps are linear, shards can search by it."""
-        return (MappedScore if self.hidden else MappedDotProduct)(*self._maps())
+        return (MappedScore if self.hidden else MappedDotProduct)(*self._maps(scored=True))
 
     def make_modules(self) -> None:
         """Make the maps for representation."""
-        self.target_map, self.behavior_map = self._maps()
+        self.target_map, self.behavior_map = self._maps(scored=False)
 
     def represent(self, target: Rows, behaviors: Rows) -> tuple[Rows, Rows]:
         """Map the targets' rows; the behaviours' are mapped in `pool`."""
@@ -53,16 +53,20 @@ class TwinProjection(Twin):
         """Dims of the mapped rows."""
         return self.target_map.outputs
 
-    def _maps(self) -> tuple[RowsMap, RowsMap]:
+    def _maps(self, scored: bool) -> tuple[RowsMap, RowsMap]:
         # The dims of the rows as they are in the tables; `represented_dims` of this class are those after the maps.
-        dims = super().represented_dims()
-        missing = [feature for feature in self.mapped if feature not in dims]
-        # The plain model maps whatever features there are; one that is named after its features must have them.
-        if self.mapped is not TwinProjection.mapped and missing:
-            raise UserError(f"model.features: {self.settings.name} maps {missing[0]}; add it to the features")
+        name = self.roles.target_representation
+        inherent, cross = self.tables.inherent_dims(name, scored), self.tables.cross_dims(name, scored)
+        dims = inherent | cross
+        mapped = tuple(dims) if self.mapped is None else self.mapped
+        for feature in mapped:
+            # The plain model maps whatever features there are; one that is named after its features must have them.
+            if feature not in dims:
+                how = ", with attention" if feature in self.settings.feature_names else ""
+                raise UserError(f"model.features: {self.settings.name} maps {feature}; add it to the features{how}")
         outputs = {feature: self.output_dim or dim for feature, dim in dims.items()}
-        of_target = RowsMap(dims, self.mapped, outputs, self.hidden)
-        return of_target, of_target if self.shared else RowsMap(dims, self.mapped, outputs, self.hidden)
+        of_target = RowsMap(inherent, cross, mapped, outputs, self.hidden)
+        return of_target, of_target if self.shared else RowsMap(inherent, cross, mapped, outputs, self.hidden)
 
 
 class TwinProjectionShared(TwinProjection):

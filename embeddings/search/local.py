@@ -1,14 +1,14 @@
 """Search on the sample's rank ("local"): the rows of all behaviours travel to it, and it keeps the K best of them.
 
 A model searches so where its settings say `search: local`, and where its score cannot be made on the shards: there a
-behaviour's item and category rows lie apart, so that only a dot product, which is a sum over the parts, can be scored.
+behaviour's rows of item, category and the like lie apart, so that only a dot product, a sum over parts, can be scored.
 
 T = targets, K = behaviours to keep of each, M = behaviours of all users, W = (target, behaviour) pairs: all behaviours
 of the first target's window, then of the second's, ..., N = longest window, C = targets of a chunk, D = dim of the
 inherent features together, d = dim of one feature, L = rows looked up, B = bits of a signature.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
@@ -19,12 +19,13 @@ from torch.nn.functional import embedding
 
 from embeddings.batch import Batch, History, Selection, gather_or_zeros
 from embeddings.distributed.row_wise import row_wise_tables
-from embeddings.features import IndexedRows, Rows, behavior_row, target_row
+from embeddings.features import IndexedRows, Rows, behavior_row, pooled_bags, target_row
 from embeddings.layers.projections import Signature
 from embeddings.layers.scoring import DotProduct
-from embeddings.search.score_parts import PairRows, pair_rows, score_parts, search_rows
+from embeddings.search.score_parts import PairRows, of_bags, pair_rows, score_parts, search_rows
 from embeddings.search.topk.api import top_k
 from embeddings.search.topk.inputs import PartKind, TopKInputs
+from embeddings.sizes import FeatureSides
 from embeddings.tables.collections import CrossRows, SmallRows, Tables
 from schemas.model import Feature
 
@@ -47,13 +48,17 @@ class LocalRows:
     lengths: Mapping[str, int]
     """N by sequence."""
     target_TD: Tensor
-    """float32: item and category rows of the targets."""
+    """float32: rows of the targets' inherent features, side by side."""
     behaviors: Mapping[str, Mapping[Feature, IndexedRows]]
     """By sequence and inherent feature: the rows of its behaviours, index (M,)."""
     target_cross: CrossRows
     """All rows of the targets' cross tables."""
     history_cross: CrossRows
-    """All rows of the behaviours' cross tables."""
+    """All rows of the behaviours' cross tables; of a feature with several values, one for each bag they have."""
+    cross_pairs: Mapping[str, Mapping[Feature, PairRows]]
+    """By sequence and cross feature: how pairs find their row."""
+    sides: FeatureSides
+    """The features, by what they belong to."""
 
     @classmethod
     @torch.no_grad()
@@ -77,45 +82,81 @@ class LocalRows:
             lengths: N by sequence.
         """
         # All sequences share the tables, so all their behaviours are one lookup. Equal ids travel once.
-        items = [batch.histories[sequence].item_M for sequence in tables.sequences]
-        categories = [batch.histories[sequence].features_M["category"] for sequence in tables.sequences]
-        targets: dict[Feature, Tensor] = {"item": batch.item_T, "category": batch.features_T["category"]}
+        histories, sides = [batch.histories[sequence] for sequence in tables.sequences], tables.sides
 
-        def rows(set_name: str, item: list[Tensor], category: list[Tensor]) -> dict[Feature, IndexedRows]:
-            ids: dict[Feature, Tensor] = {"item": torch.cat(item), "category": torch.cat(category)}
-            if tables.row_wise(set_name) and tables.ranks(set_name) == 1:
-                local = row_wise_tables(tables.inherent[set_name])
-                # All rows are on this rank: they are read where they are, if that is on the device.
-                if not any(table.cached for table in local.values()):
-                    return {
-                        feature: IndexedRows(table.local_Rd, ids[feature].long()) for feature, table in local.items()
-                    }
-            looked_up = tables.inherent_rows(set_name, ids, None, small)
-            return {feature: IndexedRows(of.rows_Ld, of.index_B) for feature, of in looked_up.items()}
+        def rows(set_name: str, parts: Sequence[Batch | History]) -> dict[Feature, IndexedRows]:
+            row_wise = tables.row_wise(set_name)
+            local = row_wise_tables(tables.inherent[set_name]) if row_wise and tables.ranks(set_name) == 1 else {}
+            # Where all rows are on this rank, they are read where they are, if that is on the device.
+            in_place = bool(local) and not any(table.cached for table in local.values())
+            # A set that is looked up by another collective is looked up whole.
+            features = tables.inherent_features(set_name, scored=row_wise)
+            ids = {feature: torch.cat([part.column(feature) for part in parts]) for feature in features}
+            looked_up: dict[Feature, IndexedRows] = {}
+            if not in_place:
+                found = tables.inherent_rows(set_name, ids, None, small, batch.bags)
+                looked_up = {feature: IndexedRows(*of.pooled()[:2]) for feature, of in found.items()}
+            for feature in features if in_place else ():
+                table_Rd, id_B = local[feature].local_Rd, ids[feature].long()
+                if feature in sides.bags:
+                    looked_up[feature] = pooled_bags(batch.bags[feature], id_B, table_Rd.float())
+                else:
+                    looked_up[feature] = IndexedRows(table_Rd, id_B)
+            return {feature: looked_up[feature] for feature in tables.inherent_features(set_name, scored=True)}
 
-        counts = [len(item_M) for item_M in items]
+        counts = [len(history.item_M) for history in histories]
         if target_set == history_set:
             # One lookup for both: a rank that asks twice waits for the others twice.
-            together = rows(history_set, [*items, batch.item_T], [*categories, batch.features_T["category"]])
+            together = rows(history_set, [*histories, batch])
             parts = {feature: of.index_X.split([*counts, len(batch)]) for feature, of in together.items()}
             of_targets = {feature: IndexedRows(of.rows_Ld, parts[feature][-1]) for feature, of in together.items()}
         else:
-            together = rows(history_set, items, categories)
+            together = rows(history_set, histories)
             parts = {feature: of.index_X.split(counts) for feature, of in together.items()}
-            of_targets = rows(target_set, [targets["item"]], [targets["category"]])
+            of_targets = rows(target_set, [batch])
         behaviors = {
             sequence: {feature: IndexedRows(of.rows_Ld, parts[feature][number]) for feature, of in together.items()}
             for number, sequence in enumerate(tables.sequences)
         }
         target_TD = torch.cat([of.gathered().float() for of in of_targets.values()], dim=1)
-        return cls(batch, lengths, target_TD, behaviors, small.cross[target_set], small.cross[history_set])
+        cross: dict[str, dict[Feature, Tensor]] = {sequence: {} for sequence in tables.sequences}
+        pairs: dict[str, dict[Feature, PairRows]] = {sequence: {} for sequence in tables.sequences}
+        for sequence, history in zip(tables.sequences, histories, strict=True):
+            for feature in sides.cross_of(scored=True):
+                table_Rd, found_by = small.cross[history_set][sequence][feature], pair_rows(feature, batch, history)
+                if feature in sides.bags:
+                    assert found_by.column_M is not None
+                    table_Rd, found_by = of_bags(batch.bags[feature], found_by.column_M, table_Rd)
+                cross[sequence][feature], pairs[sequence][feature] = table_Rd, found_by
+        of_target = {
+            sequence: {feature: of[feature] for feature in sides.cross_of(scored=True)}
+            for sequence, of in small.cross[target_set].items()
+        }
+        return cls(batch, lengths, target_TD, behaviors, of_target, cross, pairs, sides)
 
     def targets(self, sequence: str) -> Rows:
         """The targets' rows as scores make queries of them, seen from a sequence; see `search_rows`."""
-        return search_rows(self.target_TD, partial(target_row, batch=self.batch), self.target_cross[sequence])
+        row = partial(target_row, batch=self.batch, carried=self.sides.carried)
+        bags = {feature: self.batch.bags[feature] for feature in self.sides.bags}
+        return search_rows(self.target_TD, row, self.target_cross[sequence], bags)
+
+    def cross_rows(self, sequence: str, index_CN: Tensor, target_C: Tensor, valid_CN: Tensor) -> dict[Feature, Tensor]:
+        """Rows of some targets' behaviours in the cross features' tables, (C, N, d) each; padding has row 0."""
+        batch, rows = self.batch, dict[Feature, Tensor]()
+        history = batch.histories[sequence]
+        for feature, table_Rd in self.history_cross[sequence].items():
+            column_M = self.cross_pairs[sequence][feature].column_M
+            if feature in self.sides.bags:
+                assert column_M is not None
+                row_CN = gather_or_zeros(column_M, index_CN)
+            else:
+                row_CN = behavior_row(feature, batch, history, index_CN, target_C[:, None])
+            # Times False for padding: an index of 0 may be a position that the table does not have.
+            rows[feature] = embedding(row_CN * valid_CN, table_Rd)
+        return rows
 
     def gathered(self, sequence: str, index_X: Tensor | None = None) -> Tensor:
-        """Item and category rows of some behaviours of a sequence, side by side, float32 (X, D); None: of all."""
+        """Inherent features' rows of some behaviours of a sequence, side by side, float32 (X, D); None: of all."""
         parts = [
             embedding(of.index_X if index_X is None else gather_or_zeros(of.index_X, index_X), of.rows_Ld).float()
             for of in self.behaviors[sequence].values()
@@ -143,11 +184,9 @@ def search_by_dot_product(
     for sequence, k in retrieved.items():
         history, features = batch.histories[sequence], rows.behaviors[sequence]
         queries = scoring.queries(rows.targets(sequence))
-        # Item and category rows of behaviours lie apart.
+        # Rows of the inherent features of behaviours lie apart.
         by_feature = queries.by_feature({feature: of.rows_Ld.shape[1] for feature, of in features.items()})
-        tables, pairs = dict(rows.history_cross[sequence]), dict[Feature, PairRows]()
-        for feature in tables:
-            pairs[feature] = pair_rows(feature, batch, history)
+        tables, pairs = dict(rows.history_cross[sequence]), dict(rows.cross_pairs[sequence])
         for feature, of in features.items():
             if feature != "item":
                 tables[feature] = of.rows_Ld.float()
@@ -210,13 +249,7 @@ def search_by_score(
         for target_C in torch.arange(len(rows.batch), device=device).split(chunk) if longest else ():
             valid_CN = column_N < length_T[target_C, None]
             index_CN = torch.where(valid_CN, history.start_T[target_C, None] + column_N, 0)
-            # Row 0 for padding (times False): an index of 0 may be a position that the table does not have.
-            cross = {
-                feature: embedding(
-                    behavior_row(feature, rows.batch, history, index_CN, target_C[:, None]) * valid_CN, rows_Rd
-                )
-                for feature, rows_Rd in rows.history_cross[sequence].items()
-            }
+            cross = rows.cross_rows(sequence, index_CN, target_C, valid_CN)
             score_CN = scoring(
                 targets.map(partial(_of_targets, target_C=target_C)), Rows(rows.gathered(sequence, index_CN), cross)
             )
@@ -256,7 +289,7 @@ def search_by_signature(rows: LocalRows, signature: Signature, retrieved: Mappin
 
     Args:
         rows: of all targets and behaviours.
-        signature: of their item and category rows.
+        signature: of their inherent features' rows.
         retrieved: K by sequence.
 
     Returns:

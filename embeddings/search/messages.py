@@ -16,14 +16,10 @@ from torch import Tensor
 
 from embeddings.batch import Batch, History
 from embeddings.distributed.row_wise import Bucketed
-from embeddings.features import target_row
 from embeddings.search.score_parts import PairRows, pair_rows
 from embeddings.search.topk.inputs import PartKind
 from embeddings.sizes import DataSizes
 from schemas.model import Feature
-
-TARGET_FEATURES: frozenset[Feature] = frozenset({"item", "category", "interval", "scene"})
-"""Features of which a target sends a value of its own; of the others it has row 0."""
 
 WORD_BITS = 32
 LONG_BITS = 31
@@ -160,11 +156,12 @@ class ShardTargets:
     """On a shard: the targets of all ranks, one rank's after the other's; all shards have the same."""
 
     columns: Mapping[Feature, Tensor]
-    """Integers (G,): item, category and scene ids; for interval the time of the target."""
+    """Integers (G,): ids of items, of their features, and of whatever else targets have a value of their own of; for
+    interval the time of the target."""
 
     def row(self, feature: Feature) -> Tensor | None:
         """The targets' own rows of a cross feature, or None; `embeddings.features.target_row` on a shard."""
-        return self.columns[feature] if feature == "scene" else None
+        return self.columns.get(feature) if feature != "interval" else None
 
 
 class ShardHistory(NamedTuple):
@@ -202,14 +199,21 @@ class SearchMessages:
     """Packs what a shard needs into records, and unpacks it there.
 
     Args:
-        features: those that the score is made of; item is one of them.
+        inherent: inherent features that the score is made of; item is the first.
+        cross: cross features that it is made of.
         shard_rows: item rows of a shard.
-        sizes: of the data, which decide how many bits a value has.
+        sizes: of the data, with the batch's bags: they decide how many bits a value has.
     """
 
-    def __init__(self, features: Sequence[Feature], shard_rows: int, sizes: DataSizes) -> None:
-        self._features, self._shard_rows, self._sizes = tuple(features), shard_rows, sizes
-        self._target_features = [feature for feature in features if feature in TARGET_FEATURES]
+    def __init__(
+        self, inherent: Sequence[Feature], cross: Sequence[Feature], shard_rows: int, sizes: DataSizes
+    ) -> None:
+        self.features: tuple[Feature, ...] = (*inherent, *cross)
+        """Those that the score is made of."""
+        self._shard_rows, self._sizes = shard_rows, sizes
+        # Of the other cross features a target has row 0.
+        carried = {"interval", *(name for name, size in sizes.features.items() if size.target)}
+        self._target_features: list[Feature] = [*inherent, *(feature for feature in cross if feature in carried)]
         self._positions = {
             # A power of 2 above N: any two indices of a window differ by less than that.
             sequence: (1 << length.bit_length()) - 1
@@ -219,15 +223,11 @@ class SearchMessages:
 
     def alone(self, batch: Batch) -> ShardInput:
         """The input of a shard that has all rows: the batch as it is, of which nothing needs to travel."""
-        columns: dict[Feature, Tensor] = {"item": batch.item_T, "category": batch.features_T["category"]}
-        if "scene" in self._features:
-            scene_T = target_row("scene", batch)
-            assert scene_T is not None
-            columns["scene"] = scene_T
+        columns = {feature: batch.column(feature) for feature in self._target_features if feature != "interval"}
         histories = {}
         for sequence in self._sizes.lengths:
             history = batch.histories[sequence]
-            others: list[Feature] = [feature for feature in self._features if feature != "item"]
+            others: list[Feature] = [feature for feature in self.features if feature != "item"]
             pairs = {feature: pair_rows(feature, batch, history) for feature in others}
             histories[sequence] = ShardHistory(history.item_M, history.start_T, history.end_T, pairs)
         return ShardInput(ShardTargets(columns), histories)
@@ -239,7 +239,7 @@ class SearchMessages:
         """
         zero = batch.timestamp_T.new_zeros(())
         times = [batch.histories[sequence].timestamp_M for sequence in self._sizes.lengths]
-        if "interval" not in self._features or not any(len(times_M) for times_M in times):
+        if "interval" not in self.features or not any(len(times_M) for times_M in times):
             return zero, zero
         # Seconds since 1970 need more than 32 bits, those since the batch's earliest behaviour fewer, for up to 68
         # years.
@@ -250,16 +250,16 @@ class SearchMessages:
         """What a shard is told of each target: its window on the shard, and, once, the values of its own."""
         # Windows of one sequence after the other; the targets' own values travel with the first.
         fields = {"start": torch.iinfo(torch.int32).max, "length": self._sizes.lengths[sequence]}
-        if "position" in self._features:
+        if "position" in self.features:
             fields["end"] = self._positions[sequence]
         if sequence == next(iter(self._sizes.lengths)):
-            fields |= {f: span if f == "interval" else self._sizes.rows(f) - 1 for f in self._target_features}
+            fields |= {f: span if f == "interval" else self._sizes.values(f) - 1 for f in self._target_features}
         return Record(fields)
 
     def behavior_record(self, sequence: str, span: int) -> Record:
         """What a shard is told of each behaviour."""
         largest = {"item": self._shard_rows - 1, "position": self._positions[sequence], "interval": span}
-        return Record({f: largest[f] if f in largest else self._sizes.rows(f) - 1 for f in self._features})
+        return Record({f: largest[f] if f in largest else self._sizes.values(f) - 1 for f in self.features})
 
     def pack_targets(self, sequence: str, batch: Batch, windows: LocalWindows, earliest: Tensor, span: int) -> Tensor:
         """Pack targets and windows, int32 (S * T, w): those for shard 0, those for shard 1, ..."""
@@ -271,7 +271,7 @@ class SearchMessages:
             "length": windows.length_ST.flatten(),
         }
         own: dict[str, Tensor] = {}
-        if "position" in self._features:
+        if "position" in self.features:
             # Position is counted back from the end of the target's window in the whole history, not from its end on
             # this shard.
             own["end"] = history.end_T & self._positions[sequence]
@@ -279,10 +279,7 @@ class SearchMessages:
             # A target that is earlier than all behaviours of the batch has none before it, so its time does not matter.
             time_T = (batch.timestamp_T - earliest).clamp(min=0)
             for feature in self._target_features:
-                values = {"item": batch.item_T, "category": batch.features_T["category"], "interval": time_T}
-                own_T = values[feature] if feature in values else target_row(feature, batch)
-                assert own_T is not None
-                own[feature] = own_T
+                own[feature] = time_T if feature == "interval" else batch.column(feature)
         fields |= {name: values_T.repeat(shards) for name, values_T in own.items()}
         return self.target_record(sequence, span).pack(fields)
 
@@ -290,7 +287,7 @@ class SearchMessages:
         """Pack a sequence's behaviours, each for the shard of its item, int32 (M, w)."""
         history, index_M = batch.histories[sequence], windows.behaviors.index_B
         fields: dict[str, Tensor] = {}
-        for feature in self._features:
+        for feature in self.features:
             if feature == "item":
                 fields[feature] = windows.behaviors.row_B
             elif feature == "position":
@@ -315,7 +312,7 @@ class SearchMessages:
             first_S = count_S.cumsum(0) - count_S
             start_G = start_G + first_S.repeat_interleave(sizes.targets_S, output_size=len(start_G))
             pairs: dict[Feature, PairRows] = {}
-            for feature in self._features:
+            for feature in self.features:
                 if feature == "position":
                     mask = self._positions[sequence]
                     # Both are modulo a power of 2 above N, and so is their difference.

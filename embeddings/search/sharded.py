@@ -5,7 +5,7 @@ whose steps are TorchRec's: input_dist, compute, output_dist.
 
 T = targets of this rank, G = targets of all ranks, S = shards (one a rank), K = kept, F = behaviours that all shards
 have selected for this rank: shard 0 for the first target, for the second, ..., then shard 1, ..., L = most of them for
-a target, D = dim of the item and category tables together, C = categories that a shard has met, R = all categories, d =
+a target, D = dim of the inherent features together, C = values of a feature that a shard has met, R = all of them, d =
 their dim, X = figures of a rank, M = behaviours of this rank.
 """
 
@@ -22,16 +22,16 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import Awaitable, LazyAwaitable, QuantizedCommCodecs, ShardedModule
 from torchrec.streamable import Multistreamable
 
-from embeddings.batch import Batch, Selection
+from embeddings.batch import Bags, Batch, Selection
 from embeddings.distributed.collectives import Column, ColumnsAllToAll, codecs_of, narrowest
 from embeddings.distributed.row_wise import row_wise_tables
 from embeddings.layers.scoring import DotProduct
-from embeddings.search.messages import LocalWindows, SearchMessages, SearchSizes, ShardHistory, ShardInput
-from embeddings.search.score_parts import PairRows, score_parts, search_rows
+from embeddings.search.messages import LocalWindows, SearchMessages, SearchSizes, ShardInput
+from embeddings.search.score_parts import behavior_tables, of_bags, score_parts, search_rows
 from embeddings.search.topk.api import top_k
-from embeddings.search.topk.inputs import PartKind, TopKInputs
+from embeddings.search.topk.inputs import TopKInputs
 from embeddings.search.topk.keys import NOTHING, ordered
-from embeddings.sizes import DataSizes, check_extremes, extremes
+from embeddings.sizes import DataSizes, FeatureSides, check_extremes, extremes
 from embeddings.tables.collections import CrossRows
 from schemas.model import Feature
 
@@ -82,6 +82,8 @@ class TopKContext(Multistreamable):
     """None where one rank has all rows."""
     small: SmallAttentionRows | None = None
     """Given before `compute`."""
+    bags: Mapping[Feature, Bags] = field(default_factory=dict)
+    """Those of the data set, for features with several values that the score is made of."""
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that ``stream`` uses the tensors."""
@@ -149,8 +151,8 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         history: the one that behaviours are looked up in, often the same.
         scoring: the score.
         retrieved: K by sequence.
-        sizes: of the data.
-        cross: the cross features that the score is made of.
+        sizes: of the data, with the batch's bags.
+        sides: the features, of which the score is made of the scored ones.
         codecs: of the scores on their way; None: as they are.
     """
 
@@ -161,17 +163,21 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
         scoring: DotProduct,
         retrieved: Mapping[str, int],
         sizes: DataSizes,
-        cross: tuple[Feature, ...],
+        sides: FeatureSides,
         codecs: QuantizedCommCodecs | None = None,
     ) -> None:
         super().__init__()
         self._codec = (codecs or codecs_of("fp32")).forward
-        self._target_tables, self._history_tables = row_wise_tables(targets), row_wise_tables(history)
+        inherent, cross = sides.inherent_of(scored=True), sides.cross_of(scored=True)
+        self._target_tables, self._history_tables = (
+            {feature: tables[feature] for feature in inherent} for tables in map(row_wise_tables, (targets, history))
+        )
         self._scoring, self._retrieved, self._sizes = scoring, dict(retrieved), sizes
+        self._of_bags = sides.bags.intersection((*inherent, *cross))
         # The item table is by far the largest, so it decides where a behaviour goes; all else travels there.
         self._item = self._history_tables["item"]
         self._group = self._item.group
-        self._messages = SearchMessages((*self._history_tables, *cross), self._item.block, sizes)
+        self._messages = SearchMessages(inherent, cross, self._item.block, sizes)
 
     @property
     def unsharded_module_type(self) -> type[EmbeddingBagCollection]:
@@ -198,6 +204,8 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
             UserError: the batch, or that of another rank, is not within the tables or has windows longer than N.
         """
         group = group or self._group
+        # The same on all ranks, which read one data set.
+        ctx.bags = {feature: batch.bags[feature] for feature in self._of_bags}
         extremes_X = extremes(batch, self._sizes)
         if group.size() == 1:
             check_extremes(extremes_X.tolist(), batch.origin, self._sizes)
@@ -258,31 +266,43 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
     def compute(self, ctx: TopKContext, dist_input: ShardInput) -> dict[str, ShardBest]:
         """Find the K best of this shard, by sequence; the context must have the rows of the small tables."""
         assert ctx.small is not None
-        targets, small = dist_input.targets, ctx.small
+        targets, small, bags = dist_input.targets, ctx.small, ctx.bags
         # Rows of the targets first, on all shards alike. They are read here and not in `input_dist`, so that they are
         # those of this step even where the ids were sent ahead.
         rows = {}
         for feature, table in self._target_tables.items():
-            if feature in small.target_inherent:
-                rows[feature] = small.target_inherent[feature].index_select(0, targets.columns[feature])
-            else:
-                held = ctx.sizes.held if ctx.sizes is not None and feature == "item" else None
-                rows[feature] = table.gather(targets.columns[feature], held).float()
+            id_G, of_small = targets.columns[feature], small.target_inherent.get(feature)
+            distinct = bags[feature].distinct(id_G) if feature in bags else None
+            asked = id_G if distinct is None else distinct.id_E
+            held = ctx.sizes.held if ctx.sizes is not None and feature == "item" else None
+            found = table.gather(asked, held).float() if of_small is None else of_small.index_select(0, asked)
+            rows[feature] = found
+            if distinct is not None:
+                every_E = torch.arange(len(found), device=found.device)
+                rows[feature] = distinct.means(found, every_E).index_select(0, distinct.slot_X)
         target_GD = torch.cat(list(rows.values()), dim=1)
         # A fetch is a collective: it comes once for all sequences, outside of the loop, and in the same place on all
         # ranks.
-        tables, fetched = self._behavior_tables(dist_input.histories, small)
+        columns = {
+            sequence: {feature: rows.column_M for feature, rows in history.pairs.items()}
+            for sequence, history in dist_input.histories.items()
+        }
+        tables, found_by = behavior_tables(self._history_tables, small.history_inherent, columns, bags)
         best = {}
         for sequence, history in dist_input.histories.items():
-            k, cross = self._retrieved[sequence], small.history_cross[sequence]
-            query = self._scoring.queries(search_rows(target_GD, targets.row, small.target_cross[sequence]))
-            # Item and category rows of behaviours are in different places.
+            k, scored = self._retrieved[sequence], self._messages.features
+            cross, target_cross = (
+                {feature: of[sequence][feature] for feature in scored if feature in of[sequence]}
+                for of in (small.history_cross, small.target_cross)
+            )
+            query = self._scoring.queries(search_rows(target_GD, targets.row, target_cross, bags))
+            # Rows of the inherent features of behaviours are in different places.
             queries = query.by_feature({feature: rows_Gd.shape[1] for feature, rows_Gd in rows.items()})
-            pairs = dict(history.pairs)
-            for feature, slot_R in fetched.items():
+            pairs = {**history.pairs, **found_by[sequence]}
+            for feature in cross.keys() & bags.keys():
                 column_M = pairs[feature].column_M
                 assert column_M is not None
-                pairs[feature] = PairRows(PartKind.VALUE, slot_R.index_select(0, column_M))
+                cross[feature], pairs[feature] = of_bags(bags[feature], column_M, cross[feature])
             # The item part is the large one, and is made from rows that do not leave this shard.
             score_GK, index_GK = top_k(
                 TopKInputs(
@@ -299,31 +319,6 @@ class ShardedTopK(ShardedModule[ShardInput, dict[str, ShardBest], dict[str, Sele
             count_G = (history.end_G - history.start_G).clamp(max=k)
             best[sequence] = ShardBest(score_GK, index_GK, history.start_G, count_G)
         return best
-
-    def _behavior_tables(
-        self, histories: Mapping[str, ShardHistory], small: SmallAttentionRows
-    ) -> tuple[dict[Feature, Tensor], dict[Feature, Tensor]]:
-        """By inherent feature but item: rows of its table; and, where not all are here, which of them each value has.
-
-        A behaviour's category row lies on another shard than its item row. Small tables are here as a whole; of larger
-        ones the rows that are needed are fetched.
-        """
-        tables, fetched = dict(small.history_inherent), dict[Feature, Tensor]()
-        for feature, table in self._history_tables.items():
-            if feature == "item" or feature in tables:
-                continue
-            # A flag for each category, rather than `unique`, which would sort all behaviours. Counting the flags
-            # numbers them.
-            present_R = torch.zeros(table.rows, dtype=torch.bool, device=table.device)
-            for history in histories.values():
-                column_M = history.pairs[feature].column_M
-                assert column_M is not None
-                present_R.index_fill_(0, column_M.long(), True)
-            rows_Cd = table.fetch(present_R.nonzero().flatten()).float()
-            # On a shard without behaviours no row is needed, but a table has at least one.
-            tables[feature] = rows_Cd if len(rows_Cd) else rows_Cd.new_zeros(1, rows_Cd.shape[1])
-            fetched[feature] = (present_R.cumsum(0) - 1).to(torch.int32)
-        return tables, fetched
 
     @torch.no_grad()
     def output_dist(self, ctx: TopKContext, output: dict[str, ShardBest]) -> AnswersAllToAll:

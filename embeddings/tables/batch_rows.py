@@ -64,20 +64,19 @@ class BatchRows:
         """How many behaviours of each sequence were looked up."""
         self._cut: dict[tuple[str, Feature], Sequence[Tensor]] = {}
         """By set and feature: rows that came in the order of their ids, cut into those of each sequence and targets."""
-        self._last_rows: dict[tuple[str, str], tuple[Selection, Rows]] = {}
+        self._pooled: dict[tuple[str, Feature], RowsOfIds] = {}
+        """By set and feature: what was looked up, of features with several values the means of their bags."""
+        self._last_rows: dict[tuple[str, str], tuple[Selection, IndexedBehaviors]] = {}
         """By set and sequence: the selection that `behaviors` was last called with, and the rows that it returned."""
         # What to look up of the behaviours, sequence by sequence: all of them, or the T x K that were selected.
-        item, category, valid = list[Tensor](), list[Tensor](), list[Tensor]()
+        of_behaviors: dict[Feature, list[Tensor]] = {feature: [] for feature in tables.sides.inherent}
+        valid = list[Tensor]()
         for name, chosen in selected.items():
-            history = batch.histories[name]
-            item.append(history.item_M if looks_up_all else gather_or_zeros(history.item_M, chosen.index_TK).flatten())
-            category.append(
-                history.features_M["category"]
-                if looks_up_all
-                else gather_or_zeros(history.features_M["category"], chosen.index_TK).flatten()
-            )
+            for feature, parts in of_behaviors.items():
+                column_M = batch.histories[name].column(feature)
+                parts.append(column_M if looks_up_all else gather_or_zeros(column_M, chosen.index_TK).flatten())
             valid += [] if looks_up_all else [chosen.valid_TK.flatten()]
-            self._counts[name] = len(item[-1])
+            self._counts[name] = len(of_behaviors["item"][-1])
         self._history_sets, self._target_sets = history_sets, target_sets
         targets = torch.ones_like(batch.item_T, dtype=torch.bool)
         # One lookup for each set of tables, of behaviours and targets together: a rank waits for the others once, and a
@@ -87,47 +86,57 @@ class BatchRows:
             has_history, has_target = name in history_sets, name in target_sets
             # A list times False is empty: a set that serves targets alone looks up no behaviours, and vice versa.
             ids: dict[Feature, Tensor] = {
-                "item": torch.cat([*item * has_history, *[batch.item_T] * has_target]),
-                "category": torch.cat([*category * has_history, *[batch.features_T["category"]] * has_target]),
+                feature: torch.cat([*of_behaviors[feature] * has_history, *[batch.column(feature)] * has_target])
+                for feature in tables.inherent_features(name)
             }
             valid_B = torch.cat([*valid, *[targets] * has_target]) if valid and has_history else None
-            self._rows[name] = tables.inherent_rows(name, ids, valid_B, small)
+            self._rows[name] = tables.inherent_rows(name, ids, valid_B, small, batch.bags)
 
-    def targets(self, name: str, sequence: str) -> Rows:
-        """Rows (T, ...) of the targets in set ``name``, seen from a sequence."""
-        parts = [self._part(name, feature, None).gathered() for feature in self._rows[name]]
+    def targets(self, name: str, sequence: str, scored: bool = False) -> Rows:
+        """Rows (T, ...) of the targets in set ``name``, seen from a sequence; ``scored``: of scored features alone."""
+        features = self._tables.inherent_features(name, scored)
+        parts = [self._part(name, feature, None).gathered() for feature in features]
         inherent = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        return Rows(inherent, target_rows(self._batch, self._cross[name][sequence]))
+        sides, wanted = self._tables.sides, self._tables.cross_features(name, scored)
+        cross = {feature: self._cross[name][sequence][feature] for feature in wanted}
+        return Rows(inherent, target_rows(self._batch, cross, sides.carried, sides.bags))
 
-    def behaviors(self, name: str, sequence: str, selected: Selection) -> Rows:
-        """Rows (T, K, ...) of the selected behaviours in set ``name``.
+    def behaviors(self, name: str, sequence: str, selected: Selection, scored: bool = False) -> Rows:
+        """Rows (T, K, ...) of the selected behaviours in set ``name``; ``scored``: of scored features alone.
 
         Without ``looks_up_all``, the selection must be the one that was looked up.
         """
+        taken = self._behaviors(name, sequence, selected)
+        wanted = {*self._tables.inherent_features(name, scored), *self._tables.cross_features(name, scored)}
+        return taken if wanted == taken.features.keys() else taken.only(wanted)
+
+    def _behaviors(self, name: str, sequence: str, selected: Selection) -> IndexedBehaviors:
         # Attention and representation often share tables. Both then use the same tensor, so that autograd adds their
         # gradients before they travel back.
         last = self._last_rows.get((name, sequence))
         if last is not None and last[0] is selected:
             return last[1]
         history = self._batch.histories[sequence]
-        features: dict[Feature, IndexedRows] = {}
+        inherent: dict[Feature, IndexedRows] = {}
         for feature in self._rows[name]:
             part = self._part(name, feature, sequence)
             if self._selected is None:
                 # Padding takes index 0; its gradient is zero, because its weight is.
                 index_TK = gather_or_zeros(part.index_X, selected.index_TK)
-                features[feature] = IndexedRows(part.rows_Ld, index_TK)
+                inherent[feature] = IndexedRows(part.rows_Ld, index_TK)
             else:
                 assert selected is self._selected[sequence], "rows of another selection"
-                features[feature] = part._replace(index_X=part.index_X.view_as(selected.index_TK))
-        features |= selected_rows(self._batch, history, selected, self._cross[name][sequence])
-        taken = IndexedBehaviors(features)
+                inherent[feature] = part._replace(index_X=part.index_X.view_as(selected.index_TK))
+        cross = selected_rows(self._batch, history, selected, self._cross[name][sequence], self._tables.sides.bags)
+        taken = IndexedBehaviors(inherent, cross)
         self._last_rows[name, sequence] = selected, taken
         return taken
 
     def _part(self, name: str, feature: Feature, sequence: str | None) -> IndexedRows:
         """The rows of one sequence's behaviours, or of the targets (None), as they were looked up."""
-        rows = self._rows[name][feature]
+        if (name, feature) not in self._pooled:
+            self._pooled[name, feature] = self._rows[name][feature].pooled()
+        rows = self._pooled[name, feature]
         counts = [*self._counts.values()] if name in self._history_sets else []
         counts += [len(self._batch)] if name in self._target_sets else []
         number = list(self._counts).index(sequence) if sequence is not None else len(counts) - 1
@@ -162,7 +171,7 @@ class BatchRows:
     def replaced(self, rows: Sequence[Tensor]) -> Self:
         """The lookup with other rows in the place of those that `parts` returns, in their order."""
         other, rest = copy(self), iter(rows)
-        other._last_rows, other._cut = {}, {}
+        other._last_rows, other._cut, other._pooled = {}, {}, {}
         other._rows = {
             name: {feature: of_ids._replace(rows_Ld=next(rest)) for feature, of_ids in by_feature.items()}
             for name, by_feature in self._rows.items()
@@ -205,34 +214,41 @@ def pooled_on_shards(
     target_T = torch.arange(count, device=device)
     # First the targets, each a bag of one with weight 1, then for each sequence a bag for each target. Padding is left
     # out of the bags, so an empty history is an empty bag, and its sum is 0.
-    ids: dict[Feature, list[Tensor]] = {"item": [batch.item_T], "category": [batch.features_T["category"]]}
+    inherent, sides = tables.inherent_features(name), tables.sides
+    ids: dict[Feature, list[Tensor]] = {feature: [batch.column(feature)] for feature in inherent}
     weight, valid = [torch.ones(count, device=device)], [torch.ones_like(batch.item_T, dtype=torch.bool)]
     bag = [target_T]
     for number, (sequence, chosen) in enumerate(selected.items()):
         history = batch.histories[sequence]
-        ids["item"].append(gather_or_zeros(history.item_M, chosen.index_TK).flatten())
-        ids["category"].append(gather_or_zeros(history.features_M["category"], chosen.index_TK).flatten())
+        for feature in inherent:
+            ids[feature].append(gather_or_zeros(history.column(feature), chosen.index_TK).flatten())
         weight.append(weights[sequence].flatten())
         valid.append(chosen.valid_TK.flatten())
         bag.append((target_T + count * (number + 1))[:, None].expand_as(chosen.index_TK).flatten())
-    # Rows of small tables are on this rank anyway, so they are pooled here.
-    here = small.inherent[name]
-    elsewhere = {feature: torch.cat(ids[feature]) for feature in tables.inherent_features if feature not in here}
+    # Rows of small tables are on this rank anyway, and those of bags are means that many behaviours share: these are
+    # pooled here.
+    here = [feature for feature in inherent if feature in small.inherent[name] or feature in sides.bags]
+    elsewhere = {feature: torch.cat(ids[feature]) for feature in inherent if feature not in here}
     bags = Bags(elsewhere, torch.cat(weight), torch.cat(valid), torch.cat(bag), count * len(bag))
     sums = {feature: sum_Bd.split([count] * len(bag)) for feature, sum_Bd in tables.pooled_rows(name, bags).items()}
-    for feature, rows_Rd in here.items():
+    wanted = {feature: torch.cat(ids[feature]) for feature in here}
+    for feature, of in tables.inherent_rows(name, wanted, torch.cat(valid), small, batch.bags).items():
+        rows_Ld, index_B, *_ = of.pooled()
+        index_T, *of_histories = index_B.split([len(id_E) for id_E in ids[feature]])
         pooled = [
-            row_products.weighted_sum(weights[sequence], rows_Rd, id_E.view_as(chosen.index_TK).long())
-            for id_E, (sequence, chosen) in zip(ids[feature][1:], selected.items(), strict=True)
+            row_products.weighted_sum(weights[sequence], rows_Ld, index_E.view_as(chosen.index_TK))
+            for index_E, (sequence, chosen) in zip(of_histories, selected.items(), strict=True)
         ]
-        sums[feature] = (embedding(ids[feature][0].long(), rows_Rd), *pooled)
+        sums[feature] = (embedding(index_T, rows_Ld), *pooled)
     target_TD, *pooled_TD = (
-        torch.cat(parts, dim=1) for parts in zip(*(sums[feature] for feature in tables.inherent_features), strict=True)
+        torch.cat(parts, dim=1) for parts in zip(*(sums[feature] for feature in inherent), strict=True)
     )
     histories = {}
     for (sequence, chosen), history_TD in zip(selected.items(), pooled_TD, strict=True):
         cross = small.cross[name][sequence]
-        rows = selected_rows(batch, batch.histories[sequence], chosen, cross)
+        rows = selected_rows(batch, batch.histories[sequence], chosen, cross, sides.bags)
         pooled_cross = {feature: row_products.weighted_sum(weights[sequence], *of) for feature, of in rows.items()}
-        histories[sequence] = Representation(Rows(target_TD, target_rows(batch, cross)), Rows(history_TD, pooled_cross))
+        histories[sequence] = Representation(
+            Rows(target_TD, target_rows(batch, cross, sides.carried, sides.bags)), Rows(history_TD, pooled_cross)
+        )
     return histories

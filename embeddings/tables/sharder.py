@@ -8,7 +8,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
 
-from schemas.model import INHERENT, Memory
+from schemas.model import Memory
 
 KERNELS: dict[Memory, str] = {
     "device": EmbeddingComputeKernel.FUSED.value,
@@ -36,11 +36,11 @@ class TableSharder(EmbeddingBagCollectionSharder):
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedEmbeddingBagCollection:
-        """Shard a collection; the tables of one that is looked up by id have a kernel each.
+        """Shard a collection; the tables of one of items and their features have a kernel each.
 
         A kernel looks up as many bags in each of its tables, and an item table is asked for other ids than a small one.
         """
-        apart = any(spec.feature_names[0] in INHERENT for spec in module.embedding_bag_configs())
+        apart = any(spec.feature_names == ["item"] for spec in module.embedding_bag_configs())
         sharder = EmbeddingBagCollectionSharder(fused_params={**self.fused_params, USE_ONE_TBE_PER_TABLE: apart})
         return sharder.shard(module, params, env, device, module_fqn)
 

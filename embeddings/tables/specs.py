@@ -1,15 +1,16 @@
 """Which embedding tables a model declares: the identity, shape and settings of each.
 
-A *set* of tables has one table for every feature of the model. DARE has the two sets ``attention`` and
-``representation``; TWIN has the one set ``shared``.
+A *set* of tables has one table for every feature of items and behaviours, or, where attention alone reads it, for every
+one that attention uses. DARE has the two sets ``attention`` and ``representation``; TWIN has the one set ``shared``.
+What belongs to users and impressions has its tables in the set ``context``, whatever the model.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from embeddings.sizes import DataSizes
+from embeddings.sizes import DataSizes, FeatureSides
 from schemas.errors import UserError
-from schemas.model import CROSS, INHERENT, Feature, ModelSettings, Table, TableOptimizer, TableSet
+from schemas.model import Feature, ModelSettings, Table, TableOptimizer, TableSet
 
 FLOAT_BYTES = 4
 """Bytes of a float as a row is looked up."""
@@ -21,17 +22,24 @@ GATHERED_BYTES = 4 << 20
 STILL_WITHOUT_GRADIENT: tuple[TableOptimizer, ...] = ("rowwise_adagrad", "adagrad", "sgd")
 """Optimizers that leave a row as it is, and its state, if its gradient is 0."""
 
+CONTEXT = "context"
+"""The set of what belongs to users and impressions."""
+
+TableKind = Literal["inherent", "cross", "context"]
+"""What a table's feature belongs to: the item, the meeting of user and item, or the user or impression alone."""
+
 
 @dataclass(frozen=True)
 class TableSpec:
     """One embedding table, before it is made, sharded or loaded."""
 
+    kind: TableKind
     set: str
     """The set of tables that it belongs to."""
     feature: Feature
     """The feature whose values its rows embed."""
     sequence: str | None
-    """The sequence whose cross feature it holds; None for an inherent feature, which all sequences share."""
+    """The sequence whose cross feature it holds; None for the other features, which all sequences share."""
     rows: int
     """Number of rows, the unknown id's row 0 included."""
     settings: Table
@@ -49,8 +57,8 @@ class TableSpec:
 
     @property
     def inherent(self) -> bool:
-        """Whether its rows are looked up by id (item, category), not by the meeting of behaviour and target."""
-        return self.sequence is None
+        """Whether it is of items, so that its rows are looked up by id, of targets and of behaviours."""
+        return self.kind == "inherent"
 
     @property
     def gathered(self) -> bool:
@@ -60,7 +68,7 @@ class TableSpec:
         Not where the optimizer moves a row whose gradient is 0, as Adam's momentum does.
         """
         if not self.inherent:
-            return True
+            return self.kind == "cross"
         small = self.rows * self.dim * FLOAT_BYTES <= GATHERED_BYTES
         return small and self.feature != "item" and self.settings.optimizer in STILL_WITHOUT_GRADIENT
 
@@ -84,6 +92,10 @@ class TableRoles:
         """The sets whose rows are pooled and predicted from."""
         return {self.target_representation, self.history_representation}
 
+    def scored_alone(self, name: str) -> bool:
+        """Whether a set serves attention alone, so that it has tables of what behaviours are scored by."""
+        return name not in self.representation
+
     def sets(self, settings: ModelSettings) -> dict[str, TableSet]:
         """The settings of each set, by name.
 
@@ -100,27 +112,34 @@ class TableRoles:
         return sets | dict.fromkeys(sorted(self.representation), settings.representation)
 
 
-def declare_tables(settings: ModelSettings, sizes: DataSizes, sets: Mapping[str, TableSet]) -> list[TableSpec]:
-    """All tables of a model: those of inherent features, set by set, and then those of cross features.
+def declare_tables(
+    settings: ModelSettings, sizes: DataSizes, sides: FeatureSides, roles: TableRoles
+) -> list[TableSpec]:
+    """All tables of a model: those of inherent features, set by set, then those of cross features, then of context.
 
     Args:
-        settings: the features and the sequences.
+        settings: the sequences, and the settings of the sets.
         sizes: how many rows the data needs for each feature.
-        sets: the settings of each set, by name.
+        sides: the features.
+        roles: which sets there are.
 
     Raises:
-        UserError: a feature that the data does not have.
+        UserError: a set serves attention and representation, and the settings of the two differ.
     """
-    inherent = [feature for feature in INHERENT if feature in settings.feature_names]
-    cross = [feature for feature in CROSS if feature in settings.feature_names]
+    sets = roles.sets(settings)
+    scored = {name: roles.scored_alone(name) for name in sets}
     specs = [
-        TableSpec(name, feature, None, sizes.rows(feature), tables.table(feature))
+        TableSpec("inherent", name, feature, None, sizes.rows(feature), tables.table(feature))
         for name, tables in sets.items()
-        for feature in inherent
+        for feature in sides.inherent_of(scored[name])
     ]
-    return specs + [
-        TableSpec(name, feature, sequence, sizes.rows(feature, sequence), tables.table(feature))
+    specs += [
+        TableSpec("cross", name, feature, sequence, sizes.rows(feature, sequence), tables.table(feature))
         for name, tables in sets.items()
         for sequence in settings.retrieved
-        for feature in cross
+        for feature in sides.cross_of(scored[name])
+    ]
+    return specs + [
+        TableSpec("context", CONTEXT, feature, None, sizes.rows(feature), settings.context.table(feature))
+        for feature in sides.context
     ]

@@ -118,7 +118,9 @@ def plan_settings(cluster: ClusterSettings, overrides: tuple[str, ...]) -> tuple
         [f"workload.targets_per_user={TARGETS_PER_USER}", *overrides],
         {"cluster": cluster.model_dump()},
     )
-    return settings, DataSizes(items=200_000, categories=5_000, lengths={"history": settings.stream.history_length})
+    return settings, DataSizes.counted(
+        items=200_000, categories=5_000, lengths={"history": settings.stream.history_length}
+    )
 
 
 def cluster_text(cluster: ClusterSettings) -> str:
@@ -197,8 +199,8 @@ def _behavior(task: StepTask, link: Link) -> float:
     initialize(shard(model, torch.device("cpu"), make_plan(model, torch.device("cpu"), batch_size=1)), seed=1)
     batch = made_up_batch(task, seed=dist.get_rank())
     tables = model.tables.inherent["attention"]
-    retrieved, cross = task.settings.model.retrieved, model.tables.cross_features
-    search = ShardedTopK(tables, tables, ScaledDotProduct(), retrieved, task.sizes, cross)
+    retrieved, sides = task.settings.model.retrieved, model.tables.sides
+    search = ShardedTopK(tables, tables, ScaledDotProduct(), retrieved, model.sizes, sides)
     ns = _ns(lambda: search.input_dist(search.create_context(), batch).wait().wait(), together=True)
     with TrafficCounter() as traffic:
         search.input_dist(search.create_context(), batch).wait()

@@ -12,13 +12,16 @@ from embeddings.planning import dense_parameters, looks_up_all
 from embeddings.workload import Search, Workload, distinct
 from pipeline.planning.planned_tables import PlannedTable
 from pipeline.planning.traffic import (
+    BAG_IDS,
     FLOAT,
     PHASES,
     Phase,
     Traffic,
     all_rows,
     best_of_shard,
+    context_lookup,
     dense_gradients,
+    ids_of,
     pooling_on_shard,
     rows_lookup,
     search_on_shard,
@@ -112,7 +115,8 @@ class StepModel:
             name: [table for table in of_set if not table.gathered] for name, of_set in self._inherent.items()
         }
         self._small = [table for table in tables if table.gathered]
-        self._cross = [table for table in tables if not table.inherent]
+        self._cross = [table for table in tables if table.kind == "cross"]
+        self._context = [table for table in tables if table.kind == "context"]
         self._looks_up_all = looks_up_all(model)
         self._wire = WIRE_BYTES[model.settings.communication]
         self._dense_parameters = dense_parameters(model)
@@ -126,6 +130,7 @@ class StepModel:
             *self._small_rows(),
             *self._search(search_place),
             *self._selected(search_place),
+            *self._of_context(),
             *self._dense(),
             Cost("step", "whatever its size", 0, 0, self._cluster.costs.step / 1e6),
         ]
@@ -159,24 +164,24 @@ class StepModel:
         if not together:
             targets = self._by_id[roles.target_attention]
             yield from self._lookup("targets", targets, work.targets, work.targets, gradient=False)
-        dim = self._dim(roles.history_attention)
+        dim = self._dim(roles.history_attention, scored=True)
         yield self._compute("search", "scores of all behaviours", self._scores(dim, costs.pair))
 
     def _search_on_shard(self) -> Iterator[Cost]:
         """Search where the rows are: ids go out, scores come back (`embeddings.search.sharded`)."""
         roles, work, costs = self._model.roles, self._work, self._cluster.costs
-        tables = self._inherent[roles.history_attention]
-        features = self._model.settings.feature_names
-        for traffic in search_on_shard(tables, features, work, self._model.sizes, self._wire):
+        sides = self._model.tables.sides
+        tables = [table for table in self._inherent[roles.history_attention] if table.feature in sides.scored]
+        for traffic in search_on_shard(tables, sides.cross_of(scored=True), work, self._model.sizes, self._wire):
             yield self._sent(traffic)
-        by_feature = {table.feature: table for table in tables}
-        item = by_feature["item"]
+        item, *others = tables
         yield self._compute("search", "bucketing, columns, windows", work.behaviors * costs.behavior)
         # On the shard each behaviour's row is read once, however many targets are scored with it.
         scan = work.behaviors * (costs.row + item.row_bytes / self._bandwidth) + self._scores(item.dim, costs.scan)
         yield self._compute("search", "scores of the behaviours here", scan)
-        if "category" in by_feature:
-            yield self._compute("search", "scores of categories", self._category_scores(by_feature["category"]))
+        for table in others:
+            what = "categories" if table.feature == "category" else table.feature
+            yield self._compute("search", f"scores of {what}", self._category_scores(table))
         # What comes back from all shards is ranked once more on the sample's rank.
         merged = sum(
             work.targets * work.ranks * best_of_shard(sequence.pairs / work.targets, sequence.retrieved, work.ranks)
@@ -185,13 +190,13 @@ class StepModel:
         yield self._compute("search", "merging", merged * costs.pair)
 
     def _category_scores(self, table: PlannedTable) -> float:
-        """Nanoseconds of the category scores on a shard: a product of rows a pair, of a table that the caches hold."""
+        """Nanoseconds of another inherent feature's scores on a shard: a product of rows a pair, which caches hold."""
         work, costs = self._work, self._cluster.costs
         return work.pairs * (costs.cross + 2 * table.dim / self._rate)
 
     def _scores(self, dim: int, pair: float) -> float:
         """Nanoseconds of scoring all pairs."""
-        crosses = len(self._model.tables.cross_features)
+        crosses = len(self._model.tables.sides.cross_of(scored=True))
         products = self._model.search_products(dim)
         return self._work.pairs * (2 * products / self._rate + pair + crosses * self._cluster.costs.cross)
 
@@ -206,7 +211,14 @@ class StepModel:
         for name in sorted(targets | history):
             # Pooled where the rows are: one vector a bag and shard comes back, not one a behaviour.
             if search == "shard" and self._model.could_pool_on_shards and name == roles.history_representation:
-                yield from self._pooling(f"histories, {name}", self._by_id[name])
+                bags = self._model.tables.sides.bags
+                yield from self._pooling(
+                    f"histories, {name}", [of for of in self._by_id[name] if of.feature not in bags]
+                )
+                # The means of bags are pooled on the sample's rank.
+                here = [table for table in self._by_id[name] if table.feature in bags]
+                if here:
+                    yield from self._lookup(f"bags, {name}", here, ids + work.targets, different + work.targets, True)
                 continue
             of_targets = work.targets * (name in targets)
             yield from self._lookup(
@@ -216,6 +228,17 @@ class StepModel:
                 different * (name in history) + of_targets,
                 gradient=True,
             )
+
+    def _of_context(self) -> Iterator[Cost]:
+        """Rows of users and impressions, with gradient."""
+        if self._context:
+            work, sizes = self._work, self._model.sizes
+            for traffic in context_lookup(self._context, work, sizes):
+                yield self._sent(traffic)
+            # Of all ranks' ids those that are here.
+            ids = [work.targets * (BAG_IDS if sizes.features[of.feature].kind == "ids" else 1) for of in self._context]
+            ns = self._on_shard(self._context, ids, ids, gradient=True)
+            yield self._compute("lookups", "context", ns + sum(ids) * self._cluster.costs.id)
 
     def _pooling(self, what: str, tables: Sequence[PlannedTable]) -> Iterator[Cost]:
         work, costs = self._work, self._cluster.costs
@@ -254,10 +277,11 @@ class StepModel:
             different: how many of them differ, as far as the workload says it.
             gradient: a backward pass follows.
         """
-        for traffic in rows_lookup(what, tables, different, self._work.ranks, gradient, self._wire):
+        asked = [ids_of(table.feature, different, self._model.sizes) for table in tables]
+        for traffic in rows_lookup(what, tables, asked, self._work.ranks, gradient, self._wire):
             yield self._sent(traffic)
         # ``different`` is what the workload tells of equal ids; in a small table ids meet by chance besides.
-        requested = [distinct(different, table.rows) for table in tables]
+        requested = [distinct(of_table, table.rows) for of_table, table in zip(asked, tables, strict=True)]
         ns = self._on_shard(tables, requested, requested, gradient)
         travelling = sum(count * table.dim for count, table in zip(requested, tables, strict=True))
         passes = ids * sum(table.dim for table in tables) * LOCAL_PASSES + travelling * TRAVEL_PASSES
@@ -309,8 +333,8 @@ class StepModel:
     def _compute(self, phase: Phase, what: str, ns: float) -> Cost:
         return Cost(phase, what, 0, 0, ns / 1e6)
 
-    def _dim(self, name: str) -> int:
-        return sum(self._model.tables.inherent_dims(name).values())
+    def _dim(self, name: str, scored: bool = False) -> int:
+        return sum(self._model.tables.inherent_dims(name, scored).values())
 
     @property
     def _bandwidth(self) -> float:

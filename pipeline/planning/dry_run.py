@@ -140,7 +140,7 @@ def _loads(placement: Placement, tables: tuple[PlannedTable, ...], settings: Pla
     work = settings.stream.batch_size * (1 + sum(settings.model.retrieved.values()))
     for table in tables:
         # Ids are drawn evenly over rows: their order is shuffled.
-        looked_up = float(work if table.inherent else table.rows)
+        looked_up = float({"inherent": work, "cross": table.rows, "context": settings.stream.batch_size}[table.kind])
         for rank, rows in zip(table.ranks, table.shard_rows, strict=True):
             lookups[rank] += looked_up * rows / table.rows
     total = sum(lookups)

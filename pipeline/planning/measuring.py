@@ -10,7 +10,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from embeddings.batch import Batch, History
-from embeddings.sizes import DataSizes
+from embeddings.batch import Bags, Batch, History
+from embeddings.sizes import DataSizes, FeatureSize
+from schemas.shards import Side
 from schemas.train import TrainSettings
 
 
@@ -210,7 +211,15 @@ def made_up_batch(task: StepTask, seed: int, targets_per_user: int = TARGETS_PER
         return torch.randint(1, count + 1, (size,), generator=draw, dtype=torch.int32)
 
     sizes = task.sizes
-    counts = {"category": sizes.categories, "behavior": sizes.behaviors or 0, "scene": sizes.scenes or 0}
+
+    def columns(of: Container[Side], size: int, of_targets: bool = False) -> dict[str, Tensor]:
+        # An item may have several categories here: only how many there are matters.
+        return {
+            name: torch.rand(size, generator=draw) if feature.kind == "number" else ids(sizes.values(name) - 1, size)
+            for name, feature in sizes.features.items()
+            if feature.of in of and (feature.of != "behavior" or feature.target or not of_targets)
+        }
+
     histories = {}
     for name, length in task.sizes.lengths.items():
         # Every user has exactly N behaviours, all of which each target sees: the workload is known to the last pair.
@@ -218,8 +227,7 @@ def made_up_batch(task: StepTask, seed: int, targets_per_user: int = TARGETS_PER
         histories[name] = History(
             item_M=ids(task.sizes.items, users * length),
             timestamp_M=torch.arange(users * length),
-            # An item may have several categories here: only how many there are matters.
-            features_M={feature: ids(count, users * length) for feature, count in counts.items() if count},
+            features_M=columns(("item", "behavior"), users * length),
             offset_U=offset_U,
             start_T=offset_U[user_T],
             end_T=offset_U[user_T + 1],
@@ -230,7 +238,17 @@ def made_up_batch(task: StepTask, seed: int, targets_per_user: int = TARGETS_PER
         user_id_U=torch.arange(users),
         item_T=ids(task.sizes.items, targets),
         timestamp_T=torch.full((targets,), 10**9),
-        features_T={feature: ids(counts[feature], targets) for feature in ("category", "scene") if counts[feature]},
+        features_T=columns(("item", "behavior", "impression"), targets, of_targets=True),
+        features_U=columns(("user",), users),
+        bags={name: _bags(size, draw) for name, size in sizes.features.items() if size.kind == "ids"},
         labels_T={"label": torch.randint(0, 2, (targets,), generator=draw).float()},
         origin="made up",
     )
+
+
+def _bags(size: FeatureSize, draw: torch.Generator) -> Bags:
+    """Bags of one to five ids, and the empty one."""
+    length_B = torch.randint(1, 6, (size.bags + 1,), generator=draw)
+    length_B[0] = 0
+    offset_B1 = torch.cat([length_B.new_zeros(1), length_B.cumsum(0)])
+    return Bags(offset_B1, torch.randint(1, size.rows + 1, (int(offset_B1[-1]),), generator=draw, dtype=torch.int32))

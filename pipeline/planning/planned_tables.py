@@ -7,9 +7,9 @@ from torchrec.distributed.types import ParameterSharding, ShardingPlan
 
 from embeddings.model import CtrModel
 from embeddings.planning import STATE_BYTES
-from embeddings.tables.specs import TableSpec
+from embeddings.tables.specs import TableKind, TableSpec
 from schemas.errors import UserError
-from schemas.model import INHERENT, Feature
+from schemas.model import Feature
 
 VALUE_BYTES = {"fp32": 4, "fp16": 2}
 """Bytes of a value of a row."""
@@ -20,8 +20,9 @@ class PlannedTable:
     """A table that the model declares and the planner has placed."""
 
     name: str
+    kind: TableKind
     set: str
-    """The set of tables that it belongs to: ``attention``, ``representation``, or a set of the model's own."""
+    """The set of tables that it belongs to: ``attention``, ``representation``, ``context``, or one of a model's own."""
     feature: Feature
     rows: int
     dim: int
@@ -59,8 +60,8 @@ class PlannedTable:
 
     @property
     def inherent(self) -> bool:
-        """Whether rows are looked up by id, as those of items and categories are."""
-        return self.feature in INHERENT
+        """Whether it is of items, so that rows are looked up by id, of targets and of behaviours."""
+        return self.kind == "inherent"
 
 
 def planned_tables(model: CtrModel, plan: ShardingPlan) -> tuple[PlannedTable, ...]:
@@ -93,6 +94,7 @@ def _planned(spec: TableSpec, sharding: ParameterSharding) -> PlannedTable:
     assert sharding.ranks is not None
     return PlannedTable(
         name=spec.name,
+        kind=spec.kind,
         set=spec.set,
         feature=spec.feature,
         rows=spec.rows,

@@ -187,7 +187,7 @@ def test_charts_of_an_experiment(
     assert ("no values" in pages[1]) == (validations == 0)
 
 
-SIZES = DataSizes(items=20_000, categories=100, lengths={"history": 50})
+SIZES = DataSizes.counted(items=20_000, categories=100, lengths={"history": 50})
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 200])
@@ -220,7 +220,9 @@ def heights(axes: Axes) -> float:
 def test_a_sweep_of_which_nothing_fits(tmp_path: Path) -> None:
     settings = plan_settings()
     run = dry_run(settings, SIZES)
-    points = list(sweep(settings, DataSizes(items=2**30, categories=9, lengths={"history": 50}), [swept("ranks=1,2")]))
+    points = list(
+        sweep(settings, DataSizes.counted(items=2**30, categories=9, lengths={"history": 50}), [swept("ranks=1,2")])
+    )
     assert not any(of_point.feasible for _, of_point in points)
     write_page(tmp_path / "page.html", run, points)
     assert "None of the combinations fits." in (tmp_path / "page.html").read_text()

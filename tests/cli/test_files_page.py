@@ -90,7 +90,7 @@ def test_scores_results_and_plans(run: Path, tmp_path: Path) -> None:
     for file in (tmp_path / "scores").glob("*.parquet"):
         assert not missing(pq.read_schema(file).names)
     assert not missing(SCHEMA.names)
-    sizes = DataSizes(items=2000, categories=100, lengths={"history": 50})
+    sizes = DataSizes.counted(items=2000, categories=100, lengths={"history": 50})
     document = as_dict(dry_run(plan_settings(), sizes))
     assert not missing(list(document))
     assert not missing(list(document["tables"][0]))

@@ -28,8 +28,8 @@ from tests.plans import plan_settings
 
 META = torch.device("meta")
 CPU = torch.device("cpu")
-SIZES = DataSizes(items=100_000, categories=500, lengths={"history": 100})
-TOO_MANY = DataSizes(items=40_000_000, categories=500, lengths={"history": 100})
+SIZES = DataSizes.counted(items=100_000, categories=500, lengths={"history": 100})
+TOO_MANY = DataSizes.counted(items=40_000_000, categories=500, lengths={"history": 100})
 
 
 def test_every_declared_row_is_planned_once() -> None:
@@ -229,7 +229,7 @@ def test_many_tables_on_a_thousand_ranks() -> None:
         "cluster.devices_per_node=8",
         "cluster.device_memory=141GiB",
     )
-    sizes = DataSizes(
+    sizes = DataSizes.counted(
         items=4_999_000_000, categories=1_000_000, lengths={"ads": 400, "content": 600}, behaviors=4, scenes=3
     )
     began = time.process_time()  # not of the clock: a machine under load is not to blame

@@ -30,7 +30,7 @@ from tests.runs import Run, run_dare, small_settings
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 GB, GIB, TIB = 10**9, 2**30, 2**40
-SIZES = DataSizes(items=1000, categories=7, lengths={"history": 30})
+SIZES = DataSizes.counted(items=1000, categories=7, lengths={"history": 30})
 
 EXAMPLE = (
     "stream.history_length=10000",
@@ -51,13 +51,13 @@ ON_A_GPU = ("model.attention.dim=32", "model.representation.dim=32")
             Machines("cuda", 1024, 8, usable(141 * GB), usable(2 * TIB // 8)),
             ("h200-128x8",),
             EXAMPLE,
-            DataSizes(items=2_000_000_000, categories=20_000, lengths={"history": 10_000}),
+            DataSizes.counted(items=2_000_000_000, categories=20_000, lengths={"history": 10_000}),
         ),
         (
             Machines("cuda", 1, 1, usable(80 * GIB), usable(TIB)),
             ("a100-8", "cluster.devices_per_node=1"),
             ON_A_GPU,
-            DataSizes(items=200_000_000, categories=10_000, lengths={"history": 200}),
+            DataSizes.counted(items=200_000_000, categories=10_000, lengths={"history": 200}),
         ),
     ],
     ids=["1,024 ranks", "one GPU of 80 GB"],
@@ -150,7 +150,7 @@ def test_state_of_optimizers_is_counted_as_fbgemm_keeps_it(
 
 def test_half_the_bytes_in_half_precision() -> None:
     machines = Machines("cuda", 1, 1, 80 * GIB, 80 * GIB)
-    sizes = DataSizes(items=1_000_000, categories=7, lengths={"history": 30})
+    sizes = DataSizes.counted(items=1_000_000, categories=7, lengths={"history": 30})
     full, half = (placed(machines, f"model.attention.precision={kind}", sizes=sizes) for kind in ("fp32", "fp16"))
     # Beside the rows themselves, 2 bytes of each of the 8 values, there are those looked up in a step.
     assert full.device_bytes[0] - half.device_bytes[0] == pytest.approx(1_000_001 * 8 * 2, rel=0.01)
@@ -158,7 +158,7 @@ def test_half_the_bytes_in_half_precision() -> None:
 
 def test_a_search_on_the_shard_takes_no_memory_for_pairs() -> None:
     """Ten users with a tenth of N each, or one user with all of N: ten times the pairs, and all else alike."""
-    machines, sizes = Machines("cuda", 1, 1, 80 * GIB, 80 * GIB), DataSizes(1000, 7, {"history": 300})
+    machines, sizes = Machines("cuda", 1, 1, 80 * GIB, 80 * GIB), DataSizes.counted(1000, 7, {"history": 300})
     needed = {}
     for search in ("shard", "local"):
         model = build_model(plan_settings(f"model.search={search}").model, sizes, META)

@@ -18,7 +18,7 @@ from tests.launcher import run_ranks
 from tests.toy_batch import part, toy_batch
 
 CPU = torch.device("cpu")
-SIZES = DataSizes(items=50, categories=7, lengths={"history": 12})
+SIZES = DataSizes.counted(items=50, categories=7, lengths={"history": 12})
 DIM, IDS = 16, 40
 PRECISION: dict[Communication, float] = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8}
 """The largest relative error of rounding a float to each type."""

@@ -42,7 +42,7 @@ SETTINGS = {
 DENSE = {"dare": partial(torch.optim.SGD, lr=0.1), "twin": partial(torch.optim.Adam, lr=RATE, eps=EPSILON)}
 ENLARGED = {"dare": 1.0, "twin": RATE / EPSILON}
 """What a step makes of the rounding of a gradient, at most."""
-SIZES = DataSizes(items=50, categories=7, behaviors=4, scenes=3, lengths={"ads": 12, "content": 9})
+SIZES = DataSizes.counted(items=50, categories=7, behaviors=4, scenes=3, lengths={"ads": 12, "content": 9})
 TARGETS = (24, 13, 1, 0, 24)
 """Targets of each step's global batch; with one target, all ranks but one have none."""
 

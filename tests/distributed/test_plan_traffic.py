@@ -22,6 +22,7 @@ RANKS = 3
 def table(feature: str, rows: int, dim: int) -> PlannedTable:
     return PlannedTable(
         name=f"{feature}_attention",
+        kind="inherent",
         set="attention",
         feature=feature,  # type: ignore[arg-type]
         rows=rows,
@@ -53,7 +54,7 @@ def test_a_row_travels_once_to_each_rank_that_asks_for_it() -> None:
                 asked[rank] += (shard != rank) * 1  # a shard has less than 256 rows
                 answered[shard] += (shard != rank) * of.dim * 4
             asked[rank] += 8 * (RANKS - 1)  # how many
-    traffic = list(rows_lookup("it", tables, ids=1000, ranks=RANKS, gradient=True))
+    traffic = list(rows_lookup("it", tables, ids=[1000, 1000], ranks=RANKS, gradient=True))
     for rank in range(RANKS):
         assert (sent(traffic, "ids of it") + sent(traffic, "counts of it")) * (RANKS - 1) == pytest.approx(asked[rank])
         assert sent(traffic, "rows of it") * (RANKS - 1) == pytest.approx(answered[rank])
@@ -62,7 +63,7 @@ def test_a_row_travels_once_to_each_rank_that_asks_for_it() -> None:
 
 def test_of_few_ids_in_a_large_table_all_are_different() -> None:
     (rows,) = [
-        part for part in rows_lookup("it", [table("item", 3_000_000, 8)], 90, RANKS, False) if "rows" in part.what
+        part for part in rows_lookup("it", [table("item", 3_000_000, 8)], [90], RANKS, False) if "rows" in part.what
     ]
     assert rows.to_each == pytest.approx(90 / RANKS * 8 * 4, rel=1e-4)
 
@@ -91,8 +92,8 @@ def test_search_on_shard_against_messages() -> None:
                     there = sum(position % RANKS == shard for position in range(length))
                     answers[shard] += min(there, k) * (4 + 1)  # score, index
     work = Workload(RANKS, users * per_user, (SequenceWorkload(length, users * length, users * per_user * length, k),))
-    sizes = DataSizes(items=29, categories=8, lengths={"history": length})
-    traffic = list(search_on_shard([item, category], ("item", "category", "position"), work, sizes))
+    sizes = DataSizes.counted(items=29, categories=8, lengths={"history": length})
+    traffic = list(search_on_shard([item, category], ("position",), work, sizes))
     for rank in range(RANKS):
         assert sent(traffic, "behaviours") * (RANKS - 1) == behaviors[rank]
         assert sent(traffic, "targets and windows") * (RANKS - 1) == targets[rank]
@@ -108,9 +109,9 @@ def test_search_on_shard_against_messages() -> None:
 
 def test_a_gathered_table_adds_nothing_to_a_search() -> None:
     work = Workload(RANKS, 6, (SequenceWorkload(12, 24, 72, 5),))
-    sizes = DataSizes(items=29, categories=8, lengths={"history": 12})
+    sizes = DataSizes.counted(items=29, categories=8, lengths={"history": 12})
     tables = [table("item", 30, 8), replace(table("category", 9, 4), gathered=True)]
-    traffic = search_on_shard(tables, ("item", "category", "position"), work, sizes)
+    traffic = search_on_shard(tables, ("position",), work, sizes)
     assert not [part.what for part in traffic if "category" in part.what]
 
 
@@ -136,7 +137,7 @@ def test_narrowest() -> None:
 
 def test_a_step_is_the_sum_of_its_parts_and_links_are_counted_apart() -> None:
     settings = plan_settings("cluster.nodes=2", "cluster.devices_per_node=4")
-    run = dry_run(settings, DataSizes(items=1000, categories=50, lengths={"history": 100}))
+    run = dry_run(settings, DataSizes.counted(items=1000, categories=50, lengths={"history": 100}))
     for step in run.steps.values():
         assert sum(cost.ms for cost in step.phases().values()) == pytest.approx(step.ms)
         within = sum(cost.within_node for cost in step.costs)
@@ -149,7 +150,7 @@ def test_a_step_is_the_sum_of_its_parts_and_links_are_counted_apart() -> None:
 def test_one_rank_sends_nothing() -> None:
     run = dry_run(
         plan_settings("cluster.nodes=1", "cluster.devices_per_node=1"),
-        DataSizes(items=1000, categories=50, lengths={"history": 100}),
+        DataSizes.counted(items=1000, categories=50, lengths={"history": 100}),
     )
     assert all(step.sent == 0 for step in run.steps.values())
     assert all(cost.ms == 0 for step in run.steps.values() for cost in step.costs if "dist" in cost.phase)
@@ -157,7 +158,7 @@ def test_one_rank_sends_nothing() -> None:
 
 def test_time_of_a_collective_by_hand() -> None:
     settings = plan_settings("cluster.nodes=2", "cluster.devices_per_node=2")
-    sizes = DataSizes(items=1000, categories=50, lengths={"history": 100})
+    sizes = DataSizes.counted(items=1000, categories=50, lengths={"history": 100})
     run = dry_run(settings, sizes)
     (gathered,) = [cost for cost in run.steps["shard"].costs if cost.what == "targets' item rows"]
     size = settings.stream.batch_size * settings.model.attention.dim * 4
@@ -170,7 +171,7 @@ def test_time_of_a_collective_by_hand() -> None:
 
 def longer(settings: PlanSettings, search: str, **sizes: int) -> float:
     where = {"items": 1000, "categories": 50, "lengths": {"history": settings.stream.history_length}} | sizes
-    return dry_run(settings, DataSizes(**where)).steps[search].bytes_per_sample  # type: ignore[arg-type, index]
+    return dry_run(settings, DataSizes.counted(**where)).steps[search].bytes_per_sample  # type: ignore[arg-type, index]
 
 
 def test_halving_the_attention_dim_halves_what_local_search_moves() -> None:
@@ -179,7 +180,7 @@ def test_halving_the_attention_dim_halves_what_local_search_moves() -> None:
             cost.within_node
             for cost in dry_run(
                 plan_settings(f"model.attention.dim={dim}"),
-                DataSizes(items=1000, categories=50, lengths={"history": 100}),
+                DataSizes.counted(items=1000, categories=50, lengths={"history": 100}),
             )
             .steps["local"]
             .costs
@@ -199,6 +200,6 @@ def test_users_who_share_a_history_send_it_once() -> None:
 
 
 def test_dense_parameters_are_the_models() -> None:
-    sizes = DataSizes(items=1000, categories=50, lengths={"history": 100})
+    sizes = DataSizes.counted(items=1000, categories=50, lengths={"history": 100})
     model = build_model(plan_settings().model, sizes, torch.device("meta"))
     assert dense_parameters(model) == sum(weight.numel() for weight in model.prediction.parameters())

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 META = torch.device("meta")
 DIMS = {"item": 8, "category": 12}
 ROWS = {"item": 51, "category": 7}
-SIZES = DataSizes(items=50, categories=6, lengths={"history": 12}, behaviors=5)
+SIZES = DataSizes.counted(items=50, categories=6, lengths={"history": 12}, behaviors=5)
 
 
 def settings_of(**rates: float) -> ModelSettings:
@@ -174,7 +174,9 @@ def bytes_of_lookups() -> None:
         rows = model.tables.inherent_rows("attention", ids, None, small)
         sum(of.rows_Ld.sum() for of in rows.values()).backward()
     asked = [table for table in tables if table.set == "attention" and table.inherent]
-    planned = sum(part.to_each for part in rows_lookup("it", asked, 1000, ranks, gradient=True)) * (ranks - 1)
+    planned = sum(part.to_each for part in rows_lookup("it", asked, [1000] * len(asked), ranks, gradient=True)) * (
+        ranks - 1
+    )
     # The last shards have fewer rows to send.
     assert sum_over_ranks(torch.tensor(counted.bytes)).item() / ranks == pytest.approx(planned, rel=0.02)
 
@@ -190,7 +192,7 @@ def test_the_plan_knows_what_lookups_send() -> None:
 
 
 def refused(categories: int) -> None:
-    model = build_model(ModelSettings(), DataSizes(50, categories, {"history": 12}), META)
+    model = build_model(ModelSettings(), DataSizes.counted(50, categories, {"history": 12}), META)
     with pytest.raises(ValueError, match=r"table category_attention: 4 rows are too few .* on 3 ranks of a CPU"):
         shard(model, CPU, make_plan(model, CPU, batch_size=64))
 

@@ -52,7 +52,7 @@ def pooled_as_alone(learning_rates: tuple[float, float]) -> None:
             },
         ),
     )
-    model = build_model(settings, DataSizes(50, 7, {"history": 12}), torch.device("meta"))
+    model = build_model(settings, DataSizes.counted(50, 7, {"history": 12}), torch.device("meta"))
     sharded = shard(model, CPU, make_plan(model, CPU, batch_size=64))
     state = {key.split(".")[-2]: value for key, value in sharded.state_dict().items() if "embedding_bags" in key}
     for seed in range(6):

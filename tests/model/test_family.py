@@ -170,7 +170,7 @@ def test_hard_search_needs_categories() -> None:
     settings = settings_of("sim-hard", features=("item", "position"))
     with pytest.raises(ValueError, match="sim-hard searches by category; add category"):
         build_model(settings, sizes_of(settings))
-    sizes = DataSizes(items=50, categories=1, lengths={"ads": 12})
+    sizes = DataSizes.counted(items=50, categories=1, lengths={"ads": 12})
     with pytest.raises(ValueError, match="these data have 1 of them"):
         build_model(settings_of("twin-hard"), sizes)
 

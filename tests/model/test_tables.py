@@ -1,5 +1,7 @@
 """Table configs, settings and plans: what is declared, what is refused, and how tables start and learn."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,10 +11,11 @@ from embeddings.layers.mlp import GlobalBatchNorm
 from embeddings.loss import click_loss
 from embeddings.models import build_model
 from embeddings.sharding import make_plan, shard
-from embeddings.sizes import DataSizes
+from embeddings.sizes import DataSizes, FeatureSize
 from embeddings.tables.specs import TableSpec
 from schemas.model import ModelSettings, Table, TableChange, TableSet
 from schemas.settings import _notice, load_settings
+from schemas.shards import FeatureRecord
 from schemas.stream import HistorySequence, StreamSettings
 from schemas.train import TrainSettings
 from tests.tolerance import largest, rounding, summands
@@ -20,7 +23,7 @@ from tests.toy_batch import toy_batch
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
-SIZES = DataSizes(items=50, categories=7, lengths={"history": 12})
+SIZES = DataSizes.counted(items=50, categories=7, lengths={"history": 12})
 
 
 def shapes(settings: ModelSettings, sizes: DataSizes) -> dict[str, tuple[int, ...]]:
@@ -50,7 +53,7 @@ def test_other_features_and_sequences_have_tables_of_their_own() -> None:
         attention=TableSet(features={"position": TableChange(dim=4)}),
         retrieved={"ads": 5, "content": 20},
     )
-    sizes = DataSizes(items=50, categories=7, lengths={"ads": 40, "content": 60}, behaviors=4, scenes=3)
+    sizes = DataSizes.counted(items=50, categories=7, lengths={"ads": 40, "content": 60}, behaviors=4, scenes=3)
     found = shapes(settings, sizes)
     attention = {name: shape for name, shape in found.items() if name.endswith("_attention")}
     assert attention == {
@@ -98,12 +101,12 @@ def test_a_tables_settings_are_its_sets_but_for_what_it_changes() -> None:
 def test_small_tables_are_gathered_unless_momentum_would_move_their_rows(
     feature: str, rows: int, change: dict[str, object], gathered: bool
 ) -> None:
-    sequence = None if feature in ("item", "category") else "history"
-    assert TableSpec("attention", feature, sequence, rows, Table(**change)).gathered == gathered
+    kind, sequence = ("inherent", None) if feature in ("item", "category") else ("cross", "history")
+    assert TableSpec(kind, "attention", feature, sequence, rows, Table(**change)).gathered == gathered  # type: ignore[arg-type]
 
 
 def test_huge_tables_cost_nothing_before_they_are_sharded() -> None:
-    sizes = DataSizes(items=10**10, categories=10**6, lengths={"history": 10_000})
+    sizes = DataSizes.counted(items=10**10, categories=10**6, lengths={"history": 10_000})
     assert shapes(ModelSettings(), sizes)["item_attention"] == (10**10 + 1, 16)
 
 
@@ -164,7 +167,7 @@ def test_a_plan_of_another_model_is_refused() -> None:
     model = build_model(ModelSettings(), SIZES, META)
     with process_group(CPU):
         plan = make_plan(model, CPU, batch_size=10)
-        larger = build_model(ModelSettings(), DataSizes(items=51, categories=7, lengths={"history": 12}), META)
+        larger = build_model(ModelSettings(), DataSizes.counted(items=51, categories=7, lengths={"history": 12}), META)
         with pytest.raises(ValueError, match=r"the sharding plan holds 816 values of table item_attention, .* 52 x 16"):
             shard(larger, CPU, plan)
         with pytest.raises(
@@ -174,21 +177,33 @@ def test_a_plan_of_another_model_is_refused() -> None:
 
 
 def test_sizes_follow_the_stream() -> None:
-    class Counts:
-        items, categories = 5, 3
+    declared = (
+        FeatureRecord(name="category", of="item", kind="id", encoding="dictionary", rows=3),
+        FeatureRecord(name="behavior", of="behavior", kind="id", encoding="dictionary", rows=2),
+        FeatureRecord(name="tags", of="item", kind="ids", encoding="hash", rows=9, bags=4),
+        FeatureRecord(name="age", of="user", kind="number", encoding="buckets", rows=8),
+        FeatureRecord(name="price", of="item", kind="number", encoding="scale", rows=0),
+    )
 
     class Manifest:
-        counts, behaviors, scenes = Counts(), ("pv", "buy"), None
+        largest_item = 5
 
+    Manifest.declared = declared  # type: ignore[attr-defined]
     one = DataSizes.of(Manifest(), StreamSettings(history_length=7))  # type: ignore[arg-type]
-    assert one == DataSizes(items=5, categories=3, behaviors=2, scenes=None, lengths={"history": 7})
+    counted = DataSizes.counted(items=5, categories=3, behaviors=2, scenes=None, lengths={"history": 7})
+    others = {
+        "tags": FeatureSize("item", "ids", rows=9, bags=4),
+        "age": FeatureSize("user", rows=8),
+        "price": FeatureSize("item", "number"),
+    }
+    assert one == replace(counted, features={**counted.features, **others})
     sequences = {"ads": HistorySequence(length=4), "content": HistorySequence(length=6)}
     two = DataSizes.of(Manifest(), StreamSettings(sequences=sequences))  # type: ignore[arg-type]
     assert two.lengths == {"ads": 4, "content": 6}
 
 
 def test_first_values_depend_on_the_seed_alone() -> None:
-    sizes = DataSizes(items=BLOCK_ROWS + 100, categories=7, lengths={"history": 12})
+    sizes = DataSizes.counted(items=BLOCK_ROWS + 100, categories=7, lengths={"history": 12})
     states = []
     for seed in (1, 1, 2):
         model = build_model(ModelSettings(), sizes)

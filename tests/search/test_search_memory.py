@@ -35,7 +35,7 @@ def bytes_of_a_pair(name: str, place: str) -> tuple[float, float]:
             "model.features=[item,category,position,interval,behavior,scene]",
         ],
     )
-    sizes = DataSizes(items=5000, categories=100, behaviors=4, scenes=3, lengths={"history": LENGTH})
+    sizes = DataSizes.counted(items=5000, categories=100, behaviors=4, scenes=3, lengths={"history": LENGTH})
     model = build_model(settings.model, sizes, META)
     sharded = shard(model, CPU, make_plan(model, CPU, batch_size=TARGETS))
     initialize(sharded, seed=1)

@@ -51,7 +51,7 @@ def searched(name: str) -> int:
     case = CASES[name]
     settings, lengths = settings_of(case), case.get("lengths", {"history": 12})
     categories = case.get("categories", 7)
-    sizes = DataSizes(case["items"], categories, lengths, behaviors=4, scenes=3)
+    sizes = DataSizes.counted(case["items"], categories, lengths, behaviors=4, scenes=3)
     alone = build_model(settings, sizes)
     draw = torch.Generator().manual_seed(3)
     for weight in alone.tables.parameters():

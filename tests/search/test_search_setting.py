@@ -22,7 +22,7 @@ from tests.tolerance import rounding, summands
 from tests.toy_batch import part, toy_batch
 
 CPU = torch.device("cpu")
-SIZES = DataSizes(items=50, categories=7, behaviors=4, scenes=3, lengths={"ads": 12, "content": 9})
+SIZES = DataSizes.counted(items=50, categories=7, behaviors=4, scenes=3, lengths={"ads": 12, "content": 9})
 TARGETS = (24, 13, 1, 0, 24)
 """Targets of each step's global batch; with one target, all ranks but one have none."""
 

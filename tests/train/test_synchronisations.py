@@ -26,7 +26,7 @@ def step_counts(overrides: list[str]) -> tuple[dict[tuple[str, str], int], int]:
     settings = load_settings(
         TrainSettings, overrides=["stream.batch_size=64", f"stream.history_length={LENGTH}", *overrides]
     )
-    sizes = DataSizes(items=20_000, categories=300, lengths={"history": LENGTH})
+    sizes = DataSizes.counted(items=20_000, categories=300, lengths={"history": LENGTH})
     model = build_model(settings.model, sizes, torch.device("meta"))
     sharded = shard(model, CPU, make_plan(model, CPU, settings.stream.batch_size))
     initialize(sharded, seed=1)

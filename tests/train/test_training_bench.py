@@ -25,7 +25,7 @@ def test_losses_agree_and_both_sides_are_timed(tuned: bool) -> None:
 
 def padded(sharing: int) -> PaddedBatch:
     settings = load_settings(TrainSettings, overrides=["stream.batch_size=50"])
-    task = StepTask(settings, DataSizes(items=500, categories=20, lengths={"history": 30}))
+    task = StepTask(settings, DataSizes.counted(items=500, categories=20, lengths={"history": 30}))
     return PaddedBatch.of(made_up_batch(task, seed=1, targets_per_user=sharing))
 
 
