@@ -21,8 +21,8 @@ from schemas.manifest import Manifest
 from schemas.shards import ITEM_FEATURES, SPLITS, Split
 from schemas.stream import StreamSettings
 from tests.data.test_stream import assert_equal
-from tests.datasets import reseal, rewrite_shard
-from tests.featured import KINDS, LABELS, Encoder, Log, write_featured
+from tests.datasets import random_users, reseal, rewrite_shard, write_dataset
+from tests.featured import KINDS, LABELS, WORDS, Encoder, Log, write_featured
 
 SETTINGS = StreamSettings(batch_size=8, history_length=6, shuffle_memory=5000)
 LOG = Log.random(60)
@@ -265,7 +265,7 @@ def test_values_that_the_other_data_set_does_not_know(tmp_path: Path, monkeypatc
                 value = row[name]
                 row[name] = [each for each in value if each in words] if isinstance(value, list) else None
     for name, words in kept.items():
-        monkeypatch.setitem(__import__("tests.featured").featured.WORDS, name, words)
+        monkeypatch.setitem(WORDS, name, words)
     write_featured(tmp_path / "trained", lacking, 2)
     encoder = Encoder(lacking, 2)
     translation = Translation.between(*(DataSet.open(tmp_path / name) for name in ("data", "trained")))
@@ -392,3 +392,33 @@ def test_what_a_run_must_have_in_common_with_a_data_set(folder: Path, tmp_path: 
     assert set(said["features"]) == set(KINDS)
     assert set(SPLITS) == {split.name.lower() for split in Split}
     assert Manifest.read(folder).item_rows == said["item_rows"]
+
+
+def test_data_sets_of_an_earlier_version_are_translated_both_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WORDS, "category", [2, 3, 4])
+    log = Log.random(30, 5, text=False)
+    write_featured(tmp_path / "three", log, 1)
+    write_dataset(tmp_path / "two", random_users(30))
+    two, three = DataSet.open(tmp_path / "two"), DataSet.open(tmp_path / "three")
+    encoder, features = Encoder(log, 1), frozenset({"category"})
+    # In the earlier one ids equal raw values: items 1 .. 50, categories 1 .. 7; the later one has items 0 .. 29.
+    category = [0, 0, *(encoder.ids["category"][raw] for raw in (2, 3, 4)), 0, 0, 0]
+    item = [0, *(encoder.item.get(raw, 99) for raw in range(1, 51))]
+    plain = read(tmp_path / "two", shuffle=False)
+    translated = read(tmp_path / "two", shuffle=False, translation=Translation.between(two, three, features))
+    for batch, before in zip(translated, plain, strict=True):
+        assert batch.item_T.tolist() == [item[i] if item[i] <= encoder.rows else 0 for i in before.item_T]
+        assert batch.features_T["category"].tolist() == [category[i] for i in before.features_T["category"]]
+        (here,), (there,) = batch.histories.values(), before.histories.values()
+        assert here.features_M["category"].tolist() == [category[i] for i in there.features_M["category"]]
+    back = Translation.between(three, two, features)
+    for batch in read(tmp_path / "three", features=features, translation=back):
+        (history,) = batch.histories.values()
+        raw = {id: name for name, id in encoder.item.items()}
+        own = batch.own_item_T
+        assert own is not None
+        assert batch.item_T.tolist() == [raw[int(id)] for id in own]
+        assert batch.features_T["category"].tolist() == [log.items[raw[int(id)]]["category"] or 0 for id in own]
+        assert {*history.features_M["category"].tolist()} <= {0, 2, 3, 4}
