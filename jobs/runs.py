@@ -9,6 +9,7 @@ import typer
 
 from jobs.options import Json
 from pipeline.errors import printable
+from pipeline.paths import location
 
 if TYPE_CHECKING:
     from embeddings.model import SearchPlace
@@ -59,7 +60,7 @@ def runs(
 
 
 def _row(run: "RunState", folder: Path) -> list[str]:
-    path = Path(run.run)
+    path = location(run.run)
     # The folder itself may be a run: its name relative to itself would be a dot.
     name = str(path) if path == folder else str(path.relative_to(folder))
     step = "/".join(f"{value:,}" for value in (run.step, run.steps) if value is not None)

@@ -20,6 +20,9 @@ from filelock import FileLock, Timeout
 from schemas.errors import UserError
 from schemas.storage import RemotePath
 
+SUCCESS = "_SUCCESS"
+"""Name of the empty file that makes a folder at a URL whole, as Spark and Hadoop call it."""
+
 
 def write_whole(path: Path, content: str | bytes, *, sync: bool = True) -> None:
     """Write a file that is there with all its content, or not at all.
@@ -44,8 +47,15 @@ def whole_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """A name beside ``path`` to write a file under; ``sync`` is that of `write_whole`.
 
     The file takes the place of ``path`` if the block ends well and is removed if it fails. What a killed process left
-    under that name is overwritten by the next one.
+    under that name is overwritten by the next one. Of a path at a URL, the name is that of a file of this machine.
     """
+    if isinstance(path, RemotePath):
+        from pipeline.upload import scratch_folder
+
+        with scratch_folder() as folder:
+            yield folder / path.name
+            path.upload(folder / path.name)
+        return
     # In the same folder, because a rename is atomic only within a file system.
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
@@ -190,8 +200,16 @@ def _check_replaceable(out: Path, contents: Collection[str], overwrite: bool) ->
         raise UserError(f"{out} holds {foreign[0]!r}, which this command did not write; choose another folder")
 
 
+def remove_tree(path: Path) -> None:
+    """Remove a folder with all that is in it; nothing, where it is not there or a disk does not let it go."""
+    if isinstance(path, RemotePath):
+        path.remove_tree()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def remove_folder(path: Path) -> None:
-    """Remove a folder that nobody ever sees half removed: it loses its name first.
+    """Remove a folder of this machine that nobody ever sees half removed: it loses its name first.
 
     A kill may leave ``.NAME.removed`` behind.
     """

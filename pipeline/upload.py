@@ -8,7 +8,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -42,8 +42,26 @@ def scratch_folder() -> Iterator[Path]:
         atexit.unregister(leave_nothing)
 
 
+def upload_files(folder: Path, out: RemotePath, *, but: str = "") -> None:
+    """Upload the files of a folder of this machine, but for one.
+
+    Raises:
+        StoreError: the store cannot be reached, or refuses.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.name != but)
+    with ThreadPoolExecutor(UPLOADS, "upload") as uploads:
+        list(uploads.map(lambda name: (out / name).upload(folder / name), names))
+
+
 @contextmanager
-def remote_output(out: RemotePath, contents: Collection[str], last: str, *, overwrite: bool) -> Iterator[Path]:
+def remote_output(
+    out: RemotePath,
+    contents: Collection[str],
+    last: str,
+    *,
+    overwrite: bool,
+    meet: Callable[[], object] = lambda: None,
+) -> Iterator[Path]:
     """A folder of this machine to write into, whose files are at ``out`` when the block has ended well.
 
     Args:
@@ -51,6 +69,8 @@ def remote_output(out: RemotePath, contents: Collection[str], last: str, *, over
         contents: patterns of the names that such a folder holds; with others in it, it is never overwritten.
         last: name of the file that makes the folder whole; made empty if the block has not.
         overwrite: ``out`` may hold an earlier output that is whole.
+        meet: waits for other processes that upload files of their own; called before the first file is uploaded and
+            before the last one.
 
     Raises:
         UserError: ``out`` holds an output (unless ``overwrite``) or something else; the store fails.
@@ -70,11 +90,11 @@ def remote_output(out: RemotePath, contents: Collection[str], last: str, *, over
             shutil.rmtree(hidden)
         # First of all, so that what is there from here on is no output.
         (out / last).unlink(missing_ok=True)
-        new = sorted(path.name for path in folder.iterdir() if path.name != last)
         with ThreadPoolExecutor(UPLOADS, "upload") as uploads:
-            list(uploads.map(lambda name: (out / name).upload(folder / name), new))
-            stale = [file for file, name in zip(former, names, strict=True) if name not in (*new, last)]
-            list(uploads.map(lambda file: file.unlink(missing_ok=True), stale))
+            list(uploads.map(lambda file: file.unlink(missing_ok=True), former))
+        meet()
+        upload_files(folder, out, but=last)
+        meet()
         if (folder / last).exists():
             (out / last).upload(folder / last)
         else:

@@ -9,6 +9,10 @@ class UserError(ValueError):
     """
 
 
+class StoreError(UserError):
+    """Remote storage cannot be reached, refuses, or fails again and again; what it holds may be whole all the same."""
+
+
 class StoppedError(UserError):
     """The work was asked to stop, by Ctrl-C or a signal, before its end; its text says how it goes on.
 

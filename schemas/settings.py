@@ -131,7 +131,7 @@ def load_settings(
             if not isinstance(content, dict):
                 raise UserError(f"{file}: settings are a mapping of keys to values, this is something else")
             refuse_flat_sections(kind, content, f"{file}: ")
-            part = OmegaConf.load(file)
+            part = OmegaConf.create(text)
             merged = OmegaConf.merge(merged, part)
         where = ""
         # Files, then command-line options, then overrides: each is laid over what came before, key by key.

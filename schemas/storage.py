@@ -114,10 +114,6 @@ class RemotePath(PosixPath):
     def __truediv__(self, name: str | os.PathLike[str]) -> Self:
         return self._at(self._place.inside / name)
 
-    def joinpath(self, *names: str | os.PathLike[str]) -> Self:
-        """Return the path of what is below this one."""
-        return self._at(self._place.inside.joinpath(*names))
-
     @property
     def name(self) -> str:
         """The last part."""
@@ -230,13 +226,18 @@ class RemotePath(PosixPath):
     # Reading and writing
 
     def open(self, mode: str = "rb", buffering: int = -1, *_: Any, **__: Any) -> Any:
-        """Open a file to read its bytes; with ``buffering=0`` nothing is fetched but what is asked for.
+        """Open a file to read its bytes, or (``wb``) to write it in order; it is there when it is closed.
+
+        With ``buffering=0`` nothing is fetched but what is asked for.
 
         Raises:
             FileNotFoundError: it is not there.
             UserError: the store cannot be reached, or refuses; also of what is opened, while it is read.
         """
-        assert mode in ("rb", "r"), "written whole, by `write_bytes` or `upload`, or in order, by `writer`"
+        if mode == "wb":
+            stream = _Writer(self._place)
+            return stream if buffering == 0 else io.BufferedWriter(stream)
+        assert mode in ("rb", "r"), "nothing is appended to a file of a store"
         raw = _RangeReader(self)
         binary = raw if buffering == 0 else io.BufferedReader(raw, BUFFER)
         return io.TextIOWrapper(binary, "utf-8") if mode == "r" else binary
@@ -309,6 +310,34 @@ class RemotePath(PosixPath):
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: folders are there while something is in them."""
+
+
+class _Writer(io.RawIOBase):
+    """A file of a store, written in order; pyarrow tries again what has failed."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self._place, self._position = place, 0
+        self._stream = place.ask(lambda store, key: store.writer(key))
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, content: Any) -> int:
+        with self._place.told():
+            self._stream.write(content)
+        size = memoryview(content).nbytes
+        self._position += size
+        return size
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            with self._place.told():
+                self._stream.close()
 
 
 class _RangeReader(io.RawIOBase):

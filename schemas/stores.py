@@ -4,7 +4,8 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, TypeVar
@@ -12,7 +13,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
 
-from schemas.errors import UserError
+from schemas.errors import StoreError, UserError
 
 T = TypeVar("T")
 
@@ -64,7 +65,7 @@ class Place(NamedTuple):
 
         Raises:
             FileNotFoundError: there is no such file.
-            UserError: the store cannot be reached, refuses, or fails again and again.
+            StoreError: the store cannot be reached, refuses, or fails again and again.
         """
         store, key = self.store, self.key
         wait_s = FIRST_WAIT_S
@@ -76,7 +77,7 @@ class Place(NamedTuple):
             except (OSError, pa.ArrowException) as error:
                 # One that has never answered is told of at once: its name may be wrong.
                 if _LASTING.search(str(error)) or not store.answered or attempt == ATTEMPTS - 1:
-                    raise UserError(f"{self.url}: {_reason(self.scheme, error)}") from None
+                    raise StoreError(f"{self.url}: {_reason(self.scheme, error)}") from None
             else:
                 if not store.answered:
                     store.answered.append(True)
@@ -84,6 +85,14 @@ class Place(NamedTuple):
             time.sleep(wait_s)
             wait_s *= 2
         raise AssertionError("the last attempt returns or raises")
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Within the block, errors of the store are `StoreError`."""
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{self.url}: {_reason(self.scheme, error)}") from None
 
     def bucket_is_there(self) -> bool:
         """Whether the bucket is; also true where this may not be asked, or there are no buckets."""
@@ -204,7 +213,7 @@ def _reason(scheme: str, error: BaseException) -> str:
         return f"the store refuses ({told}); are there credentials ({keys}), and may they do this?"
     if _UNREACHABLE.search(text):
         return f"the store cannot be reached ({told}); is its address right (AWS_ENDPOINT_URL), and is it up?"
-    return f"failed {ATTEMPTS} times, the last time with: {told}"
+    return f"failed again and again, the last time with: {told}"
 
 
 def _first_line(error: BaseException) -> str:

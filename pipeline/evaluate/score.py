@@ -3,6 +3,7 @@
 I = items, T = targets of a batch.
 """
 
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,11 @@ from embeddings.batch import Batch
 from embeddings.loss import labels_of
 from pipeline.evaluate.evaluate import predictions, tasks_of
 from pipeline.evaluate.open_run import opened_run
-from pipeline.files import output_folder
+from pipeline.files import SUCCESS, output_folder
+from pipeline.upload import remote_output, scratch_folder, upload_files
+from schemas.errors import UserError
 from schemas.shards import RECORDS_OF_A_FILE, UNLABELED, raw_type
+from schemas.storage import RemotePath
 
 COMPRESSION = "zstd"
 PREDICTED = {"score": pa.float64(), "logit": pa.float32()}
@@ -69,6 +73,8 @@ def score_run(
         UserError: run, checkpoint, data, impressions and output do not fit each other.
     """
     rank = dist.get_rank()
+    if impressions and isinstance(out, RemotePath):
+        _refuse_several_machines(out)
     with (
         opened_run(run, split, which, data, device, plan, lines=True) as (model, stream),
         _folder_of_all(out, overwrite) as folder,
@@ -141,14 +147,40 @@ def _table(
 
 @contextmanager
 def _folder_of_all(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Make a folder that all ranks write into; the first one makes it and lets it appear at the end of the block."""
+    """Make a folder that all ranks write into; the first one makes it and lets it appear at the end of the block.
+
+    Where ``out`` is a URL, the ranks of each other machine write into a folder there, and upload it.
+    """
+    contents = [PARTS, "impressions-*.parquet"]
     if dist.get_rank() > 0:
-        message: list[Any] = [None]
+        message: list[Any] = [None, None]
         # Waits until the first rank has made the folder. If that is refused, the first rank raises, and this one loses
         # contact with it.
         dist.broadcast_object_list(message)
-        yield Path(message[0])
+        if not isinstance(out, RemotePath):
+            yield Path(message[0])
+            return
+        with scratch_folder() as own:
+            yield Path(message[0]) if message[1] == platform.node() else own
+            # The first rank has removed what was there, and then waits for all files before the last one.
+            dist.barrier()
+            upload_files(own, out)
+            dist.barrier()
         return
-    with output_folder(out, [PARTS, "impressions-*.parquet"], overwrite=overwrite) as folder:
-        dist.broadcast_object_list([str(folder)])
+    with (
+        remote_output(out, contents, SUCCESS, overwrite=overwrite, meet=dist.barrier)
+        if isinstance(out, RemotePath)
+        else output_folder(out, contents, overwrite=overwrite)
+    ) as folder:
+        dist.broadcast_object_list([str(folder), platform.node()])
         yield folder
+
+
+def _refuse_several_machines(out: Path) -> None:
+    """Refuse to put lines and predictions together where a URL's parts are on several machines."""
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, platform.node())
+    if len(set(hosts)) > 1:
+        raise UserError(
+            f"{out}: --impressions with --out at a URL needs all processes on one machine; use a shared disk"
+        )

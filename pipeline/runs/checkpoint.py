@@ -1,7 +1,9 @@
 """The checkpoints of a run: which there are, which may go, and which are whole.
 
 A checkpoint is a folder that torch.distributed.checkpoint has written, ``step-000000000123``, with `RECORD` in it.
-Names that begin with a dot are of checkpoints that are being written or removed. Whether one is whole, all ranks find
+Names that begin with a dot are of checkpoints that are being written or removed. At a URL, where no folder can get
+another name, `RECORD` is the last file that is written and the first that goes: a folder without it is no checkpoint.
+Whether one is whole, all ranks find
 out together: each looks at its part of the files, and they agree.
 """
 
@@ -17,8 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.files import remove_folder
 from schemas.documents import inside, notice_unverified, read_json
-from schemas.errors import UserError
+from schemas.errors import StoreError, UserError
 from schemas.manifest import File, sha256
+from schemas.storage import RemotePath
 
 T = TypeVar("T")
 
@@ -46,7 +49,7 @@ def checkpoints_in(folder: Path) -> list[Checkpoint]:
     """Return all checkpoints by step, also those whose record is damaged, but none that is removed meanwhile."""
     checkpoints = []
     # Steps are written with leading zeros, so that the order of names is that of steps.
-    for path in sorted(folder.glob("step-*")):
+    for path in steps_in(folder):
         name = re.fullmatch(r"step-([0-9]+)", path.name)
         if name is None:
             continue
@@ -56,6 +59,12 @@ def checkpoints_in(folder: Path) -> list[Checkpoint]:
             if path.is_dir():
                 checkpoints.append(Checkpoint(path, int(name[1]), damage=str(error)))
     return checkpoints
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """Return the folders of checkpoints by step; at a URL, those that have a record."""
+    paths = sorted(folder.glob("step-*"))
+    return [path for path in paths if not isinstance(path, RemotePath) or (path / RECORD).is_file()]
 
 
 def _read(path: Path) -> Checkpoint:
@@ -91,6 +100,8 @@ def final_path(folder: Path, step: int) -> Path:
 
 def partial_path(folder: Path, step: int) -> Path:
     """Return the folder in which the checkpoint of a step is written until it is whole."""
+    if isinstance(folder, RemotePath):
+        return final_path(folder, step)
     return folder / f".step-{step:012}.partial"
 
 
@@ -102,22 +113,39 @@ def prune(folder: Path, keep: int) -> None:
     for checkpoint in checkpoints:
         if checkpoint not in kept:
             # Out of sight first: a folder that is removed by half must not be taken for a checkpoint.
-            remove_folder(checkpoint.path)
+            if isinstance(checkpoint.path, RemotePath):
+                (checkpoint.path / RECORD).unlink(missing_ok=True)
+                checkpoint.path.remove_tree()
+            else:
+                remove_folder(checkpoint.path)
 
 
 def aside(checkpoint: Path) -> Path:
-    """Return the folder that a damaged checkpoint is moved to when training goes on from an earlier one."""
+    """Return the folder that a damaged checkpoint is moved to when training goes on from an earlier one.
+
+    At a URL the folder stays, until the step is made anew, and its record is moved.
+    """
+    if isinstance(checkpoint, RemotePath):
+        return checkpoint / f"damaged-{RECORD}"
     return checkpoint.with_name(f"damaged-{checkpoint.name}")
 
 
 def set_aside(checkpoint: Path) -> None:
     """Move a damaged checkpoint to where it counts for nothing; one that was moved there before goes."""
+    if isinstance(checkpoint, RemotePath):
+        (checkpoint / RECORD).rename(aside(checkpoint))
+        return
     shutil.rmtree(aside(checkpoint), ignore_errors=True)
     checkpoint.rename(aside(checkpoint))
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed run was writing or removing."""
+    if isinstance(folder, RemotePath):
+        for step in folder.glob("step-*"):
+            if not any((step / name).is_file() for name in (RECORD, aside(step).name)):
+                step.remove_tree()
+        return
     for path in folder.glob(".step-*"):
         shutil.rmtree(path)
 
@@ -152,6 +180,9 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
 
     Returns:
         What is damaged, the same on all ranks; None: nothing.
+
+    Raises:
+        StoreError: on all ranks, where one could not read its part of the files from a URL.
     """
     if checkpoint.damage is not None:
         return checkpoint.damage
@@ -161,21 +192,29 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
     # The largest files first, dealt out in turns: about as much to read for each rank.
     files = sorted(checkpoint.files, key=lambda file: (-file.bytes, file.path))
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    damage = next(filter(None, (_damage_of_file(checkpoint.path, file) for file in files[rank::ranks])), None)
-    found: list[str | None] = [damage]
+    damage, refusal = None, None
+    try:
+        damage = next(filter(None, (_damage_of_file(checkpoint.path, file) for file in files[rank::ranks])), None)
+    except StoreError as error:
+        refusal = str(error)
+    found: list[tuple[str | None, str | None]] = [(damage, refusal)]
     if ranks > 1:
-        found = [None] * ranks
-        dist.all_gather_object(found, damage)
-    return next(filter(None, found), None)
+        found = [(None, None)] * ranks
+        dist.all_gather_object(found, (damage, refusal))
+    # What could not be read is not damaged: nothing is to be moved aside for it.
+    if any(refusals := [refused for _, refused in found if refused]):
+        raise StoreError(refusals[0])
+    return next((told for told, _ in found if told), None)
 
 
 def is_there(checkpoint: Checkpoint) -> bool:
     """Whether the folder of a checkpoint is there, as the first rank sees it; all ranks must call it."""
-    return from_first_rank(checkpoint.path.is_dir)
+    path = checkpoint.path
+    return from_first_rank((path / RECORD).is_file if isinstance(path, RemotePath) else path.is_dir)
 
 
 def _damage_of_file(folder: Path, file: File) -> str | None:
-    # Never an error: the other ranks wait for what this one has found.
+    # Never an error but of a store: the other ranks wait for what this one has found.
     try:
         path = inside(folder, file.path)
         size = path.stat().st_size
@@ -186,5 +225,7 @@ def _damage_of_file(folder: Path, file: File) -> str | None:
         return f"{file.path} is missing"
     except OSError as error:
         return f"{file.path} cannot be read: {error.strerror}"
+    except StoreError:
+        raise
     except UserError as error:
         return str(error)

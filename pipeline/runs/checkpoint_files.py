@@ -32,6 +32,7 @@ from pipeline.runs.checkpoint import from_first_rank
 from schemas.documents import inside, read_bytes
 from schemas.errors import UserError
 from schemas.manifest import File
+from schemas.storage import RemotePath
 
 METADATA = ".metadata"
 """File of a checkpoint that says which values there are, and where."""
@@ -71,6 +72,14 @@ class HashingWriter(FileSystemWriter):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.fs = self._hashing = _HashingFileSystem()
+        # A store has its own way to keep what it has taken.
+        self.sync_files = not isinstance(folder, RemotePath)
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Return where the checkpoint is, as what a reader is allowed to unpickle."""
+        if isinstance(self.path, RemotePath):
+            return StorageMeta(checkpoint_id=self.path.url, save_id=self.save_id)
+        return super().storage_meta()
 
     @property
     def files(self) -> list[File]:
@@ -88,14 +97,17 @@ class _HashingFileSystem(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        with _HashingStream(io.FileIO(path, "wb")) as stream:
+        assert isinstance(path, Path)
+        with _HashingStream(path.open("wb", buffering=0)) as stream:
             yield stream
-        self._add(Path(path).name, stream.bytes, stream.sha256)
+        self._add(path.name, stream.bytes, stream.sha256)
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         super().rename(path, new_path)
-        file = self.files.pop(Path(path).name)
-        self._add(Path(new_path).name, file.bytes, file.sha256)
+        assert isinstance(path, Path)
+        assert isinstance(new_path, Path)
+        file = self.files.pop(path.name)
+        self._add(new_path.name, file.bytes, file.sha256)
 
     def _add(self, name: str, size: int, sha256: str) -> None:
         self.files[name] = File(path=name, bytes=size, sha256=sha256)
@@ -104,7 +116,7 @@ class _HashingFileSystem(FileSystem):
 class _HashingStream(io.BufferedWriter):
     """A file that is written from its beginning to its end."""
 
-    def __init__(self, raw: io.FileIO) -> None:
+    def __init__(self, raw: io.RawIOBase) -> None:
         super().__init__(raw)
         self._digest, self.bytes = hashlib.sha256(), 0
 

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,14 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from torch.distributed.checkpoint.storage import WriteResult
 
 from pipeline.errors import is_lost_contact, is_refusal, refusal_reason
-from pipeline.files import give_name
+from pipeline.files import give_name, remove_tree
 from pipeline.runs.checkpoint import RECORD, final_path, last_checkpoint, partial_path, prune, remove_leftovers
 from pipeline.runs.checkpoint_files import HashingWriter
 from pipeline.runs.store_collectives import StoreCollectives
 from schemas.documents import json_document
-from schemas.errors import UserError
+from schemas.errors import StoreError, UserError
 from schemas.manifest import File
+from schemas.storage import RemotePath
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the slowest one to write its part."""
@@ -38,7 +39,8 @@ class CheckpointWriter:
 
     `save` copies the state, which is all that training waits for. The threads of the ranks talk through the store of
     the default group, so that they never mix with training's collectives. A checkpoint is written into a hidden folder,
-    which the first rank renames when all ranks are done: it is whole or not there.
+    which the first rank renames when all ranks are done: it is whole or not there. At a URL it is the record, written
+    last, that makes it whole.
 
     All ranks must call the same methods in the same order.
 
@@ -116,7 +118,8 @@ class CheckpointWriter:
             ranks.broadcast("publish", lambda: self._publish(partial, final, files, step, score))
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             if self._rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                with suppress(UserError):  # a store that has failed may fail again; the next start removes it
+                    remove_tree(partial)
             # A disk that is full or another rank that is gone; anything else is a fault of the program.
             if (reason := _reason(error)) is not None:
                 raise UserError(self._explain(reason, step)) from error
@@ -133,7 +136,8 @@ class CheckpointWriter:
         (partial / RECORD).write_text(json_document(json.dumps(record, indent=1) + "\n"))
         # The record is in the folder before the folder has its name: whoever sees a checkpoint can tell its step and
         # score, and whether its files are whole.
-        give_name(partial, final)
+        if partial != final:
+            give_name(partial, final)
         # Only now may an older one go: there is a newer one that is whole.
         prune(self._folder, self._keep)
 
@@ -216,6 +220,9 @@ def write_planned(
     metadata: Metadata | None = None
 
     def prepare() -> SavePlan:
+        if ranks.is_coordinator and isinstance(writer.path, RemotePath):
+            # What a damaged checkpoint of this step has left; no rank writes before all have come here.
+            writer.path.remove_tree()
         writer.set_up_storage_writer(ranks.is_coordinator, rank=ranks.rank)
         return writer.prepare_local_plan(plan)
 
@@ -245,6 +252,8 @@ def _reason(error: BaseException) -> str | None:
     # A refusal explains best, whichever rank met it: lost contact may only be its consequence.
     errors = list(_with_causes(error))
     for each in errors:
+        if isinstance(each, StoreError):
+            return str(each)
         if is_refusal(each):
             return refusal_reason(each)
     for each in errors:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from pipeline.paths import location
 from pipeline.runs.run_folder import RunFolder
 from schemas.errors import UserError
 from schemas.train import flat
@@ -50,7 +51,7 @@ def data_names(rows: list[dict[str, Any]]) -> list[str]:
     prints = [str(row["data"]["fingerprint"]) for row in rows]
     if len(set(prints)) == 1:
         return []
-    names = distinct_names([Path(str(row["data"]["folder"])) for row in rows])
+    names = distinct_names([location(str(row["data"]["folder"])) for row in rows])
     # A folder that was prepared anew is another data set: part of the fingerprint tells them apart.
     twice = {
         name for name in names if len({each for each, other in zip(prints, names, strict=True) if other == name}) > 1

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipeline.runs.checkpoint import steps_in
 from pipeline.runs.run_folder import LOCK, RunFolder, read_step_log
+from schemas.documents import is_named
 from schemas.errors import UserError
+from schemas.storage import RemotePath
 
 State = Literal["running", "finished", "stopped", "failed", "died", "damaged"]
 
@@ -54,6 +57,9 @@ def find_runs(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    if isinstance(folder, RemotePath):
+        marked = {file.parent for file in folder.files() if file.name in _MARKS}
+        return sorted(run for run in marked if not any(part[0] == "." for part in run.relative_to(folder).parts))
     runs = list[Path]()
     # A folder that may not be read might be a run: it is listed as a damaged one.
     for path, folders, files in os.walk(folder, onerror=lambda error: runs.append(Path(error.filename))):
@@ -78,12 +84,12 @@ def run_state(folder: Path) -> RunState:
 
 
 def _read(run: RunFolder, running: bool) -> RunState:
-    if not run.settings_file.is_file() and (running or os.listdir(run.path) == [LOCK]):
+    if not run.settings_file.is_file() and (running or [path.name for path in run.path.iterdir()] == [LOCK]):
         # Killed before it had written anything: there is nothing to go on from, and nothing is lost.
         return RunState(str(run.path), "running" if running else "died")
     # While the run goes on each file is whole, but one may be older than another.
     progress = run.progress() or {}
-    test = run.test() if os.path.lexists(run.test_file) else {}
+    test = run.test() if is_named(run.test_file) else {}
     starts = run.starts()
     last = starts[-1] if starts else {}
     validations = _validation_aucs(run)
@@ -91,7 +97,7 @@ def _read(run: RunFolder, running: bool) -> RunState:
     # and a run that was killed right after its test is finished.
     state: State = "running" if running else "finished" if test else last.get("how", "died")
     # The progress file is some seconds old, and a checkpoint may be newer.
-    checkpoint_step = max((int(path.name[5:]) for path in run.checkpoints.glob("step-*")), default=None)
+    checkpoint_step = max((int(path.name[5:]) for path in steps_in(run.checkpoints)), default=None)
     steps_done = [step for step in (progress.get("step"), checkpoint_step) if step is not None]
     return RunState(
         run=str(run.path),

@@ -14,7 +14,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pipeline.files import about, is_locked, locked, write_whole
+from pipeline.paths import location
+from pipeline.runs.lease import is_leased, leased
 from schemas.documents import (
+    is_named,
     json_document,
     json_line,
     log_lines,
@@ -26,6 +29,7 @@ from schemas.documents import (
 )
 from schemas.errors import UserError
 from schemas.settings import load_settings
+from schemas.storage import RemotePath
 from schemas.train import TrainSettings
 
 LOCK = ".lock"
@@ -134,7 +138,7 @@ class RunFolder:
 
     def data_set(self) -> Path:
         """Return the folder of the data set that the run was trained on; errors are those of `data_record`."""
-        return Path(self.data_record()["folder"])
+        return location(self.data_record()["folder"])
 
     def test(self) -> dict[str, Any]:
         """Return the test's metrics, ``steps`` and ``checkpoint_step``.
@@ -150,7 +154,7 @@ class RunFolder:
         Raises:
             UserError: the document is damaged.
         """
-        if not os.path.lexists(self.progress_file):
+        if not is_named(self.progress_file):
             return None
         keys = {"step": int, "steps": int, "samples_per_s": float | int}
         return read_json(self.progress_file, keys, "remove it, nothing else depends on it")
@@ -162,7 +166,7 @@ class RunFolder:
             UserError: the record is damaged.
         """
         # Not `exists`, which takes a link that leads nowhere for nothing.
-        if not os.path.lexists(self.job_file):
+        if not is_named(self.job_file):
             return []
         remedy = "without the file, the run goes on"
         starts: list[Any] = read_json(self.job_file, {"starts": list}, remedy)["starts"]
@@ -232,7 +236,12 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{self.path}: a part of this path is a file; --run names a folder") from None
-        with locked(self._lock_file, f"another process is training in {self.path}; wait for it or stop it", LOOK_S):
+        refusal = f"another process is training in {self.path}; wait for it or stop it"
+        if isinstance(self._lock_file, RemotePath):
+            with leased(self._lock_file, refusal):
+                yield
+            return
+        with locked(self._lock_file, refusal, LOOK_S):
             try:
                 with about(self.path):
                     yield
@@ -244,7 +253,8 @@ class RunFolder:
 
     def is_locked(self) -> bool:
         """Whether a process holds the folder. Looking does not hinder one that is about to hold it."""
-        return is_locked(self._lock_file)
+        file = self._lock_file
+        return is_leased(file) if isinstance(file, RemotePath) else is_locked(file)
 
     @property
     def _lock_file(self) -> Path:

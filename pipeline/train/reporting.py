@@ -20,10 +20,12 @@ import torch.distributed as dist
 from pipeline.evaluate.evaluate import Validated, as_document
 from pipeline.files import write_whole
 from pipeline.progress import Progress, time_left
+from pipeline.runs.mirror import mirrored
 from pipeline.runs.run_folder import RunFolder, StepLog
 from pipeline.train.event_file import EventWriter, ahead_of_clock
 from pipeline.train.pipeline import Agreement
 from schemas.documents import json_document
+from schemas.errors import StoreError
 
 _LOGGER = logging.getLogger("dare.train")
 
@@ -108,13 +110,16 @@ class TensorBoard:
         step: step of the checkpoint that the run goes on from, or 0. What was written after it is taken back
             (``purge_step``).
         documents: texts by name.
+        ahead_s: what `ahead_of_clock` says.
         tasks: names of the tasks, if there are several.
     """
 
-    def __init__(self, folder: Path, step: int, documents: dict[str, str], tasks: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, step: int, documents: dict[str, str], ahead_s: float, tasks: Sequence[str] = ()
+    ) -> None:
         # TensorBoard hides the points of ``purge_step`` and after. What a killed run has written beyond its checkpoint
         # is still in the event files of that start, which nobody changes.
-        self._ahead_s = ahead_of_clock(folder)
+        self._ahead_s = ahead_s
         self._writer = EventWriter(folder, step + 1 if step else 0, self._ahead_s)
         # The documents were written at step 0, which is never purged: once is enough.
         if not step:
@@ -209,12 +214,15 @@ class RunReport:
         self._run, self._step, self._steps, self._written = run, step, steps, time.monotonic()
         self._progress = self._open.enter_context(TrainingProgress(step, steps, self._speaks))
         if self._speaks:
+            self._mirror = self._open.enter_context(mirrored(run))
+            logs = self._mirror.local
             # Made in this order, closed in the reverse one: the progress file is written first, with the last step,
             # even if a log or TensorBoard then cannot be closed.
-            self._losses, self._validations = StepLog(run.losses, step), StepLog(run.validations, step)
+            self._losses, self._validations = StepLog(logs.losses, step), StepLog(logs.validations, step)
             self._open.callback(self._losses.close)
             self._open.callback(self._validations.close)
-            self._board = self._open.enter_context(TensorBoard(run.tensorboard, step, documents, tasks))
+            ahead_s = ahead_of_clock(run.tensorboard)
+            self._board = self._open.enter_context(TensorBoard(logs.tensorboard, step, documents, ahead_s, tasks))
             self._write_progress()
             self._open.callback(self._write_progress)
 
@@ -244,12 +252,18 @@ class RunReport:
             self._validations.add(step, **as_document(evaluations))
             self._validations.flush()
             self._board.validation(step, results, seconds)
+            self._mirror.publish()
 
     def flush(self) -> None:
-        """Write to the files what was noted up to now; to be called before a checkpoint of it is saved."""
+        """Write to the files what was noted up to now; to be called before a checkpoint of it is saved.
+
+        Raises:
+            StoreError: the run is at a URL, and its store fails.
+        """
         if self._speaks:
             self._losses.flush()
             self._validations.flush()
+            self._mirror.publish()
 
     def __enter__(self) -> Self:
         return self
@@ -259,7 +273,8 @@ class RunReport:
 
     def _write_progress(self) -> None:
         record = {"step": self._step, "steps": self._steps, "samples_per_s": round(self._progress.samples_per_s, 1)}
-        with suppress(OSError):  # A disk that is full is no reason to stop: the next checkpoint finds it out.
+        # A disk that is full, a store that fails, is no reason to stop: the next checkpoint finds it out.
+        with suppress(OSError, StoreError):
             # Not synced: a disk that is busy with a checkpoint would keep training waiting.
             write_whole(self._run.progress_file, json_document(json.dumps(record) + "\n"), sync=False)
         self._written = time.monotonic()
