@@ -53,7 +53,7 @@ class Place(NamedTuple):
     @property
     def store(self) -> "Store":
         """The file system; errors are those of `Store.of`."""
-        return Store.of(self.scheme, self.host, self.query, os.getpid())
+        return Store.of(self.scheme, self.host, self.query)
 
     @property
     def key(self) -> str:
@@ -96,7 +96,7 @@ class Place(NamedTuple):
 
     def bucket_is_there(self) -> bool:
         """Whether the bucket is; also true where this may not be asked, or there are no buckets."""
-        return _bucket_is_there(self.scheme, self.host, self.query, os.getpid())
+        return _bucket_is_there(self.scheme, self.host, self.query, _surroundings())
 
 
 class Store(NamedTuple):
@@ -111,13 +111,13 @@ class Store(NamedTuple):
     """Whether it ever did."""
 
     @staticmethod
-    def of(scheme: str, host: str, query: str, process: int) -> "Store":
+    def of(scheme: str, host: str, query: str) -> "Store":
         """Open the file system of a URL. One a process: its connections and threads do not outlive a fork.
 
         Raises:
             UserError: it is not known, or needs what is not installed.
         """
-        return _opened(scheme, host, query, process)
+        return _opened(scheme, host, query, _surroundings())
 
     def writer(self, key: str) -> Any:
         """A stream to write a file in order; it is there when the stream is closed."""
@@ -133,8 +133,14 @@ class Store(NamedTuple):
             raise OSError(errno.EIO, f"{there} bytes of {size} have arrived")
 
 
+def _surroundings() -> tuple[object, ...]:
+    """What decides, beside a URL, which store is meant; a file system is opened anew where it is another."""
+    names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID")
+    return (os.getpid(), *(os.environ.get(name) for name in names))
+
+
 @lru_cache(maxsize=64)
-def _opened(scheme: str, host: str, query: str, process: int) -> Store:
+def _opened(scheme: str, host: str, query: str, surroundings: object) -> Store:
     from pyarrow import fs
 
     options = dict(parse_qsl(query))
@@ -174,8 +180,8 @@ def _opened(scheme: str, host: str, query: str, process: int) -> Store:
 
 
 @lru_cache(maxsize=64)
-def _bucket_is_there(scheme: str, host: str, query: str, process: int) -> bool:
-    store = Store.of(scheme, host, query, process)
+def _bucket_is_there(scheme: str, host: str, query: str, surroundings: object) -> bool:
+    store = Store.of(scheme, host, query)
     if scheme not in ("s3", "gs", "gcs"):
         return True
     try:

@@ -80,7 +80,7 @@ class ObjectStore:
     def _half(self, content: bytes, fault: Fault) -> Iterator[bytes]:
         yield content[: len(content) // 2]
         if fault == "stall":
-            time.sleep(8)
+            time.sleep(5)
         # The connection breaks here: fewer bytes have come than were announced.
         raise ConnectionResetError
 

@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -120,8 +119,8 @@ def test_a_run_at_a_url_is_evaluated_scored_listed_and_compared(
     remote: Run, undisturbed: Run, data: RemotePath, store: ObjectStore, tmp_path: Path
 ) -> None:
     with process_group(CPU):
-        here = asdict(evaluate_run(undisturbed.folder, "test", "best", None, CPU))
-        there = asdict(evaluate_run(remote.folder, "test", "best", None, CPU))
+        here = repr(evaluate_run(undisturbed.folder, "test", "best", None, CPU))
+        there = repr(evaluate_run(remote.folder, "test", "best", None, CPU))
         assert here == there
         for out in (tmp_path / "scores", store.path("scores")):
             score_run(remote.folder, "test", "best", None, out, CPU, overwrite=False)
