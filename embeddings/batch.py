@@ -268,6 +268,13 @@ class Selection:
         return cls(torch.where(valid_TN, history.start_T[:, None] + column_N, 0), valid_TN)
 
 
+class Branch(NamedTuple):
+    """Behaviours that are attended to and pooled together: those retrieved of a sequence, or the latest of it."""
+
+    sequence: str
+    chosen: Selection
+
+
 def gather_or_zeros(values_M: Tensor, index_X: Tensor) -> Tensor:
     """``values_M[index_X]``, or zeros if there are no values at all.
 

@@ -4,20 +4,22 @@ T = targets, K = behaviours retrieved of a sequence, H = heads, E = dim of all f
 prediction sees of a target.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from embeddings.batch import Batch, Selection
+from embeddings.batch import Batch, Branch, Selection
 from embeddings.features import RowHook, Rows
-from embeddings.layers.mlp import MLP, TaskHeads
+from embeddings.layers.mlp import logits_of, make_prediction
 from embeddings.layers.pooling import Representation, all_inputs, history_inputs, pooled, weighted_sum
 from embeddings.layers.scoring import DinScore, DotProduct, MappedScore, ScaledDotProduct, attention_weights
+from embeddings.search.by_category import latest
 from embeddings.search.local import LocalRows, search_by_dot_product, search_by_score
 from embeddings.search.sharded import SearchChannel, SearchHandle, ShardedTopK, SmallAttentionRows
 from embeddings.sizes import DataSizes, check_bounds, check_categories
@@ -25,7 +27,7 @@ from embeddings.tables.batch_rows import BatchRows, pooled_on_shards
 from embeddings.tables.collections import SmallRows, Tables
 from embeddings.tables.specs import TableRoles
 from schemas.errors import UserError
-from schemas.model import Feature, Mixture, ModelSettings, Task
+from schemas.model import Feature, ModelSettings
 
 SearchPlace = Literal["shard", "local", "ids", "none"]
 """Where a search looks at behaviours: ``shard``, where their rows are; ``local``, on the sample's rank, which fetches
@@ -103,10 +105,12 @@ class CtrModel(nn.Module):
         # the width of the prediction depends on those dims.
         self.scoring = self.make_scoring()
         self.make_modules()
-        self.prediction = self._make_prediction(self.heads, settings.hidden, settings.mixture)
+        inputs = self._inputs(self.heads, len(settings.recent))
+        self.prediction = make_prediction(inputs, settings.hidden, settings.tasks, settings.mixture)
         self.auxiliary = None
         if settings.auxiliary_loss or self.auxiliary_always:
-            self.auxiliary = self._make_prediction(self.auxiliary_heads or self.heads, AUXILIARY_HIDDEN, None)
+            inputs = self._inputs(self.auxiliary_heads or self.heads)
+            self.auxiliary = make_prediction(inputs, AUXILIARY_HIDDEN, settings.tasks, None)
 
     def make_scoring(self) -> nn.Module:
         """Make the module that scores K behaviours (T, K, ...) for their targets (T, ...): (T, K), or (T, H, K)."""
@@ -114,14 +118,6 @@ class CtrModel(nn.Module):
 
     def make_modules(self) -> None:
         """Make the other modules that this model needs, before the prediction is made."""
-
-    def _make_prediction(self, heads: int, hidden: Sequence[int], mixture: Mixture | None) -> MLP | TaskHeads:
-        """The layers from what a prediction sees to the tasks' logits."""
-        inputs, tasks = self._inputs(heads), self.settings.tasks
-        # One task has the names of values that it had before there were several, so its checkpoints stay readable.
-        if len(tasks) < 2 and mixture is None:
-            return MLP(inputs, hidden)
-        return TaskHeads(inputs, hidden, tasks or (Task(name="label"),), mixture)
 
     def start_search(self, batch: Batch, channel: SearchChannel | None = None) -> SearchHandle | None:
         """Check a batch, and send its ids to the shards that will search for it; every rank must call it.
@@ -294,41 +290,45 @@ class CtrModel(nn.Module):
         sequences = self.settings.retrieved if looks_up_all else ()
         everything = {sequence: Selection.everything(batch.histories[sequence]) for sequence in sequences}
         selected = everything if self.attends_all else self.search(batch, small, handle)
-        rows = self._look_up(batch, small, selected, looks_up_all)
+        # The latest behaviours of a sequence are a branch of their own, whether the search has kept them too or not.
+        branches = [*starmap(Branch, selected.items()), *starmap(Branch, latest(batch, self.settings.recent).items())]
+        rows = self._look_up(batch, small, branches, looks_up_all)
         # Twice the same rows, except in models that look at the gradients of both roles before they are added.
         attention_rows, representation_rows = self.split_gradients(rows)
 
         # Equation 1 of DARE, over the K that were kept; then ``h = sum_i w_i (e_i * v_t)`` and the prediction.
-        weights = self._attend(attention_rows, selected, self.attention, row_hook)
+        weights = self._attend(attention_rows, branches, self.attention, row_hook)
         if self.pools_on_shards:
-            input_TI = self._pool_on_shards(batch, small, selected, weights, row_hook)
+            input_TI = self._pool_on_shards(batch, small, branches, weights, row_hook)
         else:
-            input_TI = self._pool_locally(representation_rows, selected, weights, row_hook)
+            input_TI = self._pool_locally(representation_rows, branches, weights, row_hook)
         context = self.tables.context_rows(batch)
         seen = partial(all_inputs, batch=batch, sides=self.tables.sides, pool=self.pool_numbers, context=context)
-        logits = _tuple(self.prediction(seen(input_TI, selected, weights)))
+        logits = logits_of(self.prediction, seen(input_TI, branches, weights))
         if not predicts_twice:
             return Prediction(logits)
 
         # The second prediction: the same tables, but the whole history and an MLP of its own.
         assert self.auxiliary is not None
-        weights = self._attend(attention_rows, everything, self.auxiliary_attention, row_hook)
-        input_TI = self._pool_locally(representation_rows, everything, weights, row_hook)
-        return Prediction(logits, _tuple(self.auxiliary(seen(input_TI, everything, weights))))
+        branches = list(starmap(Branch, everything.items()))
+        weights = self._attend(attention_rows, branches, self.auxiliary_attention, row_hook)
+        input_TI = self._pool_locally(representation_rows, branches, weights, row_hook)
+        return Prediction(logits, logits_of(self.auxiliary, seen(input_TI, branches, weights)))
 
-    def _inputs(self, heads: int) -> int:
+    def _inputs(self, heads: int, recent: int = 0) -> int:
         # Counted as `_prediction_input` concatenates: the target's inherent rows once, then for each sequence its cross
-        # rows, the pooled history of each head, and with TR its product with the target.
+        # rows, the pooled history of each head, and with TR its product with the target; the latter two once more for
+        # each sequence whose latest behaviours are a branch of their own.
         inherent, cross = 0, 0
         sides = self.tables.sides
         for feature, dim in self.represented_dims().items():
             inherent, cross = (inherent + dim, cross) if feature in sides.inherent else (inherent, cross + dim)
         parts = (2 if self.target_aware else 1) * heads
-        inputs = inherent + len(self.settings.retrieved) * (cross + parts * (inherent + cross))
+        sequences = len(self.settings.retrieved)
+        branches = sequences + recent
+        inputs = inherent + sequences * cross + branches * parts * (inherent + cross)
         # Then what `all_inputs` adds.
-        numbers = (
-            len(sides.carried.intersection(sides.numbers)) + len(self.settings.retrieved) * len(sides.numbers) * heads
-        )
+        numbers = len(sides.carried.intersection(sides.numbers)) + branches * len(sides.numbers) * heads
         return inputs + numbers + self.tables.context_inputs
 
     def pool_numbers(self, weight_TK: Tensor, number_TKn: Tensor) -> Tensor:
@@ -341,54 +341,52 @@ class CtrModel(nn.Module):
         return LocalRows.look_up(batch, self.tables, small, target_set, history_set, self.sizes.lengths)
 
     @record_function("dare/lookups")
-    def _look_up(
-        self, batch: Batch, small: SmallRows, selected: Mapping[str, Selection], looks_up_all: bool
-    ) -> BatchRows:
+    def _look_up(self, batch: Batch, small: SmallRows, branches: Sequence[Branch], looks_up_all: bool) -> BatchRows:
         """The rows that come to this rank, with gradient: representation's only if they are pooled here."""
         target_sets, history_sets = {self.roles.target_attention}, {self.roles.history_attention}
         # Pooled on the shards, representation rows have a lookup of their own, which includes the targets.
         if not self.pools_on_shards:
             target_sets.add(self.roles.target_representation)
             history_sets.add(self.roles.history_representation)
-        return BatchRows(batch, self.tables, small, target_sets, history_sets, selected, looks_up_all)
+        return BatchRows(batch, self.tables, small, target_sets, history_sets, branches, looks_up_all)
 
     @record_function("dare/dense")
     def _attend(
         self,
         rows: BatchRows,
-        selected: Mapping[str, Selection],
+        branches: Sequence[Branch],
         attention: Callable[[Rows, Rows, Selection], Tensor],
         row_hook: RowHook | None,
-    ) -> dict[str, Tensor]:
-        """The attention weights of each sequence's selected behaviours, (T, K) or (T, H, K)."""
-        weights = {}
-        for sequence, chosen in selected.items():
+    ) -> list[Tensor]:
+        """The attention weights of each branch's behaviours, (T, K) or (T, H, K)."""
+        weights = list[Tensor]()
+        for sequence, chosen in branches:
             target = rows.targets(self.roles.target_attention, sequence, scored=True)
             behaviors = rows.behaviors(self.roles.history_attention, sequence, chosen, scored=True)
-            weights[sequence] = attention(target, behaviors, chosen)
+            weights.append(attention(target, behaviors, chosen))
             if row_hook is not None and self.training:
-                # ``chosen`` as a default: a closure would see the last sequence of the loop, as it is called in the
+                # ``chosen`` as a default: a closure would see the last branch of the loop, as it is called in the
                 # backward pass.
                 def attended(rows: Sequence[Rows], chosen: Selection = chosen) -> Tensor:
                     target, behaviors = rows
                     return attention(target, behaviors, chosen)
 
-                row_hook("attention", [target, behaviors], attended, weights[sequence], [None, None])
+                row_hook("attention", [target, behaviors], attended, weights[-1], [None, None])
         return weights
 
     @record_function("dare/dense")
     def _pool_locally(
         self,
         rows: BatchRows,
-        selected: Mapping[str, Selection],
-        weights: Mapping[str, Tensor],
+        branches: Sequence[Branch],
+        weights: Sequence[Tensor],
         row_hook: RowHook | None,
     ) -> Tensor:
         """All that a prediction sees, (T, inputs), from representation rows that are on this rank."""
-        # In pairs, target and behaviours of each sequence: a hook may call the function below with other rows in their
+        # In pairs, target and behaviours of each branch: a hook may call the function below with other rows in their
         # place.
         looked_up: list[Rows] = []
-        for sequence, chosen in selected.items():
+        for sequence, chosen in branches:
             looked_up.append(rows.targets(self.roles.target_representation, sequence))
             looked_up.append(rows.behaviors(self.roles.history_representation, sequence, chosen))
 
@@ -399,10 +397,10 @@ class CtrModel(nn.Module):
                 histories.append(Representation(target, self.pool(weight_TK, behaviors)))
             return self._prediction_input(histories)
 
-        input_TI = pooled_input(looked_up, weights.values())
+        input_TI = pooled_input(looked_up, weights)
         if row_hook is not None and self.training:
             # Detached: what reaches the weights is attention's gradient, not that of representation's rows.
-            fixed = [weight_TK.detach() for weight_TK in weights.values()]
+            fixed = [weight_TK.detach() for weight_TK in weights]
             function = partial(pooled_input, weights=fixed)
             row_hook("representation", looked_up, function, input_TI, [None] * len(looked_up))
         return input_TI
@@ -412,15 +410,15 @@ class CtrModel(nn.Module):
         self,
         batch: Batch,
         small: SmallRows,
-        selected: Mapping[str, Selection],
-        weights: Mapping[str, Tensor],
+        branches: Sequence[Branch],
+        weights: Sequence[Tensor],
         row_hook: RowHook | None,
     ) -> Tensor:
         """All that the prediction sees, (T, inputs); the behaviours' representation rows stay where they are."""
         name = self.roles.history_representation
         # One set serves targets and behaviours here, as `could_pool_on_shards` asks.
-        histories = pooled_on_shards(batch, self.tables, name, small, selected, weights)
-        input_TI = self._prediction_input(histories.values())
+        histories = pooled_on_shards(batch, self.tables, name, small, branches, weights)
+        input_TI = self._prediction_input(histories)
         if row_hook is not None and self.training:
 
             def pooled_input(parts: Sequence[Rows]) -> Tensor:
@@ -428,22 +426,18 @@ class CtrModel(nn.Module):
 
             # The behaviours' own rows are not on this rank, but their gradients follow from that of their sum and the
             # weights.
-            parts = [part for history in histories.values() for part in (history.target, history.pooled)]
-            part_weights = [weight for weight_TK in weights.values() for weight in (None, weight_TK)]
+            parts = [part for history in histories for part in (history.target, history.pooled)]
+            part_weights = [weight for weight_TK in weights for weight in (None, weight_TK)]
             row_hook("representation", parts, pooled_input, input_TI, part_weights)
         return input_TI
 
     def _prediction_input(self, histories: Iterable[Representation]) -> Tensor:
-        """The target's rows and, for each sequence, the pooled history and its product with the target: (T, inputs)."""
+        """The target's rows and, for each branch, the pooled history and its product with the target: (T, inputs)."""
         inputs: list[Tensor] = []
-        for history in histories:
+        for number, history in enumerate(histories):
             # The inherent rows are the target's own: they are the same seen from every sequence.
             inputs += [] if inputs else [history.target.inherent]
-            inputs += history.target.cross.values()
+            # The latest behaviours come after those retrieved of all sequences, which have shown the target's rows.
+            inputs += history.target.cross.values() if number < len(self.settings.retrieved) else ()
             inputs += history_inputs(history, self.target_aware)
         return torch.cat(inputs, dim=1)
-
-
-def _tuple(logits: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The logits of each task, of layers that have one task or several."""
-    return logits if isinstance(logits, tuple) else (logits,)

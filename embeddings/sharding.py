@@ -86,7 +86,7 @@ def make_plan(
         UserError: the tables do not fit into the memory that the ranks have.
     """
     machines = machines_here(device)
-    work = Workload.of(model.settings.retrieved, model.sizes, machines.ranks, batch_size, targets_per_user, filled)
+    work = Workload.of(model.settings.attended, model.sizes, machines.ranks, batch_size, targets_per_user, filled)
     message: list[Any] = [None]
     if dist.get_rank() == 0:
         try:

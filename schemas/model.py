@@ -175,6 +175,11 @@ class ModelSettings(Settings):
         """Names of those that behaviours are scored by, if they belong to items or behaviours."""
         return tuple(feature.name for feature in self.features if feature.attention)
 
+    @property
+    def attended(self) -> dict[str, int]:
+        """How many behaviours of each sequence are attended to: those retrieved, and the latest where they are too."""
+        return {sequence: k + self.recent.get(sequence, 0) for sequence, k in self.retrieved.items()}
+
     @model_validator(mode="after")
     def _features_are_usable(self) -> Self:
         names = self.feature_names

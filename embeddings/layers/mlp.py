@@ -130,6 +130,22 @@ def logit_of_product(one_T: Tensor, other_T: Tensor) -> Tensor:
     return -torch.logsumexp(torch.stack([-one_T, -other_T, -one_T - other_T]), dim=0)
 
 
+def make_prediction(
+    inputs: int, hidden: Sequence[int], tasks: Sequence[Task], mixture: Mixture | None
+) -> MLP | TaskHeads:
+    """The layers from what a prediction sees to the tasks' logits; arguments as of `TaskHeads`."""
+    # One task has the names of values that it had before there were several, so its checkpoints stay readable.
+    if len(tasks) < 2 and mixture is None:
+        return MLP(inputs, hidden)
+    return TaskHeads(inputs, hidden, tasks or (Task(name="label"),), mixture)
+
+
+def logits_of(prediction: MLP | TaskHeads, input_TI: Tensor) -> tuple[Tensor, ...]:
+    """The logits of each task, float32 (T,), whether there is one or several; every rank must call it."""
+    logits: Tensor | tuple[Tensor, ...] = prediction(input_TI)
+    return logits if isinstance(logits, tuple) else (logits,)
+
+
 def compute_in(model: nn.Module, compute: Compute) -> None:
     """Let a GPU multiply the matrices of ``model`` as `TrainSettings.compute` says; tf32 is for the whole process."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if compute == "tf32" else "ieee"

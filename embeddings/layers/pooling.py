@@ -3,13 +3,13 @@
 T = targets, K = behaviours of each, H = heads, d = dim of one feature, E = dim of all features together, n = numbers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from embeddings.batch import Batch, Selection, gather_or_zeros
+from embeddings.batch import Batch, Branch, gather_or_zeros
 from embeddings.features import IndexedBehaviors, Rows
 from embeddings.layers import row_products
 from embeddings.sizes import FeatureSides
@@ -61,8 +61,8 @@ def history_inputs(representation: Representation, target_aware: bool) -> list[T
 
 def all_inputs(
     input_TI: Tensor,
-    selected: Mapping[str, Selection],
-    weights: Mapping[str, Tensor],
+    branches: Sequence[Branch],
+    weights: Sequence[Tensor],
     *,
     batch: Batch,
     sides: FeatureSides,
@@ -73,8 +73,8 @@ def all_inputs(
 
     Args:
         input_TI: what it sees of rows.
-        selected: the behaviours of each sequence.
-        weights: (T, K) or (T, H, K), 0 where there is no behaviour.
+        branches: the behaviours that were pooled.
+        weights: (T, K) or (T, H, K) for each branch, 0 where there is no behaviour.
         batch: the targets and their histories.
         sides: the features; n of those of items and behaviours are numbers.
         pool: takes weights and numbers (T, K, n).
@@ -82,9 +82,9 @@ def all_inputs(
     """
     own = [batch.column(feature) for feature in sides.numbers if feature in sides.carried]
     parts = [torch.stack(own, dim=1)] if own else []
-    for sequence, chosen in selected.items() if sides.numbers else ():
+    for (sequence, chosen), weight_TK in zip(branches, weights, strict=True) if sides.numbers else ():
         history = batch.histories[sequence]
         columns = [gather_or_zeros(history.column(feature), chosen.index_TK) for feature in sides.numbers]
-        parts.append(pool(weights[sequence], torch.stack(columns, dim=2).to(weights[sequence].dtype)))
+        parts.append(pool(weight_TK, torch.stack(columns, dim=2).to(weight_TK.dtype)))
     others = [part.to(input_TI.dtype) for part in (*parts, *context)]
     return torch.cat([input_TI, *others], dim=1) if others else input_TI

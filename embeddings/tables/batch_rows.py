@@ -4,7 +4,7 @@ T = targets, K = behaviours selected of each, M = behaviours of all users, D = d
 d = dim of a table, L = rows of a lookup.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from typing import NamedTuple, Self
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from torch.profiler import record_function
 
-from embeddings.batch import Batch, Selection, gather_or_zeros
+from embeddings.batch import Batch, Branch, Selection, gather_or_zeros
 from embeddings.distributed.lookups import Bags, RowsOfIds
 from embeddings.features import IndexedBehaviors, IndexedRows, Rows, selected_rows, target_rows
 from embeddings.layers import row_products
@@ -42,7 +42,7 @@ class BatchRows:
         small: all rows of the small tables.
         target_sets: the sets of tables that targets are looked up in.
         history_sets: the sets that behaviours are looked up in.
-        selected: the behaviours of each sequence.
+        branches: the behaviours that were selected; several branches may be of one sequence.
         looks_up_all: look up every behaviour once, so that any selection can be taken from them; else those selected.
     """
 
@@ -53,30 +53,33 @@ class BatchRows:
         small: SmallRows,
         target_sets: set[str],
         history_sets: set[str],
-        selected: Mapping[str, Selection],
+        branches: Sequence[Branch],
         looks_up_all: bool,
     ) -> None:
         self._batch, self._tables, self._cross = batch, tables, small.cross
-        self._selected = None if looks_up_all else selected
+        # All behaviours of a sequence, or the selections themselves, in the order in which they were looked up.
+        sequences = list(dict.fromkeys(branch.sequence for branch in branches))
+        self._numbers = {sequence: number for number, sequence in enumerate(sequences)}
+        self._selected = None if looks_up_all else [branch.chosen for branch in branches]
         self._rows: dict[str, dict[Feature, RowsOfIds]] = {}
-        """By set: what was looked up, behaviours of one sequence after the other's, and targets at last."""
-        self._counts: dict[str, int] = {}
-        """How many behaviours of each sequence were looked up."""
+        """By set: what was looked up, behaviours of one sequence or branch after the other's, and targets at last."""
+        self._counts: list[int] = []
+        """How many behaviours of each were looked up."""
         self._cut: dict[tuple[str, Feature], Sequence[Tensor]] = {}
         """By set and feature: rows that came in the order of their ids, cut into those of each sequence and targets."""
         self._pooled: dict[tuple[str, Feature], RowsOfIds] = {}
         """By set and feature: what was looked up, of features with several values the means of their bags."""
-        self._last_rows: dict[tuple[str, str], tuple[Selection, IndexedBehaviors]] = {}
-        """By set and sequence: the selection that `behaviors` was last called with, and the rows that it returned."""
+        self._taken: dict[tuple[str, int], tuple[Selection, IndexedBehaviors]] = {}
+        """By set and selection: what `_behaviors` has returned. The selection stays, so that no other has its id."""
         # What to look up of the behaviours, sequence by sequence: all of them, or the T x K that were selected.
         of_behaviors: dict[Feature, list[Tensor]] = {feature: [] for feature in tables.sides.inherent}
         valid = list[Tensor]()
-        for name, chosen in selected.items():
+        for name, chosen in [(sequence, None) for sequence in sequences] if looks_up_all else branches:
             for feature, parts in of_behaviors.items():
                 column_M = batch.histories[name].column(feature)
-                parts.append(column_M if looks_up_all else gather_or_zeros(column_M, chosen.index_TK).flatten())
-            valid += [] if looks_up_all else [chosen.valid_TK.flatten()]
-            self._counts[name] = len(of_behaviors["item"][-1])
+                parts.append(column_M if chosen is None else gather_or_zeros(column_M, chosen.index_TK).flatten())
+            valid += [] if chosen is None else [chosen.valid_TK.flatten()]
+            self._counts.append(len(of_behaviors["item"][-1]))
         self._history_sets, self._target_sets = history_sets, target_sets
         targets = torch.ones_like(batch.item_T, dtype=torch.bool)
         # One lookup for each set of tables, of behaviours and targets together: a rank waits for the others once, and a
@@ -113,33 +116,35 @@ class BatchRows:
     def _behaviors(self, name: str, sequence: str, selected: Selection) -> IndexedBehaviors:
         # Attention and representation often share tables. Both then use the same tensor, so that autograd adds their
         # gradients before they travel back.
-        last = self._last_rows.get((name, sequence))
-        if last is not None and last[0] is selected:
-            return last[1]
+        taken = self._taken.get((name, id(selected)))
+        if taken is not None:
+            return taken[1]
         history = self._batch.histories[sequence]
+        number = self._numbers[sequence]
+        if self._selected is not None:
+            number = next(number for number, each in enumerate(self._selected) if each is selected)
         inherent: dict[Feature, IndexedRows] = {}
         for feature in self._rows[name]:
-            part = self._part(name, feature, sequence)
+            part = self._part(name, feature, number)
             if self._selected is None:
                 # Padding takes index 0; its gradient is zero, because its weight is.
                 index_TK = gather_or_zeros(part.index_X, selected.index_TK)
                 inherent[feature] = IndexedRows(part.rows_Ld, index_TK)
             else:
-                assert selected is self._selected[sequence], "rows of another selection"
                 inherent[feature] = part._replace(index_X=part.index_X.view_as(selected.index_TK))
         cross = selected_rows(self._batch, history, selected, self._cross[name][sequence], self._tables.sides.bags)
-        taken = IndexedBehaviors(inherent, cross)
-        self._last_rows[name, sequence] = selected, taken
-        return taken
+        behaviors = IndexedBehaviors(inherent, cross)
+        self._taken[name, id(selected)] = selected, behaviors
+        return behaviors
 
-    def _part(self, name: str, feature: Feature, sequence: str | None) -> IndexedRows:
-        """The rows of one sequence's behaviours, or of the targets (None), as they were looked up."""
+    def _part(self, name: str, feature: Feature, number: int | None) -> IndexedRows:
+        """The rows of some behaviours, by their number, or of the targets (None), as they were looked up."""
         if (name, feature) not in self._pooled:
             self._pooled[name, feature] = self._rows[name][feature].pooled()
         rows = self._pooled[name, feature]
-        counts = [*self._counts.values()] if name in self._history_sets else []
+        counts = [*self._counts] if name in self._history_sets else []
         counts += [len(self._batch)] if name in self._target_sets else []
-        number = list(self._counts).index(sequence) if sequence is not None else len(counts) - 1
+        number = len(counts) - 1 if number is None else number
         if not rows.in_order:
             first = sum(counts[:number])
             return IndexedRows(rows.rows_Ld, rows.index_B[first : first + counts[number]])
@@ -171,7 +176,7 @@ class BatchRows:
     def replaced(self, rows: Sequence[Tensor]) -> Self:
         """The lookup with other rows in the place of those that `parts` returns, in their order."""
         other, rest = copy(self), iter(rows)
-        other._last_rows, other._cut, other._pooled = {}, {}, {}
+        other._taken, other._cut, other._pooled = {}, {}, {}
         other._rows = {
             name: {feature: of_ids._replace(rows_Ld=next(rest)) for feature, of_ids in by_feature.items()}
             for name, by_feature in self._rows.items()
@@ -192,9 +197,9 @@ def pooled_on_shards(
     tables: Tables,
     name: str,
     small: SmallRows,
-    selected: Mapping[str, Selection],
-    weights: Mapping[str, Tensor],
-) -> dict[str, Representation]:
+    branches: Sequence[Branch],
+    weights: Sequence[Tensor],
+) -> list[Representation]:
     """Targets and pooled histories in representation's tables: one bag for each target and one for each history.
 
     Targets and histories share the lookup, so that the tables' optimizers see one gradient of each row a step.
@@ -204,11 +209,11 @@ def pooled_on_shards(
         tables: where the rows are.
         name: the set of tables, sharded row-wise.
         small: all rows of the small tables.
-        selected: the behaviours of each sequence.
-        weights: float32 (T, K) for each sequence, with gradient; 0 where there is no behaviour.
+        branches: the behaviours that were selected.
+        weights: float32 (T, K) for each branch, with gradient; 0 where there is no behaviour.
 
     Returns:
-        The representation of targets and histories, for each sequence.
+        The representation of targets and histories, for each branch.
     """
     count, device = len(batch), batch.item_T.device
     target_T = torch.arange(count, device=device)
@@ -218,11 +223,11 @@ def pooled_on_shards(
     ids: dict[Feature, list[Tensor]] = {feature: [batch.column(feature)] for feature in inherent}
     weight, valid = [torch.ones(count, device=device)], [torch.ones_like(batch.item_T, dtype=torch.bool)]
     bag = [target_T]
-    for number, (sequence, chosen) in enumerate(selected.items()):
+    for number, ((sequence, chosen), weight_TK) in enumerate(zip(branches, weights, strict=True)):
         history = batch.histories[sequence]
         for feature in inherent:
             ids[feature].append(gather_or_zeros(history.column(feature), chosen.index_TK).flatten())
-        weight.append(weights[sequence].flatten())
+        weight.append(weight_TK.flatten())
         valid.append(chosen.valid_TK.flatten())
         bag.append((target_T + count * (number + 1))[:, None].expand_as(chosen.index_TK).flatten())
     # Rows of small tables are on this rank anyway, and those of bags are means that many behaviours share: these are
@@ -236,19 +241,18 @@ def pooled_on_shards(
         rows_Ld, index_B, *_ = of.pooled()
         index_T, *of_histories = index_B.split([len(id_E) for id_E in ids[feature]])
         pooled = [
-            row_products.weighted_sum(weights[sequence], rows_Ld, index_E.view_as(chosen.index_TK))
-            for index_E, (sequence, chosen) in zip(of_histories, selected.items(), strict=True)
+            row_products.weighted_sum(weight_TK, rows_Ld, index_E.view_as(weight_TK))
+            for index_E, weight_TK in zip(of_histories, weights, strict=True)
         ]
         sums[feature] = (embedding(index_T, rows_Ld), *pooled)
     target_TD, *pooled_TD = (
         torch.cat(parts, dim=1) for parts in zip(*(sums[feature] for feature in inherent), strict=True)
     )
-    histories = {}
-    for (sequence, chosen), history_TD in zip(selected.items(), pooled_TD, strict=True):
+    histories = []
+    for (sequence, chosen), weight_TK, history_TD in zip(branches, weights, pooled_TD, strict=True):
         cross = small.cross[name][sequence]
         rows = selected_rows(batch, batch.histories[sequence], chosen, cross, sides.bags)
-        pooled_cross = {feature: row_products.weighted_sum(weights[sequence], *of) for feature, of in rows.items()}
-        histories[sequence] = Representation(
-            Rows(target_TD, target_rows(batch, cross, sides.carried, sides.bags)), Rows(history_TD, pooled_cross)
-        )
+        pooled_cross = {feature: row_products.weighted_sum(weight_TK, *of) for feature, of in rows.items()}
+        target = Rows(target_TD, target_rows(batch, cross, sides.carried, sides.bags))
+        histories.append(Representation(target, Rows(history_TD, pooled_cross)))
     return histories

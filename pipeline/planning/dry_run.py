@@ -95,7 +95,7 @@ def dry_run(settings: PlanSettings, sizes: DataSizes) -> DryRun:
     # As in training: what the device cannot train is refused before its memory is looked at.
     check_tables(model, cluster.device)
     work = Workload.of(
-        settings.model.retrieved,
+        settings.model.attended,
         sizes,
         cluster.ranks,
         settings.stream.batch_size,
@@ -137,7 +137,7 @@ def machines_of(cluster: ClusterSettings) -> Machines:
 
 def _loads(placement: Placement, tables: tuple[PlannedTable, ...], settings: PlanSettings) -> tuple[RankLoad, ...]:
     lookups = [0.0] * settings.cluster.ranks
-    work = settings.stream.batch_size * (1 + sum(settings.model.retrieved.values()))
+    work = settings.stream.batch_size * (1 + sum(settings.model.attended.values()))
     for table in tables:
         # Ids are drawn evenly over rows: their order is shuffled.
         looked_up = float({"inherent": work, "cross": table.rows, "context": settings.stream.batch_size}[table.kind])

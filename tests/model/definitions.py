@@ -6,10 +6,11 @@ batch and the names of the values.
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from embeddings.batch import Batch, History
 
@@ -18,9 +19,15 @@ Vectors = dict[str, Tensor]
 """By feature."""
 
 
-def odds(log_p_T: Tensor) -> Tensor:
-    """The logarithm of ``p / (1 - p)``."""
-    return log_p_T - torch.log(-torch.expm1(log_p_T))
+class Chances(NamedTuple):
+    """Logarithms of the probability that something happens, and that it does not."""
+
+    of_it: Tensor
+    of_none: Tensor
+
+    @property
+    def logit(self) -> Tensor:
+        return self.of_it - self.of_none
 
 
 class Definition:
@@ -36,6 +43,9 @@ class Definition:
 
     tasks: Sequence[tuple[str, float, str | None]] = ()
     """Label, weight, and the task that must happen before; none: the main label alone."""
+
+    recent: ClassVar[dict[str, int]] = {}
+    """How many of the latest behaviours of a sequence are pooled by themselves."""
 
     training = True
     """Predictions are normalised by the batch's own statistics, else by those of the state."""
@@ -56,6 +66,7 @@ class Definition:
             leaf = value.detach().double().clone().requires_grad_(value.data_ptr() in learning)
             state[name] = leaves.setdefault(value.data_ptr(), leaf)
         definition = DEFINITIONS[model.settings.name](state, model.settings.feature_names, model.settings.retrieved)
+        definition.recent = model.settings.recent  # type: ignore[misc]
         definition.tasks = [(task.name, task.weight, task.after) for task in model.settings.tasks]
         return definition
 
@@ -165,7 +176,24 @@ class Definition:
                 parts += [v[feature] for feature in self.features if feature in INHERENT]
             parts += [v[feature] for feature in self.features if feature not in INHERENT]
             parts += [h, h * self.joined(v)] if self.product else [h]
+        if not whole:
+            for sequence, count in self.recent.items():
+                v, h = self.latest(batch, sequence, t, count)
+                parts += [h, h * self.joined(v)] if self.product else [h]
         return torch.cat(parts)
+
+    def latest(self, batch: Batch, sequence: str, t: int, count: int) -> tuple[Vectors, Tensor]:
+        """The target, and the latest ``count`` behaviours of its window, pooled as those that are retrieved are."""
+        history, shown = batch.histories[sequence], self.target_rows(batch, t)
+        q = self.used_for("attention", self.embed(self.sets[0], sequence, shown))
+        v = self.target_map(self.used_for("representation", self.embed(self.sets[2], sequence, shown)))
+        end = int(history.end_T[t])
+        kept = dict.fromkeys(range(max(int(history.start_T[t]), end - count), end), 0.0)
+        rows = [self.behavior_rows(batch, history, t, m) for m in kept]
+        keys = [self.used_for("attention", self.embed(self.sets[1], sequence, each)) for each in rows]
+        values = [self.used_for("representation", self.embed(self.sets[3], sequence, each)) for each in rows]
+        vectors = [self.behavior_map(value) for value in values]
+        return v, self.pooled([self.score(q, k) for k in keys], kept, vectors, v) if kept else self.nothing(v, False)
 
     def candidates_all(self, batch: Batch, sequence: str, t: int) -> dict[int, float]:
         return Definition.candidates(self, batch, sequence, t)
@@ -216,44 +244,49 @@ class Definition:
             mixed.append(total)
         return torch.stack(mixed)
 
-    def log_probabilities(self, name: str, x_TI: Tensor) -> list[Tensor]:
-        """The logarithm of each task's probability; that of a task after another one is the product of both (ESMM)."""
+    def chances(self, name: str, x_TI: Tensor) -> list[Chances]:
+        """Each task's; that of a task after another one happens where both do (ESMM)."""
+
+        def of(name: str, seen: Tensor) -> Chances:
+            logit = self.perceptron(name, seen)
+            return Chances(logsigmoid(logit), logsigmoid(-logit))
+
         if f"{name}.layers.0.weight" in self.state:
-            return [-softplus(-self.perceptron(name, x_TI))]
-        found: dict[str, Tensor] = {}
+            return [of(name, x_TI)]
+        found: dict[str, Chances] = {}
         for number, (task, _, after) in enumerate(self.tasks or [("label", 1.0, None)]):
-            seen = x_TI
-            if f"{name}.mixture.norm.weight" in self.state:
-                seen = self.mixed(f"{name}.mixture", number, x_TI)
-            found[task] = -softplus(-self.perceptron(f"{name}.heads.{number}", seen))
+            mixed = f"{name}.mixture.norm.weight" in self.state
+            seen = self.mixed(f"{name}.mixture", number, x_TI) if mixed else x_TI
+            found[task] = of(f"{name}.heads.{number}", seen)
             if after is not None:
-                found[task] = found[task] + found[after]
+                both, first = found[after].of_it + found[task].of_it, found[after]
+                found[task] = Chances(both, torch.logaddexp(first.of_none, first.of_it + found[task].of_none))
         return list(found.values())
 
-    def predictions(self, batch: Batch) -> list[list[Tensor]]:
-        """The logarithms of the tasks' probabilities: the prediction's, and in training the auxiliary prediction's."""
+    def predictions(self, batch: Batch) -> list[list[Chances]]:
+        """The tasks' chances: the prediction's, and in training the auxiliary prediction's."""
         found = []
         for name, whole in (("prediction", False), ("auxiliary", True)):
             if any(key.startswith(f"{name}.") for key in self.state) and (self.training or not whole):
                 x_TI = torch.stack([self.inputs(batch, t, whole) for t in range(len(batch))])
-                found.append(self.log_probabilities(name, x_TI))
+                found.append(self.chances(name, x_TI))
         return found
 
     def logits(self, batch: Batch) -> list[Tensor]:
         """The main task's: the prediction's, and in training the auxiliary prediction's if there is one."""
-        return [odds(of_tasks[0]) for of_tasks in self.predictions(batch)]
+        return [of_tasks[0].logit for of_tasks in self.predictions(batch)]
 
     def loss(self, batch: Batch) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
-        weight_T = torch.ones(len(batch)) if batch.weight_T is None else batch.weight_T
+        weight_T = (torch.ones(len(batch)) if batch.weight_T is None else batch.weight_T).double()
         for of_tasks in self.predictions(batch):
             tasks = self.tasks or [(next(iter(batch.labels_T)), 1.0, None)]
-            for (task, weight, _), log_p_T in zip(tasks, of_tasks, strict=True):
+            for (task, weight, _), chances in zip(tasks, of_tasks, strict=True):
                 above, below = [], []
-                for label, share, log_p in zip(batch.labels_T[task], weight_T, log_p_T, strict=True):
+                for label, share, log_p, log_q in zip(batch.labels_T[task], weight_T, *chances, strict=True):
                     if label >= 0:
-                        above.append(-share.double() * (log_p if label else torch.log(-torch.expm1(log_p))))
-                        below.append(share.double())
+                        above.append(-share * (log_p if label else log_q))
+                        below.append(share)
                 total = total + weight * sum(above) / sum(below)
         return total
 

@@ -21,7 +21,7 @@ from embeddings.model import Prediction
 from embeddings.models import MODELS
 from schemas.model import ModelSettings
 from tests.launcher import run_ranks
-from tests.model.definitions import Definition, odds
+from tests.model.definitions import Definition
 from tests.tolerance import in_float64, largest, rounding, summands
 from tests.toy_batch import part
 from tests.toy_model import CPU, ONE, TWO, batch_of, local_values, model_of, settings_of, sharded_like, together
@@ -73,12 +73,9 @@ def test_every_task_and_every_gradient_equal_the_definition(name: str, shape: st
     theirs = definition.predictions(batch)
     ours = [logits for logits in (prediction.logits, prediction.auxiliary_logits) if logits]
     assert [len(logits) for logits in ours] == [max(1, len(settings.tasks))] * len(theirs)
-    for logits, log_probabilities in zip(ours, theirs, strict=True):
-        for logit_T, log_p_T in zip(logits, log_probabilities, strict=True):
-            expected = odds(log_p_T)
-            # 1 - p has lost the digits that p has left of 1.
-            atol = allowed(largest(expected)) + 1e-15 * largest(1 / (-torch.expm1(log_p_T)))
-            torch.testing.assert_close(logit_T, expected, atol=atol, rtol=0)
+    for logits, chances in zip(ours, theirs, strict=True):
+        for logit_T, of_task in zip(logits, chances, strict=True):
+            torch.testing.assert_close(logit_T, of_task.logit, atol=allowed(largest(of_task.logit)), rtol=0)
     definition.learn(batch)
     learning = {key: weight for key, weight in model.named_parameters() if weight.requires_grad}
     expected_gradients = {key: definition.state[key].grad for key in learning}
