@@ -267,6 +267,14 @@ class Selection:
         valid_TN = column_N < length_T[:, None]
         return cls(torch.where(valid_TN, history.start_T[:, None] + column_N, 0), valid_TN)
 
+    @classmethod
+    def latest(cls, history: History, count: int) -> Self:
+        """Select the latest behaviours of each window, at most ``count``, the latest first."""
+        # Windows end right before their target, so these are the last of the window: nothing needs to be compared.
+        index_TK = history.end_T[:, None] - torch.arange(1, count + 1, device=history.end_T.device)
+        valid_TK = index_TK >= history.start_T[:, None]
+        return cls(torch.where(valid_TK, index_TK, 0), valid_TK)
+
 
 class Branch(NamedTuple):
     """Behaviours that are attended to and pooled together: those retrieved of a sequence, or the latest of it."""

@@ -19,7 +19,6 @@ from embeddings.features import RowHook, Rows
 from embeddings.layers.mlp import logits_of, make_prediction
 from embeddings.layers.pooling import Representation, all_inputs, history_inputs, pooled, weighted_sum
 from embeddings.layers.scoring import DinScore, DotProduct, MappedScore, ScaledDotProduct, attention_weights
-from embeddings.search.by_category import latest
 from embeddings.search.local import LocalRows, search_by_dot_product, search_by_score
 from embeddings.search.sharded import SearchChannel, SearchHandle, ShardedTopK, SmallAttentionRows
 from embeddings.sizes import DataSizes, check_bounds, check_categories
@@ -291,7 +290,9 @@ class CtrModel(nn.Module):
         everything = {sequence: Selection.everything(batch.histories[sequence]) for sequence in sequences}
         selected = everything if self.attends_all else self.search(batch, small, handle)
         # The latest behaviours of a sequence are a branch of their own, whether the search has kept them too or not.
-        branches = [*starmap(Branch, selected.items()), *starmap(Branch, latest(batch, self.settings.recent).items())]
+        branches = list(starmap(Branch, selected.items()))
+        for sequence, count in self.settings.recent.items():
+            branches.append(Branch(sequence, Selection.latest(batch.histories[sequence], count)))
         rows = self._look_up(batch, small, branches, looks_up_all)
         # Twice the same rows, except in models that look at the gradients of both roles before they are added.
         attention_rows, representation_rows = self.split_gradients(rows)

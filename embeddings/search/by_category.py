@@ -57,12 +57,4 @@ def search_by_category(
 
 def latest(batch: Batch, retrieved: Mapping[str, int]) -> dict[str, Selection]:
     """Keep the K latest behaviours of each target, whatever they are; by sequence, the latest first."""
-    selected = {}
-    for sequence, k in retrieved.items():
-        history = batch.histories[sequence]
-        index_TK = history.end_T[:, None] - torch.arange(1, k + 1, device=history.end_T.device)
-        # Windows end right before their target, so the K latest are the last K of the window: nothing needs to be
-        # compared.
-        valid_TK = index_TK >= history.start_T[:, None]
-        selected[sequence] = Selection(torch.where(valid_TK, index_TK, 0), valid_TK)
-    return selected
+    return {sequence: Selection.latest(batch.histories[sequence], k) for sequence, k in retrieved.items()}
