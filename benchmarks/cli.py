@@ -32,6 +32,16 @@ def bench_reader(
             print(f"{name:27} {figure:>14,}")
 
 
+def bench_ingest(
+    events: Annotated[int, typer.Option(min=1000, help="Events of each log.")] = 20_000_000,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
+) -> None:
+    """Measure `dare prepare`: integer ids without features, and text ids of 22 characters with four features."""
+    from benchmarks.ingest import measure
+
+    _show([asdict(case) for case in measure(events)], json)
+
+
 def bench_search(
     rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 4_000_000,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each timing; the shortest is reported.")] = 7,
@@ -161,6 +171,7 @@ def _show(figures: Mapping[str, Any] | Sequence[Mapping[str, Any]], json: bool) 
 
 
 bench = typer.Typer(help="Measure parts of the pipeline against plain references.", no_args_is_help=True)
+bench.command("ingest")(bench_ingest)
 bench.command("reader")(bench_reader)
 bench.command("search")(bench_search)
 bench.command("shard-search")(bench_shard_search)

@@ -27,7 +27,7 @@ from pipeline.stream.history_stream import HistoryStream
 from pipeline.stream.reader import RowGroupReader
 from pipeline.stream.row_group import RowGroup
 from schemas.manifest import ROW_GROUP_INDEX, Counts, File, Manifest, Shard, TargetCounts, sha256
-from schemas.shards import ROW_GROUPS, SCHEMA_VERSION, Split, history_schema
+from schemas.shards import ROW_GROUPS, Split, history_schema
 from schemas.stream import StreamSettings
 
 R = TypeVar("R")
@@ -234,7 +234,7 @@ def write_dataset(folder: Path, users: int, seed: int) -> None:
     pq.write_table(pa.table(columns, schema=ROW_GROUPS), folder / ROW_GROUP_INDEX)
     nothing = TargetCounts(targets=0, positives=0)
     Manifest(
-        schema_version=SCHEMA_VERSION,
+        schema_version=2,
         seed=seed,
         counts=Counts(
             events=behaviors,

@@ -133,6 +133,11 @@ class Counts(_Record):
     """Reason -> users; see `LEFT_OUT`."""
     behaviors: int
     items: int
+    """The largest id of an item: how many there are, or ``items.hash_buckets``."""
+    items_below_min_count: int = 0
+    """Those that are rarer than ``items.min_count``: they are unknown, and their features are known."""
+    items_collided: int | None = None
+    """With ``items.hash_buckets``, how many more raw ids there are than buckets that have any."""
     categories: int
     items_with_changed_category: int
     first_timestamp: int

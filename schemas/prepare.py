@@ -151,6 +151,12 @@ class Impressions(Log):
     split: str | None = None
     """Column that says train, validation or test; without one, ``split`` of the settings cuts by time."""
 
+    @property
+    def named_labels(self) -> dict[str, str]:
+        """Name -> column of the labels, the main one first; empty: there are none."""
+        single = {} if self.label is None else {"label": self.label}
+        return self.labels or single
+
 
 class Items(Settings):
     """How items are numbered."""
@@ -317,10 +323,22 @@ class PrepareSettings(Settings):
     @property
     def labels(self) -> dict[str, str]:
         """Name -> column of the impressions' labels, the main one first; empty: there are none."""
-        if self.impressions is None:
-            return {}
-        single = {} if self.impressions.label is None else {"label": self.impressions.label}
-        return self.impressions.labels or single
+        return {} if self.impressions is None else self.impressions.named_labels
+
+    @property
+    def weighted(self) -> bool:
+        """Targets have weights."""
+        return self.impressions is not None and self.impressions.weight is not None
+
+    def is_short_form(self, feature: FeatureSettings) -> bool:
+        """Whether a feature is declared by the logs' settings (``category_id``, ``scene``, ...) alone."""
+        return feature not in self.features and feature.name in self._short_forms()
+
+    def files_of(self, feature: FeatureSettings) -> tuple[str, ...]:
+        """Files, folders or patterns that a feature has of its own."""
+        assert feature.file is not None
+        own = self.events.item_features
+        return own.files if own is not None and self.is_short_form(feature) else (feature.file,)
 
     @model_validator(mode="after")
     def _features_fit(self) -> Self:
@@ -335,6 +353,8 @@ class PrepareSettings(Settings):
             written = feature.name != "category" or "category_id" in self.events.model_fields_set
             if feature.name in short and written:
                 raise ValueError(f"{where}: the events name it too; declare it once")
+            if feature.name == "category" and feature.of != "item":
+                raise ValueError(f"{where}: category is the name of what items have; choose another one")
             if feature.of == "impression" and self.impressions is None:
                 raise ValueError(f"{where}: there are no impressions")
             if self.impressions is None and feature.impression_column not in (None, feature.column):

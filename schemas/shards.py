@@ -10,8 +10,9 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
-SCHEMA_VERSION = 2
-"""Version of the shard layout that is written. 2 added ``target_line`` and targets without a label."""
+SCHEMA_VERSION = 3
+"""Version of the shard layout that is written. 2 added ``target_line`` and targets without a label; 3 has features of
+any kind, and what belongs to items in a file of its own."""
 READABLE_VERSIONS = (1, 2, 3)
 """Versions that are read; every other one is refused by name."""
 
@@ -194,6 +195,9 @@ def history_schema(*, behavior: bool, scene: bool, line: bool = False) -> pa.Sch
     return pa.schema(fields)
 
 
+BAGS = pa.schema([_ragged("ids", pa.int32())])
+"""Schema of the file of a feature's sets: row b has the sorted ids of bag b; row 0 is empty."""
+
 ROW_GROUPS = pa.schema(
     [
         pa.field("file", pa.int32(), nullable=False),
@@ -209,15 +213,16 @@ ROW_GROUPS = pa.schema(
 """
 
 
-def dictionary_schema(*, text: bool, of_items: bool = False) -> pa.Schema:
+def dictionary_schema(*, text: bool, of_items: bool = False, hashed: bool = False) -> pa.Schema:
     """Schema of a dictionary: raw id, dense id (>= 1, in a shuffled order), frequency among the events.
 
     Args:
         text: raw ids are text, not integers.
-        of_items: the dictionary of items; carries the item's dense category as well.
+        of_items: the dictionary of items of versions 1 and 2; carries the item's dense category as well.
+        hashed: raw ids are not known, all of them are null; ids are buckets of hashes.
     """
     fields = [
-        pa.field("raw_id", pa.string() if text else pa.int64(), nullable=False),
+        pa.field("raw_id", pa.string() if text else pa.int64(), nullable=hashed),
         pa.field("id", pa.int32(), nullable=False),
         pa.field("frequency", pa.int64(), nullable=False),
     ]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.ingest.shards import shard_encoding
 from schemas.documents import json_document
 from schemas.manifest import MANIFEST, ROW_GROUP_INDEX, Counts, File, Manifest, Shard, TargetCounts, sha256
-from schemas.shards import ROW_GROUPS, SCHEMA_VERSION, SPLITS, Split, dictionary_schema, history_schema
+from schemas.shards import ROW_GROUPS, SPLITS, Split, dictionary_schema, history_schema
 
 CONTENTS = ("users", "behaviors", "row_groups")
 """What a shard holds."""
@@ -101,7 +101,7 @@ def write_dataset(
     behaviors: tuple[str, ...] | None = None,
     scenes: tuple[str, ...] | None = None,
 ) -> Manifest:
-    """Write ``users`` as a data set, in order."""
+    """Write ``users`` as a data set of schema version 2, in order."""
     folder.mkdir(parents=True, exist_ok=True)
     schema = history_schema(behavior=behaviors is not None, scene=scenes is not None)
     groups = [users[first : first + users_per_row_group] for first in range(0, len(users), users_per_row_group)]
@@ -136,7 +136,7 @@ def write_dataset(
         pq.write_table(pa.table(content, schema=schema), folder / f"{name}.parquet")
         files.append(folder / f"{name}.parquet")
     manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
+        schema_version=2,
         seed=0,
         counts=_counts(users),
         behaviors=behaviors,

@@ -1,17 +1,19 @@
 """What became of the lines of the logs: checks, counts by reason, and what a person should be told of them."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pyarrow as pa
 
-from pipeline.ingest.dictionaries import Dictionaries
+from pipeline.ingest.dictionaries import Dictionary
 from pipeline.ingest.reading import FILTERED, OUTSIDE_TIME, READ, Tally
 from pipeline.ingest.shards import WrittenShard
 from pipeline.ingest.sources import LogFiles
 from schemas.errors import UserError
+from schemas.features import FeatureSettings
 from schemas.manifest import LEFT_OUT, Counts, Manifest, TargetCounts
 from schemas.prepare import Log, PrepareSettings
-from schemas.shards import SPLITS
+from schemas.shards import SPLITS, FeatureRecord
 
 
 def check(files: LogFiles, read: Tally, faults: pa.Table) -> dict[str, int]:
@@ -76,22 +78,27 @@ def lines_kept(read: Tally) -> int:
 
 def counts_of(
     written: list[WrittenShard],
-    dictionaries: Dictionaries,
+    dictionary: Dictionary,
+    features: Sequence[FeatureRecord],
     counted: dict[str, int],
     read: Tally,
     shown: Tally | None,
     tally: Tally,
+    collisions: int | None,
 ) -> Counts:
     """The counts of a data set.
 
     Args:
         written: its shards.
-        dictionaries: of its items and categories.
+        dictionary: of its items.
+        features: all of them.
         counted: what `check` returned for the events.
         read: what became of the events' lines while they were read.
         shown: the same of the impressions' lines; None: there are none.
         tally: what became of users and lines while shards were written.
+        collisions: of hashed items; None: they are numbered.
     """
+    category = next(each for each in features if each.name == "category")
     # Counts come from what was written, not from what was meant to be: `dare inspect` compares them with the files.
     users = sum(sum(file.users) for file in written)
     targets = {
@@ -114,9 +121,11 @@ def counts_of(
         users_left_out=tally["users"] - users,
         users_left_out_by_reason=_left_out("users", Counter(), tally),
         behaviors=sum(sum(file.behaviors) for file in written),
-        items=len(dictionaries.items),
-        categories=len(dictionaries.categories),
-        items_with_changed_category=dictionaries.changed,
+        items=len(dictionary.cumulative_I) - 1,
+        items_below_min_count=len(dictionary.cumulative_I) - 1 - dictionary.rows,
+        items_collided=collisions,
+        categories=category.rows,
+        items_with_changed_category=category.changed,
         first_timestamp=counted["first"],
         last_timestamp=counted["last"],
         **targets,
@@ -145,9 +154,29 @@ def notices(manifest: Manifest, settings: PrepareSettings) -> list[str]:
         if 2 * left > total:
             why = ", ".join(f"{number:,} {_reason(reason, role, settings)}" for reason, number in reasons.items())
             said.append(f"more than half of the {role} are left out, {left:,} of {total:,}: {why}")
+    declared = {feature.name: feature for feature in settings.declared_features}
+    for record in manifest.features:
+        if record.name in declared:
+            said += _of_feature(record, declared[record.name])
+    buckets = settings.items.hash_buckets
+    if buckets is not None and counts.items_collided:
+        said.append(f"items: {counts.items_collided:,} raw ids share one of {buckets:,} buckets with another one")
     if counts.impressions_contradictory:
         said.append(f"impressions: {counts.impressions_contradictory:,} times a user, item and time has both labels")
     return said
+
+
+def _of_feature(record: FeatureRecord, feature: FeatureSettings) -> list[str]:
+    said = []
+    if feature.file is not None and record.changed:
+        said.append(f"{record.changed:,} {record.of}s have several values in its file; the largest of each counts")
+    if feature.file is not None and record.missing:
+        said.append(f"{record.missing:,} {record.of}s have no value in its file; theirs is the unknown")
+    if record.collisions:
+        said.append(f"{record.collisions:,} raw values share one of {record.rows:,} buckets with another one")
+    if feature.buckets is not None and record.rows < feature.buckets:
+        said.append(f"{record.rows} buckets, not {feature.buckets}: some of its quantiles are the same number")
+    return [f"feature {record.name}: {text}" for text in said]
 
 
 def _reason(reason: str, role: str, settings: PrepareSettings) -> str:

@@ -3,10 +3,13 @@
 Events and impressions become *lines*, sorted so that each user's lines stand together and in time order.
 """
 
+from collections.abc import Mapping, Sequence
+
 import ibis
 import ibis.expr.types as ir
 
-from schemas.shards import SPLITS, UNLABELED
+from pipeline.ingest.columns import USER_NUMBER, feature_column
+from schemas.shards import SPLITS, UNLABELED, FeatureRecord
 
 USER_KEY_RANGE = 2**31 - 1
 """User keys are below this prime."""
@@ -14,73 +17,115 @@ EVENT = -2
 """The label of a line that is a behaviour."""
 LATEST = 253_402_300_799
 """The last second of the year 9999."""
+NO_NUMBER = float("-inf")
+"""What stands for a missing number in lines: engines sort nulls as they like, and logs have no infinite numbers."""
 
 
-def with_category(log: ir.Table, kind: str, features: ir.Table | None) -> ir.Table:
-    """A log with a category on each line, unknown where the log has none.
-
-    Args:
-        log: as it was read.
-        kind: type of raw categories, int64 or string.
-        features: (item_id, category_id), which takes the place of the log's own; of an item's several the largest
-            counts.
-    """
-    if features is not None:
-        categories = (
-            features.filter(features["item_id"].notnull())
-            .group_by(feature_item=features["item_id"])
-            .agg(category_id=features["category_id"].max())
-        )
-        if "category_id" in log.columns:
-            log = log.drop("category_id")
-        return log.left_join(categories, [("item_id", "feature_item")]).drop("feature_item")
-    return log if "category_id" in log.columns else log.mutate(category_id=ibis.null(kind))
+def in_buckets(table: ir.Table, buckets: int | None, column: str = "item_id") -> ir.Table:
+    """A table whose items, hashes of raw ids, are buckets from 1; as it is where ``buckets`` is None."""
+    return table if buckets is None else table.mutate(**{column: _bucket(table[column], buckets)})
 
 
-def contradicted(features: ir.Table) -> ir.Table:
-    """One row: ``items``, the number of items to which a file of items gives several categories."""
-    by_item = features.group_by("item_id").agg(low=features["category_id"].min(), high=features["category_id"].max())
-    return by_item.agg(items=(by_item["low"] != by_item["high"]).sum())
+def item_hashes(logs: Sequence[ir.Table]) -> ir.Table:
+    """(item_id) of every line of the logs."""
+    parts = [log.select("item_id") for log in logs]
+    return ibis.union(*parts) if len(parts) > 1 else parts[0]
+
+
+def _bucket(hashed: ir.Value, buckets: int) -> ir.Value:
+    return (hashed % buckets + 1).cast("int64")
 
 
 def faults(log: ir.Table) -> ir.Table:
     """One row: ``lines``, first and last timestamp, and how many lines have a fault that forbids going on."""
     checks = {f"null_{name}": log[name].isnull().sum() for name in ("user_id", "item_id", "timestamp")}
-    checks |= {f"negative_{name}": (log[name] < 0).sum() for name in ("user_id", "item_id")}
-    checks |= {f"null_{name}": log[name].isnull().sum() for name in ("label", "split") if name in log.columns}
+    checks |= {
+        f"negative_{name}": (log[name] < 0).sum() for name in ("user_id", "item_id") if log[name].type().is_integer()
+    }
+    rest = [name for name in log.columns if name in ("weight", "split") or name.startswith("label")]
+    checks |= {f"null_{name}": log[name].isnull().sum() for name in rest}
     outside = (log["timestamp"] < 0) | (log["timestamp"] > LATEST)
     checks["impossible_timestamp"] = outside.sum()
     return log.agg(lines=log.count(), first=log["timestamp"].min(), last=log["timestamp"].max(), **checks)
 
 
-def items(events: ir.Table, impressions: ir.Table | None) -> ir.Table:
-    """(item_id, frequency among the events, smallest and largest category ever seen) of every item."""
-    seen = events.select("item_id", "category_id", weight=ibis.literal(1, "int64"))
-    if impressions is not None:
-        # Items that were only shown get an id too. Their frequency is 0: negatives are drawn among what users did.
-        seen = seen.union(impressions.select("item_id", "category_id", weight=ibis.literal(0, "int64")))
-    return seen.group_by("item_id").agg(
-        frequency=seen["weight"].sum(), low=seen["category_id"].min(), high=seen["category_id"].max()
-    )
+def seen(logs: Sequence[ir.Table], key: str, columns: Sequence[str]) -> ir.Table:
+    """(key, timestamp, weight, columns) of every line of the logs; a log without a column has nulls there.
+
+    Args:
+        logs: events, and impressions where there are some: lines of the latter weigh 0.
+        key: ``item_id`` or ``user_id``.
+        columns: each is in the events.
+    """
+    kinds = {name: logs[0][name].type() for name in columns}
+    parts = [
+        log.select(
+            key=log[key],
+            timestamp=log["timestamp"],
+            weight=ibis.literal(int(number == 0), "int64"),
+            **{name: log[name] if name in log.columns else ibis.null(kind) for name, kind in kinds.items()},
+        )
+        for number, log in enumerate(logs)
+    ]
+    return ibis.union(*parts) if len(parts) > 1 else parts[0]
 
 
-def changed_categories(events: ir.Table, impressions: ir.Table | None, items: ir.Table) -> ir.Table:
-    """(item_id, last category) of the items seen with several; of equal timestamps the larger category counts."""
-    seen = events.select("item_id", "category_id", "timestamp")
-    if impressions is not None:
-        seen = seen.union(impressions.select("item_id", "category_id", "timestamp"))
-    # Most items have one category. Only the others are gone through again, by time.
-    changed = items.filter(items["low"] != items["high"]).select("item_id")
-    seen = seen.filter(seen["category_id"].notnull()).semi_join(changed, "item_id")
-    moments = seen.group_by("item_id", "timestamp").agg(category_id=seen["category_id"].max())
-    return moments.group_by("item_id").agg(category_id=moments["category_id"].argmax(moments["timestamp"]))
+def extremes(lines: ir.Table, columns: Sequence[str]) -> ir.Table:
+    """(key, frequency among the events, ``low_`` and ``high_`` of each column) of every key of ``seen``."""
+    values: dict[str, ir.Value] = {}
+    for name in columns:
+        values |= {f"low_{name}": lines[name].min(), f"high_{name}": lines[name].max()}
+    return lines.group_by("key").agg(frequency=lines["weight"].sum(), **values)
 
 
-def vocabulary(tables: list[ir.Table], column: str) -> ir.Table:
-    """Distinct values of a text column over several tables."""
-    values = [table.select(value=table[column]) for table in tables]
-    # A union of one table is that table, so duplicates must be removed after it.
-    return ibis.union(values[0], *values[1:]).filter(lambda table: table["value"].notnull()).distinct()
+def with_file(table: ir.Table, file: ir.Table, columns: Sequence[str]) -> ir.Table:
+    """``extremes`` with the columns of a file that has lines of its own for keys."""
+    known = file.filter(file["key"].notnull())
+    values: dict[str, ir.Value] = {}
+    for name in columns:
+        values |= {f"low_{name}": known[name].min(), f"high_{name}": known[name].max()}
+    of_key = known.group_by(file_key=known["key"]).agg(**values)
+    return table.left_join(of_key, [("key", "file_key")]).drop("file_key")
+
+
+def changes(table: ir.Table, columns: Sequence[str]) -> ir.Table:
+    """One row: ``number`` of keys, and how many have several values of each column."""
+    changed = {name: (table[f"low_{name}"] != table[f"high_{name}"]).sum() for name in columns}
+    return table.agg(number=table.count(), **changed)
+
+
+def last_values(lines: ir.Table, table: ir.Table, column: str) -> ir.Table:
+    """(key, value) of the keys with several values: the last one; of equal timestamps the larger one."""
+    # Most keys have one value. Only the others are gone through again, by time.
+    changed = table.filter(table[f"low_{column}"] != table[f"high_{column}"]).select("key")
+    several = lines.filter(lines[column].notnull()).semi_join(changed, "key")
+    moments = several.group_by("key", "timestamp").agg(value=several[column].max())
+    return moments.group_by("key").agg(value=moments["value"].argmax(moments["timestamp"]))
+
+
+def settled(table: ir.Table, columns: Sequence[str], last: Mapping[str, ir.Table]) -> ir.Table:
+    """(key, frequency, columns): one value of each, the largest unless ``last`` says another."""
+    for name in columns:
+        table = table.mutate(**{name: table[f"high_{name}"]})
+        if name in last:
+            newer = last[name].select(last_key="key", last_value="value")
+            table = table.left_join(newer, [("key", "last_key")])
+            table = table.mutate(**{name: ibis.coalesce(table["last_value"], table[name])})
+            table = table.drop("last_key", "last_value")
+    return table.select("key", "frequency", *columns)
+
+
+def raw_counts(table: ir.Table, column: str, weight: str | None = None) -> ir.Table:
+    """(value, frequency, places) of every raw value, by value: the sum of its weights, and how many rows have it."""
+    known = table.filter(table[column].notnull())
+    frequency = known.count() if weight is None else known[weight].sum()
+    return known.group_by(value=known[column]).agg(frequency=frequency, places=known.count()).order_by("value")
+
+
+def hash_counts(table: ir.Table, column: str, buckets: int) -> ir.Table:
+    """One row: ``places`` with a value, distinct ``hashes``, and ``buckets`` that have any."""
+    hashed = table[column]
+    return table.agg(places=hashed.count(), hashes=hashed.nunique(), buckets=_bucket(hashed, buckets).nunique())
 
 
 def timestamp_counts(impressions: ir.Table) -> ir.Table:
@@ -88,81 +133,113 @@ def timestamp_counts(impressions: ir.Table) -> ir.Table:
     return impressions.group_by("timestamp").agg(lines=impressions.count()).order_by("timestamp")
 
 
-def lines(
-    events: ir.Table,
-    impressions: ir.Table | None,
-    item_ids: ir.Table,
-    vocabularies: dict[str, ir.Table],
-    cuts: tuple[int, int] | None,
-    *,
-    seed: int,
-    shards: int,
+def encoded(
+    table: ir.Table, records: Sequence[FeatureRecord], ids: Mapping[str, ir.Table], buckets: Mapping[str, int]
 ) -> ir.Table:
-    """Events and impressions with dense ids, and the keys that sort them.
+    """A table whose columns of features have dense ids (int32, 0 is the unknown), or numbers (`NO_NUMBER`: missing).
 
     Args:
-        events: the log of behaviours, with raw ids.
-        impressions: the log of what was shown, with raw ids; None: there is none.
-        item_ids: (raw_id, id).
-        vocabularies: for ``behavior`` and ``scene``, as far as the data has them, (value, id).
+        table: with raw values; what it has no column of is missing on all rows.
+        records: the features.
+        ids: for each that has a dictionary, (value, id).
+        buckets: for each that is hashed, how many.
+    """
+    for record in records:
+        column, name = feature_column(record.name), record.name
+        missing = ibis.literal(NO_NUMBER, "float64") if record.kind == "number" else ibis.literal(0, "int32")
+        if column not in table.columns:
+            table = table.mutate(**{column: missing})
+        elif record.kind == "number":
+            table = table.mutate(**{column: ibis.coalesce(table[column], missing)})
+        elif name in ids:
+            named = ids[name].select(raw_value="value", dense_id="id")
+            table = table.left_join(named, [(column, "raw_value")]).drop("raw_value", column)
+            # A null of the log matches nothing and becomes 0, the unknown.
+            table = table.mutate(dense_id=ibis.coalesce(table["dense_id"], 0).cast("int32"))
+            table = table.rename({column: "dense_id"})
+        else:
+            bucket = _bucket(table[column], buckets[name])
+            table = table.mutate(**{column: ibis.coalesce(bucket, 0).cast("int32")})
+    return table
+
+
+def shown(impressions: ir.Table, cuts: tuple[int, int] | None, labels: Sequence[str]) -> ir.Table:
+    """Impressions with a split, and labels of one type.
+
+    Args:
+        impressions: as they were read.
         cuts: timestamps at which validation and test begin, for impressions without a split of their own.
-        seed: of the order of users.
-        shards: their number.
+        labels: columns of labels, ``label`` the first.
+    """
+    split: ir.Value
+    if labels[0] not in impressions.columns:
+        # There is nothing to train on: all of them are to be scored.
+        split = ibis.literal(SPLITS.index("test"), "int8")
+        impressions = impressions.mutate(**{labels[0]: ibis.literal(UNLABELED, "int8")})
+    elif "split" in impressions.columns:
+        split = impressions["split"].cases(*((name, code) for code, name in enumerate(SPLITS)))
+    else:
+        assert cuts is not None, "impressions without a split are cut by time"
+        split = ibis.cases((impressions["timestamp"] < cuts[0], 0), (impressions["timestamp"] < cuts[1], 1), else_=2)
+    return impressions.mutate(split=split.cast("int8"), **{name: impressions[name].cast("int8") for name in labels})
+
+
+def lines(logs: Sequence[ir.Table], item_ids: ir.Table | None, users: ir.Table | None) -> ir.Table:
+    """Events and impressions as lines of one table, with dense ids of items and what belongs to their users.
+
+    Args:
+        logs: events and, where there are some, impressions as `shown` makes them, both `encoded`.
+        item_ids: (raw_id, id); None: items are buckets already.
+        users: (key, columns) of every user, `encoded`; None: there are no features of users.
 
     Returns:
-        shard, user_key, user_id, timestamp, item, and where there are such behavior, scene, label, split, line; an
-        event's label is `EVENT`.
+        user_id, where it is text `USER_NUMBER`, timestamp, item, columns of features, those of ``users``, and where
+        there are impressions labels, weight, split, line; an event's label is `EVENT`.
     """
     # Both logs become lines of one table, because a target and the behaviours before it are found by one sort.
-    parts = [_dense(events, item_ids, vocabularies)]
-    if impressions is not None:
-        nothing = ibis.literal(-1, "int64")
-        parts[0] = parts[0].mutate(label=ibis.literal(EVENT, "int8"), split=nothing.cast("int8"), line=nothing)
-        label: ir.Value = ibis.literal(UNLABELED, "int8")
-        split: ir.Value
-        if "label" in impressions.columns:
-            label = impressions["label"]
-        if "label" not in impressions.columns:
-            # There is nothing to train on: all of them are to be scored.
-            split = ibis.literal(SPLITS.index("test"), "int8")
-        elif "split" in impressions.columns:
-            split = impressions["split"].cases(*((name, code) for code, name in enumerate(SPLITS)))
-        else:
-            assert cuts is not None, "impressions without a split are cut by time"
-            split = ibis.cases(
-                (impressions["timestamp"] < cuts[0], 0), (impressions["timestamp"] < cuts[1], 1), else_=2
-            )
-        shown = impressions.mutate(label=label.cast("int8"), split=split.cast("int8"))
-        if "behavior" in vocabularies:
-            shown = shown.mutate(behavior=ibis.null("string"))
-        parts.append(_dense(shown, item_ids, vocabularies).select(parts[0].columns))
-    table = ibis.union(*parts) if len(parts) > 1 else parts[0]
+    parts = [_dense(log, item_ids) for log in logs]
+    if len(parts) > 1:
+        nothing = {name: kind for name, kind in parts[1].schema().items() if name not in parts[0].columns}
+        parts[0] = parts[0].mutate(
+            **{name: ibis.literal(EVENT if name == "label" else -1, kind) for name, kind in nothing.items()}
+        )
+        parts = [part.select(sorted(parts[0].columns)) for part in parts]
+        table = ibis.union(*parts)
+    else:
+        table = parts[0]
+    if users is not None:
+        table = table.left_join(users.rename(known_user="key"), [("user_id", "known_user")]).drop("known_user")
+    return table
+
+
+def _dense(log: ir.Table, item_ids: ir.Table | None) -> ir.Table:
+    if item_ids is None:
+        return log.rename(item="item_id").mutate(item=lambda table: table["item"].cast("int32"))
+    # No line is lost: the dictionary holds every item of both logs.
+    named = item_ids.select(raw_id="raw_id", item="id")
+    return log.inner_join(named, [("item_id", "raw_id")]).drop("raw_id", "item_id")
+
+
+def in_shards(lines: ir.Table, *, seed: int, shards: int) -> ir.Table:
+    """Lines with ``user_key`` and ``shard``, without `USER_NUMBER`."""
     # Shards are ranges of user keys: lines that are sorted by user key are sorted by shard.
-    table = table.mutate(user_key=_user_key(table["user_id"], seed))
+    number = USER_NUMBER if USER_NUMBER in lines.columns else "user_id"
+    table = lines.mutate(user_key=_user_key(lines[number], seed))
+    table = table.drop(USER_NUMBER) if number == USER_NUMBER else table
     return table.mutate(shard=((table["user_key"].cast("int64") * shards).floordiv(USER_KEY_RANGE)).cast("int32"))
 
 
 def line_order(lines: ir.Table) -> list[str]:
-    """Columns that sort lines: users together, in a shuffled order, by time, then by what makes the order unique."""
-    keys = ["user_key", "user_id", "timestamp", "item", "behavior", "scene", "label", "split", "line"]
-    return [key for key in keys if key in lines.columns]
+    """Columns that sort lines: users together, in a shuffled order, by time, then by what makes the order unique.
+
+    Users whose keys are equal, as those of two texts may be, are kept apart by their ids.
+    """
+    first = ["user_key", "user_id", "timestamp", "item", "label"]
+    rest = sorted(name for name in lines.columns if name not in (*first, "shard") and not name.startswith("u_"))
+    return [key for key in (*first, *rest) if key in lines.columns]
 
 
-def _dense(table: ir.Table, item_ids: ir.Table, vocabularies: dict[str, ir.Table]) -> ir.Table:
-    # No line is lost: the dictionary holds every item of both logs.
-    table = table.inner_join(item_ids.select(raw_id="raw_id", item="id"), [("item_id", "raw_id")]).drop(
-        "raw_id", "item_id", "category_id"
-    )
-    for column, ids in vocabularies.items():
-        named = ids.select(vocabulary_value="value", vocabulary_id="id")
-        table = table.left_join(named, [(column, "vocabulary_value")]).drop("vocabulary_value", column)
-        # A null of the log matches nothing and becomes 0, the unknown.
-        table = table.mutate(vocabulary_id=ibis.coalesce(table["vocabulary_id"], 0).cast("int32"))
-        table = table.rename({column: "vocabulary_id"})
-    return table
-
-
-def _user_key(user_id: ir.Value, seed: int) -> ir.Value:
+def _user_key(number: ir.Value, seed: int) -> ir.Value:
     """A permutation of the residues mod the prime, x -> x^5 (5 does not divide p - 1).
 
     Every product fits 64 bits, so that engines without wrapping arithmetic agree. Ids that share a residue share a key;
@@ -171,6 +248,6 @@ def _user_key(user_id: ir.Value, seed: int) -> ir.Value:
     # The offset moves small ids away from 0, where x^5 is not yet shuffled.
     offset = (1_234_567_891 + seed * 987_654_321) % USER_KEY_RANGE
     # Below 2^31, so a product of two is below 2^62.
-    x = (user_id % USER_KEY_RANGE + offset) % USER_KEY_RANGE
+    x = (number % USER_KEY_RANGE + offset) % USER_KEY_RANGE
     square = x * x % USER_KEY_RANGE
     return (square * square % USER_KEY_RANGE * x % USER_KEY_RANGE).cast("int32")

@@ -1,55 +1,67 @@
-"""Dictionaries of items and categories: a dense id for each raw id, the item's category, and frequencies.
+"""The dictionary of items: a dense id for each raw id, what belongs to the item, and frequencies.
 
 Dense ids are shuffled, so that equal ranges of rows of an embedding table carry equal load. Id 0 is the unknown.
 
-I = items (arrays by dense id have an entry more, for the unknown), C = categories.
+I = items (arrays by dense id have an entry more, for the unknown).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.hashing import mix
+from pipeline.ingest.columns import feature_column
+from pipeline.ingest.encodings import encode_numbers, shuffled_ids, write_arrow
 from schemas.errors import UserError
-from schemas.events import UNKNOWN
-from schemas.shards import dictionary_schema
+from schemas.prepare import Items
+from schemas.shards import ITEM_FEATURES, FeatureRecord, RawType, dictionary_schema, value_type
 
 BYTES_PER_ITEM = 100
-"""Memory that the dictionaries take at their peak, measured."""
+"""Memory that the dictionary takes at its peak, measured: for integers, with the first feature."""
+BYTES_PER_FEATURE = 12
+"""Memory of an item's further features."""
+
+COPIES_OF_TEXT = 4
+"""How often raw ids that are text are in memory at the peak."""
+
+_FREQUENT, _RARE = 0, 2
+"""What shuffles ids of items that have a row of their own, and of those that have none."""
 
 
 @dataclass(frozen=True)
-class Dictionaries:
-    """Items and categories of a data set, as tables for its readers and as arrays for the builder of shards."""
+class Dictionary:
+    """Items of a data set: as a table for its readers and as an array for the builder of shards."""
 
-    category_I: NDArray[np.int32]
-    """(I + 1,): dense category of each item, by dense id."""
     cumulative_I: NDArray[np.int64]
     """(I + 1,): sum of the frequencies of all items up to and including this one, by dense id."""
     items: pa.Table
-    """The dictionary of items, in the order of raw ids."""
-    categories: pa.Table
-    """The dictionary of categories, in the order of raw ids."""
-    changed: int
-    """Number of items that were seen with several categories."""
+    """Schema `schemas.shards.dictionary_schema`, in the order of raw ids."""
+    features: pa.Table
+    """(I + 1 rows): what belongs to each item, by dense id, a column a feature."""
+    rows: int
+    """The largest id of an item that has a row of its own."""
 
     def write(self, folder: Path) -> None:
-        """Write ``items.parquet`` and ``categories.parquet``."""
-        for table, name in ((self.items, "items.parquet"), (self.categories, "categories.parquet")):
-            pq.write_table(table, folder / name, compression="zstd", use_dictionary=False)
+        """Write ``items.parquet`` and `ITEM_FEATURES`."""
+        pq.write_table(self.items, folder / "items.parquet", compression="zstd", use_dictionary=False)
+        write_arrow(self.features, folder / ITEM_FEATURES)
 
 
-def build_dictionaries(items: pa.Table, changed: pa.Table, seed: int) -> Dictionaries:
-    """Give dense ids to items and categories.
+def build_dictionary(
+    items: pa.Table, features: Sequence[FeatureRecord], settings: Items, kind: RawType, seed: int
+) -> Dictionary:
+    """Give dense ids to items.
 
     Args:
-        items: (item_id, frequency, smallest category, largest category) as ``definition.items`` has them, in any order.
-        changed: (item_id, category_id) of the items whose smallest and largest category differ.
+        items: (key, frequency, column of each feature with ids and raw numbers) of every item, by key.
+        features: those of items.
+        settings: which items are admitted; with ``hash_buckets``, keys are ids.
+        kind: of raw ids.
         seed: decides the shuffle.
 
     Raises:
@@ -57,52 +69,40 @@ def build_dictionaries(items: pa.Table, changed: pa.Table, seed: int) -> Diction
     """
     if len(items) >= 2**31 - 1:
         raise UserError(
-            f"{len(items)} items: dense ids are 32-bit, at most {2**31 - 2} items fit; group rare ones before"
+            f"{len(items)} items: dense ids are 32-bit, at most {2**31 - 2} items fit; set items.hash_buckets"
         )
-    # Sorted by raw id: the engines give items in orders of their own, and the shuffle below starts from this one.
-    items = items.select(["item_id", "frequency", "low"]).combine_chunks()
-    order = np.argsort(items["item_id"].to_numpy())
-    items = items.take(pa.array(order))
-    raw_I = items["item_id"].to_numpy()
+    items = items.combine_chunks()
     frequency_I = items["frequency"].to_numpy().astype(np.int64)
-    # The only category of an item, but for those in ``changed``, whose last one takes its place.
-    raw_category_I = items["low"]
-    if len(changed):
-        index = pc.index_in(items["item_id"], changed["item_id"].combine_chunks())
-        newer = changed["category_id"].combine_chunks().take(index.combine_chunks())
-        raw_category_I = pc.if_else(pc.is_valid(newer), newer, raw_category_I)
-
-    # The dictionary of categories is in the order of their raw ids, as that of items.
-    names = pc.unique(raw_category_I).drop_null()
-    names = names.take(pc.sort_indices(names))
-    category_id_C = _shuffled_ids(len(names), seed, salt=1)
-    index_I = pc.fill_null(pc.index_in(raw_category_I, names), -1)
-    index_I = index_I.combine_chunks() if isinstance(index_I, pa.ChunkedArray) else index_I
-    index_I = index_I.to_numpy(zero_copy_only=False)
-    # An item without a category has the index -1, which takes the appended entry.
-    category_I = np.where(index_I < 0, UNKNOWN, np.append(category_id_C, UNKNOWN)[index_I]).astype(np.int32)
-    # bincount adds weights up in float64: exact below 2^53 events.
-    category_frequency_C = np.bincount(index_I[index_I >= 0], frequency_I[index_I >= 0], len(names)).astype(np.int64)
-
-    id_I = _shuffled_ids(len(raw_I), seed, salt=0)
-    # Written to the places of the dense ids; place 0 keeps 0.
-    by_id_category = np.zeros(len(raw_I) + 1, np.int32)
-    by_id_category[id_I] = category_I
-    by_id_frequency = np.zeros(len(raw_I) + 1, np.int64)
+    if settings.hash_buckets is not None:
+        id_I, count = items["key"].to_numpy().astype(np.int32), settings.hash_buckets
+        rows, raw_I = count, pa.nulls(len(items), pa.string() if kind == "text" else pa.int64())
+    else:
+        # The engine has sorted by raw id: the shuffle starts from one order whatever computed the items.
+        frequent = frequency_I >= settings.min_count if settings.min_count > 1 else np.ones(len(items), bool)
+        rows, count, raw_I = int(frequent.sum()), len(items), items["key"]
+        id_I = np.empty(count, np.int32)
+        id_I[frequent] = shuffled_ids(rows, seed, _FREQUENT)
+        id_I[~frequent] = rows + shuffled_ids(count - rows, seed, _RARE)
+    by_id_frequency = np.zeros(count + 1, np.int64)
     by_id_frequency[id_I] = frequency_I
-    text = not pa.types.is_integer(names.type)
-    return Dictionaries(
-        by_id_category,
+    columns = {each.name: _by_id(each, items, id_I, count) for each in features}
+    schema = pa.schema([pa.field(each.name, value_type(each), nullable=False) for each in features])
+    hashed = settings.hash_buckets is not None
+    return Dictionary(
         np.cumsum(by_id_frequency),
-        pa.table([raw_I, id_I, frequency_I, category_I], schema=dictionary_schema(text=False, of_items=True)),
-        pa.table([names, category_id_C, category_frequency_C], schema=dictionary_schema(text=text)),
-        len(changed),
+        pa.table([raw_I, id_I, frequency_I], schema=dictionary_schema(text=kind == "text", hashed=hashed)),
+        pa.table(columns, schema=schema),
+        rows,
     )
 
 
-def _shuffled_ids(count: int, seed: int, salt: int) -> NDArray[np.int32]:
-    """The ids 1 .. count, shuffled: without this, ids given by age or popularity would load one shard most."""
-    order = np.argsort(mix(mix(np.arange(count, dtype=np.uint64), seed), salt), kind="stable")
-    ids = np.empty(count, np.int32)
-    ids[order] = np.arange(1, count + 1, dtype=np.int32)
-    return ids
+def _by_id(record: FeatureRecord, items: pa.Table, id_I: NDArray[np.int32], count: int) -> NDArray[Any]:
+    """A feature of items by dense id; 0 for the unknown, and for what no item is."""
+    if feature_column(record.name) not in items.column_names:
+        return np.zeros(count + 1, value_type(record).to_pandas_dtype())
+    value_I = items[feature_column(record.name)].to_numpy()
+    if record.kind == "number":
+        value_I = encode_numbers(record, value_I)
+    by_id = np.zeros(count + 1, value_I.dtype)
+    by_id[id_I] = value_I
+    return by_id

@@ -80,7 +80,7 @@ class DuckDBEngine:
                 failure.append(error)
                 raise
 
-        name = f"{files.role}_read"
+        name = f"{files.role}{files.number or ''}_read"
         stream = pa.RecordBatchReader.from_batches(schema_of(files), batches())
         self._connection.register(f"{name}_stream", stream)
         try:

@@ -4,14 +4,16 @@ L = lines, U = users. Lines are ordered by (user, timestamp, item, ...): see ``d
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipeline.hashing import hash_texts
 from pipeline.ingest.definition import EVENT
 
 I64 = NDArray[np.int64]
@@ -22,16 +24,18 @@ class Lines:
     """Lines of whole users. Optional columns are None where the data has none."""
 
     shard_L: NDArray[np.int32]
-    user_id_L: I64
+    user_id_L: pa.Array
+    """Raw ids, int64 or string."""
     timestamp_L: I64
     item_L: NDArray[np.int32]
-    behavior_L: NDArray[np.int32] | None
-    scene_L: NDArray[np.int32] | None
     label_L: NDArray[np.int8] | None
     """`EVENT` for an event, 0, 1 or `UNLABELED` for an impression; None: all lines are events."""
     split_L: NDArray[np.int8] | None
     line_L: I64 | None
     """Where an impression stands in its files, see `schemas.shards.RECORDS_OF_A_FILE`; -1 for an event."""
+    others_L: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """Further columns, called as in the engine: ``f_NAME`` of features (ids, or float64 numbers that are not finite
+    where one is missing), ``label_NAME`` of further labels, ``weight``; ``u_NAME`` of users' features."""
 
     def __len__(self) -> int:
         return len(self.user_id_L)
@@ -39,15 +43,21 @@ class Lines:
     def slice(self, start: int, end: int) -> "Lines":
         """Lines start .. end; both must be borders of users."""
         parts: dict[str, Any] = {}
-        for field in fields(self):
-            values = getattr(self, field.name)
-            parts[field.name] = None if values is None else values[start:end]
+        for each in fields(self):
+            values = getattr(self, each.name)
+            parts[each.name] = None if values is None else _cut(values, start, end)
         return Lines(**parts)
 
     @cached_property
     def user_start_U(self) -> I64:
         """First line of each user."""
-        return _run_starts(self.user_id_L)
+        return _user_starts(self.user_id_L)
+
+    @cached_property
+    def user_number_U(self) -> NDArray[Any]:
+        """A number of each user for random draws: the raw id, or the hash of one that is text."""
+        user_id_U = self.user_id_L.take(pa.array(self.user_start_U))
+        return hash_texts(user_id_U) if user_id_U.type == pa.string() else user_id_U.to_numpy()
 
     @cached_property
     def user_L(self) -> I64:
@@ -94,9 +104,9 @@ def whole_users(batches: Iterable[pa.RecordBatch]) -> Iterator[Lines]:
     for batch in batches:
         if not len(batch):
             continue
-        users = batch["user_id"].to_numpy()
-        last_start = int(_run_starts(users)[-1])
-        if carried and carried[0]["user_id"][0].as_py() != users[0]:
+        users = batch["user_id"]
+        last_start = int(_user_starts(users)[-1])
+        if carried and carried[0]["user_id"][0].as_py() != users[0].as_py():
             # The carried user ends with the last batch, and so does every user but the last of this one.
             yield _lines([*carried, batch.slice(0, last_start)])
             carried = [batch.slice(last_start)]
@@ -110,29 +120,48 @@ def whole_users(batches: Iterable[pa.RecordBatch]) -> Iterator[Lines]:
         yield _lines(carried)
 
 
+_OWN = {
+    "shard": np.int32,
+    "timestamp": np.int64,
+    "item": np.int32,
+    "label": np.int8,
+    "split": np.int8,
+    "line": np.int64,
+}
+"""Columns that lines have names for. Engines widen small integers as they like."""
+
+
 def _lines(batches: list[pa.RecordBatch]) -> Lines:
     table = pa.Table.from_batches(batches)
-
-    def column(name: str, kind: type[np.integer]) -> Any:
-        # Engines widen small integers as they like.
-        return table[name].to_numpy().astype(kind, copy=False) if name in table.column_names else None
-
-    return Lines(
-        shard_L=column("shard", np.int32),
-        user_id_L=column("user_id", np.int64),
-        timestamp_L=column("timestamp", np.int64),
-        item_L=column("item", np.int32),
-        behavior_L=column("behavior", np.int32),
-        scene_L=column("scene", np.int32),
-        label_L=column("label", np.int8),
-        split_L=column("split", np.int8),
-        line_L=column("line", np.int64),
-    )
+    own: dict[str, Any] = {
+        f"{name}_L": table[name].to_numpy().astype(kind, copy=False) if name in table.column_names else None
+        for name, kind in _OWN.items()
+    }
+    others = {
+        name: table[name].to_numpy()
+        for name in table.column_names
+        if name not in _OWN and name not in ("user_key", "user_id")
+    }
+    user_id_L = table["user_id"].combine_chunks()
+    # Engines have several types of text.
+    if not pa.types.is_integer(user_id_L.type):
+        user_id_L = user_id_L.cast(pa.string())
+    return Lines(**own, user_id_L=user_id_L, others_L=others)
 
 
-def _run_starts(values: NDArray[Any]) -> I64:
+def _cut(values: Any, start: int, end: int) -> Any:
+    if isinstance(values, dict):
+        return {name: each[start:end] for name, each in values.items()}
+    return values[start:end]
+
+
+def _user_starts(user_id_L: pa.Array) -> I64:
     """Where each run of equal neighbours begins."""
-    new = np.empty(len(values), bool)
+    new = np.empty(len(user_id_L), bool)
     new[:1] = True
-    new[1:] = values[1:] != values[:-1]
+    if pa.types.is_integer(user_id_L.type):
+        values = user_id_L.to_numpy()
+        new[1:] = values[1:] != values[:-1]
+    else:
+        new[1:] = pc.not_equal(user_id_L[1:], user_id_L[:-1]).to_numpy(zero_copy_only=False)
     return np.flatnonzero(new)

@@ -14,14 +14,21 @@ from embeddings.machine import check_threads, host_memory
 from pipeline.errors import SPACE
 from pipeline.files import output_folder
 from pipeline.ingest import definition
-from pipeline.ingest.counts import check, check_zones, counts_of, lines_kept, nothing_left, notices
-from pipeline.ingest.dictionaries import BYTES_PER_ITEM, Dictionaries, build_dictionaries
+from pipeline.ingest.columns import FEATURE_KEY, event_columns, impression_columns, label_column
+from pipeline.ingest.counts import check, check_zones, counts_of, nothing_left, notices
+from pipeline.ingest.dictionaries import (
+    BYTES_PER_FEATURE,
+    BYTES_PER_ITEM,
+    COPIES_OF_TEXT,
+    Dictionary,
+    build_dictionary,
+)
 from pipeline.ingest.engine import Engine
+from pipeline.ingest.features import Features, FeatureTable
 from pipeline.ingest.shards import ShardBuilder, WrittenShard
-from pipeline.ingest.sources import LogFiles, feature_files, log_files
+from pipeline.ingest.sources import FeatureFiles, LogFiles, feature_files, log_files
 from pipeline.progress import stage
 from schemas.errors import UserError
-from schemas.events import event_schema, impression_schema
 from schemas.manifest import (
     MANIFEST,
     ROW_GROUP_INDEX,
@@ -33,10 +40,19 @@ from schemas.manifest import (
     fingerprint,
 )
 from schemas.prepare import DateSplit, ImpressionSplit, PrepareSettings
-from schemas.shards import ROW_GROUPS, SCHEMA_VERSION, SPLITS, history_schema
+from schemas.shards import ITEM_FEATURES, ROW_GROUPS, SCHEMA_VERSION, SPLITS, shard_schema
 from schemas.storage import RemotePath
 
-CONTENTS = ("shard-*.parquet", "items.parquet", "categories.parquet", ROW_GROUP_INDEX, MANIFEST)
+CONTENTS = (
+    "shard-*.parquet",
+    "items.parquet",
+    ITEM_FEATURES,
+    "feature-*.parquet",
+    "bags-*.arrow",
+    "categories.parquet",  # of schema versions 1 and 2
+    ROW_GROUP_INDEX,
+    MANIFEST,
+)
 """Names of a data set's files."""
 
 MOST_SHARDS = 100_000
@@ -63,14 +79,12 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) ->
         )
     # Names, formats, columns and types of all files first: no engine starts on a log that cannot be right.
     skip = settings.on_corrupt == "skip"
-    events = log_files("events", settings.events, skip_corrupt=skip)
+    events = log_files("events", settings.events, event_columns(settings), skip_corrupt=skip)
     impressions = None
     if settings.impressions is not None:
-        impressions = log_files("impressions", settings.impressions, skip_corrupt=skip)
-    features = None
-    if settings.events.item_features is not None:
-        text = settings.events.text_category
-        features = feature_files(settings.events.item_features, text_category=text, skip_corrupt=skip)
+        columns = impression_columns(settings)
+        impressions = log_files("impressions", settings.impressions, columns, skip_corrupt=skip)
+    features = feature_files(settings)
     engine_class = _engine_class(settings)
     with output_folder(out, CONTENTS, overwrite=overwrite, last=MANIFEST) as folder:
         # With a dot: `output_folder` removes it before the data set gets its name.
@@ -97,130 +111,146 @@ class _Preparation:
     def __init__(self, settings: PrepareSettings, engine: Engine, folder: Path, work: Path) -> None:
         self._settings, self._engine, self._folder, self._work = settings, engine, folder, work
 
-    def run(self, event_files: LogFiles, impression_files: LogFiles | None, feature_files: LogFiles | None) -> Manifest:
+    def run(
+        self, event_files: LogFiles, impression_files: LogFiles | None, feature_files: list[FeatureFiles]
+    ) -> Manifest:
         settings, engine = self._settings, self._engine
-        kind = "string" if settings.events.text_category else "int64"
-        features = None
-        if feature_files is not None:
-            features, _ = engine.load(feature_files, lambda _: None)
-            contradicted = engine.fetch(definition.contradicted(features))["items"][0].as_py()
-            if contradicted:
-                _LOGGER.info("items: %d items with several categories; the largest of each counts", contradicted)
-        # First the log of behaviours, read once into a table of the engine's own: later passes do not parse text again.
+        tables = []
+        for of_file in feature_files:
+            table, _ = engine.load(of_file.files, lambda _: None)
+            # Users are not hashed: only items are in buckets.
+            buckets = settings.items.hash_buckets if of_file.features[0].of == "item" else None
+            tables.append(FeatureTable(of_file.features, definition.in_buckets(table, buckets, FEATURE_KEY)))
+        # Each log is read once into a table of the engine's own: later passes do not parse text again. And faults are
+        # looked for before anything is built on it: one is a line for the user, not a wrong data set.
         with stage("read events") as running:
-            raw, read = engine.load(event_files, running.reach_share)
-        events = definition.with_category(raw, kind, features)
-        if features is not None:
-            events = engine.materialize("events", events, lambda _: None)
-            without = engine.fetch(events.agg(events=events["category_id"].isnull().sum()))["events"][0].as_py()
-            if without:
-                _LOGGER.info("items: %d events are of items without a category there; theirs is the unknown", without)
-        assert set(events.columns) == set(
-            event_schema(
-                text_category=settings.events.text_category,
-                behavior=settings.events.behavior is not None,
-                scene=settings.events.scene is not None,
-            ).names
-        )
-        # Before anything is built on the log: a fault is one line for the user, not a wrong data set.
+            events, read = engine.load(event_files, running.reach_share)
         counted = check(event_files, read, engine.fetch(definition.faults(events)))
-        impressions, cuts, shown = None, None, None
+        logs, lines, cuts, shown = [events], [counted["lines"]], None, None
         if impression_files is not None and settings.impressions is not None:
             with stage("read impressions") as running:
-                raw, shown = engine.load(impression_files, running.reach_share)
-            impressions = definition.with_category(raw, kind, features)
-            assert set(impressions.columns) == set(
-                impression_schema(
-                    text_category=settings.impressions.text_category,
-                    scene=settings.impressions.scene is not None,
-                    label=settings.impressions.label is not None,
-                    split=settings.impressions.split is not None,
-                ).names
-            )
+                impressions, shown = engine.load(impression_files, running.reach_share)
             check_zones([(settings.events, event_files, read), (settings.impressions, impression_files, shown)])
-            check(impression_files, shown, engine.fetch(definition.faults(impressions)))
+            lines.append(check(impression_files, shown, engine.fetch(definition.faults(impressions)))["lines"])
             cuts = self._cuts(impressions)
+            logs.append(impressions)
         else:
             check_zones([(settings.events, event_files, read)])
-        lines_in_all = sum(lines_kept(tally) for tally in (read, shown) if tally is not None)
 
         with stage("dictionaries"):
-            dictionaries, vocabularies = self._dictionaries(events, impressions)
-        # Both logs as lines with dense ids, which the engine sorts and the builder turns into shards.
-        shards = -(-counted["lines"] // settings.shards.behaviors_per_shard)
-        if shards > MOST_SHARDS:
-            raise UserError(
-                f"shards.behaviors_per_shard={settings.shards.behaviors_per_shard} makes {shards:,} shards of "
-                f"{counted['lines']:,} events; at most {MOST_SHARDS:,} are possible, so raise it"
-            )
-        lines = definition.lines(
-            events,
-            impressions,
-            engine.open_ids(self._folder / "items.parquet"),
-            {name: engine.open_ids(self._work / f"{name}.parquet") for name in vocabularies},
-            cuts,
-            seed=settings.seed,
-            shards=shards,
-        )
+            collisions = self._item_collisions(logs)
+            logs = [definition.in_buckets(log, settings.items.hash_buckets) for log in logs]
+            features = Features(settings, engine, self._folder, self._work)
+            dictionary = self._dictionary(features, logs, tables)
+            users = None
+            if any(each.of == "user" for each in settings.declared_features):
+                belonging, _ = features.belonging("user", logs, tables)
+                users = engine.materialize("users_encoded", features.on_users(belonging), lambda _: None)
+            features.of_lines(logs, lines)
         builder = ShardBuilder(
-            dictionaries,
+            dictionary,
+            features.records,
+            self._labels,
             settings.split,
             settings.shards,
             settings.seed,
-            history_schema(
-                behavior="behavior" in vocabularies, scene="scene" in vocabularies, line=impressions is not None
+            shard_schema(
+                features.records,
+                user_type=settings.events.user_type,
+                labels=self._labels,
+                weighted=settings.weighted,
+                line=len(logs) > 1,
             ),
             self._folder,
         )
-        with stage("sort and write shards", lines_in_all, "lines") as running:
-            written, tally = engine.write_shards(lines, definition.line_order(lines), builder, running.advance)
-        counts = counts_of(written, dictionaries, counted, read, shown, tally)
+        with stage("sort and write shards", sum(lines), "lines") as running:
+            sorted_lines = self._lines(features, logs, users, cuts, counted["lines"])
+            written, tally = engine.write_shards(
+                sorted_lines, definition.line_order(sorted_lines), builder, running.advance
+            )
+        counts = counts_of(written, dictionary, features.records, counted, read, shown, tally, collisions)
         if not written:
             raise UserError(nothing_left(settings, counts))
         # Last of all the manifest: a folder without one is no data set.
-        inputs = [files for files in (event_files, impression_files, feature_files) if files is not None]
-        manifest = self._manifest(written, counts, vocabularies, inputs)
+        inputs = [event_files, *([impression_files] if impression_files is not None else [])]
+        inputs += [of_file.files for of_file in feature_files]
+        manifest = self._manifest(written, counts, features, dictionary, inputs)
         manifest.write(self._folder)
         return manifest
+
+    @property
+    def _labels(self) -> tuple[str, ...]:
+        """Names of the targets' labels: those of events that are taken for targets, and no label, have the first."""
+        return tuple(self._settings.labels) or ("label",)
+
+    def _lines(
+        self,
+        features: Features,
+        logs: list[ir.Table],
+        users: ir.Table | None,
+        cuts: tuple[int, int] | None,
+        events: int,
+    ) -> ir.Table:
+        """Both logs as lines with dense ids, which the engine sorts and the builder turns into shards."""
+        settings = self._settings
+        shards = -(-events // settings.shards.behaviors_per_shard)
+        if shards > MOST_SHARDS:
+            raise UserError(
+                f"shards.behaviors_per_shard={settings.shards.behaviors_per_shard} makes {shards:,} shards of "
+                f"{events:,} events; at most {MOST_SHARDS:,} are possible, so raise it"
+            )
+        if len(logs) > 1:
+            labels = [label_column(number, name) for number, name in enumerate(self._labels)]
+            logs = [logs[0], definition.shown(logs[1], cuts, labels)]
+        ids = None if settings.items.hash_buckets else self._engine.open_ids(self._folder / "items.parquet")
+        lines = definition.lines([features.on_lines(log) for log in logs], ids, users)
+        return definition.in_shards(lines, seed=settings.seed, shards=shards)
+
+    def _item_collisions(self, logs: list[ir.Table]) -> int | None:
+        """How many more raw items there are than buckets that have any; None: items are numbered."""
+        buckets = self._settings.items.hash_buckets
+        if buckets is None:
+            return None
+        hashes = definition.hash_counts(definition.item_hashes(logs), "item_id", buckets)
+        counted = self._engine.fetch(hashes).to_pylist()[0]
+        return int(counted["hashes"] - counted["buckets"])
 
     def _cuts(self, impressions: ir.Table) -> tuple[int, int] | None:
         """Timestamps at which validation and test begin; None: a column says so, or there is nothing to train on."""
         split, log = self._settings.split, self._settings.impressions
         assert log is not None
-        if log.split is not None or log.label is None:
+        if log.split is not None or not self._settings.labels:
             return None
         if isinstance(split, DateSplit):
             return split.validation_from, split.test_from
         # At moments that hold out the wanted shares.
         return _cuts(self._engine.fetch(definition.timestamp_counts(impressions)), split)
 
-    def _dictionaries(
-        self, events: ir.Table, impressions: ir.Table | None
-    ) -> tuple[Dictionaries, dict[str, list[str]]]:
-        """Write the dictionaries of items and categories, and the ids of behaviour types and scenes for the engine."""
-        engine = self._engine
-        items = engine.materialize("items", definition.items(events, impressions), lambda _: None)
+    def _dictionary(self, features: Features, logs: list[ir.Table], tables: list[FeatureTable]) -> Dictionary:
+        """Write the dictionary of items, with what belongs to them."""
+        engine, settings = self._engine, self._settings
+        items, number = features.belonging("item", logs, tables)
+        of_items = features.of("item")
+        each = BYTES_PER_ITEM + BYTES_PER_FEATURE * (len(of_items) - 1)
+        memory = number * each
+        if items["key"].type().is_string():
+            length = engine.fetch(items.agg(length=items["key"].length().sum()))["length"][0].as_py()
+            memory += COPIES_OF_TEXT * int(length or 0)
         # Before the arrays are made: the engine must give the memory back first.
-        engine.reserve(BYTES_PER_ITEM * engine.fetch(items.agg(number=items.count()))["number"][0].as_py())
-        changed = definition.changed_categories(events, impressions, items)
-        dictionaries = build_dictionaries(engine.fetch(items), engine.fetch(changed), self._settings.seed)
-        dictionaries.write(self._folder)
-        vocabularies = {}
-        for name in ("behavior", "scene"):
-            if name not in events.columns:
-                continue
-            tables = [events] if impressions is None or name not in impressions.columns else [events, impressions]
-            # Sorted, because the engines give distinct values in orders of their own.
-            values = sorted(engine.fetch(definition.vocabulary(tables, name))["value"].to_pylist())
-            ids = pa.array(range(1, len(values) + 1), pa.int32())
-            pq.write_table(
-                pa.table({"value": pa.array(values, pa.string()), "id": ids}), self._work / f"{name}.parquet"
-            )
-            vocabularies[name] = values
-        return dictionaries, vocabularies
+        engine.reserve(memory)
+        dictionary = build_dictionary(
+            engine.fetch(items.order_by("key")), of_items, settings.items, settings.events.item_type, settings.seed
+        )
+        dictionary.write(self._folder)
+        return dictionary
 
     def _manifest(
-        self, written: list[WrittenShard], counts: Counts, vocabularies: dict[str, list[str]], inputs: list[LogFiles]
+        self,
+        written: list[WrittenShard],
+        counts: Counts,
+        features: Features,
+        dictionary: Dictionary,
+        inputs: list[LogFiles],
     ) -> Manifest:
         # The index of row groups: from it a stream plans its epochs without opening a shard.
         index = pa.table(
@@ -244,15 +274,20 @@ class _Preparation:
             seed=self._settings.seed,
             counts=counts,
             impression_files=tuple(name for files in shown for name in files.names),
-            labeled=log is None or log.label is not None,
-            behaviors=tuple(vocabularies["behavior"]) if "behavior" in vocabularies else None,
-            scenes=tuple(vocabularies["scene"]) if "scene" in vocabularies else None,
+            labeled=log is None or bool(self._settings.labels),
+            features=features.records,
+            labels=self._labels,
+            weighted=self._settings.weighted,
+            user_type=self._settings.events.user_type,
+            item_type=self._settings.events.item_type,
+            item_rows=dictionary.rows,
             settings=_without_paths(self._settings),
             sources=_sources(inputs),
             skipped=tuple(reason for files in inputs for reason in files.skipped),
             shards=tuple(self._shard(file) for file in written),
             files=tuple(
-                File.of(self._folder / name) for name in ("items.parquet", "categories.parquet", ROW_GROUP_INDEX)
+                File.of(self._folder / name)
+                for name in ("items.parquet", ITEM_FEATURES, *sorted(features.files), ROW_GROUP_INDEX)
             ),
         )
 
@@ -306,4 +341,6 @@ def _without_paths(settings: PrepareSettings) -> dict[str, Any]:
     for log in (content["events"], content["events"]["item_features"], content["impressions"]):
         if log is not None:
             del log["files"]
+    for feature in content["features"]:
+        del feature["file"]
     return content

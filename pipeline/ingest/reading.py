@@ -23,9 +23,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import is_refusal
+from pipeline.hashing import hash_values
 from pipeline.ingest import values
-from pipeline.ingest.sources import Column, LogFiles, decompressed, fields, first_line, lines_of
-from pipeline.ingest.values import Kind, WrongValueError
+from pipeline.ingest.columns import Column
+from pipeline.ingest.sets import encoded_sets
+from pipeline.ingest.sources import LogFiles, decompressed, fields, first_line, lines_of
+from pipeline.ingest.values import WrongValueError
 from schemas.errors import UserError
 from schemas.shards import RECORDS_OF_A_FILE
 from schemas.storage import arrow_file
@@ -38,8 +41,6 @@ _BLOCK = 8 << 20
 _ROWS = 200_000
 """Rows of Parquet that are read at a time."""
 
-_TYPES = {"integer": pa.int64(), "text": pa.string(), "time": pa.int64(), "label": pa.int8(), "split": pa.string()}
-
 Tally = Counter[str]
 ReportBytes = Callable[[int], object]
 """Called with the number of bytes of a file that are read since the last call."""
@@ -47,7 +48,7 @@ ReportBytes = Callable[[int], object]
 
 def schema_of(files: LogFiles) -> pa.Schema:
     """Schema of what `read_file` yields: the columns by their new names, and ``line`` where lines are numbered."""
-    fields = [pa.field(column.name, _TYPES[column.kind]) for column in files.columns]
+    fields = [pa.field(column.name, column.type) for column in files.columns]
     return pa.schema([*fields, pa.field("line", pa.int64())] if files.numbered else fields)
 
 
@@ -93,10 +94,10 @@ def _typed(
 
     def converted(column: Column) -> pa.Array:
         try:
-            return _converted(files, column.kind, batch.column(column.source), tally)
+            return _converted(files, column, batch.column(column.source), tally)
         except WrongValueError as wrong:
             where = _where(files, files.paths[index], int(record_N[wrong.index]))
-            raise UserError(f"{where}: column {column.source}: {wrong}; {_remedy(files.role, column)}") from None
+            raise UserError(f"{where}: column {column.source}: {wrong}; {column.remedy}") from None
 
     tally[READ] += len(batch)
     for source, kept in files.keep.items():
@@ -121,12 +122,22 @@ def _typed(
     return pa.record_batch([columns[name] for name in schema.names], schema=schema)
 
 
-def _converted(files: LogFiles, kind: Kind, raw: pa.Array, tally: Tally) -> pa.Array:
-    match kind:
+def _converted(files: LogFiles, column: Column, raw: pa.Array, tally: Tally) -> pa.Array:
+    def scalars(raw: pa.Array) -> pa.Array:
+        converted = _scalars(files, column, raw, tally)
+        return hash_values(converted) if column.hashed else converted
+
+    return encoded_sets(raw, column.separator, scalars) if column.several else scalars(raw)
+
+
+def _scalars(files: LogFiles, column: Column, raw: pa.Array, tally: Tally) -> pa.Array:
+    match column.kind:
         case "integer":
             return values.integers(raw)
         case "text":
             return values.texts(raw)
+        case "number":
+            return values.numbers(raw, negative=column.negative)
         case "label":
             return values.labels(raw)
         case "split":
@@ -136,7 +147,7 @@ def _converted(files: LogFiles, kind: Kind, raw: pa.Array, tally: Tally) -> pa.A
             tally.update(forms)
             return seconds
         case _:
-            assert_never(kind)
+            assert_never(column.kind)
 
 
 def _inside(time: pa.Array, since: int | None, until: int | None) -> pa.Array:
@@ -290,11 +301,3 @@ def _where(files: LogFiles, path: Path, record: int) -> str:
         return f"{path}, row {record}"
     lines = (number for number, line in enumerate(lines_of(path), 1) if line)
     return f"{path}, line {next(itertools.islice(lines, record - 1 + files.header, None))}"
-
-
-def _remedy(role: str, column: Column) -> str:
-    settings = {
-        "timestamp": f"correct the file, or set {role}.timestamp_unit if times are of another kind",
-        "category_id": f"correct the file, or set {role}.text_category=true if categories are text",
-    }
-    return settings.get(column.name, "correct the file")

@@ -14,12 +14,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.ingest.dictionaries import Dictionaries
+from pipeline.ingest.columns import feature_column, label_column, user_column
+from pipeline.ingest.dictionaries import Dictionary
+from pipeline.ingest.encodings import encode_numbers
 from pipeline.ingest.lines import I64, Lines, whole_users
 from pipeline.ingest.reading import Tally
 from pipeline.ingest.targets import ChosenLines, choose_targets, count_left_out, draw_negatives
+from schemas import shards
 from schemas.prepare import ImpressionSplit, ShardLayout, SplitSettings
-from schemas.shards import SPLITS
+from schemas.shards import SPLITS, FeatureRecord
 
 
 @dataclass
@@ -40,7 +43,10 @@ class WrittenShard:
 class ShardBuilder:
     """Writes shards. Holds everything that decides what is in one, so that a shard depends on its own lines alone."""
 
-    dictionaries: Dictionaries
+    dictionary: Dictionary
+    features: tuple[FeatureRecord, ...]
+    labels: tuple[str, ...]
+    """Names of labels, the main one first."""
     split: SplitSettings
     layout: ShardLayout
     seed: int
@@ -79,7 +85,7 @@ class ShardBuilder:
         return files, tally
 
     def build(self, lines: Lines, chosen: ChosenLines) -> pa.Table:
-        """Rows of the users that have a target, in the order of the lines; schema ``history_schema``."""
+        """Rows of the users that have a target, in the order of the lines; schema ``shard_schema``."""
         line_P, split_P = chosen
         kept_U = np.zeros(len(lines.user_start_U), bool)
         kept_U[lines.user_L[line_P]] = True
@@ -87,16 +93,13 @@ class ShardBuilder:
         # Histories: all behaviours of the users that have a target, each once.
         history_L = lines.is_event_L & kept_U[lines.user_L]
         history_offset = _offsets(lines.behaviors_U[kept_U])
-        item_M = lines.item_L[history_L]
         columns: dict[str, NDArray[Any]] = {
-            "history_item": item_M,
-            "history_category": self.dictionaries.category_I[item_M],
+            "history_item": lines.item_L[history_L],
             "history_timestamp": lines.timestamp_L[history_L],
         }
-        if lines.behavior_L is not None:
-            columns["history_behavior"] = lines.behavior_L[history_L]
-        if lines.scene_L is not None:
-            columns["history_scene"] = lines.scene_L[history_L]
+        for each in self.features:
+            if each.of == "behavior":
+                columns[f"history_{each.name}"] = _values(each, lines, history_L)
 
         # Targets: each positive is followed by its negatives, which have its moment, its split and its history.
         item_TP = lines.item_L[line_P][:, None]
@@ -107,7 +110,7 @@ class ShardBuilder:
             per_line = 1 + self.split.negatives
             label_T = np.tile(np.arange(per_line) == 0, len(line_P)).astype(np.int8)
             if self.split.negatives:
-                drawn_PJ = draw_negatives(lines, line_P, self.dictionaries, self.split.negatives, self.seed)
+                drawn_PJ = draw_negatives(lines, line_P, self.dictionary, self.split.negatives, self.seed)
                 item_TP = np.concatenate([item_TP, drawn_PJ], axis=1)
         # Row by row: a positive, then its negatives, then the next positive.
         item_T = item_TP.reshape(-1).astype(np.int32)
@@ -115,16 +118,23 @@ class ShardBuilder:
         target_offset = _offsets(np.bincount(lines.user_L[line_T], minlength=len(kept_U))[kept_U])
         columns |= {
             "target_item": item_T,
-            "target_category": self.dictionaries.category_I[item_T],
             "target_timestamp": lines.timestamp_L[line_T],
             "target_label": label_T,
             "target_split": np.repeat(split_P, per_line),
             "target_history_end": lines.history_end_L[line_T].astype(np.int32),
         }
-        if lines.scene_L is not None:
-            columns["target_scene"] = lines.scene_L[line_T]
+        for each in self.features:
+            if each.target:
+                columns[f"target_{each.name}"] = _values(each, lines, line_T)
+        for number, label in enumerate(self.labels[1:], 1):
+            name = shards.label_column(self.labels, label)
+            columns[name] = lines.others_L[label_column(number, label)][line_T].astype(np.int8)
+        if "weight" in lines.others_L:
+            columns["target_weight"] = lines.others_L["weight"][line_T].astype(np.float32)
         if lines.line_L is not None:
             columns["target_line"] = lines.line_L[line_T]
+        start_U = lines.user_start_U[kept_U]
+        of_users = {f"user_{each.name}": _values(each, lines, start_U) for each in self.features if each.of == "user"}
 
         # Lists share their offsets: one for all columns of a history, one for all of the targets.
         def ragged(name: str) -> pa.Array:
@@ -133,10 +143,12 @@ class ShardBuilder:
                 pa.array(offsets), pa.array(columns[name]), type=self.schema.field(name).type
             )
 
-        user_id = pa.array(lines.user_id_L[lines.user_start_U[kept_U]])
-        return pa.Table.from_arrays(
-            [user_id if name == "user_id" else ragged(name) for name in self.schema.names], schema=self.schema
-        )
+        def column(name: str) -> pa.Array:
+            if name == "user_id":
+                return lines.user_id_L.take(pa.array(start_U))
+            return pa.array(of_users[name]) if name in of_users else ragged(name)
+
+        return pa.Table.from_arrays([column(name) for name in self.schema.names], schema=self.schema)
 
     def _write_file(self, name: str, tables: Iterable[pa.Table]) -> WrittenShard | None:
         written = WrittenShard(name)
@@ -152,6 +164,13 @@ class ShardBuilder:
             if writer is not None:
                 writer.close()
         return written if written.users else None
+
+
+def _values(record: FeatureRecord, lines: Lines, wanted: NDArray[Any]) -> NDArray[Any]:
+    """A feature on some lines, as shards have it."""
+    column = user_column(record.name) if record.of == "user" else feature_column(record.name)
+    values = lines.others_L[column][wanted]
+    return encode_numbers(record, values) if record.kind == "number" else values.astype(np.int32, copy=False)
 
 
 def shard_encoding(schema: pa.Schema) -> dict[str, Any]:

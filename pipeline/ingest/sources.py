@@ -1,7 +1,7 @@
 """Input files of a log: which they are, their format, and what is read of them, before any engine starts."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -9,10 +9,12 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.ingest.values import Kind, fits
+from pipeline.ingest.columns import Column, file_columns, id_columns, roles
+from pipeline.ingest.values import fits
 from pipeline.paths import input_files
 from schemas.errors import UserError
-from schemas.prepare import Events, Impressions, ItemFeatures, Log, TimestampUnit
+from schemas.features import FeatureSettings
+from schemas.prepare import Impressions, Log, PrepareSettings, TextFormat, TimestampUnit
 from schemas.storage import arrow_file
 
 _TEXT = (".csv", ".tsv", ".txt")
@@ -21,22 +23,11 @@ _PARQUET = (".parquet", ".parq", ".pq")
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of the files that is read."""
-
-    source: str
-    """Its name in the files."""
-    name: str
-    """Its name from here on."""
-    kind: Kind
-
-
-@dataclass(frozen=True)
 class LogFiles:
     """Files of one log, which share a format, and what is read of each of their lines."""
 
     role: str
-    """What the log is, for messages: events, impressions, items."""
+    """What the log is, for messages: events, impressions, items, users."""
     paths: tuple[Path, ...]
     format: Literal["text", "parquet"]
     columns: tuple[Column, ...]
@@ -57,6 +48,8 @@ class LogFiles:
     quote: str | None = '"'
     numbered: bool = False
     """Lines carry a number that finds them again; see `pipeline.ingest.reading`."""
+    number: int = 0
+    """Tells apart several of one role."""
     skipped: tuple[str, ...] = ()
     """Corrupt Parquet files that were left out, with the reason."""
 
@@ -77,39 +70,48 @@ class LogFiles:
         return tuple(dict.fromkeys([*(column.source for column in self.columns), *self.keep]))
 
 
-def log_files(role: str, log: Log, *, skip_corrupt: bool) -> LogFiles:
+@dataclass(frozen=True)
+class FeatureFiles:
+    """Files that say what belongs to items or users, a line each."""
+
+    features: tuple[FeatureSettings, ...]
+    """Those that are read of them, all of one side."""
+    files: LogFiles
+
+
+def log_files(role: str, log: Log, columns: tuple[Column, ...] | None = None, *, skip_corrupt: bool) -> LogFiles:
     """The files of a log of behaviours or impressions.
+
+    Args:
+        role: events or impressions.
+        log: its settings.
+        columns: what is read; None: user, item and time alone.
+        skip_corrupt: leave out Parquet files that cannot be read.
 
     Raises:
         UserError: a file or column is missing, named twice, of another type, or corrupt (unless ``skip_corrupt``).
     """
-    columns = [
-        Column(log.user_id, "user_id", "integer"),
-        Column(log.item_id, "item_id", "integer"),
-        Column(log.timestamp, "timestamp", "time"),
-    ]
-    if log.category_id is not None:
-        columns.append(Column(log.category_id, "category_id", "text" if log.text_category else "integer"))
-    if log.scene is not None:
-        columns.append(Column(log.scene, "scene", "text"))
-    if isinstance(log, Impressions):
-        if log.label is not None:
-            columns.append(Column(log.label, "label", "label"))
-        if log.split is not None:
-            columns.append(Column(log.split, "split", "split"))
-    elif isinstance(log, Events) and log.behavior is not None:
-        columns.append(Column(log.behavior, "behavior", "text"))
-    return _files(role, log, tuple(columns), skip_corrupt)
+    return _files(role, log, id_columns(log) if columns is None else columns, skip_corrupt)
 
 
-def feature_files(features: ItemFeatures, *, text_category: bool, skip_corrupt: bool) -> LogFiles:
-    """The files that say each item's category; errors are those of `log_files`."""
-    columns = (
-        Column(features.item_id, "item_id", "integer"),
-        Column(features.category_id, "category_id", "text" if text_category else "integer"),
-    )
-    log = Log(files=features.files, delimiter=features.delimiter, quote=features.quote)
-    return _files("items", log, columns, skip_corrupt)
+def feature_files(settings: PrepareSettings) -> list[FeatureFiles]:
+    """The files that features of items and users have of their own; errors are those of `log_files`."""
+    # Features of one file are read together.
+    together: dict[tuple[str, tuple[str, ...], str | None], list[FeatureSettings]] = {}
+    for feature in settings.declared_features:
+        if feature.file is not None:
+            names = settings.files_of(feature)
+            together.setdefault((feature.of, names, feature.key), []).append(feature)
+    read = []
+    for number, ((_, names, _), of_files) in enumerate(together.items()):
+        features = tuple(of_files)
+        own = settings.events.item_features
+        form: TextFormat = own if own is not None and settings.is_short_form(features[0]) else TextFormat()
+        log = Log(files=names, delimiter=form.delimiter, quote=form.quote)
+        columns = file_columns(settings, features)
+        files = _files(roles(features[0].of), log, columns, settings.on_corrupt == "skip")
+        read.append(FeatureFiles(features, replace(files, number=number)))
+    return read
 
 
 def _files(role: str, log: Log, columns: tuple[Column, ...], skip_corrupt: bool) -> LogFiles:
@@ -138,7 +140,8 @@ def _files(role: str, log: Log, columns: tuple[Column, ...], skip_corrupt: bool)
 
 
 def _parquet_files(files: LogFiles, skip_corrupt: bool) -> LogFiles:
-    good, skipped = [], []
+    good: list[Path] = []
+    skipped: list[str] = []
     for path in files.paths:
         try:
             # The footer alone; whether the rest can be read shows later, or below where corrupt files are left out.
@@ -151,14 +154,15 @@ def _parquet_files(files: LogFiles, skip_corrupt: bool) -> LogFiles:
                 ) from None
             skipped.append(f"{path}: {first_line(error)}")
             continue
+        if not good:
+            files = _without_optional(files, schema.names)
         _require(files, path, schema.names)
-        kinds: dict[str, Kind] = dict.fromkeys(files.keep, "text")
-        for name, kind in (*kinds.items(), *((column.source, column.kind) for column in files.columns)):
-            if not fits(kind, schema.field(name).type, files.unit):
-                wanted = f"{files.unit} times" if kind == "time" else f"{kind}s"
+        for column in (*(Column(name, name, "text") for name in files.keep), *files.columns):
+            actual = schema.field(column.source).type
+            if not _reads(column, actual, files.unit):
                 raise UserError(
-                    f"{files.role}: {path}: column {name} is of the type {schema.field(name).type}, which cannot be "
-                    f"read as {wanted}"
+                    f"{files.role}: {path}: column {column.source} is of the type {actual}, which cannot be read as "
+                    f"{_wanted(column, actual, files.unit)}"
                 )
         good.append(path)
     if skip_corrupt:
@@ -169,6 +173,38 @@ def _parquet_files(files: LogFiles, skip_corrupt: bool) -> LogFiles:
     if not good:
         raise UserError(f"{files.role}: no file can be read: {skipped[0]}")
     return replace(files, paths=tuple(good), skipped=tuple(skipped))
+
+
+def _reads(column: Column, actual: pa.DataType, unit: TimestampUnit) -> bool:
+    """Whether a Parquet column of type ``actual`` can be read."""
+    if column.several and column.separator is None:
+        inner = _inner(actual)
+        return pa.types.is_null(actual) if inner is None else fits(column.kind, inner, unit)
+    return fits("text" if column.several else column.kind, actual, unit)
+
+
+def _inner(actual: pa.DataType) -> pa.DataType | None:
+    """Type of a list's values; None: it is no list."""
+    types = pa.types
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    return actual.value_type if any(is_list(actual) for is_list in lists) else None
+
+
+def _wanted(column: Column, actual: pa.DataType, unit: TimestampUnit) -> str:
+    """What a column should be read as, and which setting reads it, for a message."""
+    kind = f"{unit} times" if column.kind == "time" else f"{column.kind}s"
+    if column.several and column.separator is None:
+        return f"lists of {kind}; set the feature's separator if texts have several values"
+    # Only columns of features are renamed so.
+    is_feature = column.name.startswith("f_") and not column.several and column.kind != "number"
+    return kind + ("; declare the feature with kind=ids" if _inner(actual) is not None and is_feature else "")
+
+
+def _without_optional(files: LogFiles, names: Iterable[str]) -> LogFiles:
+    """The files without those columns that they may lack, and do."""
+    present = set(names)
+    columns = tuple(each for each in files.columns if not each.optional or each.source in present)
+    return replace(files, columns=columns)
 
 
 def _damage(path: Path, columns: tuple[str, ...]) -> str | None:
@@ -206,6 +242,13 @@ def _text_files(files: LogFiles, log: Log) -> LogFiles:
         for path in files.paths:
             _head(files.role, path)
     assert names is not None, "settings are validated"
+    files = _without_optional(files, names)
+    for column in files.columns:
+        if column.several and column.separator is None:
+            raise UserError(
+                f"{files.role}: {files.paths[0]}: a text file has no lists, as column {column.source} should; set the "
+                "feature's separator to what stands between its values"
+            )
     _require(files, files.paths[0], list(names))
     return replace(files, text_columns=names)
 

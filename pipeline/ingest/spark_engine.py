@@ -73,7 +73,7 @@ class SparkEngine:
         Raises:
             UserError: a line or file that cannot be read; of several the first, in the order of files.
         """
-        name = f"{files.role}_read"
+        name = f"{files.role}{files.number or ''}_read"
         folder = (self._folder / f"{name}.parquet").absolute()
         folder.mkdir()
         # Executors have working directories of their own.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.hashing import U64, mix
 from pipeline.ingest.definition import EVENT
-from pipeline.ingest.dictionaries import Dictionaries
+from pipeline.ingest.dictionaries import Dictionary
 from pipeline.ingest.lines import I64, Lines
 from pipeline.ingest.reading import Tally
 from schemas.errors import UserError
@@ -151,7 +151,7 @@ def _by_timestamp(lines: Lines, split: TimestampSplit, seed: int) -> ChosenLines
     line_C = np.flatnonzero(lines.history_end_L >= split.min_history)
     group_C = group_L[line_C]
     # Keys of what a line says, never of where it stands: the choice must not depend on how lines came in.
-    key_C = mix(lines.user_id_L[line_C], seed) ^ mix(lines.timestamp_L[line_C], 2)
+    key_C = mix(lines.user_number_U[lines.user_L[line_C]], seed) ^ mix(lines.timestamp_L[line_C], 2)
     key_C = mix(key_C ^ mix(lines.item_L[line_C], 3), 4)
     # `lexsort` takes the main key last. Lines of one item in a group have one key and lie together; the first stands
     # for all.
@@ -184,14 +184,14 @@ def _by_date(lines: Lines, split: DateSplit) -> ChosenLines:
 
 
 def draw_negatives(
-    lines: Lines, line_P: I64, dictionaries: Dictionaries, per_positive: int, seed: int
+    lines: Lines, line_P: I64, dictionary: Dictionary, per_positive: int, seed: int
 ) -> NDArray[np.int32]:
-    """Draw the negatives of each positive. A draw depends on (seed, user id, number among the user's lines, j) alone.
+    """Draw the negatives of each positive. A draw depends on (seed, user, number among the user's lines, j) alone.
 
     Args:
         lines: of whole users.
         line_P: the positives.
-        dictionaries: say how frequent each item is.
+        dictionary: says how frequent each item is.
         per_positive: J.
         seed: decides the draws.
 
@@ -201,19 +201,19 @@ def draw_negatives(
     Raises:
         UserError: a user has touched every item there is.
     """
-    size = len(dictionaries.cumulative_I)
+    size = len(dictionary.cumulative_I)
     touched = _touched(lines, size)
     user_P = lines.user_L[line_P]
     position_P = line_P - lines.user_start_U[user_P]
     # The number among the user's own lines, not in this part of the stream: how lines were cut must not matter.
-    key_P = mix(mix(lines.user_id_L[line_P], seed) ^ position_P.astype(np.uint64), 5)
+    key_P = mix(mix(lines.user_number_U[user_P], seed) ^ position_P.astype(np.uint64), 5)
     key = np.repeat(key_P, per_positive) + np.tile(np.arange(per_positive, dtype=np.uint64), len(line_P))
     user = np.repeat(user_P, per_positive)
     item = np.zeros(len(key), np.int32)
     pending = np.arange(len(key))
     for attempt in range(_ATTEMPTS):
         # Only refused draws are drawn again, with another salt: the others stay what they are.
-        drawn = _draw(mix(key[pending], 6 + attempt), dictionaries.cumulative_I)
+        drawn = _draw(mix(key[pending], 6 + attempt), dictionary.cumulative_I)
         refused = _contains(touched, user[pending] * size + drawn)
         item[pending] = drawn
         pending = pending[refused]
@@ -221,7 +221,7 @@ def draw_negatives(
             break
     for draw in pending:
         # A user who has touched nearly all there is: draw from what is left, which is what rejection converges to.
-        item[draw] = _draw_from_rest(lines, int(user[draw]), mix(key[draw : draw + 1], 6 + _ATTEMPTS), dictionaries)
+        item[draw] = _draw_from_rest(lines, int(user[draw]), mix(key[draw : draw + 1], 6 + _ATTEMPTS), dictionary)
     return item.reshape(len(line_P), per_positive)
 
 
@@ -242,8 +242,8 @@ def _draw(random: U64, cumulative_I: I64) -> I64:
     return np.searchsorted(cumulative_I, ticket, side="right")
 
 
-def _draw_from_rest(lines: Lines, user: int, random: U64, dictionaries: Dictionaries) -> int:
-    frequency_I = np.diff(dictionaries.cumulative_I, prepend=0)
+def _draw_from_rest(lines: Lines, user: int, random: U64, dictionary: Dictionary) -> int:
+    frequency_I = np.diff(dictionary.cumulative_I, prepend=0)
     frequency_I[np.unique(lines.item_L[lines.user_L == user])] = 0
     cumulative_I = np.cumsum(frequency_I)
     if not cumulative_I[-1]:

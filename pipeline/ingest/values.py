@@ -17,7 +17,12 @@ import pyarrow.compute as pc
 from schemas.prepare import TimestampUnit
 from schemas.shards import SPLITS
 
-Kind = Literal["integer", "text", "time", "label", "split"]
+Kind = Literal["integer", "text", "number", "time", "label", "split"]
+
+LONGEST_TEXT = 1 << 16
+"""Bytes of the longest text that a value can be."""
+_LARGEST_NUMBER = float(np.finfo(np.float32).max)
+"""Models see numbers as float32."""
 
 _CANONICAL = "^(?:0|-?[1-9][0-9]*)$"
 _WHOLE_FLOAT = r"^(0|-?[1-9][0-9]{0,14})\.0+$"
@@ -30,6 +35,7 @@ _ZONED = "[0-9]:[0-9]{2}.*(?:Z|UTC|[+-][0-9]{2}(?::?[0-9]{2})?)$"
 _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1} | {
     word: int(value) for value in (False, True) for word in (str(value), str(value).lower(), str(value).upper())
 }
+_NUMBER = r"^[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[Nn][Aa][Nn]|[Ii]nf(?:inity)?)$"
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _LAST_DAY = np.array([0, 31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31])
 """Number of days of each month, in a year without a leap day."""
@@ -57,13 +63,17 @@ def fits(kind: Kind, actual: pa.DataType, unit: TimestampUnit) -> bool:
         return fits(kind, actual.value_type, unit)
     if _is_text(actual) or types.is_null(actual):
         return True
+    if is_binary(actual):
+        return kind == "text"
     if kind == "time" and unit == "datetime":
         return bool(types.is_timestamp(actual) or types.is_date(actual))
     if types.is_integer(actual):
         return kind != "split"
     if types.is_boolean(actual):
         return kind in ("label", "text")
-    return kind in ("integer", "time", "label") and bool(types.is_floating(actual) or types.is_decimal(actual))
+    return kind in ("integer", "number", "time", "label") and bool(
+        types.is_floating(actual) or types.is_decimal(actual)
+    )
 
 
 def integers(values: pa.Array) -> pa.Array:
@@ -96,9 +106,48 @@ def integers(values: pa.Array) -> pa.Array:
 
 
 def texts(values: pa.Array) -> pa.Array:
-    """Text as it stands, every character of it; integers by their digits, booleans as ``true`` and ``false``."""
+    """Text as it stands, every character of it; integers by their digits, booleans as ``true`` and ``false``.
+
+    Binary values of a fixed width of 16 bytes are UUIDs (``8-4-4-4-12`` digits in small letters), all others are
+    hexadecimal digits in small letters.
+
+    Raises:
+        WrongValueError: a text longer than `LONGEST_TEXT`, or one that is no UTF-8.
+    """
     values = _plain(values)
-    return _missing_as_null(values if _is_text(values.type) else values.cast(pa.string()))
+    if is_binary(values.type):
+        values = binary_texts(values)
+    elif not _is_text(values.type):
+        values = values.cast(pa.string())
+    else:
+        _require_utf8(values)
+    values = _missing_as_null(values)
+    _require(values, pc.less_equal(pc.binary_length(values), LONGEST_TEXT), lambda _: "is longer than 64 KiB")
+    return values
+
+
+def numbers(values: pa.Array, *, negative: bool = True) -> pa.Array:
+    """Numbers as float64, where NaN is missing and there is no negative zero.
+
+    Args:
+        values: numbers, or texts of decimal numbers, with or without an exponent.
+        negative: whether numbers below 0 are right.
+
+    Raises:
+        WrongValueError: infinity, a number that no float32 holds, anything that is no number.
+    """
+    values = _plain(values)
+    number = _missing_as_null(values) if _is_text(values.type) else values
+    if _is_text(values.type):
+        _require(number, pc.match_substring_regex(number, _NUMBER), lambda _: "is not a number")
+        number = _cast(number, _is_float, "is not a number", kind=pa.float64())
+    number = pc.add(number.cast(pa.float64(), safe=False), 0.0)
+    number = pc.if_else(pc.is_nan(number), pa.scalar(None, pa.float64()), number)
+    finite = pc.less_equal(pc.abs(number), _LARGEST_NUMBER)
+    _require(values, pc.fill_null(finite, True), lambda _: "is infinite, or too large for a float32")
+    if not negative:
+        _require(values, pc.fill_null(pc.greater_equal(number, 0.0), True), lambda _: "is negative")
+    return number
 
 
 def labels(values: pa.Array) -> pa.Array:
@@ -285,6 +334,53 @@ def _require(values: pa.Array, right: pa.Array, reason: Callable[[object], str])
         raise WrongValueError(index, value, reason(value))
 
 
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether values of an Arrow type are bytes, UUIDs among them."""
+    types = pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        return bool(kind.extension_name == "arrow.uuid")
+    return bool(
+        types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_binary_view(kind)
+        or types.is_fixed_size_binary(kind)
+    )
+
+
+def binary_texts(values: pa.Array) -> pa.Array:
+    """Bytes as hexadecimal digits, or as UUIDs where all have 16 of them by their type."""
+    if isinstance(values, pa.ExtensionArray):
+        values = values.storage
+    uuids = pa.types.is_fixed_size_binary(values.type) and values.type.byte_width == 16
+    missing = values.is_null()
+    plain = values.cast(pa.binary()).fill_null(b"")
+    _, offsets, content = plain.buffers()
+    offset = np.frombuffer(offsets, np.int32)[plain.offset : plain.offset + len(plain) + 1].astype(np.int64)
+    raw = np.frombuffer(content or b"", np.uint8)[offset[0] : offset[-1]]
+    digits = np.frombuffer(b"0123456789abcdef", np.uint8)
+    text = np.stack([digits[raw >> 4], digits[raw & 15]], axis=1).reshape(-1)
+    ends = 2 * (offset - offset[0])
+    if uuids:
+        # Dashes before the digits 8, 12, 16 and 20; a null has no digits.
+        text = np.insert(text.reshape(-1, 32), (8, 12, 16, 20), ord("-"), axis=1).reshape(-1)
+        ends = ends // 32 * 36
+    texts = pa.StringArray.from_buffers(len(plain), pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(text))
+    return pc.if_else(missing, pa.scalar(None, pa.string()), texts)
+
+
+def _require_utf8(values: pa.Array) -> None:
+    """Raise for the first text that is no UTF-8: a Parquet file may say of any bytes that they are text."""
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid:
+        for index, raw in enumerate(values.cast(pa.binary()).to_pylist()):
+            try:
+                (raw or b"").decode()
+            except UnicodeDecodeError:
+                raise WrongValueError(index, raw, "is not UTF-8") from None
+        raise
+
+
 def _plain(values: pa.Array) -> pa.Array:
     """Dictionary-encoded values decoded, and all kinds of text as one."""
     if pa.types.is_dictionary(values.type):
@@ -318,6 +414,14 @@ def _is_int64(value: Any) -> bool:
         # No more digits than an integer of 64 bits has: Python refuses to read thousands of them.
         return len(value) <= 20 and -(2**63) <= int(value) < 2**63
     return int(value) == value and -(2**63) <= int(value) < 2**63
+
+
+def _is_float(text: object) -> bool:
+    try:
+        float(str(text))
+    except ValueError:
+        return False
+    return True
 
 
 def _is_time(text: object) -> bool:

@@ -30,7 +30,8 @@ def draw_figure(folder: Path, summary: Summary, figure: Path) -> None:
     """
     manifest = Manifest.read(folder)
     items = read_popularity(manifest.verified(folder, "items.parquet"), summary.counts.items, RANGES)
-    categories = read_popularity(manifest.verified(folder, "categories.parquet"), summary.counts.categories, RANGES)
+    name = "feature-category.parquet" if manifest.schema_version >= 3 else "categories.parquet"
+    categories = read_popularity(manifest.verified(folder, name), summary.counts.categories, RANGES)
     drawing, (lengths, targets, popularity, load) = panels(4, height=4, columns=2, grid="y")
     _lengths(lengths, summary.lengths)
     _targets(targets, summary)

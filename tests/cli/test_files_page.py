@@ -17,7 +17,7 @@ from pipeline.planning.dry_run import dry_run
 from pipeline.planning.text import as_dict
 from schemas.prepare import PRESETS, PrepareSettings
 from schemas.settings import load_settings
-from schemas.shards import history_schema
+from schemas.shards import history_schema, shard_schema
 from tests.plans import plan_settings
 from tests.runs import Run, small_settings
 
@@ -57,6 +57,7 @@ def test_a_data_set(tmp_path: Path) -> None:
     for file in (tmp_path / "data").glob("*.parquet"):
         assert not missing(pq.read_schema(file).names), file
     assert not missing(history_schema(behavior=True, scene=True, line=True).names)
+    assert not missing(shard_schema((), user_type="text", labels=("click",), weighted=True, line=True).names)
     assert not missing(keys(json.loads((tmp_path / "data/manifest.json").read_text())))
 
 

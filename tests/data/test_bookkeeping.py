@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +19,7 @@ from pipeline.ingest.prepare import prepare
 from schemas.errors import UserError
 from schemas.manifest import Counts
 from schemas.prepare import PrepareSettings
-from schemas.shards import RECORDS_OF_A_FILE, Split
+from schemas.shards import ITEM_FEATURES, RECORDS_OF_A_FILE, Split
 
 SINCE, UNTIL = 5, 25
 
@@ -226,7 +227,10 @@ def test_a_file_of_items_says_the_categories_of_both_logs(tmp_path: Path, caplog
     logging.getLogger("dare").propagate = True
     with caplog.at_level(logging.INFO, "dare.data"):
         prepare(PrepareSettings.model_validate(content), tmp_path / "out")
-    category = {row["id"]: row["raw_id"] for row in pq.read_table(tmp_path / "out" / "categories.parquet").to_pylist()}
+    dictionary = pq.read_table(tmp_path / "out" / "feature-category.parquet").to_pylist()
+    name = {row["id"]: row["raw_id"] for row in dictionary}
+    with pa.ipc.open_file(str(tmp_path / "out" / ITEM_FEATURES)) as file:
+        category = file.read_all()["category"].to_pylist()
     items = pq.read_table(tmp_path / "out" / "items.parquet").to_pylist()
-    assert {row["raw_id"]: category.get(row["category"]) for row in items} == {1: 10, 2: 20, 3: None, 8: 80}
-    assert "items: 1 events are of items without a category there" in caplog.text
+    assert {row["raw_id"]: name.get(category[row["id"]]) for row in items} == {1: 10, 2: 20, 3: None, 8: 80}
+    assert "feature category: 1 items have no value in its file; theirs is the unknown" in caplog.text

@@ -58,7 +58,7 @@ def counted(folder: Path) -> Any:
 
 def dictionaries(folder: Path) -> Any:
     manifest = Manifest.read(folder)
-    categories = manifest.verified(folder, "categories.parquet")
+    categories = manifest.verified(folder, "feature-category.parquet")
     popularity = read_popularity(categories, manifest.counts.categories, 4)
     return DataSet.open(folder).names("item").to_pylist(), popularity.load_W.tolist()
 

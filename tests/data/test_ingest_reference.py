@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline.ingest.prepare import prepare
 from schemas.manifest import Manifest
 from schemas.prepare import PrepareSettings
-from schemas.shards import SPLITS
+from schemas.shards import ITEM_FEATURES, SPLITS
 
 Event = tuple[int, int, int, int]
 """user, item, category, timestamp."""
@@ -45,17 +46,24 @@ def run(folder: Path, rows: list[Event], split: dict[str, Any], **more: Any) -> 
 
 def read(folder: Path, manifest: Manifest) -> dict[int, dict]:
     raw = {name: {0: None} for name in ("item", "category")}
-    for name, file in (("item", "items"), ("category", "categories")):
+    for name, file in (("item", "items"), ("category", "feature-category")):
         for row in pq.read_table(folder / f"{file}.parquet").to_pylist():
             assert row["id"] not in raw[name], "dense ids are unique"
             raw[name][row["id"]] = row["raw_id"]
         assert sorted(raw[name]) == list(range(len(raw[name]))), "dense ids have no gaps"
+    with pa.ipc.open_file(str(folder / ITEM_FEATURES)) as file:
+        category = file.read_all()["category"].to_pylist()
+    assert len(category) == 1 + manifest.counts.items
+    assert category[0] == 0
     users = {}
     for shard in manifest.shards:
-        for row in pq.read_table(folder / shard.path).to_pylist():
+        table = pq.read_table(folder / shard.path)
+        assert table.schema.equals(manifest.shard_schema)
+        for row in table.to_pylist():
             for side in ("history", "target"):
-                for name in ("item", "category"):
-                    row[f"{side}_{name}"] = [raw[name][value] for value in row[f"{side}_{name}"]]
+                items = row[f"{side}_item"]
+                row[f"{side}_category"] = [raw["category"][category[item]] for item in items]
+                row[f"{side}_item"] = [raw["item"][item] for item in items]
             users[row["user_id"]] = row
     return users
 
@@ -252,12 +260,14 @@ def test_behavior_and_scene(tmp_path: Path) -> None:
         "split": {"kind": "paper", "min_behaviors": 1, "negatives": 1},
     }
     manifest = prepare(PrepareSettings.model_validate(content), tmp_path / "out")
-    assert manifest.behaviors == ("buy", "cart", "click")
-    assert manifest.scenes == ("home", "search")
     row = read(tmp_path / "out", manifest)[1]
-    assert row["history_behavior"] == [3, 2, 3]
-    assert row["history_scene"] == [1, 0, 2]
-    assert row["target_scene"] == [0, 0, 2, 2]
+    raw = {}
+    for name in ("behavior", "scene"):
+        dictionary = pq.read_table(tmp_path / "out" / f"feature-{name}.parquet").to_pylist()
+        raw[name] = {each["id"]: each["raw_id"] for each in dictionary} | {0: None}
+    assert [raw["behavior"][id] for id in row["history_behavior"]] == ["click", "cart", "click"]
+    assert [raw["scene"][id] for id in row["history_scene"]] == ["home", None, "search"]
+    assert [raw["scene"][id] for id in row["target_scene"]] == [None, None, "search", "search"]
 
 
 def test_negatives_follow_frequency(tmp_path: Path) -> None:

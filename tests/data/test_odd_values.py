@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -14,12 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.ingest.columns import event_columns, impression_columns
 from pipeline.ingest.duckdb_engine import DuckDBEngine
 from pipeline.ingest.engine import Engine
 from pipeline.ingest.reading import Tally, read_file
 from pipeline.ingest.sources import LogFiles, log_files
 from schemas.errors import UserError
-from schemas.prepare import Events, Impressions, Log
+from schemas.prepare import PrepareSettings
 
 MISSING, REFUSED = None, "refused"
 NOON = int(datetime(2017, 11, 25, 12, tzinfo=UTC).timestamp())
@@ -143,6 +144,8 @@ TYPED: list[tuple[str, dict[str, Any], pa.Array, Any]] = [
     ("category_id", {"text_category": True}, pa.array([1.5]), REFUSED),
 ]
 
+COLUMNS = {"category_id": "f_category"}
+"""What columns of the files are called once they are read, where it is something else."""
 GOOD = {"user_id": "1", "item_id": "5", "category_id": "2", "timestamp": "1511611200", "label": "1"}
 GOOD_TIME = {"datetime": "2017-11-25", "mmdd": "0101"}
 
@@ -161,9 +164,23 @@ def write(path: Path, lines: list[dict[str, Any]]) -> None:
         writer.writerows(lines)
 
 
-def log(role: str, path: Path, **more: Any) -> LogFiles:
-    kind: type[Log] = Events if role == "events" else Impressions
-    return log_files(role, kind(files=(str(path),), **more), skip_corrupt=False)
+def log(role: str, path: Path, features: Sequence[dict[str, Any]] = (), **more: Any) -> LogFiles:
+    files = (str(path),)
+    of_role = {"files": files, **more}
+    # What both logs must agree in.
+    own = {"files": files} | {name: more[name] for name in ("text_category", "timestamp_unit") if name in more}
+    settings = PrepareSettings.model_validate(
+        {
+            "events": of_role if role == "events" else own,
+            "impressions": of_role if role == "impressions" else own,
+            "split": {"kind": "impressions"},
+            "features": features,
+        }
+    )
+    if role == "events":
+        return log_files(role, settings.events, event_columns(settings), skip_corrupt=False)
+    assert settings.impressions is not None
+    return log_files(role, settings.impressions, impression_columns(settings), skip_corrupt=False)
 
 
 def read(engine: Engine, number: int, role: str, path: Path, column: str, **more: Any) -> list[Any] | str:
@@ -173,7 +190,8 @@ def read(engine: Engine, number: int, role: str, path: Path, column: str, **more
         # Under a name of its own, so that one engine reads all files of a test.
         files = replace(log(role, path, **more), role=f"{role}{number}")
         table, tally = engine.load(files, lambda _: None)
-        values: list[Any] = engine.fetch(table.select(column))[column].to_pylist()
+        name = COLUMNS.get(column, column)
+        values: list[Any] = engine.fetch(table.select(name))[name].to_pylist()
     except UserError as error:
         said = str(error)
     if said:
@@ -245,7 +263,8 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 
 def column_of(path: Path, column: str, **more: Any) -> list[Any]:
     files = log("events", path, **more)
-    return [value for batch in read_file(files, 0, Tally(), lambda _: None) for value in batch[column].to_pylist()]
+    name = COLUMNS.get(column, column)
+    return [value for batch in read_file(files, 0, Tally(), lambda _: None) for value in batch[name].to_pylist()]
 
 
 @quick

@@ -1,0 +1,162 @@
+"""Features of a data set, found with an engine: what belongs to items and users, and ids of all raw values.
+
+What counts as frequent: an item's or a user's value as often as the item or user is among the events; a behaviour's as
+often as it is among them; an impression's as often as it is shown.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ibis.expr.types as ir
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.ingest import definition
+from pipeline.ingest.columns import feature_column, user_column
+from pipeline.ingest.encodings import Encoded, hashed, measured, numbered, numbered_sets
+from pipeline.ingest.engine import Engine
+from schemas.features import FeatureSettings
+from schemas.prepare import PrepareSettings
+from schemas.shards import FeatureRecord
+
+CATEGORY = "category"
+"""The feature of items that every data set has: models search by it."""
+
+
+class FeatureTable(NamedTuple):
+    """A file of features as the engine has it."""
+
+    features: tuple[FeatureSettings, ...]
+    table: ir.Table
+    """Raw ids, called `columns.FEATURE_KEY`, and a column for each of ``features``."""
+
+
+class Features:
+    """Makes ids of raw values, feature by feature, and writes the dictionaries of a data set.
+
+    Args:
+        settings: declare the features.
+        engine: computes.
+        folder: of the data set.
+        work: of files that the engine reads.
+    """
+
+    def __init__(self, settings: PrepareSettings, engine: Engine, folder: Path, work: Path) -> None:
+        self._settings, self._engine, self._folder, self._work = settings, engine, folder, work
+        self._encoded: dict[str, FeatureRecord] = {}
+        self._ids: dict[str, ir.Table] = {}
+        self.files: list[str] = []
+        """Names of files that were written."""
+
+    @property
+    def records(self) -> tuple[FeatureRecord, ...]:
+        """What is known of the features so far, in the order of their names."""
+        return tuple(self._encoded[name] for name in sorted(self._encoded))
+
+    def of(self, *sides: str) -> list[FeatureRecord]:
+        """Records of the features of some sides."""
+        return [record for record in self.records if record.of in sides]
+
+    def belonging(
+        self, side: Literal["item", "user"], logs: Sequence[ir.Table], files: Iterable[FeatureTable]
+    ) -> tuple[ir.Table, int]:
+        """Find what belongs to each item or user, and encode it.
+
+        Args:
+            side: which of them.
+            logs: events and, where there are some, impressions.
+            files: files of features; those of other sides are passed over.
+
+        Returns:
+            (key, frequency, columns of features with ids and raw numbers) of every one, and how many there are.
+        """
+        declared = [each for each in self._settings.declared_features if each.of == side]
+        in_logs = [feature_column(each.name) for each in declared if each.file is None]
+        lines = definition.seen(logs, f"{side}_id", in_logs)
+        table = definition.extremes(lines, in_logs)
+        for of_file in files:
+            if of_file.features[0].of == side:
+                names = [feature_column(each.name) for each in of_file.features]
+                table = definition.with_file(table, of_file.table, names)
+        columns = [feature_column(each.name) for each in declared]
+        table = self._engine.materialize(f"{side}s", table, lambda _: None)
+        changed = self._row(definition.changes(table, columns))
+        last = {name: definition.last_values(lines, table, name) for name in in_logs if changed[name]}
+        settled = definition.settled(table, columns, last)
+        if last:
+            settled = self._engine.materialize(f"{side}s_settled", settled, lambda _: None)
+        for feature in declared:
+            several = changed[feature_column(feature.name)]
+            self._encode(feature, settled, "frequency", "places", values=changed["number"], changed=several)
+        if side == "item" and CATEGORY not in self._encoded:
+            self._no_category(changed["number"])
+        return self._applied(settled, self.of(side)), changed["number"]
+
+    def of_lines(self, logs: Sequence[ir.Table], lines: Sequence[int]) -> None:
+        """Encode the features of behaviours and impressions.
+
+        Args:
+            logs: events and, where there are some, impressions.
+            lines: how many each has.
+        """
+        for feature in self._settings.declared_features:
+            column = feature_column(feature.name)
+            if feature.of == "impression":
+                self._encode(feature, logs[1], None, "frequency", values=lines[1], target=True)
+            elif feature.of == "behavior":
+                # With targets cut from events, a target has the value of its event.
+                target = feature.impression_column is not None
+                read = logs if target else logs[:1]
+                table = definition.seen(read, "item_id", [column])
+                self._encode(feature, table, "weight", "frequency", values=sum(lines[: len(read)]), target=target)
+
+    def on_lines(self, log: ir.Table) -> ir.Table:
+        """A log with ids in the place of raw values, and without what belongs to items and users."""
+        others = {feature_column(each.name) for each in self._settings.declared_features if each.of in ("item", "user")}
+        kept = log.select([name for name in log.columns if name not in others])
+        return self._applied(kept, self.of("behavior", "impression"))
+
+    def on_users(self, users: ir.Table) -> ir.Table:
+        """What `belonging` returned for users, its columns called as those of lines are."""
+        return users.select("key", **{user_column(each.name): feature_column(each.name) for each in self.of("user")})
+
+    def _encode(self, feature: FeatureSettings, table: ir.Table, weight: str | None, of_each: str, **more: Any) -> None:
+        column, seed = feature_column(feature.name), self._settings.seed
+        if feature.hash_buckets is not None and feature.kind == "id":
+            self._keep(hashed(feature, self._row(definition.hash_counts(table, column, feature.hash_buckets)), **more))
+            return
+        counts = self._engine.fetch(definition.raw_counts(table, column, weight))
+        if feature.kind == "number":
+            self._keep(measured(feature, counts, of_each, **more))
+        elif feature.kind == "ids":
+            self._keep(numbered_sets(feature, counts, seed, **more))
+        else:
+            self._keep(numbered(feature, counts, seed, **more))
+
+    def _keep(self, encoded: Encoded) -> None:
+        """Write an encoding at once: only its record stays in memory."""
+        record = encoded.record
+        self._encoded[record.name] = record
+        self.files += encoded.write(self._folder)
+        if encoded.ids is not None:
+            path = self._work / f"{feature_column(record.name)}.parquet"
+            pq.write_table(encoded.ids, path)
+            self._ids[record.name] = self._engine.open_ids(path)
+
+    def _no_category(self, items: int) -> None:
+        """Say that no item has a category."""
+        kind = pa.string() if self._settings.events.text_category else pa.int64()
+        feature = FeatureSettings(
+            name=CATEGORY, of="item", column=CATEGORY, type="text" if kind == pa.string() else "integer"
+        )
+        nothing = pa.table({"value": pa.nulls(0, kind), **dict.fromkeys(("frequency", "places"), pa.nulls(0, "int64"))})
+        self._keep(numbered(feature, nothing, self._settings.seed, values=items))
+
+    def _applied(self, table: ir.Table, records: list[FeatureRecord]) -> ir.Table:
+        buckets = {each.name: each.rows for each in records if each.encoding == "hash"}
+        return definition.encoded(table, records, self._ids, buckets)
+
+    def _row(self, table: ir.Table) -> dict[str, int]:
+        """The only row of a table of counts; a sum of nothing is 0."""
+        return {name: int(value or 0) for name, value in self._engine.fetch(table).to_pylist()[0].items()}
