@@ -4,7 +4,7 @@ T = targets, U = users of a row group, M = their targets of all splits, G = row 
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,13 +15,14 @@ from pipeline.hashing import mix
 from pipeline.stream.data_set import DataSet
 from pipeline.stream.epoch_plan import Block, Piece
 from pipeline.stream.reader import RowGroupReader
-from pipeline.stream.row_group import RowGroup, flat_column, list_column, user_keys
+from pipeline.stream.row_group import NoNegativeError, RowGroup, flat_column, list_column, user_keys
 from pipeline.stream.samples import HistorySamples, Items, SequenceCut, samples_of
 from schemas.errors import UserError
 from schemas.shards import Split
 
 if TYPE_CHECKING:
-    # Training needs none.
+    # Most runs need neither.
+    from pipeline.stream.negatives import Negatives
     from pipeline.stream.translation import Translation
 
 I64 = NDArray[np.int64]
@@ -81,14 +82,16 @@ class Reading:
     items: Items
     sample: UserSample
     translation: "Translation | None"
+    negatives: "Negatives | None"
 
-    def samples(self, table: pa.Table, first_user: int, piece: Piece) -> HistorySamples:
+    def samples(self, table: pa.Table, first_user: int, piece: Piece, epoch: int) -> HistorySamples:
         """The piece's targets of the sample's users, with the parts of their users' histories that they see.
 
         Args:
             table: the row group.
             first_user: number of its first user in the data set.
             piece: which of its targets.
+            epoch: decides the negatives that are drawn, where they are.
 
         Raises:
             UserError: it does not hold what the manifest and the index say.
@@ -105,7 +108,12 @@ class Reading:
             )
         if self.sample.fraction < 1:
             chosen_T = chosen_T[self.sample.keeps(group.user_key_U)[group.user_T[chosen_T]]]
-        samples = samples_of(group, self.cuts).take(chosen_T[piece.first : piece.last])
+        if self.negatives is None:
+            samples = samples_of(group, self.cuts).take(chosen_T[piece.first : piece.last])
+        else:
+            index, drawn = self.negatives.columns(group, chosen_T, piece, epoch)
+            samples = samples_of(group, self.cuts).take(index)
+            samples = replace(samples, columns_T=samples.columns_T | drawn)
         # Of what the piece's windows reach alone.
         return samples.with_items(self.items)
 
@@ -121,7 +129,7 @@ class Reading:
 
 
 def read_blocks(
-    reading: Reading, blocks: tuple[Block, ...], threads: int
+    reading: Reading, blocks: tuple[Block, ...], threads: int, epoch: int
 ) -> Generator[tuple[Block, HistorySamples], None, None]:
     """Read blocks in order; while one is in use, the reader's threads work on the next.
 
@@ -135,7 +143,9 @@ def read_blocks(
 
     def convert(table: pa.Table, index: int) -> HistorySamples:
         try:
-            return reading.samples(table, int(first_user_G[pieces[index].group]), pieces[index])
+            return reading.samples(table, int(first_user_G[pieces[index].group]), pieces[index], epoch)
+        except NoNegativeError:
+            raise
         except UserError as error:
             raise UserError(f"{addresses[index]}: {error}; prepare the data set again") from None
 

@@ -18,7 +18,8 @@ from schemas.shards import SPLITS, Split
 from schemas.stream import StreamSettings
 
 if TYPE_CHECKING:
-    # Training needs none.
+    # Most runs need neither.
+    from pipeline.stream.negatives import Negatives
     from pipeline.stream.translation import Translation
 
 
@@ -98,6 +99,8 @@ class HistoryStream:
             raise UserError(f"{folder}: no targets to stream in split {split} (targets: {counts})")
         if user_fraction < 1:
             self._targets_G = sampled_targets(self.data_set, Split[split.upper()], sample, settings.threads)
+        if self._reading.negatives is not None:
+            self._targets_G = self._reading.negatives.targets(self._targets_G)
 
     @property
     def targets(self) -> int:
@@ -147,8 +150,9 @@ class HistoryStream:
         Raises:
             UserError: the state is of another data set, split, seed or of other settings.
         """
-        for key, mine in self._identity().items():
-            if key not in state or state[key] != mine:
+        # What is only said where there is such a setting must not be there without one.
+        for key, mine in ({"negatives": None, "user_fraction": None} | self._identity()).items():
+            if state.get(key) != mine:
                 raise UserError(
                     f"the stream cannot go on: {key} is {mine!r}, but was {state.get(key)!r} when its state was saved; "
                     "use the same, or start the stream afresh"
@@ -197,7 +201,16 @@ class HistoryStream:
             Items(of_items, largest, known_I is not None or largest < data_set.manifest.counts.items, known_I),
             sample,
             translation,
+            self._negatives(),
         )
+
+    def _negatives(self) -> "Negatives | None":
+        if self.settings.negatives is None or self.split != "train":
+            return None
+        # Loaded by the runs that use it alone.
+        from pipeline.stream.negatives import Negatives
+
+        return Negatives.of(self.settings.negatives, self.data_set, self._seed)
 
     def _identity(self) -> dict[str, Any]:
         """What decides the batches of an epoch: it must not change between saving a state and going on from it."""
@@ -269,7 +282,7 @@ class HistoryStream:
             together = self.settings.targets_per_user_per_batch
             return shuffled_order(samples.user_T, together, self._seed, epoch, block.key)
 
-        read = read_blocks(self._reading, blocks, self.settings.threads)
+        read = read_blocks(self._reading, blocks, self.settings.threads, epoch)
         try:
             for samples in cut_batches(read, order, batch_size, first_target):
                 yield self._to_batch(samples, epoch, step)

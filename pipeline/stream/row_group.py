@@ -18,6 +18,10 @@ from schemas.errors import UserError
 I64 = NDArray[np.int64]
 
 
+class NoNegativeError(UserError):
+    """There is nothing wrong with a row group, but it has a user for whom no negative can be drawn."""
+
+
 @dataclass(frozen=True)
 class RowGroup:
     """Columns of a row group, named as in ``shard_schema`` without the prefix; they share Arrow's memory."""
