@@ -1,5 +1,6 @@
 """`init`: rows of a file in the tables of real ranks, what is counted, and what is refused."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 
 from embeddings.distributed.process_group import process_group
 from pipeline.train import pretrained
+from schemas.errors import UserError
 from tests.datasets import CATEGORIES, ITEMS
+from tests.featured import Encoder, Log, write_featured
 from tests.launcher import run_ranks
 from tests.object_store import object_store
 from tests.runs import Run, small_settings
@@ -138,3 +141,31 @@ def test_a_file_may_be_at_a_url(few_users: Path, tmp_path: Path) -> None:
         rows = rows_of(few_users, {"item_attention": "s3://bucket/items.parquet"})
     item = rows[KEY.format(set="attention", name="item_attention")]
     assert torch.equal(item[[3, 1]], torch.from_numpy(vectors))
+
+
+def test_raw_ids_may_be_text_and_rare_items_have_no_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = Log.random(40, seed=3)
+    write_featured(tmp_path / "data", log, seed=5)
+    names, tags = list(log.items), ["red", "old", "unheard of"]
+    files = {
+        "item_attention": write(tmp_path / "items.parquet", names, drawn(len(names), 4)),
+        "tags_representation": write(tmp_path / "tags.parquet", tags, drawn(3, 8)),
+    }
+    features = "model.features=item,category,tags,brand"
+    with caplog.at_level(logging.INFO, "dare"), process_group(CPU):
+        plain, rows = (rows_of(tmp_path / "data", each, features) for each in ({}, files))
+    encoder = Encoder(log, 5)
+    for table, dim, raw, ids in (
+        ("item_attention", 4, names, {name: encoder.item[name] for name in names if name not in log.rare}),
+        ("tags_representation", 8, tags, encoder.ids["tags"]),
+    ):
+        key = KEY.format(set=table.partition("_")[2], name=table)
+        wanted = plain[key].clone()
+        for name, vector in zip(raw, drawn(len(raw), dim), strict=True):
+            if name in ids:
+                wanted[ids[name]] = torch.from_numpy(vector)
+        assert torch.equal(rows[key], wanted)
+    assert f"{len(names) - len(log.rare)} rows begin with a vector of {files['item_attention']}, 0 keep" in caplog.text
+    assert f"{len(log.rare)} of its ids have no row" in caplog.text
+    with process_group(CPU), pytest.raises(UserError, match="rows of brand have no raw ids in this data set"):
+        rows_of(tmp_path / "data", {"brand_attention": files["item_attention"]}, features)
