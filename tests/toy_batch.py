@@ -4,12 +4,33 @@ U users, M behaviours, T targets.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from embeddings.batch import Batch, History
+from embeddings.batch import Bags, Batch, History
+from embeddings.sizes import FeatureSize
+
+MORE = {
+    "brand": FeatureSize("item", rows=9),
+    "maker": FeatureSize("item", rows=6),
+    "tags": FeatureSize("item", "ids", rows=11, bags=13),
+    "color": FeatureSize("item", rows=4),
+    "price": FeatureSize("item", "number"),
+    "query": FeatureSize("behavior", "ids", rows=8, bags=9, target=True),
+    "coupons": FeatureSize("behavior", "ids", rows=5, bags=6),
+    "dwell": FeatureSize("behavior", "number"),
+    "discount": FeatureSize("behavior", "number", target=True),
+    "age": FeatureSize("user", rows=7),
+    "interests": FeatureSize("user", "ids", rows=10, bags=12),
+    "income": FeatureSize("user", "number"),
+    "slot": FeatureSize("impression", rows=5),
+    "campaigns": FeatureSize("impression", "ids", rows=6, bags=5),
+    "bid": FeatureSize("impression", "number"),
+}
+"""Features of every kind on every side, beside category, behavior and scene."""
 
 
 def toy_batch(
@@ -23,8 +44,12 @@ def toy_batch(
     scenes: int = 3,
     longest: int = 30,
     lengths: dict[str, int] | None = None,
+    more: bool = False,
 ) -> Batch:
-    """A batch whose windows have up to ``lengths[sequence]`` behaviours of users who have up to ``longest``."""
+    """A batch whose windows have up to ``lengths[sequence]`` behaviours of users who have up to ``longest``.
+
+    ``more``: with `MORE` features.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def ids(count: int, size: int) -> torch.Tensor:
@@ -44,7 +69,7 @@ def toy_batch(
             start_T=torch.maximum(offset_U[user_T], end_T - length),
             end_T=end_T,
         )
-    return Batch(
+    batch = Batch(
         histories=histories,
         user_T=user_T,
         user_id_U=torch.arange(users),
@@ -54,6 +79,44 @@ def toy_batch(
         labels_T={"label": torch.randint(0, 2, (targets,), generator=draw).float()},
         origin=f"toy batch {seed}",
     )
+    return with_more(batch, seed) if more else batch
+
+
+def with_more(batch: Batch, seed: int) -> Batch:
+    """A batch with `MORE` features; the bags are those of all batches."""
+    draw = torch.Generator().manual_seed(1000 + seed)
+
+    def columns(size: int, of: str, of_targets: bool = False) -> dict[str, Tensor]:
+        return {
+            name: torch.randn(size, generator=draw)
+            if feature.kind == "number"
+            else torch.randint(0, 1 + (feature.bags or feature.rows), (size,), generator=draw, dtype=torch.int32)
+            for name, feature in MORE.items()
+            if feature.of in of and not (of_targets and feature.of == "behavior" and not feature.target)
+        }
+
+    histories = {
+        name: replace(history, features_M=history.features_M | columns(len(history.item_M), "item, behavior"))
+        for name, history in batch.histories.items()
+    }
+    features_T = batch.features_T | columns(len(batch), "item, behavior, impression", of_targets=True)
+    return replace(
+        batch, histories=histories, features_T=features_T, features_U=columns(batch.users, "user"), bags=BAGS
+    )
+
+
+def _bags(name: str) -> Bags:
+    """Bags of none to four different ids."""
+    size, draw = MORE[name], torch.Generator().manual_seed(len(name))
+    found = [torch.zeros(0, dtype=torch.int64)]
+    for _ in range(size.bags):
+        count = int(torch.randint(1, 5, (), generator=draw))
+        found.append(torch.randperm(size.rows, generator=draw)[:count].add(1).sort().values)
+    offset_B1 = torch.tensor([0, *map(len, found)]).cumsum(0)
+    return Bags(offset_B1, torch.cat(found).to(torch.int32))
+
+
+BAGS = {name: _bags(name) for name, size in MORE.items() if size.kind == "ids"}
 
 
 def _columns(

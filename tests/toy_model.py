@@ -1,5 +1,6 @@
 """Small models of the family whose weights all matter, unsharded and sharded, and what the shards of one hold."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +14,22 @@ from embeddings.models import build_model
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
 from schemas.model import ModelSettings, TableSet
-from tests.toy_batch import toy_batch
+from tests.toy_batch import MORE, toy_batch
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
 ALL = ("item", "category", "position", "interval", "behavior", "scene")
 LENGTHS = {"ads": 12, "content": 9, "history": 12}
+MANY: dict[str, Any] = {
+    "retrieved": {"ads": 4, "content": 6},
+    "features": [
+        *("brand", "scene", {"name": "maker", "attention": False}, "item", "tags", "price", "age", "position", "query"),
+        *("category", "coupons", "color", "dwell", {"name": "behavior", "attention": False}, "discount", "income"),
+        *("campaigns", "interests", "slot", "bid"),
+    ],
+    "context": TableSet(dim=4, optimizer="sgd", learning_rate=1.0),
+}
+"""Features of every kind on every side."""
 TWO = {"retrieved": {"ads": 4, "content": 6}, "features": ALL}
 ONE = {"retrieved": {"ads": 4}}
 SGD = {"optimizer": "sgd", "learning_rate": 1.0}
@@ -32,11 +43,13 @@ def settings_of(name: str, **changes: object) -> ModelSettings:
 
 def sizes_of(settings: ModelSettings) -> DataSizes:
     lengths = {name: LENGTHS[name] for name in settings.retrieved}
-    return DataSizes.counted(items=50, categories=3, behaviors=4, scenes=3, lengths=lengths)
+    sizes = DataSizes.counted(items=50, categories=3, behaviors=4, scenes=3, lengths=lengths)
+    return replace(sizes, features={**sizes.features, **MORE})
 
 
 def batch_of(settings: ModelSettings, seed: int, **shape: int) -> Batch:
-    return toy_batch(seed, categories=3, lengths=dict(sizes_of(settings).lengths), **shape)
+    more = not MORE.keys().isdisjoint(settings.feature_names)
+    return toy_batch(seed, categories=3, lengths=dict(sizes_of(settings).lengths), more=more, **shape)
 
 
 def model_of(settings: ModelSettings, seed: int = 1, tables: float = 30, dense: float = 20) -> CtrModel:

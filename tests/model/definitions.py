@@ -5,7 +5,7 @@ batch and the names of the values.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from embeddings.batch import Batch, History
+from embeddings.sizes import FeatureSize
+from schemas.model import ModelSettings
 
-INHERENT = ("item", "category")
+FIRST = ("item", "category", "position", "interval", "behavior", "scene")
+"""The order of these; others come after them, as the settings name them."""
 Vectors = dict[str, Tensor]
 """By feature."""
 
@@ -50,9 +53,22 @@ class Definition:
     training = True
     """Predictions are normalised by the batch's own statistics, else by those of the state."""
 
-    def __init__(self, state: dict[str, Tensor], features: tuple[str, ...], retrieved: dict[str, int]) -> None:
-        self.state, self.retrieved = state, retrieved
-        self.features = [feature for feature in features if feature not in self.left_out]
+    def __init__(self, state: dict[str, Tensor], settings: ModelSettings, data: Mapping[str, FeatureSize]) -> None:
+        self.state, self.retrieved, self.data = state, settings.retrieved, data
+        used = [name for name in settings.feature_names if name not in self.left_out]
+        used = [*(name for name in FIRST if name in used), *(name for name in used if name not in FIRST)]
+        of = {"item": "item", "position": "behavior", "interval": "behavior"} | {
+            name: size.of for name, size in data.items()
+        }
+        numbers = [name for name in settings.feature_names if name in data and data[name].kind == "number"]
+        self.inherent = [name for name in used if of[name] == "item" and name not in numbers]
+        self.cross = [name for name in used if of[name] == "behavior" and name not in numbers]
+        self.features = self.inherent + self.cross
+        self.numbers = [name for name in numbers if of[name] in ("item", "behavior")]
+        self.own_numbers = [name for name in self.numbers if of[name] == "item" or data[name].target]
+        self.context = [name for name in used if of[name] in ("user", "impression") and name not in numbers]
+        self.context += [name for name in numbers if of[name] in ("user", "impression")]
+        self.scored = set(settings.scored_features)
         self.statistics: dict[str, Tensor] = {}
         """Running statistics after the last prediction in training, by name."""
 
@@ -65,44 +81,68 @@ class Definition:
         for name, value in model.state_dict().items():
             leaf = value.detach().double().clone().requires_grad_(value.data_ptr() in learning)
             state[name] = leaves.setdefault(value.data_ptr(), leaf)
-        definition = DEFINITIONS[model.settings.name](state, model.settings.feature_names, model.settings.retrieved)
+        definition = DEFINITIONS[model.settings.name](state, model.settings, model.sizes.features)
         definition.recent = model.settings.recent  # type: ignore[misc]
         definition.tasks = [(task.name, task.weight, task.after) for task in model.settings.tasks]
         return definition
 
     # Embeddings
 
-    def embed(self, table_set: str, sequence: str, rows: dict[str, int]) -> Vectors:
+    def embed(self, table_set: str, sequence: str, rows: dict[str, int | list[int]]) -> Vectors:
         found = {}
         for feature in self.features:
             place, name = f"inherent.{table_set}", f"{feature}_{table_set}"
-            if feature not in INHERENT:
+            if feature not in self.inherent:
                 place, name = "cross", f"{sequence}_{name}"
-            found[feature] = self.state[f"tables.{place}.embedding_bags.{name}.weight"][rows[feature]]
+            found[feature] = self.row(f"tables.{place}.embedding_bags.{name}.weight", rows[feature])
         return found
 
-    def target_rows(self, batch: Batch, t: int) -> dict[str, int]:
-        rows = dict.fromkeys(("position", "interval", "behavior"), 0)
-        inherent = {"item": int(batch.item_T[t]), "category": int(batch.features_T["category"][t])}
-        return rows | inherent | {"scene": int(batch.features_T["scene"][t])}
+    def attended(self, table_set: str, sequence: str, rows: dict[str, int | list[int]]) -> Vectors:
+        """Of the scored features alone, which are the only ones that a set of attention's own has."""
+        kept, self.features = self.features, [feature for feature in self.features if feature in self.scored]
+        found = self.embed(table_set, sequence, rows)
+        self.features = kept
+        return found
 
-    def behavior_rows(self, batch: Batch, history: History, t: int, m: int) -> dict[str, int]:
+    def row(self, table: str, row: int | list[int]) -> Tensor:
+        """A row, or the mean of several; of none, zeros."""
+        weight = self.state[table]
+        if isinstance(row, int):
+            return weight[row]
+        return weight[row].mean(0) if row else torch.zeros_like(weight[0])
+
+    def value(self, batch: Batch, feature: str, column: Tensor, index: int) -> int | list[int]:
+        number = int(column[index])
+        if feature not in self.data or self.data[feature].kind != "ids":
+            return number
+        offset_B1 = batch.bags[feature].offset_B1
+        return batch.bags[feature].id_E[offset_B1[number] : offset_B1[number + 1]].tolist()
+
+    def target_rows(self, batch: Batch, t: int) -> dict[str, int | list[int]]:
+        rows: dict[str, int | list[int]] = {"item": int(batch.item_T[t]), "position": 0, "interval": 0}
+        for feature, size in self.data.items():
+            if feature in self.features and size.of == "behavior" and not size.target:
+                rows[feature] = [] if size.kind == "ids" else 0
+            elif feature in self.features:
+                rows[feature] = self.value(batch, feature, batch.features_T[feature], t)
+        return rows
+
+    def behavior_rows(self, batch: Batch, history: History, t: int, m: int) -> dict[str, int | list[int]]:
         gone = int(batch.timestamp_T[t]) - int(history.timestamp_M[m])
-        return {
+        rows: dict[str, int | list[int]] = {
             "item": int(history.item_M[m]),
-            "category": int(history.features_M["category"][m]),
             "position": int(history.end_T[t]) - m,
             "interval": min(33, 1 + math.floor(math.log2(1 + max(0, gone)))),
-            "behavior": int(history.features_M["behavior"][m]),
-            "scene": int(history.features_M["scene"][m]),
         }
+        others = [feature for feature in self.features if feature in self.data]
+        return rows | {feature: self.value(batch, feature, history.features_M[feature], m) for feature in others}
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         bias = self.state.get(f"{name}.bias")
         return self.state[f"{name}.weight"] @ x + (0 if bias is None else bias)
 
     def joined(self, vectors: Vectors) -> Tensor:
-        return torch.cat([vectors[feature] for feature in self.features])
+        return torch.cat([vectors[feature] for feature in self.features if feature in vectors])
 
     def used_for(self, role: str, vectors: Vectors) -> Vectors:
         if self.alone in (None, role):
@@ -112,9 +152,9 @@ class Definition:
     # What models differ in
 
     def scaled_product(self, q: Vectors, k: Vectors) -> Tensor:
-        inherent = [feature for feature in self.features if feature in INHERENT]
+        inherent = [feature for feature in self.inherent if feature in q]
         score = torch.zeros((), dtype=torch.float64)
-        for part in [inherent, *[[feature] for feature in self.features if feature not in INHERENT]]:
+        for part in [inherent, *[[feature] for feature in self.cross if feature in q]]:
             dim = sum(len(q[feature]) for feature in part)
             score = score + sum(q[feature] @ k[feature] for feature in part) / math.sqrt(dim)
         return score
@@ -134,10 +174,10 @@ class Definition:
     def retrieve(self, batch: Batch, sequence: str, t: int) -> dict[int, float]:
         """Behaviours in the order found, with the logarithm of how many each stands for."""
         history = batch.histories[sequence]
-        q = self.embed(self.sets[0], sequence, self.target_rows(batch, t))
+        q = self.attended(self.sets[0], sequence, self.target_rows(batch, t))
         scored = []
         for m, extra in self.candidates(batch, sequence, t).items():
-            k = self.embed(self.sets[1], sequence, self.behavior_rows(batch, history, t, m))
+            k = self.attended(self.sets[1], sequence, self.behavior_rows(batch, history, t, m))
             scored.append((-(float(self.search_score(q, k).detach()) + extra), m, extra))
         return {m: extra for _, m, extra in sorted(scored)[: self.retrieved[sequence]]}
 
@@ -152,48 +192,90 @@ class Definition:
     def whole_pooled(self, scores: list[Tensor], kept: dict[int, float], vectors: list[Vectors], v: Vectors) -> Tensor:
         return self.pooled(scores, kept, vectors, v)
 
+    def pooled_numbers(
+        self, scores: list[Tensor], kept: dict[int, float], vectors: list[Vectors], numbers: list[Tensor]
+    ) -> Tensor:
+        weight = torch.stack([score + extra for score, extra in zip(scores, kept.values(), strict=True)]).softmax(0)
+        return sum(w * x for w, x in zip(weight, numbers, strict=True))
+
+    def whole_pooled_numbers(
+        self, scores: list[Tensor], kept: dict[int, float], vectors: list[Vectors], numbers: list[Tensor]
+    ) -> Tensor:
+        return self.pooled_numbers(scores, kept, vectors, numbers)
+
+    def nothing_of_numbers(self, whole: bool) -> Tensor:
+        return torch.zeros(len(self.numbers), dtype=torch.float64)
+
     # The prediction
 
+    def number(self, column: Tensor, index: int) -> Tensor:
+        return column[index].double()[None]
+
+    def of_context(self, batch: Batch, t: int) -> list[Tensor]:
+        found = []
+        for feature in self.context:
+            of_user = self.data[feature].of == "user"
+            column, index = (batch.features_U, int(batch.user_T[t])) if of_user else (batch.features_T, t)
+            if self.data[feature].kind == "number":
+                found.append(self.number(column[feature], index))
+            else:
+                table = f"tables.context.embedding_bags.{feature}_context.weight"
+                found.append(self.row(table, self.value(batch, feature, column[feature], index)))
+        return found
+
     def inputs(self, batch: Batch, t: int, whole: bool) -> Tensor:
-        parts = []
+        parts, of_histories = [], []
         for sequence in self.retrieved:
             history = batch.histories[sequence]
             shown = self.target_rows(batch, t)
-            q = self.used_for("attention", self.embed(self.sets[0], sequence, shown))
+            q = self.used_for("attention", self.attended(self.sets[0], sequence, shown))
             v = self.target_map(self.used_for("representation", self.embed(self.sets[2], sequence, shown)))
             everything = self.candidates_all(batch, sequence, t)
             kept = everything if whole or self.whole else self.retrieve(batch, sequence, t)
-            scores, vectors = [], []
+            scores, vectors, numbers = [], [], []
             for m in kept:
                 rows = self.behavior_rows(batch, history, t, m)
-                k = self.used_for("attention", self.embed(self.sets[1], sequence, rows))
+                k = self.used_for("attention", self.attended(self.sets[1], sequence, rows))
                 scores.append(self.whole_score(q, k) if whole else self.score(q, k))
                 e = self.used_for("representation", self.embed(self.sets[3], sequence, rows))
                 vectors.append(self.behavior_map(e))
+                if self.numbers:
+                    numbers.append(torch.cat([self.number(history.features_M[name], m) for name in self.numbers]))
             pool = self.whole_pooled if whole else self.pooled
             h = pool(scores, kept, vectors, v) if kept else self.nothing(v, whole)
             if not parts:
-                parts += [v[feature] for feature in self.features if feature in INHERENT]
-            parts += [v[feature] for feature in self.features if feature not in INHERENT]
+                parts += [v[feature] for feature in self.inherent]
+            parts += [v[feature] for feature in self.cross]
             parts += [h, h * self.joined(v)] if self.product else [h]
+            if self.numbers:
+                pool = self.whole_pooled_numbers if whole else self.pooled_numbers
+                of_histories.append(pool(scores, kept, vectors, numbers) if kept else self.nothing_of_numbers(whole))
         if not whole:
             for sequence, count in self.recent.items():
-                v, h = self.latest(batch, sequence, t, count)
+                v, h, x = self.latest(batch, sequence, t, count)
                 parts += [h, h * self.joined(v)] if self.product else [h]
-        return torch.cat(parts)
+                of_histories += [x] if self.numbers else []
+        own = [self.number(batch.features_T[name], t) for name in self.own_numbers]
+        return torch.cat([*parts, *own, *of_histories, *self.of_context(batch, t)])
 
-    def latest(self, batch: Batch, sequence: str, t: int, count: int) -> tuple[Vectors, Tensor]:
+    def latest(self, batch: Batch, sequence: str, t: int, count: int) -> tuple[Vectors, Tensor, Tensor]:
         """The target, and the latest ``count`` behaviours of its window, pooled as those that are retrieved are."""
         history, shown = batch.histories[sequence], self.target_rows(batch, t)
-        q = self.used_for("attention", self.embed(self.sets[0], sequence, shown))
+        q = self.used_for("attention", self.attended(self.sets[0], sequence, shown))
         v = self.target_map(self.used_for("representation", self.embed(self.sets[2], sequence, shown)))
         end = int(history.end_T[t])
         kept = dict.fromkeys(range(max(int(history.start_T[t]), end - count), end), 0.0)
+        if not kept:
+            return v, self.nothing(v, False), self.nothing_of_numbers(False)
         rows = [self.behavior_rows(batch, history, t, m) for m in kept]
-        keys = [self.used_for("attention", self.embed(self.sets[1], sequence, each)) for each in rows]
+        keys = [self.used_for("attention", self.attended(self.sets[1], sequence, each)) for each in rows]
         values = [self.used_for("representation", self.embed(self.sets[3], sequence, each)) for each in rows]
-        vectors = [self.behavior_map(value) for value in values]
-        return v, self.pooled([self.score(q, k) for k in keys], kept, vectors, v) if kept else self.nothing(v, False)
+        vectors, scores = [self.behavior_map(value) for value in values], [self.score(q, k) for k in keys]
+        nothing = torch.zeros(0, dtype=torch.float64)
+        numbers = [
+            torch.cat([nothing, *(self.number(history.features_M[name], m) for name in self.numbers)]) for m in kept
+        ]
+        return v, self.pooled(scores, kept, vectors, v), self.pooled_numbers(scores, kept, vectors, numbers)
 
     def candidates_all(self, batch: Batch, sequence: str, t: int) -> dict[int, float]:
         return Definition.candidates(self, batch, sequence, t)
@@ -317,7 +399,9 @@ class TwinNoTr(Definition):
 
 class TwinGradientNormalization(Definition):
     def learn(self, batch: Batch) -> None:
-        tables = [weight for name, weight in self.state.items() if name.startswith("tables.") and weight.requires_grad]
+        # Those that both roles read.
+        both = ("tables.inherent.", "tables.cross.")
+        tables = [weight for name, weight in self.state.items() if name.startswith(both) and weight.requires_grad]
         sides = []
         for role in ("attention", "representation"):
             self.alone = role
@@ -325,7 +409,8 @@ class TwinGradientNormalization(Definition):
         self.alone = None
         super().learn(batch)
         for weight, attention, representation in zip(tables, *sides, strict=True):
-            weight.grad = attention * (representation.norm() / attention.norm()) + representation
+            scale = representation.norm() / attention.norm() if attention.norm() > 0 else 1
+            weight.grad = attention * scale + representation
 
 
 class TwinHard(Definition):
@@ -346,11 +431,12 @@ class TwinHard(Definition):
 
 
 class Maps(Definition):
-    mapped: tuple[str, ...] = ("item", "category", "position", "interval", "behavior", "scene")
+    mapped: tuple[str, ...] | None = None
+    """None: all of them."""
     output: int | None = None
 
     def through(self, name: str, vectors: Vectors) -> Vectors:
-        features = [feature for feature in self.features if feature in self.mapped]
+        features = [name for name in self.features if name in vectors and (not self.mapped or name in self.mapped)]
         x, layer = torch.cat([vectors[feature] for feature in features]), 0
         while True:
             x = self.linear(f"{name}.layers.{layer}", x)
@@ -409,7 +495,7 @@ class DinShort(Din):
 
 class Eta(Definition):
     def bits(self, vectors: Vectors) -> list[bool]:
-        x = torch.cat([vectors[feature] for feature in self.features if feature in INHERENT])
+        x = torch.cat([vectors[feature] for feature in self.inherent if feature in self.scored])
         return (self.state["signature.directions.weight"] @ x > 0).tolist()
 
     def search_score(self, q: Vectors, k: Vectors) -> Tensor:
@@ -421,7 +507,7 @@ class Sdim(Eta):
     whole, width = True, 3
 
     def inputs(self, batch: Batch, t: int, whole: bool) -> Tensor:
-        self.q_bits = self.bits(self.embed("shared", next(iter(self.retrieved)), self.target_rows(batch, t)))
+        self.q_bits = self.bits(self.attended("shared", next(iter(self.retrieved)), self.target_rows(batch, t)))
         return super().inputs(batch, t, whole)
 
     def pooled(self, scores: list[Tensor], kept: dict[int, float], vectors: list[Vectors], v: Vectors) -> Tensor:
@@ -431,6 +517,17 @@ class Sdim(Eta):
             bucket = [self.joined(e) for e in vectors if self.bits(e)[part] == self.q_bits[part]]
             if bucket:
                 total = total + sum(bucket) / sum(bucket).norm() / rounds
+        return total
+
+    def pooled_numbers(
+        self, scores: list[Tensor], kept: dict[int, float], vectors: list[Vectors], numbers: list[Tensor]
+    ) -> Tensor:
+        total, rounds = self.nothing_of_numbers(False), len(self.q_bits) // self.width
+        for r in range(rounds):
+            part = slice(r * self.width, (r + 1) * self.width)
+            both = zip(vectors, numbers, strict=True)
+            bucket = [x for e, x in both if self.bits(e)[part] == self.q_bits[part]]
+            total = total + (sum(bucket) / len(bucket) / rounds if bucket else 0)
         return total
 
 
@@ -445,9 +542,18 @@ class SimHard(TwinHard):
     def nothing(self, v: Vectors, whole: bool) -> Tensor:
         return torch.zeros_like(self.joined(v)).repeat(self.heads)
 
+    def nothing_of_numbers(self, whole: bool) -> Tensor:
+        return super().nothing_of_numbers(whole).repeat(self.heads)
+
+    def pooled_numbers(
+        self, scores: list[Tensor], kept: dict[int, float], vectors: list[Vectors], numbers: list[Tensor]
+    ) -> Tensor:
+        weight = torch.stack(scores).softmax(0)
+        return torch.cat([weight[:, head] @ torch.stack(numbers) for head in range(self.heads)])
+
     def pooled(self, scores: list[Tensor], kept: dict[int, float], vectors: list[Vectors], v: Vectors) -> Tensor:
         weight = torch.stack(scores).softmax(0)
-        parts = [list(INHERENT), *[[feature] for feature in self.features if feature not in INHERENT]]
+        parts = [self.inherent, *[[feature] for feature in self.cross]]
         found = []
         for part in parts:
             for h in range(self.heads):
@@ -461,7 +567,12 @@ class SimSoft(SimHard):
         q = {**q, **Maps.through(self, "searching.of_target", q)}  # type: ignore[arg-type]
         return self.scaled_product(q, Maps.through(self, "searching.of_behavior", k))  # type: ignore[arg-type]
 
-    mapped, output = Maps.mapped, None
+    mapped, output = None, None
+
+    def whole_pooled_numbers(
+        self, scores: list[Tensor], kept: dict[int, float], vectors: list[Vectors], numbers: list[Tensor]
+    ) -> Tensor:
+        return sum(score * x for score, x in zip(scores, numbers, strict=True))
 
     def search_score(self, q: Vectors, k: Vectors) -> Tensor:
         return self.whole_score(q, k)
@@ -474,6 +585,9 @@ class SimSoft(SimHard):
 
     def nothing(self, v: Vectors, whole: bool) -> Tensor:
         return torch.zeros_like(self.joined(v)).repeat(1 if whole else self.heads)
+
+    def nothing_of_numbers(self, whole: bool) -> Tensor:
+        return Definition.nothing_of_numbers(self, whole).repeat(1 if whole else self.heads)
 
 
 class TwinV2(Definition):
