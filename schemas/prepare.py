@@ -50,6 +50,12 @@ def _no_line_end(value: str) -> str:
     return value
 
 
+def _no_line_ends(value: str) -> str:
+    for character in value:
+        _no_line_end(character)
+    return value
+
+
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 """How many behaviours, targets or groups a rule takes of a user."""
 Stride = Annotated[int, Field(gt=0, le=1_000_000)]
@@ -58,13 +64,38 @@ Negatives = Annotated[int, Field(ge=0, le=10_000)]
 Character = Annotated[str, Field(min_length=1, max_length=1), BeforeValidator(_tabulator), AfterValidator(_no_line_end)]
 
 
+Delimiter = Annotated[
+    str, Field(min_length=1, max_length=8), BeforeValidator(_tabulator), AfterValidator(_no_line_ends)
+]
+
+Encoding = Literal["utf-8", "latin-1"]
+
+
 class TextFormat(Settings):
     """How text files are written. Parquet files need none of it."""
 
-    delimiter: Character | None = None
+    header: bool = True
+    """Text files start with a line of column names."""
+    file_columns: tuple[str, ...] | None = None
+    """Names of a text file's columns in order; required without a header."""
+    delimiter: Delimiter | None = None
     """What stands between two values. None: a tab in files whose names end in .tsv, a comma in others."""
     quote: Character | None = '"'
     """What quotes values that hold a delimiter; doubled, it stands for itself. None (``null``): quotes are text."""
+    encoding: Encoding = "utf-8"
+    """How characters are written."""
+
+    @model_validator(mode="after")
+    def _columns_are_named(self) -> Self:
+        if not self.header and self.file_columns is None:
+            raise ValueError("file_columns must name the columns of files that have no header")
+        return self
+
+    @model_validator(mode="after")
+    def _long_delimiters_need_no_quotes(self) -> Self:
+        if self.delimiter is not None and len(self.delimiter) > 1 and self.quote is not None:
+            raise ValueError("a delimiter of several characters needs quote=null: quotes are text then")
+        return self
 
 
 class Log(TextFormat):
@@ -72,10 +103,6 @@ class Log(TextFormat):
 
     files: tuple[str, ...] = Field(min_length=1)
     """Files, folders of files, or patterns; CSV (.csv, .tsv, .txt, also .gz, .zst) or Parquet, told by the ending."""
-    header: bool = True
-    """Text files start with a line of column names."""
-    file_columns: tuple[str, ...] | None = None
-    """Names of a text file's columns in order; required without a header."""
     user_id: str = "user_id"
     user_type: RawType = "integer"
     """What raw user ids are; text: uuids, names, any characters as they stand."""
@@ -98,12 +125,6 @@ class Log(TextFormat):
     scene: str | None = None
     keep: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Column -> values: only lines with one of these values count."""
-
-    @model_validator(mode="after")
-    def _columns_are_named(self) -> Self:
-        if not self.header and self.file_columns is None:
-            raise ValueError("file_columns must name the columns of files that have no header")
-        return self
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> Self:
