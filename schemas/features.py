@@ -1,11 +1,12 @@
 """How columns of a log are declared as features of items, behaviours, users and impressions."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from schemas.settings import Settings
 from schemas.shards import Kind, RawType, Side
+from schemas.text_format import TextFormat
 
 RESERVED = frozenset(
     {"item", "position", "interval", "timestamp", "label", "weight", "split", "history_end", "line", "id"}
@@ -17,6 +18,21 @@ FeatureName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
 Rows = Annotated[int, Field(ge=1, le=2**31 - 2)]
 
 
+BESIDE = "beside:"
+"""Begins the path of what lies in the folder of the first file of the events."""
+
+
+class FeatureFile(TextFormat):
+    """What belongs to items or users, a line each."""
+
+    path: str
+    """Files, a folder or a pattern; ``beside:NAME`` is in the folder of the events' first file."""
+
+
+def _path_alone(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
 class FeatureSettings(Settings):
     """A column of a log, or of a file beside it, that describes items, behaviours, users or impressions."""
 
@@ -24,11 +40,15 @@ class FeatureSettings(Settings):
     of: Side
     """``item`` and ``user`` come from the log, where the last value by time counts, or from ``file``."""
     kind: Kind = "id"
-    column: str
+    column: str | None = None
+    """Column of the log, or of ``file``."""
+    time: Literal["hour", "weekday"] | None = None
+    """In the place of a column: what a clock in the log's ``timestamp_zone`` shows at the line's time, the hour 0 .. 23
+    or the day of the week, 0 (Monday) .. 6. Targets have it too."""
     type: RawType = "text"
     """What the raw values are, for ``id`` and ``ids``."""
-    file: str | None = None
-    """Files, a folder or a pattern, one line an item or user; None: the column is in the log."""
+    file: Annotated[FeatureFile, BeforeValidator(_path_alone)] | None = None
+    """One line an item or user, as a path or with how it is written; None: the column is in the log."""
     key: str | None = None
     """Column of the file with the raw id of the item or user; None: named as in the events."""
     separator: Annotated[str, Field(min_length=1, max_length=16)] | None = None
@@ -54,6 +74,28 @@ class FeatureSettings(Settings):
                 f"a name that is used already; choose another than {', '.join(sorted(RESERVED))}, label_..."
             )
         return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hours_are_integers(cls, values: Any) -> Any:
+        is_time = isinstance(values, dict) and values.get("time") is not None
+        return {"type": "integer", **values} if is_time else values
+
+    @model_validator(mode="after")
+    def _comes_from_one_place(self) -> Self:
+        if (self.column is None) == (self.time is None):
+            raise ValueError("give a column or a time (hour, weekday), one of them")
+        if self.time is not None:
+            if self.of not in ("behavior", "impression"):
+                raise ValueError("time is of behavior or of impression: items and users have none")
+            if (self.kind, self.type, self.impression_column) != ("id", "integer", None):
+                raise ValueError("time is an integer of kind id, which targets have anyway")
+        return self
+
+    @property
+    def on_targets(self) -> bool:
+        """Whether targets have it too, though it is of behaviours."""
+        return self.of == "behavior" and (self.impression_column is not None or self.time is not None)
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, Self
 from zoneinfo import available_timezones
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     ByteSize,
     Field,
@@ -15,9 +14,10 @@ from pydantic import (
     model_validator,
 )
 
-from schemas.features import FeatureName, FeatureSettings, Rows
+from schemas.features import BESIDE, FeatureFile, FeatureName, FeatureSettings, Rows
 from schemas.settings import Seed, Settings
 from schemas.shards import RawType
+from schemas.text_format import TextFormat
 
 TimestampUnit = Literal["s", "ms", "us", "datetime", "mmdd"]
 
@@ -40,62 +40,10 @@ Moment = Annotated[int, BeforeValidator(_moment), Field(ge=-62_135_596_800, le=2
 """Seconds since 1970, from the year 1 to 9999; as ISO 8601 without an offset it is UTC."""
 
 
-def _tabulator(value: Any) -> Any:
-    return "\t" if value == "\\t" else value
-
-
-def _no_line_end(value: str) -> str:
-    if value in "\r\n\0" or ord(value) > 127:
-        raise ValueError("one character of ASCII that is no end of a line")
-    return value
-
-
-def _no_line_ends(value: str) -> str:
-    for character in value:
-        _no_line_end(character)
-    return value
-
-
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 """How many behaviours, targets or groups a rule takes of a user."""
 Stride = Annotated[int, Field(gt=0, le=1_000_000)]
 Negatives = Annotated[int, Field(ge=0, le=10_000)]
-
-Character = Annotated[str, Field(min_length=1, max_length=1), BeforeValidator(_tabulator), AfterValidator(_no_line_end)]
-
-
-Delimiter = Annotated[
-    str, Field(min_length=1, max_length=8), BeforeValidator(_tabulator), AfterValidator(_no_line_ends)
-]
-
-Encoding = Literal["utf-8", "latin-1"]
-
-
-class TextFormat(Settings):
-    """How text files are written. Parquet files need none of it."""
-
-    header: bool = True
-    """Text files start with a line of column names."""
-    file_columns: tuple[str, ...] | None = None
-    """Names of a text file's columns in order; required without a header."""
-    delimiter: Delimiter | None = None
-    """What stands between two values. None: a tab in files whose names end in .tsv, a comma in others."""
-    quote: Character | None = '"'
-    """What quotes values that hold a delimiter; doubled, it stands for itself. None (``null``): quotes are text."""
-    encoding: Encoding = "utf-8"
-    """How characters are written."""
-
-    @model_validator(mode="after")
-    def _columns_are_named(self) -> Self:
-        if not self.header and self.file_columns is None:
-            raise ValueError("file_columns must name the columns of files that have no header")
-        return self
-
-    @model_validator(mode="after")
-    def _long_delimiters_need_no_quotes(self) -> Self:
-        if self.delimiter is not None and len(self.delimiter) > 1 and self.quote is not None:
-            raise ValueError("a delimiter of several characters needs quote=null: quotes are text then")
-        return self
 
 
 class Log(TextFormat):
@@ -330,7 +278,12 @@ class PrepareSettings(Settings):
             # Files of their own, whose format `events.item_features` says.
             files = events.item_features
             short["category"] = FeatureSettings(
-                name="category", of="item", column=files.category_id, type=raw, file=files.files[0], key=files.item_id
+                name="category",
+                of="item",
+                column=files.category_id,
+                type=raw,
+                file=FeatureFile(path=files.files[0], **files.model_dump(include=set(TextFormat.model_fields))),
+                key=files.item_id,
             )
         elif events.category_id is not None:
             short["category"] = FeatureSettings(name="category", of="item", column=events.category_id, type=raw)
@@ -359,7 +312,14 @@ class PrepareSettings(Settings):
         """Files, folders or patterns that a feature has of its own."""
         assert feature.file is not None
         own = self.events.item_features
-        return own.files if own is not None and self.is_short_form(feature) else (feature.file,)
+        if own is not None and self.is_short_form(feature):
+            return own.files
+        path = feature.file.path
+        if path.startswith(BESIDE):
+            # The options of a URL stand behind it.
+            first, mark, options = self.events.files[0].partition("?")
+            path = f"{first.rpartition('/')[0] or '.'}/{path.removeprefix(BESIDE)}{mark}{options}"
+        return (path,)
 
     @model_validator(mode="after")
     def _features_fit(self) -> Self:
@@ -376,6 +336,8 @@ class PrepareSettings(Settings):
                 raise ValueError(f"{where}: the events name it too; declare it once")
             if feature.name == "category" and feature.of != "item":
                 raise ValueError(f"{where}: category is the name of what items have; choose another one")
+            if feature.time is not None and self.events.timestamp_unit == "mmdd":
+                raise ValueError(f"{where}.time: timestamp_unit=mmdd has neither hours nor days of a week")
             if feature.of == "impression" and self.impressions is None:
                 raise ValueError(f"{where}: there are no impressions")
             if self.impressions is None and feature.impression_column not in (None, feature.column):

@@ -24,6 +24,8 @@ _TYPES: dict[Kind, pa.DataType] = {
     "text": pa.string(),
     "number": pa.float64(),
     "time": pa.int64(),
+    "hour": pa.int64(),
+    "weekday": pa.int64(),
     "label": pa.int8(),
     "split": pa.string(),
 }
@@ -96,7 +98,7 @@ def id_columns(log: Log, *, hashed_items: bool = False) -> tuple[Column, ...]:
 def event_columns(settings: PrepareSettings) -> tuple[Column, ...]:
     """What is read of the log of behaviours."""
     features = [
-        _feature(each, each.column, "events", settings)
+        _feature(each, each.column or settings.events.timestamp, "events", settings)
         for each in settings.declared_features
         if each.file is None and each.of != "impression"
     ]
@@ -111,13 +113,13 @@ def impression_columns(settings: PrepareSettings) -> tuple[Column, ...]:
     for each in settings.declared_features:
         source: str | None = None
         if each.of == "impression":
-            source = each.column
+            source = each.column or log.timestamp
         elif each.of == "behavior":
-            source = each.impression_column
+            source = log.timestamp if each.time is not None else each.impression_column
         elif each.file is None:
             # Their values may stand in this log too; that of the short form under a name of its own.
             short = settings.is_short_form(each)
-            source = log.category_id if short else each.column
+            source = log.category_id if short else _column(each)
             if source is not None and not short:
                 columns.append(_feature(each, source, "impressions", settings, optional=True))
                 continue
@@ -141,7 +143,7 @@ def file_columns(settings: PrepareSettings, features: tuple[FeatureSettings, ...
     source, kind = key_of(settings, features[0])
     role = roles(side)
     key = Column(source, FEATURE_KEY, kind, _or_text(f"{side}_type", "events", kind), hashed=hashed)
-    return (key, *(_feature(each, each.column, role, settings) for each in features))
+    return (key, *(_feature(each, _column(each), role, settings) for each in features))
 
 
 def key_of(settings: PrepareSettings, feature: FeatureSettings) -> tuple[str, RawType]:
@@ -165,6 +167,8 @@ def _feature(
     feature: FeatureSettings, source: str, role: str, settings: PrepareSettings, *, optional: bool = False
 ) -> Column:
     name = feature_column(feature.name)
+    if feature.time is not None:
+        return Column(source, name, feature.time)
     if feature.kind == "number":
         logarithm = feature.scale == "log"
         remedy = "scale=log is for numbers of 0 or more; correct the file" if logarithm else "correct the file"
@@ -185,6 +189,11 @@ def _feature(
         hashed=feature.hash_buckets is not None,
         optional=optional,
     )
+
+
+def _column(feature: FeatureSettings) -> str:
+    assert feature.column is not None, "items and users have no time of their own"
+    return feature.column
 
 
 def _role(log: Log) -> str:

@@ -106,7 +106,7 @@ class Features:
                 self._encode(feature, logs[1], None, "frequency", values=lines[1], target=True)
             elif feature.of == "behavior":
                 # With targets cut from events, a target has the value of its event.
-                target = feature.impression_column is not None
+                target = feature.on_targets
                 read = logs if target else logs[:1]
                 table = definition.seen(read, "item_id", [column])
                 self._encode(feature, table, "weight", "frequency", values=sum(lines[: len(read)]), target=target)

@@ -27,7 +27,8 @@ from pipeline.hashing import hash_values
 from pipeline.ingest import values
 from pipeline.ingest.columns import Column
 from pipeline.ingest.sets import encoded_sets
-from pipeline.ingest.sources import LogFiles, decompressed, fields, first_line, lines_of
+from pipeline.ingest.sources import LogFiles, fields, first_line, lines_of, plain_text
+from pipeline.ingest.text import ByteStream
 from pipeline.ingest.values import WrongValueError
 from schemas.errors import UserError
 from schemas.shards import RECORDS_OF_A_FILE
@@ -109,6 +110,9 @@ def _typed(
     columns: dict[str, Any] = {}
     # Times first, because they too leave lines out.
     for column in sorted(files.columns, key=lambda column: column.kind != "time"):
+        if column.kind in ("hour", "weekday"):
+            columns[column.name] = values.clock(columns["timestamp"], files.zone, column.kind)
+            continue
         columns[column.name] = converted(column)
         if column.kind == "time" and not (files.since is None and files.until is None):
             inside = _inside(columns[column.name], files.since, files.until)
@@ -142,6 +146,8 @@ def _scalars(files: LogFiles, column: Column, raw: pa.Array, tally: Tally) -> pa
             return values.labels(raw)
         case "split":
             return values.splits(raw)
+        case "hour" | "weekday":
+            raise AssertionError("made from the line's time")
         case "time":
             seconds, forms = values.times(raw, files.unit, files.zone)
             tally.update(forms)
@@ -166,13 +172,13 @@ def _text_batches(
     number = dict(zip(files.text_columns, numbers, strict=True))
     needed = {number[name]: name for name in columns}
     try:
-        with arrow_file(path) as raw, decompressed(path, raw) as stream:
+        with arrow_file(path) as raw, plain_text(files, path, raw) as stream:
             checked = _CheckedText(stream, files, path)
             reader = pyarrow.csv.open_csv(
                 pa.PythonFile(checked, "r"),
                 pyarrow.csv.ReadOptions(block_size=_BLOCK, column_names=numbers, skip_rows=int(files.header)),
                 pyarrow.csv.ParseOptions(
-                    delimiter=files.delimiter,
+                    delimiter=files.separator,
                     quote_char=files.quote or False,
                     double_quote=True,
                     escape_char=False,
@@ -204,11 +210,11 @@ class _CheckedText(io.RawIOBase):
     like: with one stray quote they swallow lines until the next.
     """
 
-    def __init__(self, stream: pa.NativeFile, files: LogFiles, path: Path) -> None:
+    def __init__(self, stream: ByteStream, files: LogFiles, path: Path) -> None:
         super().__init__()
         self._stream, self._path, self._lines_done, self._rest = stream, path, 0, b""
         self._quote = (files.quote or "").encode()
-        self._well_formed = _well_formed(files.delimiter, files.quote) if files.quote else None
+        self._well_formed = _well_formed(files.separator, files.quote) if files.quote else None
 
     def readable(self) -> bool:
         return True
@@ -258,7 +264,7 @@ def _text_fault(files: LogFiles, path: Path, error: BaseException) -> str:
     """What is wrong with a text file that Arrow could not read, found by going through its lines once more."""
     expected = len(files.text_columns)
     try:
-        for number, line in enumerate(lines_of(path), 1):
+        for number, line in enumerate(lines_of(files, path), 1):
             where = f"{path}, line {number}"
             if len(line) >= _BLOCK:
                 return f"{where}: longer than {_BLOCK >> 20} MiB; is it a line of a log?"
@@ -299,5 +305,5 @@ def _where(files: LogFiles, path: Path, record: int) -> str:
     """Where a record stands, for people: its line in a text file, empty lines and the header counted."""
     if files.format == "parquet":
         return f"{path}, row {record}"
-    lines = (number for number, line in enumerate(lines_of(path), 1) if line)
+    lines = (number for number, line in enumerate(lines_of(files, path), 1) if line)
     return f"{path}, line {next(itertools.islice(lines, record - 1 + files.header, None))}"

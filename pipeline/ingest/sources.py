@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,14 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.ingest.columns import Column, file_columns, id_columns, roles
+from pipeline.ingest.text import SEPARATOR, ByteStream, PlainText
 from pipeline.ingest.values import fits
 from pipeline.paths import input_files
 from schemas.errors import UserError
-from schemas.features import FeatureSettings
-from schemas.prepare import Impressions, Log, PrepareSettings, TextFormat, TimestampUnit
+from schemas.features import FeatureFile, FeatureSettings
+from schemas.prepare import Impressions, Log, PrepareSettings, TimestampUnit
 from schemas.storage import arrow_file
+from schemas.text_format import Encoding, TextFormat
 
-_TEXT = (".csv", ".tsv", ".txt")
+_TEXT = (".csv", ".tsv", ".txt", ".dat")
 _PACKED = ("", ".gz", ".zst")
 _PARQUET = (".parquet", ".parq", ".pq")
 
@@ -46,6 +49,7 @@ class LogFiles:
     """Text files begin with a line of column names."""
     delimiter: str = ","
     quote: str | None = '"'
+    encoding: Encoding = "utf-8"
     numbered: bool = False
     """Lines carry a number that finds them again; see `pipeline.ingest.reading`."""
     number: int = 0
@@ -63,6 +67,11 @@ class LogFiles:
         # How many folders above they share. Not `os.path.commonpath`: some may be URLs.
         shared = next(depth for depth, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1)
         return tuple("/".join(each[shared:]) for each in parts)
+
+    @property
+    def separator(self) -> str:
+        """The one character that stands between values once a file has passed through `plain_text`."""
+        return self.delimiter if len(self.delimiter) == 1 else SEPARATOR
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -97,17 +106,15 @@ def log_files(role: str, log: Log, columns: tuple[Column, ...] | None = None, *,
 def feature_files(settings: PrepareSettings) -> list[FeatureFiles]:
     """The files that features of items and users have of their own; errors are those of `log_files`."""
     # Features of one file are read together.
-    together: dict[tuple[str, tuple[str, ...], str | None], list[FeatureSettings]] = {}
+    together: dict[tuple[str, tuple[str, ...], str | None, FeatureFile], list[FeatureSettings]] = {}
     for feature in settings.declared_features:
         if feature.file is not None:
             names = settings.files_of(feature)
-            together.setdefault((feature.of, names, feature.key), []).append(feature)
+            together.setdefault((feature.of, names, feature.key, feature.file), []).append(feature)
     read = []
-    for number, ((_, names, _), of_files) in enumerate(together.items()):
+    for number, ((_, names, _, form), of_files) in enumerate(together.items()):
         features = tuple(of_files)
-        own = settings.events.item_features
-        form: TextFormat = own if own is not None and settings.is_short_form(features[0]) else TextFormat()
-        log = Log(files=names, delimiter=form.delimiter, quote=form.quote)
+        log = Log(files=names, **form.model_dump(include=set(TextFormat.model_fields)))
         columns = file_columns(settings, features)
         files = _files(roles(features[0].of), log, columns, settings.on_corrupt == "skip")
         read.append(FeatureFiles(features, replace(files, number=number)))
@@ -132,6 +139,7 @@ def _files(role: str, log: Log, columns: tuple[Column, ...], skip_corrupt: bool)
         log.until,
         header=log.header,
         quote=log.quote,
+        encoding=log.encoding,
         numbered=isinstance(log, Impressions),
     )
     if parquet:
@@ -240,7 +248,7 @@ def _text_files(files: LogFiles, log: Log) -> LogFiles:
         names = heads[first]
     else:
         for path in files.paths:
-            _head(files.role, path)
+            _head(files, path)
     assert names is not None, "settings are validated"
     files = _without_optional(files, names)
     for column in files.columns:
@@ -265,7 +273,7 @@ def _ending(role: str, path: Path) -> str:
 def _names(files: LogFiles, path: Path) -> tuple[str, ...]:
     """Column names in the first line of a text file, without spaces around them."""
     try:
-        return tuple(name.strip() for name in fields(files, _head(files.role, path)))
+        return tuple(name.strip() for name in fields(files, _head(files, path)))
     except csv.Error as error:
         raise UserError(
             f"{files.role}: {path}, line 1: cannot be read ({error}); lines end in a line feed, with or without a "
@@ -276,24 +284,24 @@ def _names(files: LogFiles, path: Path) -> tuple[str, ...]:
 def fields(files: LogFiles, line: str) -> list[str]:
     """The values of a line of a text file."""
     if files.quote is None:
-        return line.split(files.delimiter)
-    return next(csv.reader([line], delimiter=files.delimiter, quotechar=files.quote))
+        return line.split(files.separator)
+    return next(csv.reader([line], delimiter=files.separator, quotechar=files.quote))
 
 
-def _head(role: str, path: Path) -> str:
+def _head(files: LogFiles, path: Path) -> str:
     """First line of a text file, compressed or not."""
     try:
-        with arrow_file(path) as raw, decompressed(path, raw) as stream:
+        with arrow_file(path) as raw, plain_text(files, path, raw) as stream:
             head = stream.read(1 << 16)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{role}: {path}: cannot be read ({first_line(error)})") from None
+        raise UserError(f"{files.role}: {path}: cannot be read ({first_line(error)})") from None
     if not head:
-        raise UserError(f"{role}: {path} is empty")
+        raise UserError(f"{files.role}: {path} is empty")
     try:
         # ``utf-8-sig``: spreadsheets put a byte order mark in front, which would become part of the first name.
         return bytes(head).split(b"\n", 1)[0].rstrip(b"\r").decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{role}: {path}: not a text file of UTF-8") from None
+        raise UserError(f"{files.role}: {path}: not a text file of UTF-8") from None
 
 
 def _require(files: LogFiles, path: Path, names: list[str]) -> None:
@@ -310,16 +318,19 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def decompressed(path: Path, raw: pa.NativeFile) -> pa.NativeFile:
-    """The content of an open file, decompressed if its ending says so, in capitals or not."""
+@contextmanager
+def plain_text(files: LogFiles, path: Path, raw: pa.NativeFile) -> Iterator[ByteStream]:
+    """The text of an open file of a log, decompressed if its ending says so, in capitals or not; see `PlainText`."""
     # Read to its end, a compressed stream is checked against its length and checksum.
     codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
-    return raw if codec is None else pa.CompressedInputStream(raw, codec)
+    with raw if codec is None else pa.CompressedInputStream(raw, codec) as stream:
+        plain = files.encoding == "utf-8" and len(files.delimiter) == 1
+        yield stream if plain else PlainText(stream, files.encoding, files.delimiter, path)
 
 
-def lines_of(path: Path) -> Iterator[bytes]:
+def lines_of(files: LogFiles, path: Path) -> Iterator[bytes]:
     """Lines of a text file, compressed or not, without their ends."""
-    with arrow_file(path) as raw, decompressed(path, raw) as stream:
+    with arrow_file(path) as raw, plain_text(files, path, raw) as stream:
         rest = b""
         while block := stream.read(1 << 22):
             *lines, rest = (rest + block).split(b"\n")

@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from schemas.errors import UserError
-from schemas.prepare import Encoding
+from schemas.text_format import Encoding
 
 SEPARATOR = "\x1f"
 """ASCII's unit separator: what is put in the place of a delimiter of several characters."""
@@ -53,14 +53,14 @@ class PlainText(io.RawIOBase):
                     f"{self._name}: a value has the control character 0x1f in it, which stands for the delimiter "
                     f"{self._delimiter.decode()!r} here; take it out"
                 )
-            text = self._rest + text
+            text = (self._rest + text).replace(self._delimiter, self._separator)
             # The beginning of a delimiter waits for its end, which may come with the next block.
-            held = next((n for n in range(len(self._delimiter) - 1, 0, -1) if text.endswith(self._delimiter[:n])), 0)
-            held = held if block else 0
-            self._rest = text[len(text) - held :]
-            text = text[: len(text) - held].replace(self._delimiter, self._separator)
-            if text or not block:
-                return text
+            tail = text.rpartition(self._separator)[2]
+            beginnings = (n for n in range(len(self._delimiter) - 1, 0, -1) if tail.endswith(self._delimiter[:n]))
+            end = len(text) - (next(beginnings, 0) if block else 0)
+            self._rest = text[end:]
+            if end or not block:
+                return text[:end]
 
     def __enter__(self) -> Self:
         return self

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from schemas.prepare import TimestampUnit
 from schemas.shards import SPLITS
 
-Kind = Literal["integer", "text", "number", "time", "label", "split"]
+Kind = Literal["integer", "text", "number", "time", "hour", "weekday", "label", "split"]
 
 LONGEST_TEXT = 1 << 16
 """Bytes of the longest text that a value can be."""
@@ -59,6 +59,8 @@ class WrongValueError(ValueError):
 def fits(kind: Kind, actual: pa.DataType, unit: TimestampUnit) -> bool:
     """Whether a Parquet column of type ``actual`` can be read as ``kind``."""
     types = pa.types
+    if kind in ("hour", "weekday"):
+        kind = "time"
     if types.is_dictionary(actual):
         return fits(kind, actual.value_type, unit)
     if _is_text(actual) or types.is_null(actual):
@@ -262,6 +264,20 @@ def _at(local: pa.Array, zone: str | None, said: pa.Array) -> pa.Array:
                 reason = f"is a time that clocks in {zone} do not show, or show twice; give its offset"
                 raise WrongValueError(index, said[index].as_py(), reason) from None
         raise
+
+
+def clock(seconds: pa.Array, zone: str | None, part: Literal["hour", "weekday"]) -> pa.Array:
+    """What clocks in a zone show at a moment, int64: the hour, 0 .. 23, or the day of the week, 0 (Monday) .. 6.
+
+    Args:
+        seconds: since 1970, UTC.
+        zone: an IANA name or an offset (``+08:00``); None: UTC.
+        part: which of the two.
+    """
+    if zone is not None and zone[0] in "+-":
+        seconds, zone = pc.add(seconds, offset_seconds(zone)), None
+    moments = seconds.cast(pa.timestamp("s", zone))
+    return (pc.hour if part == "hour" else pc.day_of_week)(moments).cast(pa.int64())
 
 
 def offset_seconds(offset: str) -> int:
