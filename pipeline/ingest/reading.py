@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import is_refusal
 from pipeline.hashing import hash_values
-from pipeline.ingest import values
+from pipeline.ingest import times, values
 from pipeline.ingest.columns import Column
 from pipeline.ingest.sets import encoded_sets
 from pipeline.ingest.sources import LogFiles, fields, first_line, lines_of, plain_text
@@ -111,7 +111,7 @@ def _typed(
     # Times first, because they too leave lines out.
     for column in sorted(files.columns, key=lambda column: column.kind != "time"):
         if column.kind in ("hour", "weekday"):
-            columns[column.name] = values.clock(columns["timestamp"], files.zone, column.kind)
+            columns[column.name] = times.clock(columns["timestamp"], files.zone, column.kind)
             continue
         columns[column.name] = converted(column)
         if column.kind == "time" and not (files.since is None and files.until is None):
@@ -149,7 +149,7 @@ def _scalars(files: LogFiles, column: Column, raw: pa.Array, tally: Tally) -> pa
         case "hour" | "weekday":
             raise AssertionError("made from the line's time")
         case "time":
-            seconds, forms = values.times(raw, files.unit, files.zone)
+            seconds, forms = times.times(raw, files.unit, files.zone)
             tally.update(forms)
             return seconds
         case _:

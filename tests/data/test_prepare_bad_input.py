@@ -151,7 +151,7 @@ def test_settings(dare: Dare, tmp_path: Path, argument: str, message: str) -> No
 
 
 def test_unknown_preset_and_settings_file(dare: Dare, tmp_path: Path) -> None:
-    assert "known are completejourney, generic, taobao, tmall" in refuse(dare, tmp_path, "--preset", "taoba")
+    assert "known are completejourney, generic, movielens, taobao, tmall" in refuse(dare, tmp_path, "--preset", "taoba")
     assert "absent.yaml: no such settings file" in refuse(dare, tmp_path, "--config", tmp_path / "absent.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")
     assert "settings cannot be read" in refuse(dare, tmp_path, "--config", tmp_path / "broken.yaml")
@@ -353,7 +353,7 @@ def test_tsv_means_tabs_and_no_format_is_guessed(dare: Dare, tmp_path: Path) -> 
     assert ".tsv files and others in one log" in message
     for setting, said in (
         ("events.delimiter=||", "events.delimiter=||': the value is not YAML; write text of signs in quotes"),
-        ("events.delimiter=ab", "events.delimiter: string should have at most 1 character"),
+        ("events.delimiter=ab", "a delimiter of several characters needs quote=null"),
         ("events.delimiter=é", "events.delimiter: one character of ASCII"),
         ('events.delimiter="', "delimiter and quote are both"),
         ("events.timestamp_zone=Mars/Olympus", "events.timestamp_zone: an IANA name such as Asia/Shanghai"),

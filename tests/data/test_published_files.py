@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.ingest.prepare import prepare
 from pipeline.ingest.text import SEPARATOR, PlainText
-from pipeline.ingest.values import clock
+from pipeline.ingest.times import clock
 from schemas.errors import UserError
 from schemas.manifest import Manifest
 from schemas.prepare import PRESETS, PrepareSettings
