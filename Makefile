@@ -18,14 +18,15 @@ PROCESSES ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | head -2 | wc 
 
 .PHONY: demo test test-slow test-spark test-slurm setup lint types docs examples format bench check-gpu clean
 
-demo: $(JOURNEY)/manifest.json  ## prepare real histories, train DARE and TWIN on them, compare
+demo: $(JOURNEY)/manifest.json  ## prepare real histories, train TWIN, DARE and DARE with all features, compare
 	$(BIN)/dare inspect $(JOURNEY)
-	@for model in twin dare; do \
-	  $(BIN)/torchx run dare.train -j 1x$(PROCESSES) -- --data $(JOURNEY) --run runs/completejourney-$$model \
-	    --config jobs/recipes/completejourney.yaml model.name=$$model stream.batch_size=$$((2048 / $(PROCESSES))) \
-	    || exit 1; \
+	@for run in twin dare dare-features; do \
+	  $(BIN)/torchx run dare.train -j 1x$(PROCESSES) -- --data $(JOURNEY) --run runs/completejourney-$$run \
+	    --config jobs/recipes/completejourney.yaml \
+	    $$(test $$run != dare-features || echo --config jobs/recipes/completejourney-features.yaml) \
+	    model.name=$${run%-features} stream.batch_size=$$((2048 / $(PROCESSES))) || exit 1; \
 	done
-	$(BIN)/dare compare runs/completejourney-twin runs/completejourney-dare
+	$(BIN)/dare compare runs/completejourney-twin runs/completejourney-dare runs/completejourney-dare-features
 
 test: $(READY)  ## all quick tests
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""What the docs say: commands of the tutorial, the model of add_a_model.md and the examples run; lines are short."""
+"""What the docs say: commands of the tutorials, the model of add_a_model.md and the examples run; lines are short."""
 
 import os
 import re
@@ -65,6 +65,17 @@ def test_tutorial(tmp_path: Path) -> None:
 def test_add_a_model(tmp_path: Path) -> None:
     (said,) = run_page("add_a_model.md", tmp_path)
     assert auc(said) > 0.6
+
+
+@pytest.mark.examples
+def test_add_a_feature(tmp_path: Path) -> None:
+    made, prepared, inspected, trained, scored = run_page("add_a_feature.md", tmp_path)
+    assert "18,000 kept" in prepared
+    assert "brand" in inspected
+    plain, rich = (float(line.split()[2]) for line in trained.splitlines() if re.match(r"(plain|rich) +dare", line))
+    assert rich > plain + 0.05, "brand, price and age decide who clicks what"
+    assert re.search(r"'item_id': 'SKU-\d{6}'", scored)
+    assert "score_buy" in scored
 
 
 @pytest.mark.examples
