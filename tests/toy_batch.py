@@ -17,7 +17,7 @@ MORE = {
     "brand": FeatureSize("item", rows=9),
     "maker": FeatureSize("item", rows=6),
     "tags": FeatureSize("item", "ids", rows=11, bags=13),
-    "color": FeatureSize("item", rows=4),
+    "color": FeatureSize("item", rows=7),
     "price": FeatureSize("item", "number"),
     "query": FeatureSize("behavior", "ids", rows=8, bags=9, target=True),
     "coupons": FeatureSize("behavior", "ids", rows=5, bags=6),
@@ -106,11 +106,11 @@ def with_more(batch: Batch, seed: int) -> Batch:
 
 
 def _bags(name: str) -> Bags:
-    """Bags of none to four different ids."""
+    """Bags of one, two or four different ids, so that means of small integers are exact; and the empty one."""
     size, draw = MORE[name], torch.Generator().manual_seed(len(name))
     found = [torch.zeros(0, dtype=torch.int64)]
     for _ in range(size.bags):
-        count = int(torch.randint(1, 5, (), generator=draw))
+        count = 2 ** int(torch.randint(0, 3, (), generator=draw))
         found.append(torch.randperm(size.rows, generator=draw)[:count].add(1).sort().values)
     offset_B1 = torch.tensor([0, *map(len, found)]).cumsum(0)
     return Bags(offset_B1, torch.cat(found).to(torch.int32))

@@ -43,13 +43,18 @@ def settings_of(name: str, **changes: object) -> ModelSettings:
 
 def sizes_of(settings: ModelSettings) -> DataSizes:
     lengths = {name: LENGTHS[name] for name in settings.retrieved}
-    sizes = DataSizes.counted(items=50, categories=3, behaviors=4, scenes=3, lengths=lengths)
+    sizes = DataSizes.counted(items=50, categories=categories_of(settings), behaviors=4, scenes=3, lengths=lengths)
     return replace(sizes, features={**sizes.features, **MORE})
 
 
+def categories_of(settings: ModelSettings) -> int:
+    """Few; with `MORE` features so many that three ranks have rows of them."""
+    return 3 if MORE.keys().isdisjoint(settings.feature_names) else 4
+
+
 def batch_of(settings: ModelSettings, seed: int, **shape: int) -> Batch:
-    more = not MORE.keys().isdisjoint(settings.feature_names)
-    return toy_batch(seed, categories=3, lengths=dict(sizes_of(settings).lengths), more=more, **shape)
+    lengths, more = dict(sizes_of(settings).lengths), not MORE.keys().isdisjoint(settings.feature_names)
+    return toy_batch(seed, categories=categories_of(settings), lengths=lengths, more=more, **shape)
 
 
 def model_of(settings: ModelSettings, seed: int = 1, tables: float = 30, dense: float = 20) -> CtrModel:

@@ -12,12 +12,13 @@ from embeddings.distributed.collectives import sum_over_ranks
 from embeddings.distributed.process_group import process_group
 from embeddings.loss import click_loss
 from embeddings.models import MODELS
+from embeddings.tables import specs
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from tests.launcher import run_ranks
 from tests.runs import small_settings
 from tests.tolerance import largest, rounding, summands
 from tests.toy_batch import part
-from tests.toy_model import TWO, batch_of, local_values, model_of, settings_of, sharded_like, together
+from tests.toy_model import MANY, TWO, batch_of, local_values, model_of, settings_of, sharded_like, together
 from tests.trainers import CPU, Losses, Never, trainer_of
 
 SHAPES = ({"targets": 24}, {"targets": 13}, {"targets": 1}, {"targets": 2, "longest": 1}, {"targets": 24})
@@ -25,10 +26,19 @@ SHAPES = ({"targets": 24}, {"targets": 13}, {"targets": 1}, {"targets": 2, "long
 of them has a hidden unit an input so near to its kink that rounding decides on which side it is."""
 
 
-def train(name: str) -> dict[str, Any]:
+KINDS: dict[str, tuple[dict[str, Any], int]] = {
+    "few": (TWO, specs.GATHERED_BYTES),
+    "many": (MANY, specs.GATHERED_BYTES),
+    "many by id": (MANY, 0),
+}
+"""Features, and up to how many bytes a table is gathered as a whole."""
+
+
+def train(name: str, kind: str = "few") -> dict[str, Any]:
     """A few steps; the losses of the global batches, and this rank's part of the model."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    settings = settings_of(name, **TWO)
+    shape, specs.GATHERED_BYTES = KINDS[kind]
+    settings = settings_of(name, **shape)
     # Weights that are not so large that rounding grows from step to step.
     plain = model_of(settings, tables=10, dense=10)
     sharded = sharded_like(plain)
@@ -45,20 +55,30 @@ def train(name: str) -> dict[str, Any]:
     return {"losses": losses, "start": start, "end": end, "summands": summands(plain, batch_of(settings, 80))}
 
 
-def train_all() -> dict[str, dict[str, Any]]:
-    return {name: train(name) for name in MODELS}
+CASES = [
+    *((name, "few") for name in MODELS),
+    *((name, "many") for name in MODELS),
+    *((name, "many by id") for name in ("dare", "twin", "dare-three-tables", "din", "twin-gradient-normalization")),
+]
+ON_THREE = [("dare", "many"), ("dare", "many by id"), ("twin-projection", "many by id"), ("sdim", "many")]
+
+
+def train_all(cases: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {case: train(*case) for case in cases}
 
 
 @cache
-def on_two_ranks() -> list[dict[str, dict[str, Any]]]:
-    return run_ranks(2, train_all)
+def on_ranks(ranks: int) -> list[dict[tuple[str, str], dict[str, Any]]]:
+    return run_ranks(ranks, train_all, CASES if ranks == 2 else ON_THREE)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_two_ranks_train_what_one_trains(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "ranks"), [*((*case, 2) for case in CASES), *((*case, 3) for case in ON_THREE)]
+)
+def test_several_ranks_train_what_one_trains(name: str, kind: str, ranks: int) -> None:
     with process_group(CPU):
-        alone = train(name)
-    outcomes = [outcome[name] for outcome in on_two_ranks()]
+        alone = train(name, kind)
+    outcomes = [outcome[name, kind] for outcome in on_ranks(ranks)]
     ends = together([alone["end"]])
     # Steps add gradients to the weights, the last of which are of weights that the first ones have changed.
     change = largest(*(value - alone["start"][key] for key, value in ends.items()))

@@ -1,6 +1,7 @@
 """Search on the shards against search in one process, over 1 to 4 real ranks: the very same behaviours."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,20 +11,26 @@ import torch.distributed as dist
 from embeddings.models import build_model
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
+from embeddings.tables import specs
 from schemas.model import ModelSettings, TableChange, TableSet
 from schemas.settings import load_settings
 from tests.launcher import run_ranks
-from tests.toy_batch import toy_batch
+from tests.toy_batch import MORE, toy_batch
 
 CPU = torch.device("cpu")
 ALL = ("item", "category", "position", "interval", "behavior", "scene")
-CASES = {
+EVERY = ["item", "category", "brand", {"name": "maker", "attention": False}, "color", "tags", "price", "position"]
+EVERY += ["scene", "query", "coupons", "dwell"]
+GATHERED_BYTES = specs.GATHERED_BYTES
+CASES: dict[str, dict[str, Any]] = {
     # Dims whose roots are powers of 2, so that scores of small integers are exact.
     "paper": {"features": ("item", "category", "position"), "items": 50},
     "all": {"features": ALL, "items": 50, "lengths": {"history": 300}, "longest": 400},
     "sequences": {"features": ALL, "items": 301, "lengths": {"ads": 12, "content": 40}, "longest": 60},
     "item alone": {"features": ("item",), "items": 70_001},
     "no category": {"features": ("item", "interval", "scene"), "items": 6},
+    "features of every kind": {"features": EVERY, "items": 50, "lengths": {"ads": 12, "content": 40}, "longest": 60},
+    "features of every kind, by id": {"features": EVERY, "items": 50, "gathered_bytes": 0},
     "many categories": {"features": ("item", "category"), "items": 50, "categories": 300},
 }
 SHAPES: list[dict[str, int]] = [
@@ -39,7 +46,10 @@ SHAPES: list[dict[str, int]] = [
 
 def settings_of(case: dict[str, Any]) -> ModelSettings:
     dims = {"item": 12, "category": 4} if "category" in case["features"] else {"item": 16}
-    changes = {feature: TableChange(dim=dims.get(feature, 4)) for feature in case["features"]}
+    if case["features"] is EVERY:
+        dims = {"item": 32, "category": 8, "brand": 8, "color": 8, "tags": 8}
+    names = ModelSettings(features=case["features"]).feature_names
+    changes = {feature: TableChange(dim=dims.get(feature, 4)) for feature in names if feature not in ("price", "dwell")}
     k = {name: 5 + 10 * number for number, name in enumerate(case.get("lengths", {"history": 12}))}
     tables = TableSet(features=changes)
     return ModelSettings(features=case["features"], attention=tables, representation=tables, retrieved=k)
@@ -52,6 +62,8 @@ def searched(name: str) -> int:
     settings, lengths = settings_of(case), case.get("lengths", {"history": 12})
     categories = case.get("categories", 7)
     sizes = DataSizes.counted(case["items"], categories, lengths, behaviors=4, scenes=3)
+    sizes = replace(sizes, features={**sizes.features, **MORE})
+    specs.GATHERED_BYTES = case.get("gathered_bytes", GATHERED_BYTES)
     alone = build_model(settings, sizes)
     draw = torch.Generator().manual_seed(3)
     for weight in alone.tables.parameters():
@@ -71,7 +83,8 @@ def searched(name: str) -> int:
         mine = (
             {"longest": case.get("longest", 30)} | shapes[rank] | ({"targets": 0} if seed % ranks == rank > 0 else {})
         )
-        batch = toy_batch(100 * rank + seed, items=case["items"], categories=categories, lengths=lengths, **mine)
+        shape = {"items": case["items"], "categories": categories, "lengths": lengths, "more": True}
+        batch = toy_batch(100 * rank + seed, **shape, **mine)
         selected = model.search(batch, model.tables.small_rows(CPU), model.start_search(batch))
         cross = alone.tables.small_rows(CPU)
         expected = alone.search(batch, cross, alone.start_search(batch))
