@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.ingest.reading import raw_batches
 from pipeline.ingest.sources import log_files
-from pipeline.ingest.values import WrongValueError, integers
+from pipeline.ingest.values import WrongValueError, integers, texts
 from schemas.errors import UserError
 from schemas.manifest import Manifest, fingerprint
 from schemas.prepare import Impressions
@@ -106,8 +106,9 @@ class ScoredImpressions:
     def _check_alike(self, index: int, said_N: pa.Array, predicted_N: pa.Array) -> None:
         """Make sure that lines with a prediction (not null) have the ids that it was made of."""
         has_N = pc.is_valid(predicted_N)
+        read = texts if pa.types.is_string(predicted_N.type) else integers
         try:
-            alike = integers(said_N.filter(has_N)).equals(predicted_N.filter(has_N))
+            alike = read(said_N.filter(has_N)).equals(predicted_N.filter(has_N))
         except WrongValueError:
             alike = False
         if not alike:

@@ -197,3 +197,32 @@ def test_a_change_between_the_ends_of_a_large_file(folder: Path, run: Path, tmp_
     with pytest.raises(UserError, match=r"new.csv has changed since"):
         scored(run, data, tmp_path / "other", impressions=(str(new),))
     assert not (tmp_path / "other").exists()
+
+
+def test_ids_that_are_text(folder: Path, tmp_path: Path) -> None:
+    """With the same lines, whose ids are words: predictions join back to them, also with another data set's numbers."""
+    for path in (folder / "events.csv", *(folder / f"day{day}" / "shown.csv" for day in (1, 2))):
+        log = pd.read_csv(path)
+        log["user_id"], log["item_id"] = "u " + log["user_id"].astype(str), "ß" + log["item_id"].astype(str)
+        (tmp_path / path.parent.name).mkdir(exist_ok=True)
+        log.to_csv((tmp_path / path.parent.name if "day" in str(path) else tmp_path) / path.name, index=False)
+
+    def words(name: str, seed: int) -> Path:
+        kinds = {"user_type": "text", "item_type": "text"}
+        events = {"files": [str(tmp_path / "events.csv")], **kinds}
+        return prepared(tmp_path, name, None, seed=seed, impressions=kinds, events=events)
+
+    run = Run(1, small_settings("epochs=1"), words("data", 1), tmp_path / "run").finish().folder
+    names = (str(tmp_path / "day*"),)
+    test = scored(run, None, tmp_path / "out", impressions=names)
+    joined = test.merge(log_of(tmp_path), on=["file", "line"], suffixes=("", "_log"), validate="one_to_one")
+    assert len(joined) == len(test) > 50
+    for column in ("user_id", "item_id", "timestamp", "label"):
+        assert (joined[column] == joined[f"{column}_log"]).all()
+    mine = pq.read_table(tmp_path / "out" / "impressions-00000.parquet").to_pandas()
+    assert mine["score"].notna().sum() == (test["file"] == "day1/shown.csv").sum()
+    pd.testing.assert_frame_equal(scored(run, words("other", 2), tmp_path / "again"), test)
+    shown = tmp_path / "day2" / "shown.csv"
+    shown.write_text(shown.read_text().replace("u 105", "u 106", 1))
+    with pytest.raises(UserError, match=r"day2/shown.csv has changed since"):
+        scored(run, None, tmp_path / "changed", impressions=names)
