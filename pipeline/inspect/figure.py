@@ -1,4 +1,4 @@
-"""A data set in one picture: history lengths, targets, popularity, and the load of row-wise shards.
+"""A data set in one picture: history lengths, targets, popularity, the load of row-wise shards, and each feature.
 
 V = values of a histogram, F = different frequencies, W = ranges of ids, one a row-wise shard.
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
+from pipeline.inspect.features import FeatureSummary
 from pipeline.inspect.popularity import Popularity, read_popularity
 from pipeline.inspect.summary import Histogram, Summary
 from pipeline.reporting.plots import BLUE, GREY, ORANGE, label, panels, png, whole_numbers
@@ -15,6 +16,8 @@ from schemas.manifest import Manifest
 
 RANGES = 16
 """Row-wise shards whose load is shown."""
+LONGEST = 20
+"""Letters of a raw value that are drawn."""
 
 
 def draw_figure(folder: Path, summary: Summary, figure: Path) -> None:
@@ -32,17 +35,46 @@ def draw_figure(folder: Path, summary: Summary, figure: Path) -> None:
     items = read_popularity(manifest.verified(folder, "items.parquet"), summary.counts.items, RANGES)
     name = "feature-category.parquet" if manifest.schema_version >= 3 else "categories.parquet"
     categories = read_popularity(manifest.verified(folder, name), summary.counts.categories, RANGES)
-    drawing, (lengths, targets, popularity, load) = panels(4, height=4, columns=2, grid="y")
+    features = summary.features.of
+    drawing, axes = panels(4 + len(features), height=4, columns=2, grid="y")
+    lengths, targets, popularity, load = axes[:4]
     _lengths(lengths, summary.lengths)
     _targets(targets, summary)
     _popularity(popularity, items, categories)
     _load(load, items)
+    for axis, (name, feature) in zip(axes[4:], features.items(), strict=True):
+        _feature(axis, name, feature)
     counts = summary.counts
     drawing.suptitle(
         f"{label(folder.resolve().name)}: {counts.users:,} users, {counts.behaviors:,} behaviours, "
         f"{counts.items:,} items in {counts.categories:,} categories"
     )
     png(drawing, figure)
+
+
+def _feature(axis: Axes, name: str, feature: FeatureSummary) -> None:
+    """The most frequent raw values of a feature, or how its numbers are spread."""
+    record, missing = feature.record, feature.missing_share
+    axis.set_title(f"{name}, of {record.of}" + (f": {missing:.1%} missing" if missing else ""))
+    axis.set_ylabel({"item": "items", "behavior": "behaviours", "user": "users", "impression": "targets"}[record.of])
+    edges, count_B = record.edges, feature.count_V[1:]
+    if feature.numbers is not None:
+        edges, count_B = feature.numbers.edges, feature.numbers.count_B
+    if edges is not None:
+        names = [f"< {edges[0]:.3g}", *(f"{edge:.3g}" for edge in edges)]
+        axis.bar(np.arange(len(count_B)), count_B, 1, color=BLUE, edgecolor="white", align="edge")
+        shown = np.arange(0, len(names), max(1, len(names) // 6))
+        axis.set_xticks(shown, [names[place] for place in shown])
+        axis.set_xlabel("from")
+    else:
+        # Of sets, a place counts for each of its values.
+        others = int(count_B.sum()) - sum(count for _, count in feature.frequent)
+        bars = [*feature.frequent, *([("others", others)] if others else [])]
+        # By place: two raw values may look alike.
+        axis.bar(np.arange(len(bars)), [count for _, count in bars], color=BLUE)
+        axis.set_xticks(np.arange(len(bars)), [label(value[:LONGEST]) for value, _ in bars])
+        axis.set_xlabel(f"most frequent of {record.rows:,}" + (" buckets" if record.encoding == "hash" else ""))
+    whole_numbers(axis.yaxis)
 
 
 def _lengths(axis: Axes, lengths: Histogram) -> None:

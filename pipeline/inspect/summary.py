@@ -1,4 +1,4 @@
-"""What is in a data set: counts and distributions, from one pass that reads labels, splits and the lengths of lists.
+"""What is in a data set: counts and distributions, from one pass over features, labels, splits and lengths of lists.
 
 Distributions are exact: a histogram has an entry for each value, so that memory grows with the largest value and not
 with the number of users or targets.
@@ -16,6 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.inspect.features import Features
+from pipeline.stream.data_set import DataSet
+from pipeline.stream.row_group import flat_column, list_column
 from pipeline.stream.shard_file import ShardFile
 from schemas.errors import UserError
 from schemas.manifest import Counts, Manifest
@@ -23,8 +26,6 @@ from schemas.shards import SPLITS
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "mean": None, "p90": 0.9, "p99": 0.99, "max": 1.0}
 """What is said of a distribution: values that a fraction does not exceed, and the mean."""
-
-_TARGET_COLUMNS = ("target_label", "target_split", "target_history_end")
 
 
 class Histogram:
@@ -98,6 +99,7 @@ class Summary:
     """Number of behaviours of each user."""
     splits: dict[str, SplitSummary]
     columns: dict[str, ColumnSummary]
+    features: Features
     skipped: tuple[str, ...]
     """Corrupt input files that were left out, with the reason."""
 
@@ -123,6 +125,18 @@ class Summary:
                 }
                 for name, split in self.splits.items()
             },
+            "labels": {
+                label: {
+                    split: {
+                        "known": of.known,
+                        "positive_share": round(of.positives / of.known, 6) if of.known else None,
+                    }
+                    for split, of in of_splits.items()
+                }
+                for label, of_splits in self.features.labels.items()
+            },
+            "weights": None if self.features.weights is None else self.features.weights.to_json(),
+            "features": {name: feature.to_json() for name, feature in self.features.of.items()},
             "columns": {
                 name: {
                     "encodings": sorted(column.encodings),
@@ -166,18 +180,20 @@ def summarize(folder: Path, *, verify: bool = False) -> Summary:
         Histogram(),
         {name: SplitSummary() for name in SPLITS},
         {},
+        Features(manifest, SPLITS),
         manifest.skipped,
     )
     for shard in manifest.shards:
         path = folder / shard.path
         with ShardFile(path, shard) as file:
             _check_columns(path, file.schema, manifest)
-            # Sizes and encodings are in the footer; only labels, splits and lengths of lists are read.
+            # Sizes and encodings are in the footer. Items and times are not read.
             _add_columns(summary, file.metadata)
             for row_group in range(file.metadata.num_row_groups):
                 _add_users(path, summary, file, row_group)
     # Counted above, stated in the manifest: a data set whose parts were exchanged does not pass.
     _compare(folder, summary)
+    summary.features.finish(DataSet.open(folder))
     return summary
 
 
@@ -205,18 +221,28 @@ def _add_users(path: Path, summary: Summary, file: ShardFile, row_group: int) ->
     smallest = min(
         (name for name in summary.columns if name.startswith("history_")), key=lambda name: summary.columns[name].bytes
     )
-    names = [smallest, *_TARGET_COLUMNS]
-    table = file.read(row_group, names).combine_chunks()
-    # A row group without rows has no chunk.
-    lists = {name: table[name].chunk(0) for name in names if table[name].num_chunks}
-    if not lists:
+    names = list(dict.fromkeys([smallest, "target_split", "target_history_end", *summary.features.all_columns]))
+    table = file.read(row_group, names)
+    # A row group without rows has nothing to count.
+    if not len(table):
         return
-    summary.lengths.add(np.diff(lists[smallest].offsets.to_numpy()))
-    # Flat over all users; ``user`` below says whose each target is.
-    label, split, history_end = (lists[name].flatten().to_numpy() for name in _TARGET_COLUMNS)
-    if len(history_end) and history_end.min() < 0:
-        raise UserError(f"{path}: column target_history_end points outside of the user's history; prepare it again")
-    user = np.repeat(np.arange(len(table)), np.diff(lists["target_split"].offsets.to_numpy()))
+    flat: dict[str, NDArray[Any]] = {}
+    offsets: dict[str, NDArray[np.int64]] = {}
+    try:
+        for name in names:
+            if pa.types.is_list(table.schema.field(name).type):
+                offsets[name], flat[name] = list_column(name, table[name])
+            else:
+                flat[name] = flat_column(name, table[name]).to_numpy()
+        label, split, history_end = flat["target_label"], flat["target_split"], flat["target_history_end"]
+        if len(history_end) and history_end.min() < 0:
+            raise UserError("column target_history_end points outside of the user's history")
+        summary.features.add(flat, split)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; prepare the data set again") from None
+    summary.lengths.add(np.diff(offsets[smallest]))
+    # Flat over all users: whose each target is.
+    user = np.repeat(np.arange(len(table)), np.diff(offsets["target_split"]))
     for code, of_split in enumerate(summary.splits.values()):
         # Codes are in the order of the splits (`schemas.shards.Split`).
         chosen = split == code

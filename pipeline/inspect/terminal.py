@@ -4,13 +4,21 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.inspect.features import FeatureSummary, Numbers
 from pipeline.inspect.summary import QUANTILES, Histogram, Summary, describe
 from pipeline.reporting.text_table import table_lines
 from schemas.manifest import LogCounts
 
+_HEIGHTS = " .:-=+*#"
+_LONGEST = 30
+"""Letters of a raw value that are shown."""
+
 
 def summary_lines(folder: Path, summary: Summary, width: int | None = None) -> Iterator[str]:
-    """Lines of counts, distributions, targets of each split and columns.
+    """Lines of counts, distributions, targets of each split, features and columns.
 
     Args:
         folder: the data set.
@@ -21,6 +29,7 @@ def summary_lines(folder: Path, summary: Summary, width: int | None = None) -> I
         (_counts(folder, summary), (0, 2)),
         (_distributions(summary), (0,)),
         (_targets(summary), (0,)),
+        (_features(summary), (0, 1, 2, 6)),
         (_columns(summary), (0, 5, 6)),
     ):
         yield from table_lines(header, rows, left=left, width=width)
@@ -83,14 +92,73 @@ def _described(name: str, histogram: Histogram) -> Sequence[str]:
 
 
 def _targets(summary: Summary) -> list[Sequence[str]]:
-    rates = {
-        name: f"{split.positives / split.targets:.4f}" if split.targets else "-"
-        for name, split in summary.splits.items()
-    }
+    rates = {name: _rate(split.positives, split.targets) for name, split in summary.splits.items()}
+    # The main label's rate is the first one.
+    more = dict(list(summary.features.labels.items())[1:])
     return [
-        ("split", "targets", "positives", "label rate"),
-        *((name, f"{split.targets:,}", f"{split.positives:,}", rates[name]) for name, split in summary.splits.items()),
+        ("split", "targets", "positives", "label rate", *(f"{label} rate" for label in more)),
+        *(
+            (
+                name,
+                f"{split.targets:,}",
+                f"{split.positives:,}",
+                rates[name],
+                *(_rate(more[label][name].positives, more[label][name].known) for label in more),
+            )
+            for name, split in summary.splits.items()
+        ),
     ]
+
+
+def _rate(part: int, of: int) -> str:
+    return f"{part / of:.4f}" if of else "-"
+
+
+def _features(summary: Summary) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = []
+    for name, feature in summary.features.of.items():
+        record, missing = feature.record, feature.missing_share
+        rows.append(
+            (
+                name,
+                record.of,
+                f"{record.kind}, {record.encoding}",
+                "-" if record.is_number else f"{record.rows:,}",
+                "-" if missing is None else f"{missing:.1%}",
+                f"{record.below_min_count / record.values:.1%}" if record.values else "-",
+                _values(feature),
+            )
+        )
+    if summary.features.weights is not None:
+        rows.append(("weight", "impression", "number", "-", "-", "-", _spread(summary.features.weights)))
+    return [("feature", "of", "kind", "rows", "missing", "rare", "most frequent, or how numbers are spread"), *rows]
+
+
+def _values(feature: FeatureSummary) -> str:
+    if feature.numbers is not None:
+        return _spread(feature.numbers)
+    if feature.record.edges is not None:
+        edges = feature.record.edges
+        return f"{_bars(feature.count_V[1:])} quantiles from {edges[0]:g} to {edges[-1]:g}"
+    places = max(feature.places, 1)
+    return ", ".join(f"{_short(value)} {count / places:.1%}" for value, count in feature.frequent) or "-"
+
+
+def _spread(numbers: Numbers) -> str:
+    said = numbers.to_json()
+    if not numbers.seen:
+        return "-"
+    return f"{_bars(numbers.count_B)} min {said['min']:g}, mean {said['mean']:g}, max {said['max']:g}"
+
+
+def _bars(count_B: NDArray[np.int64]) -> str:
+    """A histogram as one letter a bin: the higher, the more."""
+    heights = np.ceil(count_B * (len(_HEIGHTS) - 1) / max(count_B.max(initial=0), 1)).astype(int)
+    return "[" + "".join(_HEIGHTS[height] for height in heights) + "]"
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= _LONGEST else value[:_LONGEST] + "..."
 
 
 def _columns(summary: Summary) -> list[Sequence[str]]:
