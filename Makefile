@@ -16,7 +16,7 @@ JOURNEY := data/completejourney
 # One process a GPU, and two on a CPU.
 PROCESSES ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | head -2 | wc -l),2)
 
-.PHONY: demo test test-slow test-spark test-slurm setup lint types docs examples format bench check-gpu clean
+.PHONY: demo test test-slow test-spark test-ceph test-slurm setup lint types docs examples format bench check-gpu clean
 
 demo: $(JOURNEY)/manifest.json  ## prepare real histories, train TWIN, DARE and DARE with all features, compare
 	$(BIN)/dare inspect $(JOURNEY)
@@ -37,6 +37,9 @@ test-slow: $(READY)  ## the tests that take minutes
 test-spark: $(READY)  ## the distributed engine; needs Java 17
 	$(BIN)/pip install --quiet --no-deps -r requirements/spark.txt
 	SPARK_LOCAL_IP=127.0.0.1 PYSPARK_PYTHON=$(CURDIR)/$(BIN)/python $(BIN)/python -m pytest -m spark
+
+test-ceph: $(READY)  ## remote paths on Ceph's S3 gateway; needs Debian's radosgw ceph-mon ceph-osd
+	$(BIN)/python -m pytest -m ceph -rs
 
 test-slurm: $(READY)  ## jobs on a real Slurm of one host; needs root and Debian's slurm-wlm munge slurmdbd mariadb-server
 	$(BIN)/python -m pytest -m slurm -rs

@@ -29,9 +29,12 @@ from tests.runs import Run, slow_steps, small_settings
 from tests.trainers import CPU
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[ObjectStore]:
-    with object_store() as running, pytest.MonkeyPatch.context() as patch:
+@pytest.fixture(scope="module", params=STORES)
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    with (
+        object_store(request.param, tmp_path_factory.mktemp("store")) as running,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(schemas.stores, "FIRST_WAIT_S", 0.01)
         yield running
 
@@ -39,7 +42,7 @@ def running() -> Iterator[ObjectStore]:
 @pytest.fixture
 def store(running: ObjectStore) -> Iterator[ObjectStore]:
     yield running
-    running.fault, running.failed = lambda method, path: None, []
+    running.fault, running.failed = None, []
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +113,9 @@ def test_a_killed_run_at_a_url_ends_as_one_on_a_disk(remote: Run, undisturbed: R
 def test_no_secret_is_recorded(remote: Run, running: ObjectStore) -> None:
     for file in remote.folder.files():  # type: ignore[attr-defined]
         content = file.read_bytes()
-        assert b"test-secret" not in content, file
-        assert b"test-key" not in content, file
-    assert "test-secret" not in remote.said()
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            assert running.environment[name].encode() not in content, file
+    assert running.environment["AWS_SECRET_ACCESS_KEY"] not in remote.said()
 
 
 def test_a_run_at_a_url_is_evaluated_scored_listed_and_compared(
@@ -156,6 +159,8 @@ def test_the_command_line_takes_urls(
 @pytest.fixture(scope="module")
 def interrupted(running: ObjectStore, data: RemotePath) -> Run:
     """A run at a URL whose second checkpoint could not be uploaded."""
+    if not isinstance(running, MotoStore):
+        pytest.skip("only moto's server fails when it is told to")
     running.fault = lambda method, path: (
         "503"
         if method in ("PUT", "POST") and "/checkpoints/step-" in path and "step-000000000004" not in path
@@ -163,7 +168,7 @@ def interrupted(running: ObjectStore, data: RemotePath) -> Run:
     )
     run = start(running, 2, data, "interrupted", "checkpoint.keep=9")
     run.wait()
-    running.fault = lambda method, path: None
+    running.fault = None
     return run
 
 
@@ -192,7 +197,7 @@ def test_a_damaged_checkpoint_at_a_url_is_passed_over_and_one_that_cannot_be_rea
     store.fault = lambda method, path: "503" if method == "GET" and ".distcp" in path else None
     with pytest.raises(StoreError, match=r"distcp: "):
         damage_of(last)
-    store.fault = lambda method, path: None
+    store.fault = None
     file = last.path / last.files[0].path
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
