@@ -39,7 +39,7 @@ test-spark: $(READY)  ## the distributed engine; needs Java 17
 	SPARK_LOCAL_IP=127.0.0.1 PYSPARK_PYTHON=$(CURDIR)/$(BIN)/python $(BIN)/python -m pytest -m spark
 
 test-ceph: $(READY)  ## remote paths on Ceph's S3 gateway; needs Debian's radosgw ceph-mon ceph-osd
-	$(BIN)/python -m pytest -m ceph -rs
+	$(BIN)/python -m pytest -m "ceph and not spark" -rs
 
 test-slurm: $(READY)  ## jobs on a real Slurm of one host; needs root and Debian's slurm-wlm munge slurmdbd mariadb-server
 	$(BIN)/python -m pytest -m slurm -rs

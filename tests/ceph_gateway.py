@@ -71,11 +71,8 @@ debug rgw = 1
     with ExitStack() as stack:
 
         def start(*command: str) -> None:
-            process = subprocess.Popen(
-                [command[0], "-c", str(config), "-f", *command[1:]],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+            arguments = [command[0], "-c", str(config), "-f", *command[1:]]
+            process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             stack.callback(process.wait, 60)
             stack.callback(process.kill)
 

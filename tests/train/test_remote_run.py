@@ -24,7 +24,7 @@ from pipeline.runs.run_folder import RunFolder, read_step_log
 from schemas.errors import StoreError, UserError
 from schemas.storage import RemotePath
 from schemas.train import TrainSettings
-from tests.object_store import ObjectStore, object_store
+from tests.object_store import STORES, MotoStore, ObjectStore, object_store
 from tests.runs import Run, slow_steps, small_settings
 from tests.trainers import CPU
 
