@@ -32,6 +32,18 @@ def bench_reader(
             print(f"{name:27} {figure:>14,}")
 
 
+def bench_item_features(
+    users: Annotated[int, typer.Option(min=512, help="Users of the generated data sets.")] = 10_000,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each timing; medians are reported.")] = 7,
+    threads: Annotated[int, typer.Option(min=1, help="Reader threads.")] = 2,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
+) -> None:
+    """Measure features of items beside their row, gathered by the reader, against features in each behaviour."""
+    from benchmarks.item_features import measure
+
+    _show([asdict(case) for case in measure(users, rounds, threads)], json)
+
+
 def bench_ingest(
     events: Annotated[int, typer.Option(min=1000, help="Events of each log.")] = 20_000_000,
     json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
@@ -173,6 +185,7 @@ def _show(figures: Mapping[str, Any] | Sequence[Mapping[str, Any]], json: bool) 
 bench = typer.Typer(help="Measure parts of the pipeline against plain references.", no_args_is_help=True)
 bench.command("ingest")(bench_ingest)
 bench.command("reader")(bench_reader)
+bench.command("item-features")(bench_item_features)
 bench.command("search")(bench_search)
 bench.command("shard-search")(bench_shard_search)
 bench.command("plan")(bench_plan)

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.cli import bench_reader
+from benchmarks.cli import bench_item_features, bench_reader
+from benchmarks.item_features import Case
 from benchmarks.reader import ReaderFigures
 
 
@@ -15,3 +16,11 @@ def test_last_line_is_json(capfd: pytest.CaptureFixture[str]) -> None:
     assert 200_000 < figures.behaviors < 400_000
     assert min(figures.vs_pyarrow, figures.samples_per_s) > 0
     assert figures.storage_vs_samples > 15
+
+
+def test_features_beside_the_items_take_no_room_in_shards(capfd: pytest.CaptureFixture[str]) -> None:
+    bench_item_features(users=600, rounds=1, json=True)
+    one, five = (Case(**case) for case in json.loads(capfd.readouterr().out.splitlines()[-1]))
+    assert one.beside_bytes_per_behavior == five.beside_bytes_per_behavior < one.stored_bytes_per_behavior
+    assert one.stored_bytes_per_behavior + 4 < five.stored_bytes_per_behavior
+    assert min(one.ratio, five.ratio) > 0
