@@ -29,7 +29,7 @@ from embeddings.tables.sharder import TableSharder
 from embeddings.workload import Workload, mean_load
 from schemas.errors import UserError
 from schemas.manifest import Manifest
-from schemas.model import ModelSettings, TableOptimizer
+from schemas.model import TableOptimizer
 from schemas.train import TrainSettings
 
 OPTIMIZERS: dict[TableOptimizer, type[Optimizer]] = {
@@ -262,7 +262,6 @@ def sharded_model(
     """
     # Before the layers are made, which are real ones even where the tables are not.
     check_dense(settings.model.hidden)
-    _check_tasks(settings.model, manifest)
     model = build_model(settings.model, DataSizes.of(manifest, settings.stream), torch.device("meta"))
     # What the device cannot train is told before whether it fits.
     check_tables(model, device.type)
@@ -271,11 +270,3 @@ def sharded_model(
     if plan is None:
         plan = make_plan(model, device, settings.stream.batch_size, *mean_load(manifest, settings.stream))
     return shard(model, device, plan)
-
-
-def _check_tasks(settings: ModelSettings, manifest: Manifest) -> None:
-    for task in settings.tasks:
-        if task.name not in manifest.labels:
-            raise UserError(
-                f"model.tasks: the data have no label {task.name}; theirs: {', '.join(manifest.labels) or 'none'}"
-            )

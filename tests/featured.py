@@ -196,15 +196,21 @@ def _rows(log: Log, name: str) -> list[dict[str, Any]]:
 
 
 def write_featured(
-    folder: Path, log: Log, seed: int = 0, *, users_per_row_group: int = 4, row_groups_per_shard: int = 3
+    folder: Path,
+    log: Log,
+    seed: int = 0,
+    *,
+    users_per_row_group: int = 4,
+    row_groups_per_shard: int = 3,
+    labels: tuple[str, str] = LABELS,
 ) -> Manifest:
-    """Write a log as a data set whose ids are decided by ``seed``."""
+    """Write a log as a data set whose ids are decided by ``seed``, its two labels by the names that are given."""
     folder.mkdir(parents=True)
     encoder = Encoder(log, seed)
     records = tuple(encoder.record(name) for name in KINDS)
     user_type: RawType = "text" if isinstance(log.users[0]["id"], str) else "integer"
     item_type: RawType = "text" if isinstance(next(iter(log.items)), str) else "integer"
-    schema = shard_schema(records, user_type=user_type, labels=LABELS, weighted=True, line=True)
+    schema = shard_schema(records, user_type=user_type, labels=labels, weighted=True, line=True)
 
     def cell(row: dict[str, Any], name: str) -> Any:
         if name == "item":
@@ -213,6 +219,7 @@ def write_featured(
 
     def value(user: dict[str, Any], column: str) -> Any:
         side, name = column.split("_", 1)
+        name = "label_buy" if name == f"label_{labels[1]}" else name
         if side == "user":
             return cell(user, name)
         return [cell(row, name) for row in user["history" if side == "history" else "targets"]]
@@ -293,7 +300,7 @@ def write_featured(
             },
         ),
         features=records,
-        labels=LABELS,
+        labels=labels,
         weighted=True,
         user_type=user_type,
         item_type=item_type,

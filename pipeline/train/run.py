@@ -63,6 +63,7 @@ def train(
         stop = stack.enter_context(StopSignal())
         data_set = DataSet.open(data)
         check_stream(settings.stream, data_set.manifest)
+        _refuse_missing_labels(settings, data_set)
         if dist.get_rank() == 0:
             # One rank holds the lock for all of them.
             stack.enter_context(run.locked())
@@ -149,6 +150,15 @@ def _compute_deterministically() -> None:
     # It would write NaN into all new memory, in case that someone reads what nobody has written: a second time for
     # every tensor of every step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _refuse_missing_labels(settings: TrainSettings, data_set: DataSet) -> None:
+    labels = data_set.manifest.labels
+    for task in settings.model.tasks:
+        if task.name not in labels:
+            raise UserError(
+                f"model.tasks: {data_set.folder} has no label {task.name}; its labels: {', '.join(labels) or 'none'}"
+            )
 
 
 def _refuse_changed(run: RunFolder, settings: TrainSettings, data_set: DataSet) -> None:

@@ -112,7 +112,25 @@ def test_other_data_may_lack_a_label_and_labels_must_be_there_to_learn_from(
 ) -> None:
     refused = Run(1, small_settings("model.tasks=[click, fav]"), data, tmp_path / "refused")
     assert refused.wait() == [1]
-    assert "model.tasks: the data have no label fav; theirs: click, buy" in refused.complaint()
+    assert f"model.tasks: {data} has no label fav; its labels: click, buy" in refused.complaint()
+    # The same data, but for what the labels are called: what is missing is not defined, and what is there is the same.
+    for other, names in ((tmp_path / "click", ("click", "fav")), (tmp_path / "none", ("like", "fav"))):
+        write_featured(other, LOG, seed=1, labels=names)
+    code, output, errors = run_dare(tmp_path, "evaluate", "--run", run.folder, "--data", tmp_path / "click", "--json")
+    assert code == 0
+    assert "no label buy, which the model predicts; its labels are click, fav" in errors
+    found = json.loads(output.splitlines()[-1])
+    tested = json.loads((run.folder / "test.json").read_text())
+    assert found["tasks"]["click"] == pytest.approx(tested["tasks"]["click"], abs=1e-3)
+    assert (found["tasks"]["buy"]["samples"], found["tasks"]["buy"]["auc"]) == (0, None)
+    code, _, errors = run_dare(tmp_path, "evaluate", "--run", run.folder, "--data", tmp_path / "none")
+    assert code == 1
+    assert "no label click, buy, which the model predicts; its labels are like, fav: prepare it with" in errors
+    code, _, errors = run_dare(
+        tmp_path, "score", "--run", run.folder, "--data", tmp_path / "none", "--out", tmp_path / "scores"
+    )
+    assert (code, errors) == (0, "")
+    assert pq.read_table(tmp_path / "scores")["label"].null_count > 0
     with pytest.raises(ValueError, match=r"validation\.task: fav is none of model\.tasks; there are click, buy"):
         small_settings("model.tasks=[click, buy]", "validation.task=fav")
     with pytest.raises(ValueError, match=r"there are none: name them, or leave validation\.task out"):
