@@ -16,6 +16,9 @@ JOURNEY := data/completejourney
 # One process a GPU, and two on a CPU.
 PROCESSES ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | head -2 | wc -l),2)
 
+# Processes that run tests: one a core, of which many start processes of their own.
+WORKERS ?= $(shell nproc | awk '{print $$1 > 4 ? 4 : $$1}')
+
 .PHONY: demo test test-slow test-spark test-ceph test-slurm setup lint types docs examples format bench check-gpu clean
 
 demo: $(JOURNEY)/manifest.json  ## prepare real histories, train TWIN, DARE and DARE with all features, compare
@@ -28,8 +31,8 @@ demo: $(JOURNEY)/manifest.json  ## prepare real histories, train TWIN, DARE and 
 	done
 	$(BIN)/dare compare runs/completejourney-twin runs/completejourney-dare runs/completejourney-dare-features
 
-test: $(READY)  ## all quick tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## all quick tests, a file at a time on each of some processes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
