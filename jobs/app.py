@@ -21,6 +21,7 @@ REMOTE: dict[Callable[..., None], set[str]] = {
     prepare: {"out"},
     inspect: {"folder"},
     stream: {"folder"},
+    plan: {"data"},
     train: {"data", "run", "score"},
     evaluate: {"data", "run"},
     score: {"data", "run", "out"},

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.errors import printable
-from pipeline.paths import local_path
+from pipeline.paths import location
 from schemas.errors import StoppedError, UserError
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _folders(texts: Sequence[str]) -> dict[str, Path]:
         name, given, folder = text.partition("=")
         if not (name and given and folder):
             raise UserError(f"--data {text}: is written NAME=FOLDER")
-        folders[name] = local_path(folder).absolute()
+        folders[name] = location(folder).absolute()
     return folders
 
 

@@ -1,6 +1,7 @@
 """torchx components: what a component describes, and what each scheduler is asked."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -235,6 +236,16 @@ def test_processes_without_gpus_are_two_unless_said() -> None:
 
 
 # What schedulers are asked for.
+
+
+def test_urls_arrive_whole() -> None:
+    run = "s3://bucket/runs/a b?endpoint_override=127.0.0.1:9000&scheme=http"
+    for component, arguments in (
+        (components.train, ["--data", "hdfs:///data", "--run", run]),
+        (components.evaluate, ["--run", run]),
+        (components.prepare, ["--events", "s3://bucket/*.csv", "--out", run]),
+    ):
+        assert shlex.split(line_of(component(*arguments)))[-len(arguments) :] == arguments
 
 
 def test_values_and_arguments_arrive_whole(runner: Runner) -> None:
