@@ -83,17 +83,22 @@ def check_stream(settings: StreamSettings, manifest: Manifest) -> None:
         )
 
 
-def check_dense(hidden: Sequence[int]) -> None:
+def check_dense(hidden: Sequence[int], copies: int = 1, key: str = "model.hidden") -> None:
     """Refuse hidden layers whose weights this machine cannot hold.
+
+    Args:
+        hidden: their widths.
+        copies: how many times there are such layers: for each task, or each expert.
+        key: the setting that says the widths.
 
     Raises:
         UserError: names the setting, what it needs and what there is.
     """
-    values = sum(before * after for before, after in pairwise(hidden))
+    values = copies * sum(before * after for before, after in pairwise(hidden))
     needed, memory = values * 4 * DENSE_COPIES, host_memory()
     if needed > memory:
         raise UserError(
-            f"model.hidden={list(hidden)}: the layers, their gradients and optimizer need about {_gib(needed)}, this "
+            f"{key}={list(hidden)}: the layers, their gradients and optimizer need about {_gib(needed)}, this "
             f"machine has {_gib(memory)}; take narrower ones, or see `dare plan`"
         )
 

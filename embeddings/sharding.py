@@ -261,7 +261,9 @@ def sharded_model(
         UserError: settings that do not fit the data, the device or each other; a plan that does not fit them.
     """
     # Before the layers are made, which are real ones even where the tables are not.
-    check_dense(settings.model.hidden)
+    check_dense(settings.model.hidden, max(1, len(settings.model.tasks)))
+    if settings.model.mixture is not None:
+        check_dense(settings.model.mixture.hidden, settings.model.mixture.experts, "model.mixture.hidden")
     model = build_model(settings.model, DataSizes.of(manifest, settings.stream), torch.device("meta"))
     # What the device cannot train is told before whether it fits.
     check_tables(model, device.type)

@@ -105,6 +105,10 @@ def test_layers_that_do_not_fit() -> None:
     width = int((host_memory() / 4) ** 0.5)
     with pytest.raises(UserError, match=r"^model.hidden=.* GiB"):
         check_dense([width, width])
+    narrower = width // 8
+    check_dense([narrower, narrower])
+    with pytest.raises(UserError, match=r"^model.mixture.hidden=.* GiB"):
+        check_dense([narrower, narrower], 256, "model.mixture.hidden")
 
 
 def allocate_by_torch() -> Any:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from embeddings.layers.mlp import MLP, GlobalBatchNorm, compute_in
+from embeddings.layers.mlp import MLP, GlobalBatchNorm, TaskHeads, compute_in
+from schemas.model import Mixture, Task
 from schemas.train import MAY_CHANGE
 from tests.runs import Run, small_settings
 
@@ -58,6 +59,22 @@ def test_hidden_layers_alone_are_in_bfloat16() -> None:
     assert torch.equal(statistics.running_mean_F, exact.layers[0].running_mean_F)
     assert not torch.equal(logit_T, exact_T)
     torch.testing.assert_close(logit_T, exact_T, atol=0.02, rtol=0)
+
+
+def test_experts_are_in_bfloat16_and_their_gates_are_not() -> None:
+    torch.manual_seed(2)
+    heads = TaskHeads(24, (16,), [Task(name="click"), Task(name="buy", after="click")], Mixture(experts=3, hidden=(8,)))
+    compute_in(nn.Sequential(heads), "bf16")
+    assert heads.mixture is not None
+    dtypes: dict[str, set[torch.dtype]] = {"experts": set(), "gates": set()}
+    for kind, found in dtypes.items():
+        for layer in getattr(heads.mixture, kind):
+            layer.register_forward_hook(lambda layer, given, output, found=found: found.add(output.dtype))
+    logits = heads(torch.randn(200, 24))
+    sum(logit_T.sum() for logit_T in logits).backward()
+    assert dtypes == {"experts": {torch.bfloat16}, "gates": {torch.float32}}
+    assert [logit_T.dtype for logit_T in logits] == [torch.float32] * 2
+    assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in heads.parameters())
 
 
 @pytest.mark.parametrize("compute", ["fp32", "tf32"])
