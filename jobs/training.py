@@ -101,7 +101,8 @@ def evaluate(
                 for name, value in vars(evaluation).items():
                     print(f"{name:20} {f'{value:,}' if isinstance(value, int) else _defined(value, 5)}")
             if json:
-                print(dumps(as_document(evaluations)))
+                unknown = {} if evaluations.unknown is None else {"unknown": evaluations.unknown}
+                print(dumps(as_document(evaluations) | unknown))
 
     on_all_ranks(work)
 

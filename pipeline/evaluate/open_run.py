@@ -191,9 +191,17 @@ def _plan_of(run: RunFolder, device: torch.device) -> ShardingPlan | None:
     return read_plan(run.plan_file) if alike else None
 
 
+class Evaluations(dict[str, Evaluation]):
+    """The metrics of each task, by its name."""
+
+    unknown: dict[str, dict[str, int]] | None = None
+    """Where ids were translated: by ``item`` and the name of each feature, how many ``ids`` the data set has, and how
+    many of them are ``unknown`` to the run."""
+
+
 def evaluate_run(
     folder: Path, split: str, which: str, data: Path | None, device: torch.device, plan: Path | None = None
-) -> dict[str, Evaluation]:
+) -> Evaluations:
     """Compute each task's metrics of a run's checkpoint on a split; arguments and errors are those of `opened_run`."""
     with opened_run(folder, split, which, data, device, plan) as (model, stream):
         if not stream.data_set.manifest.labeled:
@@ -208,4 +216,12 @@ def evaluate_run(
             if len(missing) == len(tasks_of(model)):
                 raise UserError(f"{said} are {', '.join(labels)}: prepare it with impressions.labels by those names")
             _LOGGER.warning("%s are %s: metrics of what is missing are not defined", said, ", ".join(labels))
-        return {task: metrics.compute() for task, metrics in evaluate(model, stream, device).items()}
+        evaluations = Evaluations(
+            {task: metrics.compute() for task, metrics in evaluate(model, stream, device).items()}
+        )
+        if stream.translation is not None:
+            evaluations.unknown = {
+                kind: {"ids": len(stream.translation.ids[kind]) - 1, "unknown": number}
+                for kind, number in stream.translation.unknown.items()
+            }
+        return evaluations

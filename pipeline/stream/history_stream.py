@@ -108,6 +108,11 @@ class HistoryStream:
         return int(self._targets_G.sum())
 
     @property
+    def translation(self) -> "Translation | None":
+        """What gives batches the ids of another data set; None: they have those of this one."""
+        return self._reading.translation
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches in an epoch, the same for every rank."""
         return steps_per_epoch(self.targets, self._world, self.settings.batch_size)

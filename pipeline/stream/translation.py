@@ -20,6 +20,8 @@ from schemas.errors import UserError
 PLURAL = {"item": "items", "category": "categories", "behavior": "behaviour types", "scene": "scenes"}
 """Kinds of ids in words, for messages; others are values of the feature."""
 
+_OF_THE_DATA = ("deviation", "edges", "mean")
+
 
 @dataclass(frozen=True)
 class Translation:
@@ -57,9 +59,11 @@ class Translation:
             different = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
             if different:
                 key = different[0]
+                # These follow from the data, and no setting of `dare prepare` gives them.
+                remedy = "train anew, or without the feature" if key in _OF_THE_DATA else "prepare both alike"
                 raise UserError(
                     f"{data.folder}: feature {feature.name} has {key}={here.get(key)!r:.60}, and {key}="
-                    f"{there.get(key)!r:.60} in {trained.folder}: its values cannot be translated; prepare both alike"
+                    f"{there.get(key)!r:.60} in {trained.folder}: its values cannot be translated; {remedy}"
                 )
             if feature.encoding == "dictionary":
                 ids[feature.name] = _matched(feature.name, data, trained)

@@ -72,7 +72,19 @@ def test_the_command_line(run: Path, tmp_path: Path) -> None:
     code, output, errors = run_dare(tmp_path, "evaluate", "--run", run, "--json")
     assert (code, errors) == (0, "")
     tested = json.loads((run / "test.json").read_text())
-    assert json.loads(output.splitlines()[-1])["auc"] == pytest.approx(tested["auc"])
+    said = json.loads(output.splitlines()[-1])
+    assert said["auc"] == pytest.approx(tested["auc"])
+    assert "unknown" not in said
+    write_featured(tmp_path / "other", LOG, seed=2)
+    code, output, errors = run_dare(tmp_path, "evaluate", "--run", run, "--data", tmp_path / "other", "--json")
+    assert code == 0
+    assert "ids are translated to those of" in errors
+    translated = json.loads(output.splitlines()[-1])
+    assert translated.pop("unknown") == {
+        "item": {"ids": len(LOG.items), "unknown": len(LOG.rare)},
+        "category": {"ids": 3, "unknown": 0},
+    }
+    assert translated == said
 
 
 def test_dictionaries_matter_where_the_model_has_the_feature(data: Path, tmp_path: Path) -> None:
