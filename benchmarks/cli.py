@@ -77,6 +77,20 @@ def bench_shard_search(
     _show(measure(ranks, rows, rounds), json)
 
 
+def bench_search_features(
+    ranks: Annotated[int, typer.Option(min=1, help="Processes, a thread each, that talk through gloo.")] = 2,
+    targets: Annotated[int, typer.Option(min=1, help="Targets of each, of a batch.")] = 1024,
+    length: Annotated[int, typer.Option(min=1, help="Behaviours that a target sees.")] = 200,
+    items: Annotated[int, typer.Option(min=2, help="Items.")] = 1_000_000,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each timing; medians are reported.")] = 9,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
+) -> None:
+    """Measure what features of items cost a search on the shards: with each behaviour, and beside the items' rows."""
+    from benchmarks.search_features import measure
+
+    _show(measure(ranks, targets, length, items, rounds), json)
+
+
 def bench_plan(
     topology: Annotated[
         Path | None,
@@ -188,6 +202,7 @@ bench.command("reader")(bench_reader)
 bench.command("item-features")(bench_item_features)
 bench.command("search")(bench_search)
 bench.command("shard-search")(bench_shard_search)
+bench.command("search-features")(bench_search_features)
 bench.command("plan")(bench_plan)
 bench.command("prefetch")(bench_prefetch)
 bench.command("train")(bench_train)
