@@ -30,6 +30,8 @@ LETTERS = np.frombuffer(b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQR
 ID_LENGTH = 22
 """Characters of a text id: 128 bits in base 64."""
 
+OPTIONS = pyarrow.csv.WriteOptions(quoting_style="none")
+
 FEATURES = [
     {"name": "category", "of": "item", "column": "category"},
     {"name": "type", "of": "behavior", "column": "type"},
@@ -86,7 +88,7 @@ def write_log(path: Path, events: int, *, text: bool) -> None:
     with pa.OSFile(str(path), "wb") as file:
         for first in range(0, events, BLOCK):
             block = _block(np.arange(first, min(first + BLOCK, events)), users, items, text=text)
-            writer = writer or pyarrow.csv.CSVWriter(file, block.schema)
+            writer = writer or pyarrow.csv.CSVWriter(file, block.schema, write_options=OPTIONS)
             writer.write(block)
         if writer is not None:
             writer.close()

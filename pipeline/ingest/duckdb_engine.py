@@ -45,6 +45,8 @@ class DuckDBEngine:
             "memory_limit": f"{memory_limit - _OUTSIDE}B",
             # Nothing here depends on the order of the input, and keeping it would take memory.
             "preserve_insertion_order": False,
+            # Logs are read a few times and thrown away: to try all of its codecs on them takes longer than reading.
+            "force_compression": "uncompressed",
         }
         if threads is not None:
             settings["threads"] = threads
