@@ -79,10 +79,24 @@ def prepare(
     for log in counts.logs():
         why = "".join(f", {number:,} {reason.replace('_', ' ')}" for reason, number in log.left_out.items())
         print(f"{log.role}: {log.read:,} read, {log.kept:,} kept{why}; {log.repeated:,} repeat another one")
+    if counts.items_below_min_count:
+        print(f"items: {counts.items_below_min_count:,} are rarer than items.min_count: they have no row of their own")
+    for feature in manifest.features:
+        rare = f", {feature.below_min_count:,} below min_count" if feature.below_min_count else ""
+        size = "a number" if feature.is_number else f"{feature.rows:,} ids"
+        print(
+            f"feature {feature.name} of {feature.of}: {size}; {feature.values:,} places, "
+            f"{feature.missing:,} missing{rare}"
+        )
     if json:
         cost = {"seconds": round(time.monotonic() - started, 2), "peak_mib": _peak_kib() // 1024}
-        told = {name: value for name, value in counts.model_dump().items() if name.startswith(("events", "impr"))}
-        print(dumps(result | told | {"users_left_out_by_reason": counts.users_left_out_by_reason} | cost))
+        of_logs = ("events", "impr", "items")
+        told = {name: value for name, value in counts.model_dump().items() if name.startswith(of_logs)}
+        told |= {f"{log.role}_kept": log.kept for log in counts.logs()}
+        keys = {"of", "kind", "rows", "missing", "below_min_count"}
+        features = {feature.name: feature.model_dump(include=keys) for feature in manifest.features}
+        told |= {"features": features, "users_left_out_by_reason": counts.users_left_out_by_reason}
+        print(dumps(result | told | cost))
 
 
 def _counts(manifest: Manifest) -> dict[str, int]:
