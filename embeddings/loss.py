@@ -51,6 +51,7 @@ def task_losses(prediction: Prediction, labels: Sequence[Tensor], weight_T: Tens
     Returns:
         float32 scalar each; 0 on a rank without targets, which must call it and its backward pass nevertheless.
     """
+    assert len(labels) == len(prediction.logits), "a label for each task"
     weights = [(label_T >= 0).to(label_T.dtype) for label_T in labels]
     if weight_T is not None:
         weights = [labeled_T * weight_T for labeled_T in weights]

@@ -169,7 +169,7 @@ def step_seconds(task: StepTask, ranks: int) -> float:
 def measured_step(task: StepTask) -> float:
     """Median seconds of a training step on this rank; all ranks must call it."""
     from embeddings.initialization import initialize
-    from embeddings.loss import click_loss
+    from embeddings.loss import labels_of, task_losses, weighted_sum
     from embeddings.models import build_model
     from embeddings.sharding import make_plan, shard
     from pipeline.train.optimizer import DenseOptimizer
@@ -187,7 +187,8 @@ def measured_step(task: StepTask) -> float:
         dist.barrier()
         began = time.perf_counter()
         optimizer.zero_grad()
-        click_loss(sharded(batch), batch.label_T).backward()
+        tasks = settings.model.tasks
+        weighted_sum(task_losses(sharded(batch), labels_of(batch, tasks)), tasks).backward()
         optimizer.step()
         # From a common start to this rank's end: waiting for the other inside the step is part of it.
         times.append(time.perf_counter() - began)

@@ -18,9 +18,10 @@ from tests.tolerance import in_float64, largest, rounding, summands
 from tests.toy_batch import part
 from tests.toy_model import CPU, TWO, batch_of, local_values, model_of, settings_of, sharded_like, together
 
-RECENT = {**TWO, "recent": {"content": 3}}
+RECENT: dict[str, Any] = {"retrieved": TWO["retrieved"], "recent": {"content": 3}}
 MORE: dict[str, dict[str, Any]] = {
     "more than there are": {**TWO, "recent": {"content": 30, "ads": 2}},
+    "all features": {**TWO, "recent": {"content": 3}},
     "auxiliary loss": {**RECENT, "search": "local", "auxiliary_loss": True},
 }
 
@@ -56,7 +57,8 @@ def test_forward_and_every_gradient_equal_the_definition(name: str, shape: dict[
 
 
 def test_without_it_nothing_changes_and_names_stay() -> None:
-    plain, other = model_of(settings_of("dare", **TWO)), model_of(settings_of("dare", **TWO, recent={}))
+    without = {**RECENT, "recent": {}}
+    plain, other = (model_of(settings_of("dare", **shape)) for shape in ({"retrieved": TWO["retrieved"]}, without))
     assert list(plain.state_dict()) == list(other.state_dict())
     recent = model_of(settings_of("dare", **RECENT))
     assert list(plain.state_dict()) == list(recent.state_dict())

@@ -60,7 +60,12 @@ FEW: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [*((name, shape) for name in MODELS for shape in SHAPES), *(("dare", shape) for shape in FEW)]
+    ("name", "shape"),
+    [
+        *((name, "experts") for name in MODELS),
+        *((name, "shared bottom") for name in ("dare", "twin-gradient-normalization", "sdim", "sim-soft")),
+        *(("dare", shape) for shape in FEW),
+    ],
 )
 def test_every_task_and_every_gradient_equal_the_definition(name: str, shape: str) -> None:
     settings = settings_of(name, **(SHAPES | FEW)[shape])
