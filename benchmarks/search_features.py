@@ -98,7 +98,9 @@ def measure(ranks: int, targets: int, length: int, items: int, rounds: int) -> l
         rounds: steps that are timed, with features in records and beside items in turns.
     """
     found: list[dict[str, Any]] = []
-    for of_case in zip(*on_gloo_ranks(ranks, _all_measured, targets, length, items, rounds), strict=True):
+    arguments = (targets, length, items, rounds)
+    by_rank = on_gloo_ranks(ranks, _all_measured, *arguments, timeout_s=3600)
+    for of_case in zip(*by_rank, strict=True):
         slowest = max(of_case, key=lambda figures: figures.step_ms)
         found.append(vars(replace(slowest, same=all(figures.same for figures in of_case))))
     return found
