@@ -18,15 +18,13 @@ import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.files import remove_folder
+from pipeline.runs.run_folder import RECORD, steps_in
 from schemas.documents import inside, notice_unverified, read_json
 from schemas.errors import StoreError, UserError
 from schemas.manifest import File, sha256
 from schemas.storage import RemotePath
 
 T = TypeVar("T")
-
-RECORD = "checkpoint.json"
-"""File that says of which step a checkpoint is, how good, and what files it has; see `Checkpoint`."""
 
 _FILES = TypeAdapter(tuple[File, ...])
 
@@ -59,12 +57,6 @@ def checkpoints_in(folder: Path) -> list[Checkpoint]:
             if path.is_dir():
                 checkpoints.append(Checkpoint(path, int(name[1]), damage=str(error)))
     return checkpoints
-
-
-def steps_in(folder: Path) -> list[Path]:
-    """Return the folders of checkpoints by step; at a URL, those that have a record."""
-    paths = sorted(folder.glob("step-*"))
-    return [path for path in paths if not isinstance(path, RemotePath) or (path / RECORD).is_file()]
 
 
 def _read(path: Path) -> Checkpoint:
