@@ -84,7 +84,7 @@ class FeatureSummary:
     """How many places have each id; of sets, each number of a set until `finish`, and then each id. Empty for numbers
     that stay numbers."""
     numbers: Numbers | None
-    """Of numbers that stay numbers, as they were before they were scaled."""
+    """How numbers that stay numbers are spread, as they were before they were scaled; None: the feature has ids."""
     places: int = 0
     """Behaviours, items, users or impressions that were counted."""
     unknown: int = 0
@@ -94,7 +94,7 @@ class FeatureSummary:
 
     @classmethod
     def of(cls, record: FeatureRecord) -> "FeatureSummary":
-        """Of a feature of which nothing was counted yet."""
+        """The summary of a feature of which nothing was counted yet."""
         numbers = None
         if record.is_number:
             edges = (record.mean or 0.0) + _DEVIATIONS * (record.deviation or 1.0)
