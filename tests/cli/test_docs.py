@@ -69,7 +69,7 @@ def test_add_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.examples
 def test_add_a_feature(tmp_path: Path) -> None:
-    made, prepared, inspected, trained, scored = run_page("add_a_feature.md", tmp_path)
+    _made, prepared, inspected, trained, scored = run_page("add_a_feature.md", tmp_path)
     assert "18,000 kept" in prepared
     assert "brand" in inspected
     plain, rich = (float(line.split()[2]) for line in trained.splitlines() if re.match(r"(plain|rich) +dare", line))
