@@ -34,6 +34,8 @@ class ItemFeatures:
 
     columns_I: Mapping[str, NDArray[Any]]
     """By name: int32, ids or numbers of bags; float32, numbers that stay numbers."""
+    table: pa.Table | None = None
+    """What columns are mapped from: as long as somebody has it, others need not verify the file again."""
 
     def of(self, item_X: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
         """The features of items by dense id, each (X)."""
@@ -235,7 +237,7 @@ class DataSet:
             except UserError as error:
                 raise UserError(f"{self.folder / ITEM_FEATURES}: {error}; {REMEDY}") from None
             columns[feature.name] = column_I
-        return ItemFeatures(columns)
+        return ItemFeatures(columns, table)
 
     def bags(self, features: Collection[str] | None = None) -> dict[str, Bags]:
         """By name of each feature of several values, its sets of ids; the same objects for all streams that are open.

@@ -160,6 +160,9 @@ def test_features_that_are_not_wanted_are_not_read(folder: Path) -> None:
 def test_sets_are_one_object_for_all_batches_and_streams(folder: Path) -> None:
     with stream(folder) as one, stream(folder, split="test") as other:
         of_all = [batch.bags["tags"] for opened in (one, other) for batch in opened]
+        # Verified and mapped once.
+        items = [opened._reading.items.features.columns_I["mass"] for opened in (one, other)]
+        assert np.shares_memory(*items)
     assert len(of_all) > 2
     assert all(bags is of_all[0] for bags in of_all)
 
