@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from embeddings.models import MODELS, build_model
 from embeddings.sharding import shard
-from embeddings.sizes import DataSizes
+from embeddings.sizes import DataSizes, FeatureSize
 from jobs.app import app
 from jobs.planning import CLUSTERS
 from pipeline.planning.dry_run import dry_run
@@ -25,6 +26,7 @@ from schemas.manifest import Counts, Manifest, TargetCounts
 from schemas.settings import load_settings
 from tests.launcher import run_ranks
 from tests.plans import plan_settings
+from tests.toy_batch import MORE
 
 META = torch.device("meta")
 CPU = torch.device("cpu")
@@ -238,6 +240,38 @@ def test_many_tables_on_a_thousand_ranks() -> None:
     assert len(run.tables) == 20
     assert sum(table.rows for table in run.tables) >= 10**10
     assert time.process_time() - began < 60
+
+
+def test_features_of_every_side_are_planned() -> None:
+    few = plan_settings("model.features=[item,category,position]")
+    names = "item,category,brand,tags,{name: maker, attention: false},price,position,query,dwell,age,interests,slot,bid"
+    many = plan_settings(f"model.features=[{names}]", "model.context.dim=8")
+    sizes = DataSizes.counted(items=100_000, categories=500, lengths={"history": 100})
+    sizes = replace(sizes, features={**sizes.features, **MORE, "brand": FeatureSize("item", rows=200_000)})
+    before, run = dry_run(few, sizes), dry_run(many, sizes)
+    assert before.feasible
+    assert run.feasible
+    by_set = {
+        of_set: {table.feature for table in run.tables if table.set == of_set} for of_set in ("attention", "context")
+    }
+    assert by_set == {
+        "attention": {"item", "category", "brand", "tags", "position", "query"},
+        "context": {"age", "interests", "slot"},
+    }
+    for where in ("shard", "local"):
+        costs = {cost.what: cost for cost in run.steps[where].costs}
+        assert costs["context"].ms > 0
+        assert any(cost.within_node > 0 for what, cost in costs.items() if "of context" in what)
+        assert run.steps[where].bytes_per_sample > before.steps[where].bytes_per_sample
+    # A record of item, category and position has 15 + 9 + 7 bits, a word; brand and the bags of tags and query have 18,
+    # 4 and 4 more.
+    records = [
+        sum(cost.within_node for cost in each.steps["shard"].costs if cost.what == "behaviours")
+        for each in (before, run)
+    ]
+    assert records[1] == 2 * records[0]
+    # Brands are too many to be gathered: a shard fetches the rows of those that it has met.
+    assert any(cost.what == "rows of brand" for cost in run.steps["shard"].costs)
 
 
 RUN = ("plan", "--topology", "a100-8", "sizes.items=1000000", "sizes.categories=1000")
