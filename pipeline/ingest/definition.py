@@ -116,16 +116,22 @@ def settled(table: ir.Table, columns: Sequence[str], last: Mapping[str, ir.Table
 
 
 def raw_counts(table: ir.Table, column: str, weight: str | None = None) -> ir.Table:
-    """(value, frequency, places) of every raw value, by value: the sum of its weights, and how many rows have it."""
+    """(value, frequency, places) of every raw value: the sum of its weights, and how many rows have it."""
     known = table.filter(table[column].notnull())
     frequency = known.count() if weight is None else known[weight].sum()
-    return known.group_by(value=known[column]).agg(frequency=frequency, places=known.count()).order_by("value")
+    return known.group_by(value=known[column]).agg(frequency=frequency, places=known.count())
 
 
 def hash_counts(table: ir.Table, column: str, buckets: int) -> ir.Table:
     """One row: ``places`` with a value, distinct ``hashes``, and ``buckets`` that have any."""
     hashed = table[column]
     return table.agg(places=hashed.count(), hashes=hashed.nunique(), buckets=_bucket(hashed, buckets).nunique())
+
+
+def size(table: ir.Table, column: str) -> ir.Table:
+    """One row: ``number`` of rows, and ``length``, characters in a column in all, 0 where it is not text."""
+    text = table[column].type().is_string()
+    return table.agg(number=table.count(), length=table[column].length().sum() if text else ibis.literal(0, "int64"))
 
 
 def timestamp_counts(impressions: ir.Table) -> ir.Table:

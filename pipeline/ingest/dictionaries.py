@@ -26,8 +26,6 @@ BYTES_PER_ITEM = 100
 BYTES_PER_FEATURE = 12
 """Memory of an item's further features."""
 
-COPIES_OF_TEXT = 4
-"""How often raw ids that are text are in memory at the peak."""
 
 _FREQUENT, _RARE = 0, 2
 """What shuffles ids of items that have a row of their own, and of those that have none."""

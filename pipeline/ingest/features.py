@@ -20,6 +20,11 @@ from schemas.features import FeatureSettings
 from schemas.prepare import PrepareSettings
 from schemas.shards import FeatureRecord
 
+BYTES_PER_VALUE = 100
+"""Memory that the dictionary of a feature takes at its peak for each raw value."""
+COPIES_OF_TEXT = 4
+"""How often raw values that are text are in memory at the peak."""
+
 CATEGORY = "category"
 """The feature of items that every data set has: models search by it."""
 
@@ -46,6 +51,7 @@ class Features:
         self._settings, self._engine, self._folder, self._work = settings, engine, folder, work
         self._encoded: dict[str, FeatureRecord] = {}
         self._ids: dict[str, ir.Table] = {}
+        self._kept = 0
         self.files: list[str] = []
         """Names of files that were written."""
 
@@ -126,13 +132,34 @@ class Features:
         if feature.hash_buckets is not None and feature.kind == "id":
             self._keep(hashed(feature, self._row(definition.hash_counts(table, column, feature.hash_buckets)), **more))
             return
-        counts = self._engine.fetch(definition.raw_counts(table, column, weight))
+        # Computed before it is fetched: the engine must give back the memory that it takes here.
+        found = definition.raw_counts(table, column, weight)
+        found = self._engine.materialize(f"counts_of_{feature.name}", found, lambda _: None)
+        self.reserve(found, "value", BYTES_PER_VALUE)
+        counts = self._engine.fetch(found)
         if feature.kind == "number":
             self._keep(measured(feature, counts, of_each, **more))
         elif feature.kind == "ids":
             self._keep(numbered_sets(feature, counts, seed, **more))
         else:
             self._keep(numbered(feature, counts, seed, **more))
+
+    def reserve(self, table: ir.Table, column: str, bytes_of_each: int, *, kept: bool = False) -> None:
+        """Have the engine leave memory for the rows of a table.
+
+        Args:
+            table: is computed already.
+            column: its raw values.
+            bytes_of_each: memory of a row, without that of text.
+            kept: it is needed until the end; else until the next call.
+
+        Raises:
+            UserError: the memory limit is too small for that.
+        """
+        rows = self._row(definition.size(table, column))
+        memory = rows["number"] * bytes_of_each + rows["length"] * COPIES_OF_TEXT
+        self._engine.reserve(self._kept + memory)
+        self._kept += memory if kept else 0
 
     def _keep(self, encoded: Encoded) -> None:
         """Write an encoding at once: only its record stays in memory."""

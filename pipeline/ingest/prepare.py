@@ -19,7 +19,6 @@ from pipeline.ingest.counts import check, check_zones, counts_of, nothing_left, 
 from pipeline.ingest.dictionaries import (
     BYTES_PER_FEATURE,
     BYTES_PER_ITEM,
-    COPIES_OF_TEXT,
     Dictionary,
     build_dictionary,
 )
@@ -229,15 +228,11 @@ class _Preparation:
     def _dictionary(self, features: Features, logs: list[ir.Table], tables: list[FeatureTable]) -> Dictionary:
         """Write the dictionary of items, with what belongs to them."""
         engine, settings = self._engine, self._settings
-        items, number = features.belonging("item", logs, tables)
+        items, _ = features.belonging("item", logs, tables)
         of_items = features.of("item")
-        each = BYTES_PER_ITEM + BYTES_PER_FEATURE * (len(of_items) - 1)
-        memory = number * each
-        if items["key"].type().is_string():
-            length = engine.fetch(items.agg(length=items["key"].length().sum()))["length"][0].as_py()
-            memory += COPIES_OF_TEXT * int(length or 0)
         # Before the arrays are made: the engine must give the memory back first.
-        engine.reserve(memory)
+        of_each = BYTES_PER_ITEM + BYTES_PER_FEATURE * (len(of_items) - 1)
+        features.reserve(items, "key", of_each, kept=True)
         dictionary = build_dictionary(
             engine.fetch(items.order_by("key")), of_items, settings.items, settings.events.item_type, settings.seed
         )
