@@ -29,8 +29,7 @@ from embeddings.layers.scoring import DotProduct
 from embeddings.search.messages import LocalWindows, SearchMessages, SearchSizes, ShardInput
 from embeddings.search.score_parts import behavior_tables, of_bags, score_parts, search_rows
 from embeddings.search.topk.api import top_k
-from embeddings.search.topk.inputs import TopKInputs
-from embeddings.search.topk.keys import NOTHING, ordered
+from embeddings.search.topk.inputs import NOTHING, TopKInputs, ordered
 from embeddings.sizes import DataSizes, FeatureSides, check_extremes, extremes
 from embeddings.tables.collections import CrossRows
 from schemas.model import Feature

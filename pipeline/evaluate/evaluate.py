@@ -15,8 +15,8 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 from embeddings.batch import Batch
 from embeddings.loss import labels_of
 from embeddings.model import CtrModel
-from pipeline.evaluate.distribution import ScoreDistribution
 from pipeline.evaluate.metrics import Evaluation, Metrics
+from pipeline.evaluate.samples import ScoreDistribution
 from pipeline.stream.history_stream import HistoryStream
 from schemas.model import Task
 from schemas.shards import UNLABELED

@@ -12,10 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.evaluate.auc import auc, grouped_auc
-from pipeline.evaluate.distribution import ScoreDistribution, score_distribution
-from pipeline.evaluate.ranks import Ranks
-from pipeline.evaluate.samples import EvaluatedSamples
+from pipeline.evaluate.auc import Ranks, auc, grouped_auc
+from pipeline.evaluate.samples import EvaluatedSamples, ScoreDistribution, score_distribution
 from schemas.errors import UserError
 
 

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.files import remove_folder
-from pipeline.runs.run_folder import RECORD, steps_in
 from schemas.documents import inside, notice_unverified, read_json
 from schemas.errors import StoreError, UserError
 from schemas.manifest import File, sha256
@@ -26,7 +24,16 @@ from schemas.storage import RemotePath
 
 T = TypeVar("T")
 
+RECORD = "checkpoint.json"
+"""File that says of which step a checkpoint is, how good, and what files it has."""
+
 _FILES = TypeAdapter(tuple[File, ...])
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """Return the folders of checkpoints by step; at a URL, those that have a record."""
+    paths = sorted(folder.glob("step-*"))
+    return [path for path in paths if not isinstance(path, RemotePath) or (path / RECORD).is_file()]
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,8 @@ def from_first_rank(read: Callable[[], T]) -> T:
     Raises:
         UserError: on all ranks what the function raises on the first one.
     """
+    import torch.distributed as dist  # Not at the top: runs are listed without waiting for torch.
+
     if not dist.is_initialized():
         return read()
     message: list[Any] = [None, None]
@@ -176,6 +185,8 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
     Raises:
         StoreError: on all ranks, where one could not read its part of the files from a URL.
     """
+    import torch.distributed as dist  # Not at the top: runs are listed without waiting for torch.
+
     if checkpoint.damage is not None:
         return checkpoint.damage
     if checkpoint.files is None:

@@ -22,9 +22,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from pipeline.errors import is_lost_contact, is_refusal, refusal_reason
 from pipeline.files import give_name, remove_tree
-from pipeline.runs.checkpoint import final_path, last_checkpoint, partial_path, prune, remove_leftovers
+from pipeline.runs.checkpoint import RECORD, final_path, last_checkpoint, partial_path, prune, remove_leftovers
 from pipeline.runs.checkpoint_files import HashingWriter
-from pipeline.runs.run_folder import RECORD
 from pipeline.runs.store_collectives import StoreCollectives
 from schemas.documents import json_document
 from schemas.errors import StoreError, UserError

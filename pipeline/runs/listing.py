@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.runs.run_folder import LOCK, RunFolder, read_step_log, steps_in
+from pipeline.runs.checkpoint import steps_in
+from pipeline.runs.run_folder import LOCK, RunFolder, read_step_log
 from schemas.documents import is_named
 from schemas.errors import UserError
 from schemas.storage import RemotePath

@@ -34,8 +34,6 @@ from schemas.train import TrainSettings
 
 LOCK = ".lock"
 """Lock file in a run's folder, held by the process that trains in it."""
-RECORD = "checkpoint.json"
-"""File that says of which step a checkpoint is, how good, and what files it has; see `pipeline.runs.checkpoint`."""
 LOOK_S = 1.0
 """Seconds to wait for the lock: `RunFolder.is_locked` holds it for a moment, a training for much longer."""
 
@@ -43,12 +41,6 @@ METRICS = ("auc", "gauc", "log_loss")
 """Metrics of a test; None where one is not defined."""
 TEST_KEYS = {"steps": int, "checkpoint_step": int} | dict.fromkeys(METRICS, float | int | None)
 """What `RunFolder.test_file` must have."""
-
-
-def steps_in(folder: Path) -> list[Path]:
-    """Return the folders of checkpoints by step; at a URL, those that have a record."""
-    paths = sorted(folder.glob("step-*"))
-    return [path for path in paths if not isinstance(path, RemotePath) or (path / RECORD).is_file()]
 
 
 @dataclass(frozen=True)

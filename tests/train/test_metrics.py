@@ -20,9 +20,8 @@ from torch.utils.tensorboard.summary import compute_curve
 
 from embeddings.distributed.process_group import process_group
 from pipeline.evaluate import samples as samples_module
-from pipeline.evaluate.auc import auc
+from pipeline.evaluate.auc import Ranks, auc
 from pipeline.evaluate.metrics import Evaluation, Metrics
-from pipeline.evaluate.ranks import Ranks
 from tests.launcher import run_ranks
 
 Columns = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]

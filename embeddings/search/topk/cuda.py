@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from embeddings.search.topk import cuda_kernel
-from embeddings.search.topk.inputs import ScorePart, TopKInputs
-from embeddings.search.topk.keys import decoded
+from embeddings.search.topk.inputs import ScorePart, TopKInputs, decoded
 
 
 class Mode(NamedTuple):

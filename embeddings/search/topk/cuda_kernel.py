@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 
 from embeddings.intervals import INTERVAL_BUCKETS
-from embeddings.search.topk.inputs import PartKind
-from embeddings.search.topk.keys import NOTHING
+from embeddings.search.topk.inputs import NOTHING, PartKind
 
 PART_FIELDS = 10
 """int64 numbers of a part: kind, rows, row stride, R, query, query stride, d, column, value, mask.
@@ -241,7 +240,7 @@ def _bucket(seconds: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _ordered(score: tl.tensor, column: tl.tensor) -> tl.tensor:
-    """The keys of `embeddings.search.topk.keys.ordered`."""
+    """The keys of `embeddings.search.topk.inputs.ordered`."""
     # -0.0 equals 0.0, and must have the same bits.
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     # NaN is the only value that differs from itself; one bit pattern for all of them, above infinity's.
@@ -254,7 +253,7 @@ def _ordered(score: tl.tensor, column: tl.tensor) -> tl.tensor:
 def _write(
     best: tl.tensor, start: tl.tensor, k: tl.tensor, score_K: tl.tensor, index_K: tl.tensor, kept: tl.constexpr
 ) -> None:
-    """Write ascending keys as `embeddings.search.topk.keys.decoded` decodes them, and padding up to K."""
+    """Write ascending keys as `embeddings.search.topk.inputs.decoded` decodes them, and padding up to K."""
     slot = tl.arange(0, kept)
     rank = kept - 1 - slot
     # The shift is arithmetic, so the upper half keeps its sign.

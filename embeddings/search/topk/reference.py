@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from embeddings.intervals import interval_bucket
-from embeddings.search.topk.inputs import PartKind, ScorePart, TopKInputs
-from embeddings.search.topk.keys import NOTHING, decoded, ordered
+from embeddings.search.topk.inputs import NOTHING, PartKind, ScorePart, TopKInputs, decoded, ordered
 
 CHUNK_BYTES = 64 << 20
 """Scores and gathered rows of one pass stay below this, unless a single user's do not."""
