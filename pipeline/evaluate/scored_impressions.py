@@ -29,7 +29,7 @@ class ScoredImpressions:
         names: files, folders or patterns, as they were given to ``dare prepare``.
         data: folder of the data set.
         manifest: the data set's.
-        added: columns that are added; null on lines that the data set left out.
+        added: columns that are added; null on lines of other splits, and those that the data set left out.
 
     Raises:
         UserError: they are others, or a column of theirs has a name of ``added``.
@@ -74,7 +74,7 @@ class ScoredImpressions:
         parts = pq.read_table(
             folder, columns=["file", "line", "user_id", "item_id", *self._added.names]
         ).combine_chunks()
-        without = 0
+        lines = without = 0
         for index, name in enumerate(self._files.names):
             of_file = parts.filter(pc.equal(parts["file"], name)).sort_by("line")
             line_N = of_file["line"].to_numpy()
@@ -86,6 +86,7 @@ class ScoredImpressions:
                 row_N = np.minimum(np.searchsorted(line_N, wanted_N), max(len(line_N) - 1, 0))
                 missing_N = line_N[row_N] != wanted_N if len(line_N) else np.ones(len(batch), bool)
                 rows = pa.array(row_N, mask=missing_N)
+                lines += len(batch)
                 without += int(missing_N.sum())
                 record += len(batch)
                 # The fingerprint of a large file is of its ends alone.
@@ -100,7 +101,8 @@ class ScoredImpressions:
                 writer.close()
         if without:
             _LOGGER.info(
-                "impressions: %d lines have no prediction: `dare inspect` says why the data set left lines out", without
+                f"impressions: {without:,} of {lines:,} lines have no prediction: they are of another split, or the "
+                "data set left them out (`dare inspect` says why)"
             )
 
     def _check_alike(self, index: int, said_N: pa.Array, predicted_N: pa.Array) -> None:

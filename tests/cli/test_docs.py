@@ -98,6 +98,26 @@ def test_lines_of_prose_are_short(page: Path) -> None:
     assert not long, f"lines of more than {LIMIT} characters: {long}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_lead_to_pages_and_headings(page: Path) -> None:
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        # `make docs` makes the reference of the API.
+        if "://" in link or link.startswith("api/"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            dead.append(link)
+    assert not dead, f"links to nothing: {dead}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to the headings of a page are called."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_files_of_a_step_are_there() -> None:
     text = (REPOSITORY / "docs/architecture.md").read_text()
     files = re.findall(r"^\| (\d+) \| `([\w/.]+)` \|", text, re.MULTILINE)
