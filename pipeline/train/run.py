@@ -115,6 +115,8 @@ def train(
             ranks = dist.get_world_size()
             processes = f"{ranks} process{'es' if ranks > 1 else ''}"
             _LOGGER.info("%s: %s, %d steps on %s", folder, _beginning(resumed), trainer.steps, processes)
+            if resumed is None:
+                _tell_unused_features(settings, data_set)
             checkpoints = stack.enter_context(CheckpointWriter(run.checkpoints, settings.checkpoint.keep, documents))
             profile = None
             if settings.profile.steps is not None:
@@ -150,6 +152,15 @@ def _compute_deterministically() -> None:
     # It would write NaN into all new memory, in case that someone reads what nobody has written: a second time for
     # every tensor of every step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _tell_unused_features(settings: TrainSettings, data_set: DataSet) -> None:
+    used = settings.model.feature_names
+    # A data set always has categories, if only the unknown one.
+    known = [record.name for record in data_set.manifest.declared if record.rows or record.is_number]
+    unused = [name for name in known if name not in used]
+    if unused:
+        _LOGGER.info("features that the model does not use: %s; model.features names others", ", ".join(unused))
 
 
 def _refuse_missing_labels(settings: TrainSettings, data_set: DataSet) -> None:
