@@ -160,7 +160,7 @@ def _tell_unused_features(settings: TrainSettings, data_set: DataSet) -> None:
     known = [record.name for record in data_set.manifest.declared if record.rows or record.is_number]
     unused = [name for name in known if name not in used]
     if unused:
-        _LOGGER.info("features that the model does not use: %s; model.features names others", ", ".join(unused))
+        _LOGGER.info("the data set has more features than model.features names; not used: %s", ", ".join(unused))
 
 
 def _refuse_missing_labels(settings: TrainSettings, data_set: DataSet) -> None:
