@@ -14,6 +14,8 @@ from statistics import fmean
 
 import numba
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import ArrowException
@@ -39,8 +41,8 @@ I64 = NDArray[np.int64]
 class Predictions:
     """The samples of a split with their scores, as `dare score` wrote them."""
 
-    user_id_U: NDArray[np.int64]
-    """Ascending."""
+    user_id_U: NDArray[np.int64] | NDArray[np.str_]
+    """Raw ids, ascending."""
     user_N: NDArray[np.int64]
     """Index of the sample's user in ``user_id_U``."""
     label_N: NDArray[np.bool_]
@@ -62,7 +64,13 @@ class Predictions:
             table = pq.read_table(folder, columns=["user_id", "label", "score"], page_checksum_verification=True)
         except (OSError, ArrowException) as error:
             raise UserError(f"{folder}: no predictions that can be read ({' '.join(str(error).split())})") from None
-        user_id_U, user_N = np.unique(table["user_id"].to_numpy(), return_inverse=True)
+        user_id_N = table["user_id"].combine_chunks()
+        if pa.types.is_string(user_id_N.type):
+            # Of each user once: numpy has texts in a width that all of them fit into.
+            user_id_U = np.sort(user_id_N.unique().to_numpy(zero_copy_only=False).astype(str))
+            user_N = pc.index_in(user_id_N, pa.array(user_id_U)).to_numpy().astype(np.int64)
+        else:
+            user_id_U, user_N = np.unique(user_id_N.to_numpy(), return_inverse=True)
         return cls(user_id_U, user_N, table["label"].to_numpy().astype(bool), table["score"].to_numpy())
 
 

@@ -12,6 +12,8 @@ from pipeline.hashing import hash_values
 from pipeline.ingest.prepare import prepare
 from pipeline.stream.data_set import DataSet
 from pipeline.stream.history_stream import HistoryStream
+from pipeline.stream.translation import Translation
+from schemas.errors import UserError
 from schemas.prepare import PrepareSettings
 from schemas.shards import SPLITS
 from schemas.stream import StreamSettings
@@ -167,3 +169,29 @@ def test_batches_have_the_raw_values_of_the_logs(folder: Path, split: int) -> No
     assert seen == expected
     assert len({*frequency.values()}) > 1
     assert 0 < data_set.manifest.largest_item < data_set.manifest.counts.items
+
+
+def test_hashed_items_have_the_same_ids_everywhere(folder: Path, tmp_path: Path) -> None:
+    def hashed(name: str, buckets: int, seed: int) -> DataSet:
+        content = {
+            "events": {"files": [str(folder.parent / "events.parquet")], "user_type": "text", "item_type": "text"},
+            "items": {"hash_buckets": buckets},
+            "split": {
+                "kind": "by_timestamp",
+                "min_history": 2,
+                "test_groups": 1,
+                "validation_groups": 1,
+                "negatives": 0,
+            },
+            "seed": seed,
+        }
+        prepare(PrepareSettings.model_validate(content), tmp_path / name)
+        return DataSet.open(tmp_path / name)
+
+    one, other, fewer = hashed("one", 20, 1), hashed("other", 20, 2), hashed("fewer", 10, 1)
+    assert one.names("item").null_count == 21
+    assert Translation.between(one, other).ids["item"].tolist() == list(range(21))
+    with pytest.raises(UserError, match=r"items\.hash_buckets is 20, and 10 in .*fewer; prepare both alike"):
+        Translation.between(one, fewer)
+    with HistoryStream(one.folder, "train", StreamSettings(batch_size=16), seed=0, shuffle=True) as stream:
+        assert 0 < max(int(batch.item_T.max()) for batch in stream) <= 20

@@ -1,8 +1,11 @@
 """The paired bootstrap against a slow statement of it, and against DeLong's variance."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,3 +119,19 @@ def test_seeds_are_averaged_within_a_replicate() -> None:
     assert found.p == pytest.approx(
         min(1, 2 * (min(np.sum(np.less_equal(by_hand, 0)), np.sum(np.greater_equal(by_hand, 0))) + 1) / 501)
     )
+
+
+def test_users_that_are_named_by_text_are_read_the_same_each_time(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    user_N = rng.integers(0, 40, 300)
+    # In an order that is that of the numbers, so that both are the same users.
+    names = np.array([f"Ü {number:03}" for number in range(40)])
+    columns = {"label": rng.integers(0, 2, 300).astype(np.int8), "score": rng.random(300)}
+    for name, user_id in (("numbers", user_N), ("texts", names[user_N])):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({"user_id": user_id, **columns}), tmp_path / name / "part-00000.parquet")
+    numbers, texts, again = (Predictions.read(tmp_path / name) for name in ("numbers", "texts", "texts"))
+    assert texts.user_id_U.tolist() == names[numbers.user_id_U].tolist()
+    assert texts.user_N.tolist() == numbers.user_N.tolist()
+    assert texts.user_id_U.tobytes() == again.user_id_U.tobytes(), "what tells users apart is content, not addresses"
+    assert replicated_auc(texts, 20).tolist() == replicated_auc(numbers, 20).tolist()
