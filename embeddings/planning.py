@@ -398,7 +398,8 @@ def searched_in_place(model: CtrModel) -> set[str]:
     """Names of the tables whose rows a search on the shards reads where they are, not through a lookup."""
     if search_place(model) == "local":
         return set()
-    return {spec.name for spec in model.tables.specs.values() if spec.inherent and spec.set in model.roles.attention}
+    searched = [spec for spec in model.tables.specs.values() if spec.inherent and spec.set in model.roles.attention]
+    return {spec.name for spec in searched if spec.feature in model.tables.sides.scored}
 
 
 def size_unit(count: float) -> tuple[int, str]:

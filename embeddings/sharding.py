@@ -114,8 +114,8 @@ def check_tables(model: CtrModel, device: str) -> None:
         # Each read would first write back all that the device has cached of the table, and then read the host's copy.
         if name in searched and spec.settings.memory == "host":
             raise UserError(
-                f"table {name}: memory host cannot be searched with model.search=shard: set memory: device for the "
-                "item and category tables of model.attention, or model.search=local"
+                f"table {name}: memory host cannot be searched with model.search=shard: set memory: device for "
+                "model.attention's tables of items and their features, or model.search=local"
             )
     if device != "cpu":
         return
