@@ -237,6 +237,16 @@ def test_state_of_another_stream_is_refused(folder: Path, key: str, changed: dic
         stream(folder, **changed).load_state_dict(state)
 
 
+def test_states_of_earlier_versions_still_load(folder: Path) -> None:
+    """Nothing is compared that a state of a data set of version 2 did not say before there were other features."""
+    sequences = {"carts": {"length": 5, "behavior": ["cart"]}}
+    state = stream(folder, StreamSettings(sequences=sequences)).state_dict()
+    own = {"data_set", "split", "seed", "shuffle", "order", "epoch", "step", "world"}
+    former = {"batch_size", "history_length", "sequences", "targets_per_user_per_batch", "shuffle_memory"}
+    assert set(state) == own | former
+    assert state["sequences"] == {"carts": {"length": 5, "behavior": ["cart"], "scene": None}}
+
+
 def test_state_of_another_data_set_is_refused(folder: Path, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", USERS[1:], behaviors=BEHAVIORS, scenes=SCENES)
     with pytest.raises(ValueError, match="cannot go on: data_set is"):
