@@ -22,7 +22,7 @@ from schemas.shards import FeatureRecord
 
 BYTES_PER_VALUE = 100
 """Memory that the dictionary of a feature takes at its peak for each raw value."""
-COPIES_OF_TEXT = 4
+COPIES_OF_TEXT = 8
 """How often raw values that are text are in memory at the peak."""
 
 CATEGORY = "category"
