@@ -125,6 +125,8 @@ class Counts(_Record):
     """Reason -> impressions; see `LEFT_OUT`."""
     impressions_repeated: int = 0
     """Impressions with the user, item, time and label of another one, that one not counted. They are kept."""
+    impressions_unlabeled: dict[str, int] = {}
+    """Name of a label but the main one -> impressions that were read without it."""
     impressions_contradictory: int = 0
     """Users, items and times for which there are impressions with both labels. They are kept."""
     users: int

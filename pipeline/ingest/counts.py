@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
+from pipeline.ingest.definition import UNKNOWN_LABEL
 from pipeline.ingest.dictionaries import Dictionary
 from pipeline.ingest.reading import FILTERED, OUTSIDE_TIME, READ, Tally
 from pipeline.ingest.shards import WrittenShard
@@ -47,7 +48,8 @@ def check(files: LogFiles, read: Tally, faults: pa.Table) -> dict[str, int]:
             f"set {role}.timestamp_unit=ms or us if they are not seconds, or {role}.since and {role}.until to leave "
             "those lines out"
         )
-    return {name: int(counted[name]) for name in ("lines", "first", "last")}
+    kept = [name for name in counted if name in ("lines", "first", "last") or name.startswith(UNKNOWN_LABEL)]
+    return {name: int(counted[name]) for name in kept}
 
 
 _FAULTS = {
@@ -94,7 +96,7 @@ def counts_of(
         features: all of them.
         counted: what `check` returned for the events.
         read: what became of the events' lines while they were read.
-        shown: the same of the impressions' lines; None: there are none.
+        shown: the same of the impressions' lines, and how many have no further label; None: there are none.
         tally: what became of users and lines while shards were written.
         collisions: of hashed items; None: they are numbered.
     """
@@ -116,6 +118,11 @@ def counts_of(
         impressions_read=None if shown is None else shown[READ],
         impressions_left_out=_left_out("impressions", shown or Counter(), tally),
         impressions_repeated=tally["impressions repeated"],
+        impressions_unlabeled={
+            name.removeprefix(UNKNOWN_LABEL): number
+            for name, number in (shown or Counter()).items()
+            if name.startswith(UNKNOWN_LABEL) and number
+        },
         impressions_contradictory=tally["impressions contradictory"],
         users=users,
         users_left_out=tally["users"] - users,
@@ -161,6 +168,8 @@ def notices(manifest: Manifest, settings: PrepareSettings) -> list[str]:
     buckets = settings.items.hash_buckets
     if buckets is not None and counts.items_collided:
         said.append(f"items: {counts.items_collided:,} raw ids share one of {buckets:,} buckets with another one")
+    for label, number in counts.impressions_unlabeled.items():
+        said.append(f"label {label}: {number:,} impressions have none; a task learns from the others alone")
     if counts.impressions_contradictory:
         said.append(f"impressions: {counts.impressions_contradictory:,} times a user, item and time has both labels")
     return said

@@ -13,6 +13,8 @@ from schemas.shards import SPLITS, UNLABELED, FeatureRecord
 
 USER_KEY_RANGE = 2**31 - 1
 """User keys are below this prime."""
+UNKNOWN_LABEL = "unknown_label_"
+"""Begins, in `faults`, the number of lines without one of the further labels."""
 EVENT = -2
 """The label of a line that is a behaviour."""
 LATEST = 253_402_300_799
@@ -42,8 +44,11 @@ def faults(log: ir.Table) -> ir.Table:
     checks |= {
         f"negative_{name}": (log[name] < 0).sum() for name in ("user_id", "item_id") if log[name].type().is_integer()
     }
-    rest = [name for name in log.columns if name in ("weight", "split") or name.startswith("label")]
+    rest = [name for name in ("label", "weight", "split") if name in log.columns]
     checks |= {f"null_{name}": log[name].isnull().sum() for name in rest}
+    # What comes after a click may not be known yet: a further label may be missing, and is counted.
+    further = [name for name in log.columns if name.startswith(UNKNOWN_LABEL.removeprefix("unknown_"))]
+    checks |= {f"unknown_{name}": log[name].isnull().sum() for name in further}
     outside = (log["timestamp"] < 0) | (log["timestamp"] > LATEST)
     checks["impossible_timestamp"] = outside.sum()
     return log.agg(lines=log.count(), first=log["timestamp"].min(), last=log["timestamp"].max(), **checks)
@@ -187,7 +192,8 @@ def shown(impressions: ir.Table, cuts: tuple[int, int] | None, labels: Sequence[
     else:
         assert cuts is not None, "impressions without a split are cut by time"
         split = ibis.cases((impressions["timestamp"] < cuts[0], 0), (impressions["timestamp"] < cuts[1], 1), else_=2)
-    return impressions.mutate(split=split.cast("int8"), **{name: impressions[name].cast("int8") for name in labels})
+    known = {name: ibis.coalesce(impressions[name].cast("int8"), UNLABELED).cast("int8") for name in labels}
+    return impressions.mutate(split=split.cast("int8"), **known)
 
 
 def lines(logs: Sequence[ir.Table], item_ids: ir.Table | None, users: ir.Table | None) -> ir.Table:

@@ -16,6 +16,7 @@ from pipeline.files import output_folder
 from pipeline.ingest import definition
 from pipeline.ingest.columns import FEATURE_KEY, event_columns, impression_columns, label_column
 from pipeline.ingest.counts import check, check_zones, counts_of, nothing_left, notices
+from pipeline.ingest.definition import UNKNOWN_LABEL
 from pipeline.ingest.dictionaries import (
     BYTES_PER_FEATURE,
     BYTES_PER_ITEM,
@@ -130,7 +131,9 @@ class _Preparation:
             with stage("read impressions") as running:
                 impressions, shown = engine.load(impression_files, running.reach_share)
             check_zones([(settings.events, event_files, read), (settings.impressions, impression_files, shown)])
-            lines.append(check(impression_files, shown, engine.fetch(definition.faults(impressions)))["lines"])
+            of_shown = check(impression_files, shown, engine.fetch(definition.faults(impressions)))
+            lines.append(of_shown["lines"])
+            shown.update({name: number for name, number in of_shown.items() if name.startswith(UNKNOWN_LABEL)})
             cuts = self._cuts(impressions)
             logs.append(impressions)
         else:

@@ -39,8 +39,9 @@ def prepared(folder: Path, features: list[dict[str, Any]], *, shown: bool = Fals
         "features": features,
     }
     if shown:
-        log = {"files": [str(file)], "label": "clicked", "category_id": None}
-        content["impressions"] = log | more.pop("impressions", {})
+        impressions = more.pop("impressions", {})
+        label = {} if "labels" in impressions else {"label": "clicked"}
+        content["impressions"] = {"files": [str(file)], "category_id": None} | label | impressions
         content["split"] = {"kind": "impressions", "min_history": 0}
     settings = PrepareSettings.model_validate(content | more)
     return prepare(settings, folder / "out", overwrite=True)
@@ -124,6 +125,17 @@ def test_labels_and_weights(tmp_path: Path, columns: dict[str, Any], impressions
     with pytest.raises(UserError) as error:
         prepare(PrepareSettings.model_validate(content), tmp_path / "out")
     assert message in str(error.value)
+
+
+def test_further_labels_may_be_unknown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, bought=[None, 1, None, 0, None, 1])
+    with caplog.at_level("INFO", "dare.data"):
+        manifest = prepared(tmp_path, [], shown=True, impressions={"labels": {"click": "clicked", "buy": "bought"}})
+    assert manifest.counts.impressions_unlabeled == {"buy": 3}
+    assert "label buy: 3 impressions have none; a task learns from the others alone" in caplog.text
+    rows = [row for shard in manifest.shards for row in pq.read_table(tmp_path / "out" / shard.path).to_pylist()]
+    targets = sorted(pair for row in rows for pair in zip(row["target_line"], row["target_label_buy"], strict=True))
+    assert [label for _, label in targets] == [-1, 1, -1, 0, -1, 1]
 
 
 def test_a_text_file_has_no_lists(tmp_path: Path) -> None:
