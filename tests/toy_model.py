@@ -48,8 +48,11 @@ def sizes_of(settings: ModelSettings) -> DataSizes:
 
 
 def categories_of(settings: ModelSettings) -> int:
-    """Few; with `MORE` features so many that three ranks have rows of them."""
-    return 3 if MORE.keys().isdisjoint(settings.feature_names) else 4
+    """Few; with `MORE` features so many that three ranks have rows of them, and that a window has several.
+
+    Where all behaviours of a window have one category, attention's gradient of its row is a sum that cancels.
+    """
+    return 3 if MORE.keys().isdisjoint(settings.feature_names) else 7
 
 
 def batch_of(settings: ModelSettings, seed: int, **shape: int) -> Batch:
