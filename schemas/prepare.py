@@ -244,7 +244,7 @@ class PrepareSettings(Settings):
     events: Events
     impressions: Impressions | None = None
     items: Items = Items()
-    features: tuple[FeatureSettings, ...] = ()
+    features: tuple[FeatureSettings, ...] = Field((), max_length=200)
     """What describes items, behaviours, users and impressions, beside the short forms of the logs."""
     split: Annotated[SplitSettings, Field(discriminator="kind")] = PaperSplit()
     shards: ShardLayout = ShardLayout()

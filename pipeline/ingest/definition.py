@@ -155,23 +155,28 @@ def encoded(
         ids: for each that has a dictionary, (value, id).
         buckets: for each that is hashed, how many.
     """
+    # All joins first, and then one selection: a chain of joins is one expression, where layers of them would take time
+    # and memory that grow with the square of the features' number.
+    joined = table
+    values: dict[str, ir.Value] = {}
+    for record in records:
+        column, name = feature_column(record.name), record.name
+        if column in table.columns and name in ids:
+            named = ids[name].select(**{f"raw_{column}": "value", f"id_{column}": "id"})
+            joined = joined.left_join(named, [(column, f"raw_{column}")])
     for record in records:
         column, name = feature_column(record.name), record.name
         missing = ibis.literal(NO_NUMBER, "float64") if record.kind == "number" else ibis.literal(0, "int32")
         if column not in table.columns:
-            table = table.mutate(**{column: missing})
+            values[column] = missing
         elif record.kind == "number":
-            table = table.mutate(**{column: ibis.coalesce(table[column], missing)})
+            values[column] = ibis.coalesce(joined[column], missing)
         elif name in ids:
-            named = ids[name].select(raw_value="value", dense_id="id")
-            table = table.left_join(named, [(column, "raw_value")]).drop("raw_value", column)
             # A null of the log matches nothing and becomes 0, the unknown.
-            table = table.mutate(dense_id=ibis.coalesce(table["dense_id"], 0).cast("int32"))
-            table = table.rename({column: "dense_id"})
-        else:
-            bucket = _bucket(table[column], buckets[name])
-            table = table.mutate(**{column: ibis.coalesce(bucket, 0).cast("int32")})
-    return table
+            values[column] = ibis.coalesce(joined[f"id_{column}"], 0).cast("int32")
+        elif name in buckets:
+            values[column] = ibis.coalesce(_bucket(joined[column], buckets[name]), 0).cast("int32")
+    return joined.select(**{name: joined[name] for name in table.columns} | values)
 
 
 def shown(impressions: ir.Table, cuts: tuple[int, int] | None, labels: Sequence[str]) -> ir.Table:
