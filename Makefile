@@ -17,7 +17,7 @@ JOURNEY := data/completejourney
 PROCESSES ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | head -2 | wc -l),2)
 
 # Processes that run tests: one a core, of which many start processes of their own.
-WORKERS ?= $(shell nproc | awk '{print $$1 > 4 ? 4 : $$1}')
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores > 4 ? 4 : cores)))
 
 .PHONY: demo test test-slow test-spark test-ceph test-slurm setup lint types docs examples format bench check-gpu clean
 
