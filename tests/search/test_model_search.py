@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embeddings.search.topk import cpu, cpu_kernel, keys, reference
+from embeddings.search.topk import cpu, cpu_kernel, inputs, reference
 from embeddings.search.topk.api import TopKImplementation, top_k
 from embeddings.search.topk.inputs import PartKind, ScorePart, TopKInputs
 from tests.top_k_inputs import DTYPES, assert_same, searches
@@ -193,8 +193,8 @@ def test_a_cpus_rows_are_searched_by_the_compiled_kernel(monkeypatch: pytest.Mon
 def test_keys_keep_every_bit_of_a_score(scores: list[float], start: int) -> None:
     score_TC = torch.tensor([scores])
     column_C = torch.arange(len(scores))
-    key_TC = keys.ordered(score_TC, column_C)
-    score_TK, index_TK = keys.decoded(key_TC, torch.tensor([start]), len(scores) + 1)
+    key_TC = inputs.ordered(score_TC, column_C)
+    score_TK, index_TK = inputs.decoded(key_TC, torch.tensor([start]), len(scores) + 1)
     assert torch.equal(score_TK[:, :-1], score_TC + 0.0)
     assert index_TK.tolist() == [[*range(start, start + len(scores)), -1]]
     assert score_TK[0, -1] == -math.inf

@@ -258,7 +258,7 @@ def test_what_cannot_run_is_refused_before_anything_does(data: Path, tmp_path: P
     case("is written NAME=FOLDER", "--data", str(data))
     case("manifest.json", "--data", f"toy={tmp_path}")
     case("dare prepare --preset taobao --events FILE", data={"taobao": {"preset": "taobao"}})
-    case("must be one of completejourney, generic, taobao, tmall (not 'x')", data={"x": {"preset": "x"}})
+    case("must be one of completejourney, generic, movielens, taobao, tmall (not 'x')", data={"x": {"preset": "x"}})
     case("give one of folder, preset and synth (not none)", data={"x": {}})
     case("recipe", recipe="none.yaml")
     case("tiny.json", "--check", tmp_path / "tiny.json")

@@ -136,7 +136,7 @@ def test_a_file_that_is_none_is_one_line_and_exit_code_1(few_users: Path, tmp_pa
 
 def test_a_file_may_be_at_a_url(few_users: Path, tmp_path: Path) -> None:
     vectors = drawn(2, 4)
-    with object_store() as store, process_group(CPU):
+    with object_store("moto", tmp_path / "store") as store, process_group(CPU):
         store.path("items.parquet").write_bytes(Path(write(tmp_path / "file.parquet", [3, 1], vectors)).read_bytes())
         rows = rows_of(few_users, {"item_attention": "s3://bucket/items.parquet"})
     item = rows[KEY.format(set="attention", name="item_attention")]
