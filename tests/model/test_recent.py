@@ -81,7 +81,7 @@ def train(name: str, changes: dict[str, Any]) -> dict[str, Any]:
     optimizer = torch.optim.SGD([value for key, value in sharded.named_parameters() if "_bags" not in key], lr=0.1)
     losses = []
     for step, shape in enumerate(SHAPES):
-        batch = part(batch_of(settings, 80 + step, **shape), rank, ranks)
+        batch = part(batch_of(settings, 180 + step, **shape), rank, ranks)
         optimizer.zero_grad()
         loss = click_loss(sharded(batch), batch.label_T)
         loss.backward()
@@ -90,7 +90,7 @@ def train(name: str, changes: dict[str, Any]) -> dict[str, Any]:
     return {
         "losses": losses,
         "end": local_values(sharded),
-        "summands": summands(plain, batch_of(settings, 80)),
+        "summands": summands(plain, batch_of(settings, 180)),
         "pools_on_shards": sharded.module.pools_on_shards,
     }
 
