@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
+from pipeline.ingest.columns import FEATURE_KEY
 from pipeline.ingest.definition import UNKNOWN_LABEL
 from pipeline.ingest.dictionaries import Dictionary
 from pipeline.ingest.reading import FILTERED, OUTSIDE_TIME, READ, Tally
@@ -50,6 +51,24 @@ def check(files: LogFiles, read: Tally, faults: pa.Table) -> dict[str, int]:
         )
     kept = [name for name in counted if name in ("lines", "first", "last") or name.startswith(UNKNOWN_LABEL)]
     return {name: int(counted[name]) for name in kept}
+
+
+def check_keys(files: LogFiles, counted: pa.Table) -> None:
+    """Make sure that each line of a file of features says whose it is.
+
+    Args:
+        files: which they are.
+        counted: `definition.without_key` of them.
+
+    Raises:
+        UserError: with the number of lines that do not.
+    """
+    (row,) = counted.to_pylist()
+    if row["without_key"]:
+        (key,) = (column.source for column in files.columns if column.name == FEATURE_KEY)
+        names = ", ".join(str(path) for path in files.paths)
+        fault = _FAULTS["null"].format(key)
+        raise UserError(f"{files.role}: {row['without_key']:,} of {row['lines']:,} lines in {names} {fault}")
 
 
 _FAULTS = {

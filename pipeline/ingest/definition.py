@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import ibis
 import ibis.expr.types as ir
 
-from pipeline.ingest.columns import USER_NUMBER, feature_column
+from pipeline.ingest.columns import FEATURE_KEY, USER_NUMBER, feature_column
 from schemas.shards import SPLITS, UNLABELED, FeatureRecord
 
 USER_KEY_RANGE = 2**31 - 1
@@ -52,6 +52,11 @@ def faults(log: ir.Table) -> ir.Table:
     outside = (log["timestamp"] < 0) | (log["timestamp"] > LATEST)
     checks["impossible_timestamp"] = outside.sum()
     return log.agg(lines=log.count(), first=log["timestamp"].min(), last=log["timestamp"].max(), **checks)
+
+
+def without_key(file: ir.Table) -> ir.Table:
+    """One row: ``lines`` of a file of features, and how many ``without_key`` belong to nobody."""
+    return file.agg(lines=file.count(), without_key=file[FEATURE_KEY].isnull().sum())
 
 
 def seen(logs: Sequence[ir.Table], key: str, columns: Sequence[str]) -> ir.Table:

@@ -15,7 +15,7 @@ from pipeline.errors import SPACE
 from pipeline.files import output_folder
 from pipeline.ingest import definition
 from pipeline.ingest.columns import FEATURE_KEY, event_columns, impression_columns, label_column
-from pipeline.ingest.counts import check, check_zones, counts_of, nothing_left, notices
+from pipeline.ingest.counts import check, check_keys, check_zones, counts_of, nothing_left, notices
 from pipeline.ingest.definition import UNKNOWN_LABEL
 from pipeline.ingest.dictionaries import (
     BYTES_PER_FEATURE,
@@ -118,6 +118,7 @@ class _Preparation:
         tables = []
         for of_file in feature_files:
             table, _ = engine.load(of_file.files, lambda _: None)
+            check_keys(of_file.files, engine.fetch(definition.without_key(table)))
             # Users are not hashed: only items are in buckets.
             buckets = settings.items.hash_buckets if of_file.features[0].of == "item" else None
             tables.append(FeatureTable(of_file.features, definition.in_buckets(table, buckets, FEATURE_KEY)))

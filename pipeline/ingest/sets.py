@@ -35,6 +35,8 @@ def encoded_sets(values: pa.Array, separator: str | None, convert: Callable[[pa.
         return of_each.take(coded.indices)
     if isinstance(values.type, pa.DictionaryType):
         values = values.dictionary_decode()
+    if pa.types.is_null(values.type):  # a column in which no line has a value
+        values = values.cast(pa.list_(pa.string()))
     return _of_lists(values, convert, None)
 
 

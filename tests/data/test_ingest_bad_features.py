@@ -170,6 +170,24 @@ def test_a_file_with_a_user_twice(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         prepared(tmp_path, [declared])
 
 
+@pytest.mark.parametrize("items", [{}, {"hash_buckets": 4}])
+def test_a_file_with_a_line_of_nobody(tmp_path: Path, items: dict[str, Any]) -> None:
+    write(tmp_path)
+    pq.write_table(pa.table({"key": [5, None, 7], "brand": ["a", "b", "c"]}), tmp_path / "items.parquet")
+    declared = feature(of="item", column="brand", key="key", file=str(tmp_path / "items.parquet"))
+    with pytest.raises(
+        UserError, match=r"^items: 1 of 3 lines in .*items.parquet have no key; correct or remove them$"
+    ):
+        prepared(tmp_path, [declared], items=items)
+
+
+@pytest.mark.parametrize("nothing", [pa.nulls(LINES), pa.array([[]] * LINES, pa.list_(pa.null()))])
+def test_a_column_of_sets_without_any_value(tmp_path: Path, nothing: pa.Array) -> None:
+    write(tmp_path, list=nothing)
+    (record,) = prepared(tmp_path, [feature(column="list", kind="ids")]).features_of("behavior")
+    assert (record.rows, record.bags, record.values, record.missing) == (0, 0, LINES, LINES)
+
+
 def test_more_values_than_buckets_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path)
     logging.getLogger("dare").propagate = True
