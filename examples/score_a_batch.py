@@ -4,7 +4,7 @@
 
 RUN is the folder of a run that `dare train` wrote. Two users are made up from the items that the run was trained on,
 each with a few behaviours; three items are scored for the first one and one for the second. Dense ids (`items.parquet`
-of the data set) are what a model knows; 0 stands for an item that it has not seen.
+and `item_features.arrow` of the data set) are what a model knows; 0 stands for an item that it has not seen.
 
 T = targets, U = users, M = behaviours of all users.
 """
@@ -13,6 +13,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 import torch
 
@@ -32,7 +34,10 @@ def int32(values: list[int]) -> torch.Tensor:
 def make_batch(data: Path) -> tuple[Batch, list[int]]:
     """The batch, and the raw ids of its four targets."""
     items = pq.read_table(data / "items.parquet").sort_by([("frequency", "descending")]).to_pydict()
-    raw, dense, category = items["raw_id"], items["id"], items["category"]
+    raw, dense = items["raw_id"], items["id"]
+    # What belongs to items stands beside them, row i for the item of dense id i.
+    of_items = pa.ipc.open_file(data / "item_features.arrow").read_all()["category"].to_pylist()
+    category = [of_items[item] for item in dense]
 
     seen = [0, 1, 2, 3, 4, 5, 6]  # rows of `items`: four behaviours of the first user, then three of the second
     wanted = [7, 0, 8, 7]  # what is scored: three items for the first user, one for the second

@@ -37,17 +37,17 @@ class RemotePath(PosixPath):
     A `Path` in all that is done with the name, and in reading; `read_bytes`, `open`, `stat`, `iterdir` and the like go
     to the store. `os.fspath` of one fails, so that nothing takes it for a file of this machine.
 
-    Args:
-        url: such as ``s3://bucket/folder?endpoint_override=host:9000&scheme=http``.
-
-    Raises:
-        UserError: the URL names no bucket or host, or holds credentials, or an option that is not known.
+    It is made of a URL such as ``s3://bucket/folder?endpoint_override=host:9000&scheme=http``.
     """
 
     _place: Place
 
     def __new__(cls, url: str) -> Self:
-        """Take a URL apart."""
+        """Take a URL apart.
+
+        Raises:
+            UserError: the URL names no bucket or host, or holds credentials, or an option that is not known.
+        """
         match = URL.match(url)
         assert match, "no URL"
         scheme = match[1].lower()
