@@ -63,22 +63,35 @@ CASES = [
 ON_THREE = [("dare", "many"), ("dare", "many by id"), ("twin-projection", "many by id"), ("sdim", "many")]
 
 
+QUICK = ("dare", "twin", "sdim", "sim-soft", "din", "twin-projection")
+"""With many features, these stand for the others but in `make test-slow`."""
+
+
+def is_slow(name: str, kind: str) -> bool:
+    return kind == "many" and name not in QUICK
+
+
 def train_all(cases: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
     return {case: train(*case) for case in cases}
 
 
 @cache
-def on_ranks(ranks: int, kind: str) -> list[dict[tuple[str, str], dict[str, Any]]]:
-    return run_ranks(ranks, train_all, [case for case in (CASES if ranks == 2 else ON_THREE) if case[1] == kind])
+def on_ranks(ranks: int, kind: str, slow: bool) -> list[dict[tuple[str, str], dict[str, Any]]]:
+    cases = CASES if ranks == 2 else ON_THREE
+    return run_ranks(ranks, train_all, [case for case in cases if case[1] == kind and is_slow(*case) == slow])
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "ranks"), [*((*case, 2) for case in CASES), *((*case, 3) for case in ON_THREE)]
+    ("name", "kind", "ranks"),
+    [
+        *(pytest.param(*case, 2, marks=[pytest.mark.slow] if is_slow(*case) else []) for case in CASES),
+        *((*case, 3) for case in ON_THREE),
+    ],
 )
 def test_several_ranks_train_what_one_trains(name: str, kind: str, ranks: int) -> None:
     with process_group(CPU):
         alone = train(name, kind)
-    outcomes = [outcome[name, kind] for outcome in on_ranks(ranks, kind)]
+    outcomes = [outcome[name, kind] for outcome in on_ranks(ranks, kind, is_slow(name, kind))]
     ends = together([alone["end"]])
     # Steps add gradients to the weights, the last of which are of weights that the first ones have changed.
     change = largest(*(value - alone["start"][key] for key, value in ends.items()))

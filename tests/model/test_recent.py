@@ -100,10 +100,11 @@ def train(name: str, changes: dict[str, Any]) -> dict[str, Any]:
     [
         ("dare", {}, True),
         ("dare", {"search": "local"}, False),
-        ("twin", {}, False),
-        ("sdim", {}, False),
         ("sim-soft", {}, False),
-        ("twin-gradient-normalization", {}, False),
+        *(
+            pytest.param(name, {}, False, marks=pytest.mark.slow)
+            for name in ("twin", "sdim", "twin-gradient-normalization")
+        ),
     ],
 )
 def test_two_ranks_train_what_one_trains(name: str, changes: dict[str, Any], pools: bool) -> None:
