@@ -25,8 +25,7 @@ demo: $(JOURNEY)/manifest.json  ## prepare real histories, train TWIN, DARE and 
 	$(BIN)/dare inspect $(JOURNEY)
 	@for run in twin dare dare-features; do \
 	  $(BIN)/torchx run dare.train -j 1x$(PROCESSES) -- --data $(JOURNEY) --run runs/completejourney-$$run \
-	    --config jobs/recipes/completejourney.yaml \
-	    $$(test $$run != dare-features || echo --config jobs/recipes/completejourney-features.yaml) \
+	    --config jobs/recipes/completejourney$$(test $$run != dare-features || echo -features).yaml \
 	    model.name=$${run%-features} stream.batch_size=$$((2048 / $(PROCESSES))) || exit 1; \
 	done
 	$(BIN)/dare compare runs/completejourney-twin runs/completejourney-dare runs/completejourney-dare-features
