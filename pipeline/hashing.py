@@ -1,4 +1,9 @@
-"""Counter-based random numbers: a value depends on its key alone, never on what was drawn before or by which thread."""
+"""Counter-based random numbers, and hashes of values.
+
+A value depends on its key alone, never on what was drawn before or by which thread.
+
+N = values, I = items by dense id, the unknown 0 included, D = draws.
+"""
 
 from typing import Any
 
@@ -7,6 +12,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+
+ATTEMPTS = 32
+"""Times that an item is drawn anew before those that a user does not own are listed one by one."""
+NOTHING_LEFT = -1
+"""In the place of an item, where a user owns all that could be drawn."""
 
 _WORD = 8
 """Bytes of a text that are mixed at a time."""
@@ -64,3 +75,47 @@ def hash_values(values: pa.Array) -> pa.Array:
     missing = values.is_null().to_numpy(zero_copy_only=False)
     hashed = hash_texts(values) if values.type == pa.string() else mix(values.fill_null(0).to_numpy(), 0)
     return pa.array((hashed >> np.uint64(1)).astype(np.int64), mask=missing)
+
+
+def draw_unowned(key_D: U64, user_D: I64, owned: I64, cumulative_I: I64, salt: int) -> I64:
+    """Draw items in proportion to their weights, never one that its user owns.
+
+    A draw depends on its key, its user's items, the weights and the salt alone.
+
+    Args:
+        key_D: of each draw.
+        user_D: whose negative it is, from 0.
+        owned: what each user owns, sorted: ``user * len(cumulative_I) + item``; what is there twice does no harm.
+        cumulative_I: sum of the weights of all items up to and including this one; what has no weight is never drawn.
+        salt: the first one that is mixed with the keys; `ATTEMPTS` further ones are.
+
+    Returns:
+        (D,) items; `NOTHING_LEFT` where there is none.
+    """
+    size = len(cumulative_I)
+    item_D = np.zeros(len(key_D), np.int64)
+    pending = np.arange(len(key_D))
+    for attempt in range(ATTEMPTS):
+        # Only refused draws are drawn again, with another salt: the others stay what they are.
+        item_D[pending] = _draw(mix(key_D[pending], salt + attempt), cumulative_I)
+        wanted = user_D[pending] * size + item_D[pending]
+        place = np.minimum(np.searchsorted(owned, wanted), len(owned) - 1)
+        pending = pending[owned[place] == wanted]
+        if not len(pending):
+            return item_D
+    weight_I = np.diff(cumulative_I, prepend=0)
+    for draw in pending:
+        # A user who owns nearly all there is: draw from what is left, which is what rejection converges to.
+        first, last = np.searchsorted(owned, [user_D[draw] * size, (user_D[draw] + 1) * size])
+        rest_I = weight_I.copy()
+        rest_I[owned[first:last] - user_D[draw] * size] = 0
+        random = mix(key_D[draw : draw + 1], salt + ATTEMPTS)
+        item_D[draw] = _draw(random, np.cumsum(rest_I))[0] if rest_I.any() else NOTHING_LEFT
+    return item_D
+
+
+def _draw(random: U64, cumulative_I: I64) -> I64:
+    # The bias of the modulo is below one in 2^64 / sum of weights. With ``side="right"``, what has no weight has
+    # an empty range and is never drawn.
+    ticket = (random % np.uint64(cumulative_I[-1])).astype(np.int64)
+    return np.searchsorted(cumulative_I, ticket, side="right")

@@ -13,7 +13,7 @@ from typing import NamedTuple, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.hashing import U64, mix
+from pipeline.hashing import NOTHING_LEFT, draw_unowned, mix
 from pipeline.ingest.definition import EVENT
 from pipeline.ingest.dictionaries import Dictionary
 from pipeline.ingest.lines import I64, Lines
@@ -21,9 +21,6 @@ from pipeline.ingest.reading import Tally
 from schemas.errors import UserError
 from schemas.prepare import DateSplit, ImpressionSplit, PaperSplit, SplitSettings, TimestampSplit
 from schemas.shards import UNLABELED, Split
-
-_ATTEMPTS = 32
-"""Times that a negative is drawn anew before the items that the user did not touch are listed one by one."""
 
 
 class ChosenLines(NamedTuple):
@@ -209,47 +206,17 @@ def draw_negatives(
     key_P = mix(mix(lines.user_number_U[user_P], seed) ^ position_P.astype(np.uint64), 5)
     key = np.repeat(key_P, per_positive) + np.tile(np.arange(per_positive, dtype=np.uint64), len(line_P))
     user = np.repeat(user_P, per_positive)
-    item = np.zeros(len(key), np.int32)
-    pending = np.arange(len(key))
-    for attempt in range(_ATTEMPTS):
-        # Only refused draws are drawn again, with another salt: the others stay what they are.
-        drawn = _draw(mix(key[pending], 6 + attempt), dictionary.cumulative_I)
-        refused = _contains(touched, user[pending] * size + drawn)
-        item[pending] = drawn
-        pending = pending[refused]
-        if not len(pending):
-            break
-    for draw in pending:
-        # A user who has touched nearly all there is: draw from what is left, which is what rejection converges to.
-        item[draw] = _draw_from_rest(lines, int(user[draw]), mix(key[draw : draw + 1], 6 + _ATTEMPTS), dictionary)
-    return item.reshape(len(line_P), per_positive)
+    item = draw_unowned(key, user, touched, dictionary.cumulative_I, 6)
+    if (item == NOTHING_LEFT).any():
+        first = lines.user_start_U[user[np.argmax(item == NOTHING_LEFT)]]
+        raise UserError(
+            f"user {lines.user_id_L[first]} touched every item there is: no negative can be drawn; "
+            "set split.negatives=0 or give more data"
+        )
+    return item.reshape(len(line_P), per_positive).astype(np.int32)
 
 
 def _touched(lines: Lines, size: int) -> I64:
     """Everything that each user touched, sorted: int64, ``user * size + item``."""
     # Not `np.unique`, which hashes first and takes several times as long: what is there twice does no harm.
     return np.sort(lines.user_L * size + lines.item_L)
-
-
-def _contains(sorted_keys: I64, keys: I64) -> NDArray[np.bool_]:
-    index = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
-    return np.equal(sorted_keys[index], keys)
-
-
-def _draw(random: U64, cumulative_I: I64) -> I64:
-    # The bias of the modulo is below one in 2^64 / events. With ``side="right"``, what has frequency 0 (id 0, items
-    # that were only shown) has an empty range and is never drawn.
-    ticket = (random % np.uint64(cumulative_I[-1])).astype(np.int64)
-    return np.searchsorted(cumulative_I, ticket, side="right")
-
-
-def _draw_from_rest(lines: Lines, user: int, random: U64, dictionary: Dictionary) -> int:
-    frequency_I = np.diff(dictionary.cumulative_I, prepend=0)
-    frequency_I[np.unique(lines.item_L[lines.user_L == user])] = 0
-    cumulative_I = np.cumsum(frequency_I)
-    if not cumulative_I[-1]:
-        raise UserError(
-            f"user {lines.user_id_L[lines.user_start_U[user]]} touched every item there is: no negative can be drawn; "
-            "set split.negatives=0 or give more data"
-        )
-    return int(_draw(random, cumulative_I)[0])

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.hashing import U64, mix
+from pipeline.hashing import NOTHING_LEFT, draw_unowned, mix
 from pipeline.stream.data_set import DataSet
 from pipeline.stream.epoch_plan import Piece
 from pipeline.stream.row_group import NoNegativeError, RowGroup
@@ -20,9 +20,6 @@ from schemas.manifest import REMEDY
 from schemas.stream import NegativeSettings
 
 I64 = NDArray[np.int64]
-
-_ATTEMPTS = 32
-"""Times that a negative is drawn anew before the items that the user does not have are listed one by one."""
 
 
 @dataclass(frozen=True)
@@ -139,29 +136,13 @@ class Negatives:
         kept_U = np.zeros(len(group.user_id_U), bool)
         kept_U[user_D] = True
         owned = _owned(group, kept_U, size)
-        item_D = np.zeros(len(key_D), np.int64)
-        pending = np.arange(len(key_D))
-        for attempt in range(_ATTEMPTS):
-            # Only refused draws are drawn again, with another salt: the others stay what they are.
-            item_D[pending] = _draw(mix(key_D[pending], 3 + attempt), self.cumulative_I)
-            wanted = user_D[pending] * size + item_D[pending]
-            place = np.minimum(np.searchsorted(owned, wanted), len(owned) - 1)
-            pending = pending[owned[place] == wanted]
-            if not len(pending):
-                return item_D
-        weight_I = np.diff(self.cumulative_I, prepend=0)
-        for draw in pending:
-            # A user who has nearly all there is: draw from what is left, which is what rejection converges to.
-            user = int(user_D[draw])
-            first, last = np.searchsorted(owned, [user * size, (user + 1) * size])
-            rest_I = weight_I.copy()
-            rest_I[owned[first:last] - user * size] = 0
-            if not rest_I.any():
-                name = group.user_id_U[user] if group.user_text_U is None else group.user_text_U[user]
-                raise NoNegativeError(
-                    f"stream.negatives: user {name} has every item that could be drawn; leave it out, or give more data"
-                )
-            item_D[draw] = _draw(mix(key_D[draw : draw + 1], 3 + _ATTEMPTS), np.cumsum(rest_I))[0]
+        item_D = draw_unowned(key_D, user_D, owned, self.cumulative_I, 3)
+        if (item_D == NOTHING_LEFT).any():
+            user = int(user_D[np.argmax(item_D == NOTHING_LEFT)])
+            name = group.user_id_U[user] if group.user_text_U is None else group.user_text_U[user]
+            raise NoNegativeError(
+                f"stream.negatives: user {name} has every item that could be drawn; leave it out, or give more data"
+            )
         return item_D
 
 
@@ -178,10 +159,3 @@ def _owned(group: RowGroup, kept_U: NDArray[np.bool_], size: int) -> I64:
             ]
         )
     )
-
-
-def _draw(random: U64, cumulative_I: I64) -> I64:
-    # The bias of the modulo is below one in 2^64 / events. With ``side="right"``, what has no weight has an empty range
-    # and is never drawn.
-    ticket = (random % np.uint64(cumulative_I[-1])).astype(np.int64)
-    return np.searchsorted(cumulative_I, ticket, side="right")
