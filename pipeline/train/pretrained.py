@@ -22,7 +22,7 @@ from embeddings.model import CtrModel
 from embeddings.tables.specs import TableSpec
 from pipeline.ingest.values import WrongValueError, integers, texts
 from pipeline.paths import location
-from pipeline.stream.data_set import DataSet, read_dictionary
+from pipeline.stream.data_set import DataSet
 from schemas.errors import UserError
 from schemas.storage import arrow_file
 
@@ -32,7 +32,6 @@ BATCH_BYTES = 16 << 20
 _LOGGER = logging.getLogger("dare.train")
 """Shown by the first rank alone."""
 
-_DICTIONARIES = {"item": "items.parquet", "category": "categories.parquet"}
 _FLOATS = (pa.types.is_float16, pa.types.is_float32, pa.types.is_float64)
 
 
@@ -67,21 +66,20 @@ def load_vectors(model: nn.Module, files: Mapping[str, str], data_set: DataSet) 
 
 def _dictionary(name: str, spec: TableSpec, data_set: DataSet) -> pa.Table:
     """Raw ids and rows of a feature."""
-    names = {"behavior": data_set.manifest.behaviors, "scene": data_set.manifest.scenes}.get(spec.feature)
-    if names is not None:
-        return pa.table({"raw_id": pa.array(names, pa.string()), "id": range(1, len(names) + 1)})
-    there = {file.path for file in data_set.manifest.files}
-    for path in (_DICTIONARIES.get(spec.feature), f"feature-{spec.feature}.parquet"):
-        if path in there:
-            dictionary = read_dictionary(data_set.manifest.verified(data_set.folder, path))
-            # Rare items are in the dictionary and have no row.
-            return dictionary.filter(pc.less(dictionary["id"], spec.rows))
-    raise UserError(f"init.{name}: rows of {spec.feature} have no raw ids in this data set; leave the table out")
+    numbered = {each.name for each in data_set.manifest.declared if each.encoding == "dictionary"}
+    if spec.feature not in numbered | {"item"}:
+        raise UserError(f"init.{name}: rows of {spec.feature} have no raw ids in this data set; leave the table out")
+    # Rare items are in the dictionary and have no row.
+    raw_R = data_set.names(spec.feature).slice(0, spec.rows)
+    known = raw_R.is_valid()
+    if not pc.any(known).as_py():
+        raise UserError(f"init.{name}: rows of {spec.feature} have no raw ids in this data set; leave the table out")
+    return pa.table({"raw_id": raw_R, "id": range(len(raw_R))}).filter(known)
 
 
 def _load(name: str, path: Path, spec: TableSpec, shards: list[TableShard], dictionary: pa.Table) -> None:
     file = _opened(name, path, spec)
-    row_N = _rows(name, path, file, spec, dictionary)
+    row_N = _rows(name, path, file, dictionary)
     dtypes = {shard.rows_Rd.dtype for shard in shards} or {torch.float32}
     first = 0
     for vectors_Nd in _vectors(name, path, file, spec):
@@ -124,7 +122,7 @@ def _opened(name: str, path: Path, spec: TableSpec) -> pq.ParquetFile:
     return file
 
 
-def _rows(name: str, path: Path, file: pq.ParquetFile, spec: TableSpec, dictionary: pa.Table) -> NDArray[np.int64]:
+def _rows(name: str, path: Path, file: pq.ParquetFile, dictionary: pa.Table) -> NDArray[np.int64]:
     """Which row of the table each record's id has, int64 (N,); 0 where it has none."""
     # The ids of the whole file at once, as the dictionary is: one look-up, and none of the vectors.
     known = dictionary["raw_id"].combine_chunks()
@@ -149,10 +147,15 @@ def _rows(name: str, path: Path, file: pq.ParquetFile, spec: TableSpec, dictiona
             f"init.{name}: {path}: {len(twice)} ids are there more than once, {twice[0]['values'].as_py()!r} among "
             "them; leave one vector of each"
         )
-    index_N = pc.index_in(id_N, known)
-    row_N = pc.fill_null(dictionary["id"].take(index_N), 0).to_numpy().astype(np.int64)
-    # Items that are too rare for a row of their own are in the dictionary all the same.
-    return np.where(row_N < spec.rows, row_N, 0)
+    row_N: NDArray[np.int64] = (
+        pc.fill_null(dictionary["id"].take(pc.index_in(id_N, known)), 0).to_numpy().astype(np.int64)
+    )
+    if len(row_N) and not row_N.any():
+        raise UserError(
+            f"init.{name}: {path}: none of its {len(row_N):,} ids is in the data set, where they are such as "
+            f"{known[0].as_py()!r}; is it the file of another table?"
+        )
+    return row_N
 
 
 def _vectors(name: str, path: Path, file: pq.ParquetFile, spec: TableSpec) -> Iterator[NDArray[np.float32]]:

@@ -105,6 +105,7 @@ def test_a_run_begins_with_them_says_how_many_and_goes_on_without_the_file(few_u
         ("item_attention", [1, 99], [[0.0] * 4, [0, 0, np.inf, 0]], "record 2: its vector has a value that is not fin"),
         ("item_attention", [1, 2], [[0.0] * 4, [0, None, 0, 0]], "record 2: its vector has a value that is not fin"),
         ("item_attention", [1, None], [[0.0] * 4] * 2, "record 2: raw_id is missing"),
+        ("item_attention", UNKNOWN, [[0.0] * 4] * len(UNKNOWN), "is in the data set, where they are such as"),
         ("item_attention", ["1", "x"], [[0.0] * 4] * 2, "record 2: raw_id 'x' is not an integer"),
     ],
 )
