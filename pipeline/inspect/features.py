@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.stream.data_set import DataSet
 from pipeline.stream.row_group import check_values
 from schemas.manifest import Manifest
-from schemas.shards import FeatureRecord
+from schemas.shards import FeatureRecord, label_column
 
 MOST_FREQUENT = 5
 """Raw values that are named."""
@@ -210,9 +210,7 @@ class Features:
             f"{places[record.of]}_{record.name}": record.name for record in manifest.declared if record.of != "item"
         }
         """Columns of the shards that are counted, and the features that they are of."""
-        self.label_columns = {
-            f"target_label_{label}" if number else "target_label": label for number, label in enumerate(manifest.labels)
-        }
+        self.label_columns = {label_column(manifest.labels, label): label for label in manifest.labels}
 
     @property
     def all_columns(self) -> list[str]:

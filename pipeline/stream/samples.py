@@ -23,6 +23,7 @@ from pipeline.hashing import hash_values
 from pipeline.stream.data_set import DataSet, ItemFeatures
 from pipeline.stream.row_group import RowGroup
 from schemas.errors import UserError
+from schemas.shards import label_column
 from schemas.stream import StreamSettings
 
 I64 = NDArray[np.int64]
@@ -171,10 +172,9 @@ class HistorySamples:
         """
         columns_T: dict[str, Tensor] = {name: torch.from_numpy(column_T) for name, column_T in self.columns_T.items()}
         item_T, timestamp_T = columns_T.pop("item"), columns_T.pop("timestamp")
-        # The columns of `schemas.shards.label_column`, without what they begin with.
         labels_T = {
-            label: columns_T.pop(f"label_{label}" if number else "label").to(torch.float32)
-            for number, label in enumerate(labels)
+            label: columns_T.pop(label_column(labels, label).removeprefix("target_")).to(torch.float32)
+            for label in labels
         }
         beside = {name: columns_T.pop(name, None) for name in ("weight", "line", "own_item")}
         return Batch(
