@@ -26,8 +26,9 @@ from pipeline.stream.data_set import DataSet
 from pipeline.stream.history_stream import HistoryStream
 from pipeline.stream.reader import RowGroupReader
 from pipeline.stream.row_group import RowGroup
-from schemas.manifest import ROW_GROUP_INDEX, Counts, File, Manifest, Shard, TargetCounts, sha256
+from schemas.manifest import ROW_GROUP_INDEX, Counts, File, Manifest, Shard, TargetCounts
 from schemas.shards import ROW_GROUPS, Split, history_schema
+from schemas.storage import sha256
 from schemas.stream import StreamSettings
 
 R = TypeVar("R")

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from schemas.documents import inside, json_document, notice_unverified, read_json
 from schemas.errors import UserError
 from schemas.shards import READABLE_VERSIONS, FeatureRecord, RawType, Side, history_schema, shard_schema
-from schemas.storage import RemotePath, local_copy
+from schemas.storage import RemotePath, local_copy, sha256
 
 MANIFEST = "manifest.json"
 ROW_GROUP_INDEX = "row_groups.parquet"
@@ -345,12 +345,6 @@ def row_group_range(metadata: Any, row_group: int) -> tuple[int, int]:
     starts = [min(each.dictionary_page_offset or each.data_page_offset, each.data_page_offset) for each in columns]
     ends = [start + each.total_compressed_size for start, each in zip(starts, columns, strict=True)]
     return min(starts), max(ends)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fingerprint(path: Path) -> str:

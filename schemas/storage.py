@@ -402,7 +402,7 @@ def arrow_file(path: Path) -> pa.NativeFile:
     return pa.PythonFile(path.open("rb"), "r") if isinstance(path, RemotePath) else pa.OSFile(str(path))
 
 
-def local_copy(path: Path, sha256: str) -> Path:
+def local_copy(path: Path, checksum: str) -> Path:
     """Return a file of this machine with the content of ``path``: itself, or a copy that is made once.
 
     Copies are kept by checksum in a folder of the temporary directory; several processes of a machine share them. The
@@ -410,7 +410,7 @@ def local_copy(path: Path, sha256: str) -> Path:
 
     Args:
         path: of the file.
-        sha256: checksum of its content.
+        checksum: SHA-256 of its content, in hexadecimal.
     """
     if not isinstance(path, RemotePath):
         return path
@@ -418,8 +418,8 @@ def local_copy(path: Path, sha256: str) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise UserError(f"{folder} belongs to somebody else; set TMPDIR to another folder")
-    copy = folder / f"{sha256[:32]}-{path.name}"
-    if copy.exists() and _digest(copy) == sha256:
+    copy = folder / f"{checksum[:32]}-{path.name}"
+    if copy.exists() and sha256(copy) == checksum:
         return copy
     handle, unfinished = tempfile.mkstemp(dir=folder)
     try:
@@ -434,6 +434,7 @@ def local_copy(path: Path, sha256: str) -> Path:
     return copy
 
 
-def _digest(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 
 from pipeline.ingest.shards import shard_encoding
 from schemas.documents import json_document
-from schemas.manifest import MANIFEST, ROW_GROUP_INDEX, Counts, File, Manifest, Shard, TargetCounts, sha256
+from schemas.manifest import MANIFEST, ROW_GROUP_INDEX, Counts, File, Manifest, Shard, TargetCounts
 from schemas.shards import ROW_GROUPS, SPLITS, Split, dictionary_schema, history_schema
+from schemas.storage import sha256
 
 CONTENTS = ("users", "behaviors", "row_groups")
 """What a shard holds."""

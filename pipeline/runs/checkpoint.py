@@ -19,8 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.files import remove_folder
 from schemas.documents import inside, notice_unverified, read_json
 from schemas.errors import StoreError, UserError
-from schemas.manifest import File, sha256
-from schemas.storage import RemotePath
+from schemas.manifest import File
+from schemas.storage import RemotePath, sha256
 
 T = TypeVar("T")
 

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.ingest.prepare import prepare
-from schemas.manifest import Manifest, sha256
+from schemas.manifest import Manifest
 from schemas.prepare import PrepareSettings
+from schemas.storage import sha256
 
 
 def make_events(seed: int, users: int = 60) -> list[tuple[int, int, int, int]]:

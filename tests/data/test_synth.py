@@ -20,8 +20,8 @@ from pipeline.synth.files import synthesize
 from pipeline.synth.histories import BEHAVIORS, Histories, HistoryGenerator
 from pipeline.synth.impressions import draw_impressions
 from schemas.errors import UserError
-from schemas.manifest import sha256
 from schemas.settings import load_settings
+from schemas.storage import sha256
 from schemas.synth import DAY, SynthSettings
 from tests.synth_truth import GroundTruth
 
