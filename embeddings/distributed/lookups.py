@@ -161,7 +161,7 @@ def _distinct(id_B: Tensor, valid_B: Tensor | None, table: RowWiseTable) -> _Dis
     return _Distinct(distinct_B, slot_B, torch.diff(ends_S, prepend=ends_S.new_zeros(1)))
 
 
-class Bags(NamedTuple):
+class WeightedBags(NamedTuple):
     """Bags of ids, whose weighted sums a rank asks for; the entries of a bag lie together, bag by bag."""
 
     ids: Mapping[Feature, Tensor]
@@ -190,7 +190,7 @@ class _Parts(NamedTuple):
 
 
 def sharded_sums(
-    collection: ShardedEmbeddingBagCollection, bags: Bags, codecs: QuantizedCommCodecs | None = None
+    collection: ShardedEmbeddingBagCollection, bags: WeightedBags, codecs: QuantizedCommCodecs | None = None
 ) -> dict[Feature, Tensor]:
     """The sums ``sum_i w_i e_i`` of bags of ids, by feature float32 (bags, d), with gradients of rows and weights.
 
@@ -245,7 +245,7 @@ def sharded_sums(
     }
 
 
-def _parts(id_E: Tensor, bags: Bags, table: RowWiseTable) -> _Parts:
+def _parts(id_E: Tensor, bags: WeightedBags, table: RowWiseTable) -> _Parts:
     shards, count = table.group.size(), len(id_E)
     owner_E = torch.where(bags.valid_E, torch.div(id_E, table.block, rounding_mode="floor"), shards)
     # Few bits, which a radix sort passes over less often; stable, so that the entries of a bag stay together.

@@ -14,7 +14,7 @@ from torch.nn.functional import embedding
 from torch.profiler import record_function
 
 from embeddings.batch import Batch, Branch, Selection, gather_or_zeros
-from embeddings.distributed.lookups import Bags, RowsOfIds
+from embeddings.distributed.lookups import RowsOfIds, WeightedBags
 from embeddings.features import IndexedBehaviors, IndexedRows, Rows, selected_rows, target_rows
 from embeddings.layers import row_products
 from embeddings.layers.pooling import Representation
@@ -234,7 +234,7 @@ def pooled_on_shards(
     # pooled here.
     here = [feature for feature in inherent if feature in small.inherent[name] or feature in sides.bags]
     elsewhere = {feature: torch.cat(ids[feature]) for feature in inherent if feature not in here}
-    bags = Bags(elsewhere, torch.cat(weight), torch.cat(valid), torch.cat(bag), count * len(bag))
+    bags = WeightedBags(elsewhere, torch.cat(weight), torch.cat(valid), torch.cat(bag), count * len(bag))
     sums = {feature: sum_Bd.split([count] * len(bag)) for feature, sum_Bd in tables.pooled_rows(name, bags).items()}
     wanted = {feature: torch.cat(ids[feature]) for feature in here}
     for feature, of in tables.inherent_rows(name, wanted, torch.cat(valid), small, batch.bags).items():

@@ -19,10 +19,9 @@ from torchrec import DataType, EmbeddingBagCollection, EmbeddingBagConfig, Keyed
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import Awaitable
 
-from embeddings.batch import Bags as BagsOfData
-from embeddings.batch import Batch, DistinctBags
+from embeddings.batch import Bags, Batch, DistinctBags
 from embeddings.distributed.collectives import codecs_of, max_over_ranks
-from embeddings.distributed.lookups import Bags, RowsOfIds, all_gathered_tables, sharded_rows, sharded_sums
+from embeddings.distributed.lookups import RowsOfIds, WeightedBags, all_gathered_tables, sharded_rows, sharded_sums
 from embeddings.distributed.row_wise import is_row_wise
 from embeddings.sizes import DataSizes
 from embeddings.tables.specs import CONTEXT, TableRoles, TableSpec, declare_tables
@@ -138,7 +137,7 @@ class Tables(nn.Module):
         ids: Mapping[Feature, Tensor],
         valid_B: Tensor | None,
         small: SmallRows,
-        bags: Mapping[Feature, BagsOfData] = MappingProxyType({}),
+        bags: Mapping[Feature, Bags] = MappingProxyType({}),
     ) -> dict[Feature, RowsOfIds]:
         """Rows of inherent features, with gradient. Every rank must call it.
 
@@ -251,7 +250,7 @@ class Tables(nn.Module):
         ranks: int = collection._env.world_size
         return ranks
 
-    def pooled_rows(self, name: str, bags: Bags) -> dict[Feature, Tensor]:
+    def pooled_rows(self, name: str, bags: WeightedBags) -> dict[Feature, Tensor]:
         """Weighted sums of inherent features' rows, (bags, d) by feature; made on the shards. Every rank must call it.
 
         Args:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from embeddings.distributed.lookups import Bags, sharded_rows
+from embeddings.distributed.lookups import WeightedBags, sharded_rows
 from embeddings.initialization import initialize
 from embeddings.loss import click_loss
 from embeddings.models import build_model
@@ -61,7 +61,7 @@ def lookups(communication: Communication) -> dict[str, tuple[torch.Tensor, float
         for name, rows in (("item", 51), ("category", 8))
     }
     weight, bag = torch.rand(IDS, generator=draw), torch.arange(IDS) // 4
-    bags = Bags(ids, weight, torch.ones(IDS, dtype=torch.bool), bag, IDS // 4)
+    bags = WeightedBags(ids, weight, torch.ones(IDS, dtype=torch.bool), bag, IDS // 4)
     found = {
         "rows": counted(lambda: rows_of(model, ids)),
         "sums": counted(lambda: torch.cat(list(model.tables.pooled_rows("representation", bags).values()), dim=1)),

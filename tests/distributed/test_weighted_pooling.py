@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import embedding_bag
 
-from embeddings.distributed.lookups import Bags
+from embeddings.distributed.lookups import WeightedBags
 from embeddings.models import build_model
 from embeddings.sharding import make_plan, shard
 from embeddings.sizes import DataSizes
@@ -69,7 +69,7 @@ def pooled_as_alone(learning_rates: tuple[float, float]) -> None:
         padded_bag = bag[(valid.cumsum(0) - 1).clamp(min=0)] if len(bag) else bag
         padded = {name: torch.zeros(len(valid), dtype=torch.int32).index_copy(0, place, of) for name, of in ids.items()}
         padded_weight = torch.full((len(valid),), torch.nan).index_copy(0, place, weight)
-        bags = Bags(padded, padded_weight, valid, padded_bag, len(length))
+        bags = WeightedBags(padded, padded_weight, valid, padded_bag, len(length))
         sums = model.tables.pooled_rows("representation", bags)
         loss = (torch.cat([sums[name] for name in DIMS], dim=1) * factor).square().sum()
         loss.backward()
