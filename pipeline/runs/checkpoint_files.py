@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,18 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            # Up to 3.11.3 Python writes a member of an enumeration as ``getattr(class, name)``.
+            return _enum_member
         raise _ForeignNameError(f"{module}.{name}")
+
+
+def _enum_member(enumeration: object, name: object) -> Enum:
+    """Return what `getattr` would, of a class of `_CLASSES` that is an enumeration, and nothing else."""
+    if isinstance(enumeration, EnumMeta) and name in enumeration.__members__:
+        member: Enum = enumeration.__members__[str(name)]
+        return member
+    raise _ForeignNameError("builtins.getattr")
 
 
 class CheckpointReader(FileSystemReader):

@@ -1,5 +1,6 @@
 """Damage of a run's files and its checkpoints: found before anything is used, told in a line, nothing is executed."""
 
+import io
 import json
 import logging
 import os
@@ -9,13 +10,15 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from enum import Enum
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from embeddings.distributed.process_group import process_group
 from pipeline.evaluate import open_run
@@ -306,6 +309,41 @@ def test_a_trap_in_the_metadata_is_not_sprung(undisturbed: dict[int, Run], tmp_p
         with pytest.raises(UserError, match=r"\.metadata names builtins\.exec, .* nothing of it was executed"):
             load({"model": {}}, found.path)
     assert not (tmp_path / "sprung").exists()
+
+
+class Getattr:
+    """What `getattr` makes of a class and a name, as a pickle says it."""
+
+    def __init__(self, of: object, name: str) -> None:
+        self._arguments = of, name
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return getattr, self._arguments
+
+
+class FormerPickler(pickle.Pickler):
+    """Writes members of enumerations as Python did up to 3.11.3."""
+
+    def reducer_override(self, value: object) -> object:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_metadata_of_another_python(undisturbed: dict[int, Run]) -> None:
+    found = last_checkpoint(undisturbed[1].folder / "checkpoints")
+    assert found is not None
+    metadata = parse_metadata(found.path, (found.path / METADATA).read_bytes())
+    former = io.BytesIO()
+    FormerPickler(former).dump(metadata)
+    assert b"getattr" in former.getvalue()
+    assert parse_metadata(found.path, former.getvalue()) == metadata
+
+
+@pytest.mark.parametrize(
+    ("of", "name"), [(PosixPath, "unlink"), (Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__")]
+)
+def test_metadata_may_name_members_of_enumerations_alone(tmp_path: Path, of: object, name: str) -> None:
+    with pytest.raises(UserError, match=r"names builtins\.getattr, which no checkpoint of this program holds"):
+        parse_metadata(tmp_path, pickle.dumps(Getattr(of, name)))
 
 
 def test_a_trap_in_a_value_is_not_sprung(tmp_path: Path) -> None:
