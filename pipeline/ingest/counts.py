@@ -36,12 +36,15 @@ def check(files: LogFiles, read: Tally, faults: pa.Table) -> dict[str, int]:
         ]
         of_those = f": of {read[READ]:,} in the files {', '.join(reasons)}" if reasons else ""
         raise UserError(f"{role}: no lines in {names}{of_those}")
+    # In the words of the files, whose columns have names of their own.
+    sources = {column.name: column.source for column in files.columns}
     for name, number in counted.items():
         kind, _, column = name.partition("_")
         if kind in _FAULTS and number:
-            raise UserError(
-                f"{role}: {number:,} of {counted['lines']:,} lines in {names} {_FAULTS[kind].format(column)}"
-            )
+            fault = _FAULTS[kind].format(sources.get(column, column))
+            raise UserError(f"{role}: {number:,} of {counted['lines']:,} lines in {names} {fault}")
+    if counted.get("weighing") == 0:
+        raise UserError(f"{role}: all weights in {names} are 0: nothing would be learnt; leave {role}.weight out")
     if counted["impossible_timestamp"]:
         raise UserError(
             f"{role}: timestamps in {names} run from {counted['first']} to {counted['last']} seconds after 1970, "
@@ -74,6 +77,7 @@ def check_keys(files: LogFiles, counted: pa.Table) -> None:
 _FAULTS = {
     "null": "have no {}; correct or remove them",
     "negative": "have a negative {}; ids are 0 or more",
+    "tiny": "have a {} above 0 that is 0 as a float32; multiply all of them",
 }
 
 
@@ -202,7 +206,9 @@ def _of_feature(record: FeatureRecord, feature: FeatureSettings) -> list[str]:
         said.append(f"{record.missing:,} {record.of}s have no value in its file; theirs is the unknown")
     if record.collisions:
         said.append(f"{record.collisions:,} raw values share one of {record.rows:,} buckets with another one")
-    if feature.buckets is not None and record.rows < feature.buckets:
+    if feature.kind == "number" and record.values and record.missing == record.values:
+        said.append("no value at all: it says nothing")
+    elif feature.buckets is not None and record.rows < feature.buckets:
         said.append(f"{record.rows} buckets, not {feature.buckets}: some of its quantiles are the same number")
     return [f"feature {record.name}: {text}" for text in said]
 

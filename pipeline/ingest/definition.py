@@ -15,6 +15,8 @@ USER_KEY_RANGE = 2**31 - 1
 """User keys are below this prime."""
 UNKNOWN_LABEL = "unknown_label_"
 """Begins, in `faults`, the number of lines without one of the further labels."""
+LEAST_WEIGHT = 2.0**-149
+"""The least number above 0 that a float32 holds."""
 EVENT = -2
 """The label of a line that is a behaviour."""
 LATEST = 253_402_300_799
@@ -49,6 +51,9 @@ def faults(log: ir.Table) -> ir.Table:
     # What comes after a click may not be known yet: a further label may be missing, and is counted.
     further = [name for name in log.columns if name.startswith(UNKNOWN_LABEL.removeprefix("unknown_"))]
     checks |= {f"unknown_{name}": log[name].isnull().sum() for name in further}
+    if "weight" in log.columns:
+        weight = log["weight"]
+        checks |= {"tiny_weight": ((weight > 0) & (weight < LEAST_WEIGHT)).sum(), "weighing": (weight > 0).sum()}
     outside = (log["timestamp"] < 0) | (log["timestamp"] > LATEST)
     checks["impossible_timestamp"] = outside.sum()
     return log.agg(lines=log.count(), first=log["timestamp"].min(), last=log["timestamp"].max(), **checks)
@@ -90,11 +95,10 @@ def extremes(lines: ir.Table, columns: Sequence[str]) -> ir.Table:
 
 def with_file(table: ir.Table, file: ir.Table, columns: Sequence[str]) -> ir.Table:
     """``extremes`` with the columns of a file that has lines of its own for keys."""
-    known = file.filter(file["key"].notnull())
     values: dict[str, ir.Value] = {}
     for name in columns:
-        values |= {f"low_{name}": known[name].min(), f"high_{name}": known[name].max()}
-    of_key = known.group_by(file_key=known["key"]).agg(**values)
+        values |= {f"low_{name}": file[name].min(), f"high_{name}": file[name].max()}
+    of_key = file.group_by(file_key=file[FEATURE_KEY]).agg(**values)
     return table.left_join(of_key, [("key", "file_key")]).drop("file_key")
 
 
