@@ -181,11 +181,7 @@ class DataSizes:
 
     def _why(self, feature: Feature) -> str:
         size = self.features.get(feature, FeatureSize("behavior"))
-        return (
-            f"{feature} belongs to {size.of}s, and stays a number"
-            if size.kind == "number"
-            else (f"{feature} belongs to {size.of}s")
-        )
+        return f"{feature} belongs to {size.of}s" + (", and stays a number" if size.kind == "number" else "")
 
     def rows(self, feature: Feature, sequence: str | None = None) -> int:
         """Rows of a table of ``feature``, row 0 included; position needs to know the ``sequence``."""

@@ -115,7 +115,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def output_folder(out: Path, contents: Collection[str], *, overwrite: bool, last: str = "_SUCCESS") -> Iterator[Path]:
+def output_folder(out: Path, contents: Collection[str], *, overwrite: bool, last: str = SUCCESS) -> Iterator[Path]:
     """A folder beside ``out`` to write into; takes the place of ``out`` if the block ends well, goes away if it fails.
 
     Where ``out`` is a URL, the folder is on the disk of temporary files; see `pipeline.upload.remote_output`.

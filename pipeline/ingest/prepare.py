@@ -341,5 +341,6 @@ def _without_paths(settings: PrepareSettings) -> dict[str, Any]:
         if log is not None:
             del log["files"]
     for feature in content["features"]:
-        del feature["file"]
+        if feature["file"] is not None:
+            del feature["file"]["path"]
     return content

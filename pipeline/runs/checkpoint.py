@@ -3,8 +3,7 @@
 A checkpoint is a folder that torch.distributed.checkpoint has written, ``step-000000000123``, with `RECORD` in it.
 Names that begin with a dot are of checkpoints that are being written or removed. At a URL, where no folder can get
 another name, `RECORD` is the last file that is written and the first that goes: a folder without it is no checkpoint.
-Whether one is whole, all ranks find
-out together: each looks at its part of the files, and they agree.
+Whether one is whole, all ranks find out together: each looks at its part of the files, and they agree.
 """
 
 import re
