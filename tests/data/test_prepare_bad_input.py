@@ -7,41 +7,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.cli import main
 from schemas.manifest import Manifest
+from tests.data.conftest import Dare
 from tests.datasets import manifest_of, write_manifest
 
 HEADER = "user_id,item_id,category_id,timestamp\n"
 GOOD = HEADER + "".join(f"{user},{item},{item % 3},{item}\n" for user in (1, 2) for item in range(10 + user))
 LENIENT = ["split.min_behaviors=1", "split.negatives=0"]
-
-Dare = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def dare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dare:
-    """Run the command line; returns the exit code and the error line or the output."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["dare", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        captured = capsys.readouterr()
-        if exit.value.code in (0, None):
-            return 0, captured.out
-        message = str(exit.value.code)
-        assert "\n" not in message, "one line"
-        assert message.startswith("dare: ")
-        return 1, message
-
-    return run
 
 
 def refuse(dare: Dare, folder: Path, *arguments: object) -> str:

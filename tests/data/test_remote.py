@@ -4,7 +4,6 @@ import gzip
 import os
 import pickle
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 import schemas.stores
-from jobs.cli import main
 from pipeline.files import output_folder
 from pipeline.ingest.prepare import CONTENTS
 from pipeline.paths import input_files, location
@@ -24,11 +22,10 @@ from schemas.errors import UserError
 from schemas.manifest import MANIFEST, Manifest, fingerprint
 from schemas.storage import RemotePath, arrow_file
 from schemas.stream import StreamSettings
+from tests.data.conftest import Dare
 from tests.object_store import STORES, Fault, MotoStore, ObjectStore, object_store
 
 LENIENT = ["split.min_behaviors=1", "split.negatives=1"]
-
-Dare = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module", params=STORES)
@@ -53,26 +50,6 @@ def faulty(store: ObjectStore) -> ObjectStore:
     if not isinstance(store, MotoStore):
         pytest.skip("only moto's server fails when it is told to")
     return store
-
-
-@pytest.fixture
-def dare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dare:
-    """Run the command line; returns the exit code and the error line or the output."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["dare", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        captured = capsys.readouterr()
-        if exit.value.code in (0, None):
-            return 0, captured.out
-        message = str(exit.value.code)
-        assert message.startswith("dare: ")
-        assert "\n" not in message, "one line"
-        assert "secret" not in message
-        return 1, message
-
-    return run
 
 
 def write_logs(folder: Path) -> None:

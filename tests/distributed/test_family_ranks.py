@@ -5,20 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from embeddings.distributed.collectives import sum_over_ranks
 from embeddings.distributed.process_group import process_group
-from embeddings.loss import click_loss
 from embeddings.models import MODELS
 from embeddings.tables import specs
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from tests.launcher import run_ranks
 from tests.runs import small_settings
-from tests.tolerance import largest, rounding, summands
-from tests.toy_batch import part
-from tests.toy_model import MANY, TWO, batch_of, local_values, model_of, settings_of, sharded_like, together
+from tests.tolerance import largest, rounding
+from tests.toy_model import MANY, TWO, assert_trained_alike, settings_of, together, train_on_this_rank
 from tests.trainers import CPU, Losses, Never, trainer_of
 
 SHAPES = ({"targets": 24}, {"targets": 13}, {"targets": 1}, {"targets": 2, "longest": 1}, {"targets": 24})
@@ -36,23 +31,8 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
 
 def train(name: str, kind: str = "few") -> dict[str, Any]:
     """A few steps; the losses of the global batches, and this rank's part of the model."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
     shape, specs.GATHERED_BYTES = KINDS[kind]
-    settings = settings_of(name, **shape)
-    # Weights that are not so large that rounding grows from step to step.
-    plain = model_of(settings, tables=10, dense=10)
-    sharded = sharded_like(plain)
-    optimizer = torch.optim.SGD([value for key, value in sharded.named_parameters() if "_bags" not in key], lr=0.1)
-    losses = []
-    for step, shape in enumerate(SHAPES):
-        batch = part(batch_of(settings, 80 + step, **shape), rank, ranks)
-        optimizer.zero_grad()
-        loss = click_loss(sharded(batch), batch.label_T)
-        loss.backward()
-        optimizer.step()
-        losses.append(sum_over_ranks(loss.detach()).item() / ranks)
-    start, end = plain.state_dict(), local_values(sharded)
-    return {"losses": losses, "start": start, "end": end, "summands": summands(plain, batch_of(settings, 80))}
+    return train_on_this_rank(settings_of(name, **shape), SHAPES, seed=80)
 
 
 CASES = [
@@ -96,12 +76,7 @@ def test_several_ranks_train_what_one_trains(name: str, kind: str, ranks: int) -
     # Steps add gradients to the weights, the last of which are of weights that the first ones have changed.
     change = largest(*(value - alone["start"][key] for key, value in ends.items()))
     allowed = rounding(len(SHAPES) * alone["summands"], max(1.0, change))
-    assert outcomes[0]["losses"] == pytest.approx(alone["losses"], rel=0, abs=allowed)
-    for key, values in together([outcome["end"] for outcome in outcomes]).items():
-        atol = allowed + rounding(1, largest(ends[key]))
-        torch.testing.assert_close(
-            values, ends[key], atol=atol, rtol=0, msg=lambda message, key=key: f"{key}: {message}"
-        )
+    assert_trained_alike(outcomes, alone, allowed)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Every model against its slow definition: what it keeps, what it predicts, every gradient; and what defines it."""
 
 import json
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -32,10 +31,12 @@ from tests.toy_model import (
     ONE,
     SGD,
     TWO,
+    assert_gradients_equal,
     batch_of,
     load_values,
     local_values,
     model_of,
+    named,
     settings_of,
     sharded_like,
     sizes_of,
@@ -82,22 +83,8 @@ def test_forward_and_every_gradient_equal_the_definition(name: str, shape: str) 
     for ours, theirs in zip(logits, definition.logits(batch), strict=True):
         torch.testing.assert_close(ours, theirs, atol=allowed(largest(theirs)), rtol=0)
     definition.learn(batch)
-    learning = {key: weight for key, weight in model.named_parameters() if weight.requires_grad}
-    # The definition does not read the targets' table of a feature with several values that targets do not have.
-    unread = (key for key in learning if definition.state[key].grad is None)
-    assert all("_coupons_target_" in key for key in unread)
-    expected = {key: of.grad if (of := definition.state[key]).grad is not None else 0 * of for key in learning}
-    # What cancels in a gradient, as what attention adds to all scores of a target does, is as large as the others.
-    atol = allowed(largest(*expected.values()))
-    for key, weight in learning.items():
-        torch.testing.assert_close(weight.grad, expected[key], atol=atol, rtol=0, msg=_named(key))
+    expected = assert_gradients_equal(model, definition, allowed)
     assert sum(largest(gradient) > 1e-6 for gradient in expected.values()) > 5
-    for key, statistic in definition.statistics.items():
-        torch.testing.assert_close(model.state_dict()[key], statistic, atol=allowed(largest(statistic)), rtol=0)
-
-
-def _named(name: str) -> Callable[[str], str]:
-    return lambda message: f"{name}: {message}"
 
 
 BROAD = ("two sequences, all features", "features of every kind")
@@ -145,10 +132,10 @@ def test_one_sharded_process_equals_the_unsharded_model(name: str, shape: str) -
                 if "_bags." in key:  # the step that the sharded tables have taken, SGD with a rate of 1
                     weight.data -= gradients.get(key, 0)
                 elif weight.requires_grad:
-                    torch.testing.assert_close(dense[key], gradients[key], atol=atol, rtol=0, msg=_named(key))
+                    torch.testing.assert_close(dense[key], gradients[key], atol=atol, rtol=0, msg=named(key))
             for key, value in together([local_values(sharded)]).items():
                 after = plain.state_dict()[key]
-                torch.testing.assert_close(value, after, atol=atol + allowed(largest(after)), rtol=0, msg=_named(key))
+                torch.testing.assert_close(value, after, atol=atol + allowed(largest(after)), rtol=0, msg=named(key))
 
 
 def test_hard_search_returns_the_category_alone_while_there_are_enough() -> None:
@@ -238,7 +225,7 @@ def test_two_readings_of_the_tables_train_as_twin_does() -> None:
     # Adam divides by no less than 1e-8: it makes that much more of a gradient that is rounding alone.
     atol = steps * 0.01 / 1e-8 * rounding(summands(models[0], batch), norm, torch.float64)
     for (key, ours), theirs in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0, msg=_named(key))
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0, msg=named(key))
     attention, representation = sides[-1]
     assert attention.keys() == representation.keys()
     assert {"item_shared", "category_shared", "ads_position_shared", "content_scene_shared"} <= attention.keys()

@@ -1,22 +1,27 @@
 """The latest behaviours beside those retrieved: every model against its definition, and ranks that pool on shards."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from embeddings.distributed.collectives import sum_over_ranks
 from embeddings.distributed.process_group import process_group
 from embeddings.loss import click_loss
 from embeddings.models import MODELS
 from tests.launcher import run_ranks
 from tests.model.definitions import Definition
 from tests.tolerance import in_float64, largest, rounding, summands
-from tests.toy_batch import part
-from tests.toy_model import CPU, TWO, batch_of, local_values, model_of, settings_of, sharded_like, together
+from tests.toy_model import (
+    CPU,
+    TWO,
+    assert_gradients_equal,
+    assert_trained_alike,
+    batch_of,
+    model_of,
+    settings_of,
+    train_on_this_rank,
+)
 
 RECENT: dict[str, Any] = {"retrieved": TWO["retrieved"], "recent": {"content": 3}}
 MORE: dict[str, dict[str, Any]] = {
@@ -24,10 +29,6 @@ MORE: dict[str, dict[str, Any]] = {
     "all features": {**TWO, "recent": {"content": 3}},
     "auxiliary loss": {**RECENT, "search": "local", "auxiliary_loss": True},
 }
-
-
-def _named(name: str) -> Callable[[str], str]:
-    return lambda message: f"{name}: {message}"
 
 
 @pytest.mark.parametrize(
@@ -44,11 +45,7 @@ def test_forward_and_every_gradient_equal_the_definition(name: str, shape: dict[
     for ours, theirs in zip([*prediction.logits, *prediction.auxiliary_logits], definition.logits(batch), strict=True):
         torch.testing.assert_close(ours, theirs, atol=allowed(largest(theirs)), rtol=0)
     definition.learn(batch)
-    learning = {key: weight for key, weight in model.named_parameters() if weight.requires_grad}
-    expected = {key: definition.state[key].grad for key in learning}
-    atol = allowed(largest(*expected.values()))
-    for key, weight in learning.items():
-        torch.testing.assert_close(weight.grad, expected[key], atol=atol, rtol=0, msg=_named(key))
+    assert_gradients_equal(model, definition, allowed)
     without = model_of(settings_of(name, **{**shape, "recent": {}}))
     assert model.prediction.inputs > without.prediction.inputs
     if model.auxiliary is not None:
@@ -74,25 +71,7 @@ SHAPES = ({"targets": 24}, {"targets": 13}, {"targets": 1}, {"targets": 2, "long
 
 def train(name: str, changes: dict[str, Any]) -> dict[str, Any]:
     """A few steps; losses of the global batches, and this rank's part of the model."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    settings = settings_of(name, **RECENT, **changes)
-    plain = model_of(settings, tables=10, dense=10)
-    sharded = sharded_like(plain)
-    optimizer = torch.optim.SGD([value for key, value in sharded.named_parameters() if "_bags" not in key], lr=0.1)
-    losses = []
-    for step, shape in enumerate(SHAPES):
-        batch = part(batch_of(settings, 180 + step, **shape), rank, ranks)
-        optimizer.zero_grad()
-        loss = click_loss(sharded(batch), batch.label_T)
-        loss.backward()
-        optimizer.step()
-        losses.append(sum_over_ranks(loss.detach()).item() / ranks)
-    return {
-        "losses": losses,
-        "end": local_values(sharded),
-        "summands": summands(plain, batch_of(settings, 180)),
-        "pools_on_shards": sharded.module.pools_on_shards,
-    }
+    return train_on_this_rank(settings_of(name, **RECENT, **changes), SHAPES, seed=180)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +92,4 @@ def test_two_ranks_train_what_one_trains(name: str, changes: dict[str, Any], poo
     outcomes = run_ranks(2, train, name, changes)
     assert [outcome["pools_on_shards"] for outcome in outcomes] == [pools] * 2
     allowed = rounding(len(SHAPES) * alone["summands"], 1.0)
-    assert outcomes[0]["losses"] == pytest.approx(alone["losses"], rel=0, abs=allowed)
-    ends = together([alone["end"]])
-    for key, values in together([outcome["end"] for outcome in outcomes]).items():
-        torch.testing.assert_close(
-            values, ends[key], atol=allowed + rounding(1, largest(ends[key])), rtol=0, msg=_named(key)
-        )
+    assert_trained_alike(outcomes, alone, allowed)

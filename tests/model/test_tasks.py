@@ -1,6 +1,5 @@
 """Several tasks: every model against its definition, the loss where probabilities round to 0 or 1, ranks, one task."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,7 +23,18 @@ from tests.launcher import run_ranks
 from tests.model.definitions import Definition
 from tests.tolerance import in_float64, largest, rounding, summands
 from tests.toy_batch import part
-from tests.toy_model import CPU, ONE, TWO, batch_of, local_values, model_of, settings_of, sharded_like, together
+from tests.toy_model import (
+    CPU,
+    ONE,
+    TWO,
+    assert_gradients_equal,
+    assert_trained_alike,
+    batch_of,
+    local_values,
+    model_of,
+    settings_of,
+    sharded_like,
+)
 
 TASKS = ("click", {"name": "buy", "after": "click", "weight": 0.5}, {"name": "like", "weight": 3})
 CHAIN = ("view", {"name": "click", "after": "view"}, {"name": "buy", "after": "click"})
@@ -82,18 +92,8 @@ def test_every_task_and_every_gradient_equal_the_definition(name: str, shape: st
         for logit_T, of_task in zip(logits, chances, strict=True):
             torch.testing.assert_close(logit_T, of_task.logit, atol=allowed(largest(of_task.logit)), rtol=0)
     definition.learn(batch)
-    learning = {key: weight for key, weight in model.named_parameters() if weight.requires_grad}
-    expected_gradients = {key: definition.state[key].grad for key in learning}
-    atol = allowed(largest(*expected_gradients.values()))
-    for key, weight in learning.items():
-        torch.testing.assert_close(weight.grad, expected_gradients[key], atol=atol, rtol=0, msg=_named(key))
-    assert all(largest(gradient) > 0 for key, gradient in expected_gradients.items() if "prediction" in key)
-    for key, statistic in definition.statistics.items():
-        torch.testing.assert_close(model.state_dict()[key], statistic, atol=allowed(largest(statistic)), rtol=0)
-
-
-def _named(name: str) -> Callable[[str], str]:
-    return lambda message: f"{name}: {message}"
+    expected = assert_gradients_equal(model, definition, allowed)
+    assert all(largest(gradient) > 0 for key, gradient in expected.items() if "prediction" in key)
 
 
 @given(st.lists(st.tuples(st.floats(-12, 12), st.floats(-12, 12)), min_size=1, max_size=20))
@@ -190,9 +190,4 @@ def test_two_ranks_train_what_one_trains(name: str, shape: str) -> None:
         alone = train(name, shape)
     outcomes = run_ranks(2, train, name, shape)
     allowed = rounding(len(SHAPES_OF_STEPS) * alone["summands"], 1.0)
-    assert outcomes[0]["losses"] == pytest.approx(alone["losses"], rel=0, abs=allowed)
-    ends = together([alone["end"]])
-    for key, values in together([outcome["end"] for outcome in outcomes]).items():
-        torch.testing.assert_close(
-            values, ends[key], atol=allowed + rounding(1, largest(ends[key])), rtol=0, msg=_named(key)
-        )
+    assert_trained_alike(outcomes, alone, allowed)
