@@ -58,7 +58,7 @@ class FeatureFigures:
     words: int
     """32-bit words of a behaviour's record."""
     search_bytes: int
-    """Bytes that a rank sends in a search."""
+    """Bytes that a rank sends in a search, the mean over ranks."""
     search_ms: float
     step_ms: float
     """A training step."""
@@ -102,7 +102,10 @@ def measure(ranks: int, targets: int, length: int, items: int, rounds: int) -> l
     by_rank = on_gloo_ranks(ranks, _all_measured, *arguments, timeout_s=3600)
     for of_case in zip(*by_rank, strict=True):
         slowest = max(of_case, key=lambda figures: figures.step_ms)
-        found.append(vars(replace(slowest, same=all(figures.same for figures in of_case))))
+        # Bytes of all ranks: which one was the slowest is chance, and each has a batch of its own.
+        sent = sum(figures.search_bytes for figures in of_case) // ranks
+        same = all(figures.same for figures in of_case)
+        found.append(vars(replace(slowest, search_bytes=sent, same=same)))
     return found
 
 
