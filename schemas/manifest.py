@@ -157,6 +157,55 @@ class Counts(_Record):
         return [LogCounts(role, read, left_out, more) for role, read, left_out, more in logs if read is not None]
 
 
+class Day(_Record):
+    """A day of a chain: a data set that another one continues."""
+
+    fingerprint: str
+    """SHA-256 of its manifest."""
+    first_timestamp: int
+    """Of its own events and impressions."""
+    last_timestamp: int
+    sources: tuple[str, ...]
+    """Fingerprints of its input files."""
+
+
+class Layer(_Record):
+    """Files of behaviours of every user of some days, which later days go on from."""
+
+    first_day: int
+    """Number of the day in the chain, from 0."""
+    last_day: int
+    files: tuple[str, ...]
+    """In the order of user keys."""
+    users: int
+    behaviors: int
+
+
+class Chain(_Record):
+    """What a data set knows of the days before it, so that another day can follow."""
+
+    days: tuple[Day, ...] = ()
+    """Those before this one, the first one first."""
+    first_timestamp: int
+    """Of this day's own events and impressions."""
+    last_timestamp: int
+    rows: int | None
+    """The largest row that an item has had, see `schemas.row_layout.RowLayout`; None: items are hashed."""
+    new_items: int = 0
+    """Items that no day before has."""
+    new_users: int = 0
+    """Users of this day's events and impressions who had no event before it."""
+    evicted: int = 0
+    """Items that have lost their row on this day."""
+    layers: tuple[Layer, ...]
+    """The oldest first."""
+
+    @property
+    def number(self) -> int:
+        """Number of this day, from 0."""
+        return len(self.days)
+
+
 class Manifest(_Record):
     """What is in a data set's folder."""
 
@@ -174,6 +223,13 @@ class Manifest(_Record):
     item_rows: int | None = None
     """The largest id that the item table needs; None: the number of items. Items with larger ids are rarer than
     ``items.min_count``: their features are known, and they themselves are unknown."""
+    placed_items: bool = False
+    """Places of items in the table are others than their ids: they stand in `schemas.shards.ITEM_FEATURES`, column
+    ``item``, and ``item_rows`` is the largest one."""
+    chain: Chain | None = None
+    """The days that this data set continues; None: no day can follow."""
+    dictionaries_of: str | None = None
+    """SHA-256 of the manifest of the data set whose dictionaries this one uses, without adding to them."""
     behaviors: tuple[str, ...] | None = None
     """In versions 1 and 2: behaviour types by dense id from 1, or None where the data has none."""
     scenes: tuple[str, ...] | None = None

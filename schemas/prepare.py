@@ -127,6 +127,17 @@ class Impressions(Log):
         return self.labels or single
 
 
+class Eviction(Settings):
+    """Which items lose their row in the table when a day is added; it is given to others. Their features stay known."""
+
+    unseen_days: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Items that no event and no impression of the last so many days has; None: however long ago it was."""
+    rows: Rows | None = None
+    """At most so many items have a row; None: as many as are admitted."""
+    by: Literal["recency", "frequency"] = "recency"
+    """Where there are more: those seen longest ago, or the rarest, lose theirs."""
+
+
 class Items(Settings):
     """How items are numbered."""
 
@@ -134,12 +145,23 @@ class Items(Settings):
     """Items with fewer events have no row of their own: they are unknown, and their features are known."""
     hash_buckets: Rows | None = None
     """Hash items into so many ids, without a dictionary; None: number them."""
+    evict: Eviction = Eviction()
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if self.hash_buckets is not None and self.min_count > 1:
             raise ValueError("min_count needs a dictionary; hash_buckets has none")
+        if self.hash_buckets is not None and self.evict != Eviction():
+            raise ValueError("evict needs a dictionary; hash_buckets has none, and buckets are never full")
         return self
+
+
+class Histories(Settings):
+    """What later days go on from, see ``dare prepare --extend``."""
+
+    keep: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """The last so many behaviours of every user are kept for the days that follow, beside the shards; None: none are,
+    and no day can follow."""
 
 
 class PaperSplit(Settings):
@@ -244,6 +266,7 @@ class PrepareSettings(Settings):
     events: Events
     impressions: Impressions | None = None
     items: Items = Items()
+    history: Histories = Histories()
     features: tuple[FeatureSettings, ...] = Field((), max_length=200)
     """What describes items, behaviours, users and impressions, beside the short forms of the logs."""
     split: Annotated[SplitSettings, Field(discriminator="kind")] = PaperSplit()
@@ -344,6 +367,12 @@ class PrepareSettings(Settings):
                 raise ValueError(
                     f"{where}.impression_column: there are no impressions; it can only be {feature.column}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _days_can_follow(self) -> Self:
+        if self.items.evict != Eviction() and self.history.keep is None:
+            raise ValueError("items.evict is for days that follow each other; set history.keep too")
         return self
 
     @model_validator(mode="after")

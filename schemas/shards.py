@@ -10,10 +10,10 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of the shard layout that is written. 2 added ``target_line`` and targets without a label; 3 has features of
-any kind, and what belongs to items in a file of its own."""
-READABLE_VERSIONS = (1, 2, 3)
+any kind, and what belongs to items in a file of its own; 4 has days that follow each other."""
+READABLE_VERSIONS = (1, 2, 3, 4)
 """Versions that are read; every other one is refused by name."""
 
 UNLABELED = -1
@@ -101,7 +101,9 @@ class FeatureRecord(BaseModel):
 
 
 ITEM_FEATURES = "item_features.arrow"
-"""Name of the file of what belongs to items: Arrow IPC, a column a feature, row i for the item of dense id i."""
+"""Name of the file of what belongs to items: Arrow IPC, a column a feature, row i for the item of dense id i. Where
+items have places of their own in the table (`Manifest.placed_items`), the column ``item``, int32, says them: 0 is that
+of the unknown, which rare and evicted items share."""
 
 
 def _ragged(name: str, value: pa.DataType) -> pa.Field:
@@ -213,13 +215,18 @@ ROW_GROUPS = pa.schema(
 """
 
 
-def dictionary_schema(*, text: bool, of_items: bool = False, hashed: bool = False) -> pa.Schema:
+def dictionary_schema(*, text: bool, of_items: bool = False, hashed: bool = False, of_days: bool = False) -> pa.Schema:
     """Schema of a dictionary: raw id, dense id (>= 1, in a shuffled order), frequency among the events.
+
+    In a chain of days ids never change; a feature's value that is not admitted yet has the id 0, and is counted on.
 
     Args:
         text: raw ids are text, not integers.
         of_items: the dictionary of items of versions 1 and 2; carries the item's dense category as well.
         hashed: raw ids are not known, all of them are null; ids are buckets of hashes.
+        of_days: the dictionary of items of a chain of days. ``last_seen`` is the time of the last event or impression
+            of the item; ``row`` its row in the item table (`schemas.row_layout.RowLayout`), 0 where it has none;
+            ``row_day`` the day of the chain on which it got that row, from 0.
     """
     fields = [
         pa.field("raw_id", pa.string() if text else pa.int64(), nullable=hashed),
@@ -228,4 +235,10 @@ def dictionary_schema(*, text: bool, of_items: bool = False, hashed: bool = Fals
     ]
     if of_items:
         fields.append(pa.field("category", pa.int32(), nullable=False))
+    if of_days:
+        fields += [
+            pa.field("last_seen", pa.int64(), nullable=False),
+            pa.field("row", pa.int32(), nullable=False),
+            pa.field("row_day", pa.int32(), nullable=False),
+        ]
     return pa.schema(fields)

@@ -427,4 +427,4 @@ def test_quantiles_of_few_values_and_of_none(tmp_path: Path) -> None:
     assert (records["price"].edges, records["price"].rows) == ((3.0,), 2)
     assert (records["none"].edges, records["none"].missing) == ((), 6)
     assert (records["level"].mean, records["level"].deviation) == (0.0, 1.0)
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["schema_version"] == 3
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["schema_version"] == 4
