@@ -163,7 +163,7 @@ class Day(_Record):
     fingerprint: str
     """SHA-256 of its manifest."""
     first_timestamp: int
-    """Of its own events and impressions."""
+    """The earliest moment of its own events and impressions."""
     last_timestamp: int
     sources: tuple[str, ...]
     """Fingerprints of its input files."""
@@ -187,7 +187,7 @@ class Chain(_Record):
     days: tuple[Day, ...] = ()
     """Those before this one, the first one first."""
     first_timestamp: int
-    """Of this day's own events and impressions."""
+    """The earliest moment of this day's own events and impressions."""
     last_timestamp: int
     rows: int | None
     """The largest row that an item has had, see `schemas.row_layout.RowLayout`; None: items are hashed."""
