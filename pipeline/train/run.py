@@ -3,13 +3,14 @@
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from embeddings.initialization import initialize
 from embeddings.machine import check_stream
@@ -36,7 +37,15 @@ _LOGGER = logging.getLogger("dare.train")
 
 
 def train(
-    settings: TrainSettings, data: Path, folder: Path, device: torch.device, plan: Path | None = None
+    settings: TrainSettings,
+    data: Path,
+    folder: Path,
+    device: torch.device,
+    plan: Path | None = None,
+    *,
+    source: Path | None = None,
+    before: Callable[[nn.Module, DataSet], None] | None = None,
+    stop: StopSignal | None = None,
 ) -> dict[str, Any] | None:
     """Train in ``folder``, going on from its last checkpoint if it has one; then test the best checkpoint.
 
@@ -48,6 +57,9 @@ def train(
         folder: of the run; see docs/training.md.
         device: of this rank.
         plan: file of a sharding plan to follow, for this number of ranks; None: one is made.
+        source: folder of a run, on whose last checkpoint this one begins; None: weights are drawn.
+        before: is called on all ranks by a run that begins, with its model, before the first step.
+        stop: whether this rank was asked to stop, where the caller listens; None: this function does.
 
     Returns:
         The test's metrics, what ``test.json`` holds; None if the run was asked to stop before its end.
@@ -60,7 +72,9 @@ def train(
     with ExitStack() as stack:
         # Before anything slow: a signal while the model is built is not lost, the run saves and ends after its first
         # step.
-        stop = stack.enter_context(StopSignal())
+        listens = stop is None
+        if stop is None:
+            stop = stack.enter_context(StopSignal())
         data_set = DataSet.open(data)
         check_stream(settings.stream, data_set.manifest)
         _refuse_missing_labels(settings, data_set)
@@ -91,7 +105,9 @@ def train(
         trainer = Trainer(settings, model, streams["train"], streams["validation"], device)
         # A fresh run draws its weights; a resumed one takes them, the optimizers' state and its place in the data from
         # the checkpoint.
-        if resumed is None:
+        if resumed is None and source is not None:
+            trainer.start_from(choose_checkpoint(RunFolder(source), "last").path)
+        elif resumed is None:
             initialize(model, settings.seed)
             if settings.init:
                 # Loaded by the runs that use it alone.
@@ -117,6 +133,8 @@ def train(
             _LOGGER.info("%s: %s, %d steps on %s", folder, _beginning(resumed), trainer.steps, processes)
             if resumed is None:
                 _tell_unused_features(settings, data_set)
+                if before is not None:
+                    before(model, data_set)
             checkpoints = stack.enter_context(CheckpointWriter(run.checkpoints, settings.checkpoint.keep, documents))
             profile = None
             if settings.profile.steps is not None:
@@ -140,7 +158,8 @@ def train(
                 "%s: ended early at step %d, after %d validations without a better one (validation.patience)",
                 *(folder, trainer.step, trainer.not_better),
             )
-        stop.release()
+        if listens:
+            stop.release()
         return _test(run, trainer, streams["test"], device)
 
 

@@ -301,6 +301,16 @@ class Trainer(Stateful):
         for states in state_dict["random"].values():
             set_random_state(states)
 
+    def start_from(self, checkpoint: Path) -> None:
+        """Begin with the weights and the optimizers' states of a checkpoint of another run; all ranks must call it."""
+        self._optimizer.prepare_to_load()
+        own = self.state_dict()
+        state = {key: own[key] for key in ("model", "table_optimizer", "dense_optimizer")}
+        load(state, checkpoint)
+        self.model.load_state_dict(state["model"])
+        self.model.fused_optimizer.load_state_dict(state["table_optimizer"])
+        self._optimizer.load_state_dict(state["dense_optimizer"])
+
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint; all ranks must call it.
 
