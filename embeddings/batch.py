@@ -199,7 +199,8 @@ class Batch(_Tensors, Pipelineable):
     user_text_U: "StringArray | None" = None
     """Raw ids of the users where these are text; None where they are integers. No model looks at it."""
     own_item_T: Tensor | None = None
-    """int32, ids that the items have in the data set that is read; None where these are the model's. No model looks."""
+    """int32, ids that the items have in the data set that is read; None where these are the rows of the model's table,
+    as in ``item_T``. No model looks at it."""
 
     def __len__(self) -> int:
         """Number of targets; 0 on a rank that has run out before the others."""

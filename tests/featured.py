@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from pipeline.hashing import hash_values
 from pipeline.ingest.shards import shard_encoding
-from schemas.manifest import ROW_GROUP_INDEX, Counts, File, Manifest, Shard, TargetCounts
+from schemas.manifest import ROW_GROUP_INDEX, Chain, Counts, Day, File, Manifest, Shard, TargetCounts
+from schemas.row_layout import RowLayout
 from schemas.shards import (
     ITEM_FEATURES,
     ROW_GROUPS,
@@ -131,24 +132,53 @@ class Encoder:
     Args:
         log: raw values.
         seed: decides the ids.
+        words: values of each feature that are known.
+        former: the day before: its ids stay, and new items and values get the next ones.
     """
 
-    def __init__(self, log: Log, seed: int) -> None:
+    def __init__(
+        self, log: Log, seed: int, words: dict[str, list[Any]] = WORDS, former: "Encoder | None" = None
+    ) -> None:
         rng = np.random.default_rng(seed)
 
         def shuffled(values: list[Any], first: int = 1) -> dict[Any, int]:
             ids = first + rng.permutation(len(values))
             return {value: int(id) for value, id in zip(values, ids, strict=True)}
 
-        common = [name for name in log.items if name not in log.rare]
+        def grown(values: list[Any], known: dict[Any, int]) -> dict[Any, int]:
+            return known | shuffled([value for value in values if value not in known], 1 + len(known))
+
+        known = former.item if former else {}
+        common = grown([name for name in log.items if name not in log.rare], known)
         self.rows = len(common)
-        self.item = shuffled(common) | shuffled([name for name in log.items if name in log.rare], 1 + self.rows)
-        self.ids = {name: shuffled(WORDS[name]) for name in WORDS if KINDS[name][2] == "dictionary"}
+        self.item = grown([name for name in log.items if name in log.rare], common)
+        self.ids = {
+            name: grown(words[name], former.ids[name] if former else {})
+            for name in WORDS
+            if KINDS[name][2] == "dictionary"
+        }
+        self.row: dict[Any, int] | None = None
+        """Rows of items, where they have places of their own; 0: none."""
+        self.row_day: dict[Any, int] = {}
+        self.largest_row = 0
         self.bags: dict[str, list[list[int]]] = {}
         for name, (_, kind, _, _) in KINDS.items():
             if kind == "ids":
                 sets = {tuple(sorted(self.ids[name][value] for value in row[name])) for row in _rows(log, name)}
                 self.bags[name] = [[], *map(list, sorted(sets - {()}))]
+
+    def with_rows(self, row: dict[Any, int], row_day: dict[Any, int], largest: int) -> "Encoder":
+        """Give items rows, as a day of a chain does; those that are not named have none."""
+        self.row = {name: row.get(name, 0) for name in self.item}
+        self.row_day = {name: row_day.get(name, 0) for name in self.item}
+        self.largest_row = largest
+        return self
+
+    def place(self, item: Any) -> int:
+        """Where an item lies in the table; 0: nowhere."""
+        if self.row is None:
+            return self.item[item] if self.item[item] <= self.rows else 0
+        return int(RowLayout.of(self.largest_row).place(np.array([self.row[item]]))[0])
 
     def id(self, name: str, value: Any) -> int | float:
         """What a data set holds of a raw value."""
@@ -168,7 +198,7 @@ class Encoder:
     def record(self, name: str) -> FeatureRecord:
         """What the manifest says of a feature."""
         side, kind, encoding, type = KINDS[name]
-        rows = {"dictionary": len(WORDS.get(name, ())), "hash": HASHED, "buckets": len(EDGES) + 1, "scale": 0}
+        rows = {"dictionary": len(self.ids.get(name, ())), "hash": HASHED, "buckets": len(EDGES) + 1, "scale": 0}
         scaled = {"mean": MEAN, "deviation": DEVIATION, "scale": "standard"} if encoding == "scale" else {}
         return FeatureRecord(
             name=name,
@@ -203,10 +233,16 @@ def write_featured(
     users_per_row_group: int = 4,
     row_groups_per_shard: int = 3,
     labels: tuple[str, str] = LABELS,
+    encoder: Encoder | None = None,
+    days: tuple[Day, ...] = (),
 ) -> Manifest:
-    """Write a log as a data set whose ids are decided by ``seed``, its two labels by the names that are given."""
+    """Write a log as a data set whose ids are decided by ``seed``, its two labels by the names that are given.
+
+    Where ``encoder`` has given items rows, it is a day of a chain; ``days`` are those before it.
+    """
     folder.mkdir(parents=True)
-    encoder = Encoder(log, seed)
+    encoder = encoder or Encoder(log, seed)
+    placed = encoder.row is not None
     records = tuple(encoder.record(name) for name in KINDS)
     user_type: RawType = "text" if isinstance(log.users[0]["id"], str) else "integer"
     item_type: RawType = "text" if isinstance(next(iter(log.items)), str) else "integer"
@@ -247,11 +283,12 @@ def write_featured(
     index_table = pa.table([list(column) for column in zip(*index, strict=True)], schema=ROW_GROUPS)
     pq.write_table(index_table, folder / ROW_GROUP_INDEX)
 
-    items = dictionary_schema(text=item_type == "text")
+    items = dictionary_schema(text=item_type == "text", of_days=placed)
     raw = sorted(encoder.item)
-    pq.write_table(
-        pa.table([raw, [encoder.item[name] for name in raw], [1] * len(raw)], schema=items), folder / "items.parquet"
-    )
+    columns_of_items: list[list[Any]] = [raw, [encoder.item[name] for name in raw], [1] * len(raw)]
+    if encoder.row is not None:
+        columns_of_items += [[0] * len(raw), *([of[name] for name in raw] for of in (encoder.row, encoder.row_day))]
+    pq.write_table(pa.table(columns_of_items, schema=items), folder / "items.parquet")
     by_id = {id: name for name, id in encoder.item.items()}
     of_items = [record for record in records if record.of == "item"]
     columns = {
@@ -261,6 +298,8 @@ def write_featured(
         )
         for record in of_items
     }
+    if placed:
+        columns["item"] = pa.array([0, *(encoder.place(by_id[id]) for id in range(1, len(by_id) + 1))], pa.int32())
     _write_arrow(folder / ITEM_FEATURES, pa.table(columns))
     names = [ROW_GROUP_INDEX, "items.parquet", ITEM_FEATURES]
     for record in records:
@@ -279,14 +318,14 @@ def write_featured(
             names.append(record.bag_file)
     targets = [(target["split"], target["label"]) for user in log.users for target in user["targets"]]
     manifest = Manifest(
-        schema_version=3,
+        schema_version=4 if placed else 3,
         seed=seed,
         counts=Counts(
             events=sum(row[3] for row in index),
             users=len(log.users),
             users_left_out=0,
             behaviors=sum(row[3] for row in index),
-            items=len(log.items),
+            items=len(encoder.item),
             categories=len(WORDS["category"]),
             items_with_changed_category=0,
             first_timestamp=0,
@@ -304,7 +343,11 @@ def write_featured(
         weighted=True,
         user_type=user_type,
         item_type=item_type,
-        item_rows=encoder.rows,
+        item_rows=RowLayout.of(encoder.largest_row).places - 1 if placed else encoder.rows,
+        placed_items=placed,
+        chain=Chain(days=days, first_timestamp=0, last_timestamp=0, rows=encoder.largest_row, layers=())
+        if placed
+        else None,
         settings={},
         sources=(),
         impression_files=("impressions.csv",),

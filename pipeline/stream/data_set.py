@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -152,10 +153,12 @@ class DataSet:
                 "behaviors": None if behaviors is None else list(behaviors),
                 "scenes": None if scenes is None else list(scenes),
             }
+        place_I = self.item_places()
         return {
             "items": items,
             # Rarer items have no row: the table's size gives ids their meaning too.
             "item_rows": self.manifest.largest_item,
+            **({} if place_I is None else {"places": hashlib.sha256(place_I.data).hexdigest()}),
             "features": {
                 feature.name: encoding(feature)
                 | ({} if feature.dictionary is None else {"dictionary": checksums.get(feature.dictionary)})
@@ -202,6 +205,9 @@ class DataSet:
                 file = record.dictionary
         path = manifest.verified(self.folder, file)
         table = read_dictionary(path)
+        if manifest.chain is not None or manifest.dictionaries_of is not None:
+            # Values that are not admitted yet are counted on under the id 0.
+            table = table.filter(pc.greater(table["id"], 0))
         id_N = table["id"].to_numpy()
         if len(id_N) and not 1 <= id_N.min() <= id_N.max() <= rows:
             raise UserError(f"{path}: ids from {id_N.min()} to {id_N.max()}, the manifest allows 1 to {rows}; {REMEDY}")
@@ -222,22 +228,48 @@ class DataSet:
         wanted = [each for each in self.manifest.features_of("item") if features is None or each.name in features]
         if self.manifest.schema_version < 3 or not wanted:
             return ItemFeatures({})
-        table, largest, columns = self._mapped(ITEM_FEATURES), self.largest_ids(), {}
-        for feature in wanted:
-            where = f"{self.folder / ITEM_FEATURES}: column {feature.name}"
-            if feature.name not in table.column_names or table.schema.field(feature.name).type != value_type(feature):
-                raise UserError(f"{where} is missing or of another type; {REMEDY}")
-            if len(table) != self.manifest.counts.items + 1:
-                raise UserError(
-                    f"{where} has {len(table)} rows, the manifest says {self.manifest.counts.items} items; {REMEDY}"
-                )
-            try:
-                column_I = flat_column(feature.name, table[feature.name]).to_numpy()
-                check_values(feature.name, column_I, largest.get(feature.name))
-            except UserError as error:
-                raise UserError(f"{self.folder / ITEM_FEATURES}: {error}; {REMEDY}") from None
-            columns[feature.name] = column_I
+        table, largest = self._mapped(ITEM_FEATURES), self.largest_ids()
+        columns = {
+            each.name: self._of_items(table, each.name, value_type(each), largest.get(each.name)) for each in wanted
+        }
         return ItemFeatures(columns, table)
+
+    def item_places(self) -> NDArray[np.int32] | None:
+        """Where each item lies in the table of items, int32 (I,), 0: nowhere; None: items lie at their ids.
+
+        Raises:
+            UserError: the file differs from its checksum, or does not hold what the manifest says.
+        """
+        if not self.manifest.placed_items:
+            return None
+        table = self._mapped(ITEM_FEATURES)
+        place_I: NDArray[np.int32] = self._of_items(table, "item", pa.int32(), self.manifest.largest_item)
+        if place_I[0]:
+            raise UserError(f"{self.folder / ITEM_FEATURES}: column item gives the unknown a place; {REMEDY}")
+        return place_I
+
+    def _of_items(self, table: pa.Table, name: str, kind: pa.DataType, largest: int | None) -> NDArray[Any]:
+        """A column of `ITEM_FEATURES`, checked."""
+        where = f"{self.folder / ITEM_FEATURES}: column {name}"
+        if name not in table.column_names or table.schema.field(name).type != kind:
+            raise UserError(f"{where} is missing or of another type; {REMEDY}")
+        if len(table) != self.manifest.counts.items + 1:
+            raise UserError(
+                f"{where} has {len(table)} rows, the manifest says {self.manifest.counts.items} items; {REMEDY}"
+            )
+        try:
+            column_I: NDArray[Any] = flat_column(name, table[name]).to_numpy()
+            check_values(name, column_I, largest)
+        except UserError as error:
+            raise UserError(f"{self.folder / ITEM_FEATURES}: {error}; {REMEDY}") from None
+        return column_I
+
+    def continues(self, other: Self) -> bool:
+        """Whether each id of ``other`` means here what it means there: it is a day before, or has the dictionaries."""
+        manifest = self.manifest
+        days = manifest.chain.days if manifest.chain else ()
+        before = {manifest.dictionaries_of, *(day.fingerprint for day in days)}
+        return other.fingerprint in before
 
     def bags(self, features: Collection[str] | None = None) -> dict[str, Bags]:
         """By name of each feature of several values, its sets of ids; the same objects for all streams that are open.

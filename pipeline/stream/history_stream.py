@@ -189,7 +189,7 @@ class HistoryStream:
         data_set, features = self.data_set, self._features
         if features is not None:
             features |= {name for cut in (self.settings.sequences or {}).values() for name in cut.conditions}
-        known_I, largest = None, data_set.manifest.largest_item
+        known_I, largest = data_set.item_places(), data_set.manifest.largest_item
         of_items, self._bags, ids = data_set.item_features(features), data_set.bags(features), data_set
         if translation is not None:
             of_items, self._bags, ids = translation.of_items(of_items), translation.bags, translation.trained

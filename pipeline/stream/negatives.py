@@ -85,7 +85,11 @@ class Negatives:
         if settings.draw == "uniform":
             weight_I = np.minimum(np.arange(len(weight_I)), 1)
         # Items without a row would all be the unknown one.
-        weight_I[manifest.largest_item + 1 :] = 0
+        place_I = data_set.item_places()
+        if place_I is None:
+            weight_I[manifest.largest_item + 1 :] = 0
+        else:
+            weight_I[place_I == 0] = 0
         if not weight_I.any():
             raise UserError(f"stream.negatives: {data_set.folder} has no item that could be drawn; leave it out")
         category_I = by_id("category", np.int32) if former else None

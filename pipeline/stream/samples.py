@@ -106,7 +106,7 @@ class HistorySamples:
     """The row in U of each target's user."""
     columns_T: dict[str, NDArray[Any]]
     """item, timestamp, label and label_NAME, features; weight and line where the data have them and they are read;
-    own_item where ids are not those of the data set."""
+    own_item where items are not the data set's own ids."""
     sequences: dict[str, Windows]
     """By the name of the sequence in the settings."""
 
@@ -146,7 +146,7 @@ class HistorySamples:
         )
 
     def with_items(self, items: "Items") -> Self:
-        """The samples with the features of their items, and the ids that these have in the model."""
+        """The samples with the features of their items, and the rows that these have in the model."""
         if items.is_empty:
             return self
 
@@ -197,15 +197,15 @@ class HistorySamples:
 
 @dataclass(frozen=True)
 class Items:
-    """What a stream makes of the ids of items in shards: features of theirs, and the ids that a model knows."""
+    """What a stream makes of the ids of items in shards: features of theirs, and the rows that a model has of them."""
 
     features: ItemFeatures
     largest: int
-    """The largest id in the model's table of items; larger ones are unknown to it."""
+    """The largest row of the model's table of items; where ids are rows, larger ids are unknown to it."""
     renames: bool
     """Whether an id may become another one."""
     known_I: NDArray[np.int32] | None = None
-    """By id in the shards, the id in the model; None: the same one."""
+    """By id in the shards, the row in the model's table; None: the same number."""
 
     @property
     def is_empty(self) -> bool:
@@ -213,7 +213,7 @@ class Items:
         return not (self.renames or self.features.columns_I)
 
     def known(self, item_X: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The model's ids of items."""
+        """The rows of items in the model's table."""
         if self.known_I is not None:
             return self.known_I.take(item_X)
         return np.where(item_X > self.largest, np.int32(0), item_X) if self.renames else item_X

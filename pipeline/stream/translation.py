@@ -25,7 +25,10 @@ _OF_THE_DATA = ("deviation", "edges", "mean")
 
 @dataclass(frozen=True)
 class Translation:
-    """For each kind of id, the other data set's id of each of this one's; 0, the unknown, for what it does not know."""
+    """For each kind of id, the other data set's id of each of this one's; 0, the unknown, for what it does not know.
+
+    Of items it is the row in the other's table, which may lie elsewhere than at the id.
+    """
 
     ids: dict[str, NDArray[np.int32]]
     """By ``item`` and the name of each feature that has a dictionary: (largest id of this data set + 1,)."""
@@ -36,7 +39,7 @@ class Translation:
 
     @classmethod
     def between(cls, data: DataSet, trained: DataSet, features: Collection[str] | None = None) -> Self:
-        """Match the dictionaries of two data sets by raw id.
+        """Match the dictionaries of two data sets by raw id, or by id where one of them continues the other.
 
         Args:
             data: the data set that is read.
@@ -99,7 +102,32 @@ class Translation:
 
 
 def _matched(kind: str, data: DataSet, trained: DataSet) -> NDArray[np.int32]:
-    """For each id of one kind in ``data``, that of ``trained``."""
+    """For each id of one kind in ``data``, that of ``trained``; of items, the row there."""
+    ids = _same_ids(kind, data, trained)
+    if ids is None:
+        ids = _by_raw_id(kind, data, trained)
+    if kind == "item":
+        place_I = trained.item_places()
+        if place_I is not None:
+            return place_I.take(ids)
+        # Rarer items have no row.
+        ids[ids > trained.manifest.largest_item] = 0
+    return ids
+
+
+def _same_ids(kind: str, data: DataSet, trained: DataSet) -> NDArray[np.int32] | None:
+    """The ids themselves, where one data set continues the other: no raw id is read. None: it does not."""
+    if not (data.continues(trained) or trained.continues(data)):
+        return None
+    ours, theirs = (
+        each.largest_ids()["item"] if kind == "item" else each.feature(kind).rows for each in (data, trained)
+    )
+    ids = np.arange(ours + 1, dtype=np.int32)
+    ids[theirs + 1 :] = 0
+    return ids
+
+
+def _by_raw_id(kind: str, data: DataSet, trained: DataSet) -> NDArray[np.int32]:
     ours, theirs = data.names(kind), trained.names(kind)
     if kind == "item" and ours.null_count == len(ours) > 1 and theirs.null_count == len(theirs):
         # Hashed items have no raw ids.
@@ -116,9 +144,6 @@ def _matched(kind: str, data: DataSet, trained: DataSet) -> NDArray[np.int32]:
         )
     # The place of a raw value is its id. Null has the place 0, which is what an id without a raw value becomes.
     ids: NDArray[np.int32] = pc.fill_null(pc.index_in(ours, theirs), 0).to_numpy().astype(np.int32)
-    if kind == "item":
-        # Rarer items have no row.
-        ids[ids > trained.manifest.largest_item] = 0
     return ids
 
 

@@ -69,12 +69,16 @@ def _dictionary(name: str, spec: TableSpec, data_set: DataSet) -> pa.Table:
     numbered = {each.name for each in data_set.manifest.declared if each.encoding == "dictionary"}
     if spec.feature not in numbered | {"item"}:
         raise UserError(f"init.{name}: rows of {spec.feature} have no raw ids in this data set; leave the table out")
-    # Rare items are in the dictionary and have no row.
-    raw_R = data_set.names(spec.feature).slice(0, spec.rows)
-    known = raw_R.is_valid()
+    raw_I = data_set.names(spec.feature)
+    row_I = np.arange(len(raw_I), dtype=np.int32)
+    if spec.feature == "item":
+        # Rare items are in the dictionary and have no row.
+        place_I = data_set.item_places()
+        row_I = np.where(row_I < spec.rows, row_I, 0) if place_I is None else place_I
+    known = pc.and_(raw_I.is_valid(), pa.array(row_I > 0))
     if not pc.any(known).as_py():
         raise UserError(f"init.{name}: rows of {spec.feature} have no raw ids in this data set; leave the table out")
-    return pa.table({"raw_id": raw_R, "id": range(len(raw_R))}).filter(known)
+    return pa.table({"raw_id": raw_I, "id": row_I}).filter(known)
 
 
 def _load(name: str, path: Path, spec: TableSpec, shards: list[TableShard], dictionary: pa.Table) -> None:

@@ -80,7 +80,7 @@ def check(
     }
 
     def item(raw: Any) -> int:
-        return encoder.item[raw] if known("item", raw) and encoder.item[raw] <= encoder.rows else 0
+        return encoder.place(raw) if known("item", raw) else 0
 
     def check_features(columns: dict[str, torch.Tensor], place: int, row: dict[str, Any], batch: Batch) -> None:
         of_item = log.items[row["item"]] if "item" in row else {}
