@@ -29,11 +29,15 @@ def train(
     ] = None,
 ) -> None:
     """Train a model, validate it on the way, and test its best checkpoint."""
+    from schemas.errors import UserError
+    from schemas.manifest import Manifest
     from schemas.settings import load_settings
     from schemas.train import TrainSettings
 
     # Before torch is imported: a mistake in the settings is told at once.
     settings = load_settings(TrainSettings, config or [], overrides or [])
+    if score is not None and not Manifest.read(data).counts.test.targets:
+        raise UserError(f"--score {score}: {data} has no targets for a test; leave it out, and use `dare score`")
 
     import torch
 

@@ -58,6 +58,10 @@ class Evaluation:
     """Different users, those without an AUC of their own included."""
 
 
+NOT_EVALUATED = Evaluation(math.nan, math.nan, math.nan, math.nan, math.nan, samples=0, positives=0, users=0)
+"""Metrics where there is nothing to evaluate."""
+
+
 class Metrics:
     """Collects what a rank evaluates: 13 bytes a sample, on the CPU.
 

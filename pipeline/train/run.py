@@ -15,7 +15,8 @@ from torch import nn
 from embeddings.initialization import initialize
 from embeddings.machine import check_stream
 from embeddings.sharding import sharded_model
-from pipeline.evaluate.evaluate import as_document, evaluate
+from pipeline.evaluate.evaluate import MAIN, as_document, evaluate
+from pipeline.evaluate.metrics import NOT_EVALUATED
 from pipeline.evaluate.open_run import choose_checkpoint, load_model
 from pipeline.files import write_whole
 from pipeline.runs.checkpoint import Checkpoint, aside, best_of, checkpoints_in, damage_of, from_first_rank, set_aside
@@ -49,6 +50,7 @@ def train(
 ) -> dict[str, Any] | None:
     """Train in ``folder``, going on from its last checkpoint if it has one; then test the best checkpoint.
 
+    Without targets for validation the last checkpoint is the best, and without those for a test its metrics are None.
     All ranks of the default process group must call it.
 
     Args:
@@ -100,9 +102,11 @@ def train(
         if settings.compute != "fp32" and device.type != "cuda":
             raise UserError(f"compute={settings.compute} needs CUDA; on a CPU: compute=fp32")
         model = sharded_model(settings, data_set.manifest, device, read_plan(plan) if plan else None)
-        # All three splits at once: a split without targets is refused now, not after the training.
-        streams = {split: stack.enter_context(_stream(data, split, settings, device)) for split in SPLITS}
-        trainer = Trainer(settings, model, streams["train"], streams["validation"], device)
+        # All splits at once: what is wrong with one is told now, not after the training. A day of a chain has targets
+        # for training alone.
+        splits = ["train", *(split for split in SPLITS[1:] if data_set.targets_G[split].any())]
+        streams = {split: stack.enter_context(_stream(data, split, settings, device)) for split in splits}
+        trainer = Trainer(settings, model, streams["train"], streams.get("validation"), device)
         # A fresh run draws its weights; a resumed one takes them, the optimizers' state and its place in the data from
         # the checkpoint.
         if resumed is None and source is not None:
@@ -131,6 +135,9 @@ def train(
             ranks = dist.get_world_size()
             processes = f"{ranks} process{'es' if ranks > 1 else ''}"
             _LOGGER.info("%s: %s, %d steps on %s", folder, _beginning(resumed), trainer.steps, processes)
+            without = [split for split in SPLITS if split not in streams]
+            if without:
+                _LOGGER.info("%s: no targets for %s: %s", data, " and ".join(without), _without(without))
             if resumed is None:
                 _tell_unused_features(settings, data_set)
                 if before is not None:
@@ -160,7 +167,7 @@ def train(
             )
         if listens:
             stop.release()
-        return _test(run, trainer, streams["test"], device)
+        return _test(run, trainer, streams.get("test"), device)
 
 
 def _compute_deterministically() -> None:
@@ -285,11 +292,14 @@ def _stream(data: Path, split: str, settings: TrainSettings, device: torch.devic
     )
 
 
-def _test(run: RunFolder, trainer: Trainer, stream: HistoryStream, device: torch.device) -> dict[str, Any]:
+def _test(run: RunFolder, trainer: Trainer, stream: HistoryStream | None, device: torch.device) -> dict[str, Any]:
     # The parameters alone: nothing is trained any more, so optimizers and random states may stay as they are.
     checkpoint = choose_checkpoint(run, "best")
-    load_model(trainer.model, checkpoint.path)
-    evaluations = {task: metrics.compute() for task, metrics in evaluate(trainer.model, stream, device).items()}
+    if stream is None:
+        evaluations = {task.name: NOT_EVALUATED for task in trainer.settings.model.tasks} or {MAIN: NOT_EVALUATED}
+    else:
+        load_model(trainer.model, checkpoint.path)
+        evaluations = {task: metrics.compute() for task, metrics in evaluate(trainer.model, stream, device).items()}
     # Where no validation was defined, there is no best one.
     chosen = "last" if checkpoint.score is None else "best"
     result = {
@@ -304,6 +314,12 @@ def _test(run: RunFolder, trainer: Trainer, stream: HistoryStream, device: torch
         # Its presence is what "finished" means to everyone who looks, so it comes after all that it tells of.
         write_whole(run.test_file, json_document(json.dumps(result, indent=1) + "\n"))
     return result
+
+
+def _without(splits: Sequence[str]) -> str:
+    """What a run does without the targets of some splits."""
+    words = {"validation": "the last checkpoint counts", "test": "the test has no metrics"}
+    return ", ".join(words[split] for split in splits)
 
 
 def _beginning(resumed: Checkpoint | None) -> str:

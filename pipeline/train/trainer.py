@@ -110,7 +110,7 @@ class Trainer(Stateful):
         settings: the run's settings.
         model: sharded, with weights.
         stream: batches of the train split.
-        validation: stream of the validation split, in file order.
+        validation: stream of the validation split, in file order; None: the data have none.
         device: this rank's device.
     """
 
@@ -119,7 +119,7 @@ class Trainer(Stateful):
         settings: TrainSettings,
         model: DistributedModelParallel,
         stream: HistoryStream,
-        validation: HistoryStream,
+        validation: HistoryStream | None,
         device: torch.device,
     ) -> None:
         self.settings, self.model, self.stream, self.device = settings, model, stream, device
@@ -194,7 +194,8 @@ class Trainer(Stateful):
                 profile.end(self.step + 1)
             self._advance()
             # Items are seen a second time from the next epoch on: models often are at their best right before.
-            due = self._is_due(self.settings.validation.every) or self.step_of_epoch == 0
+            ends = self._is_due(self.settings.validation.every) or self.step_of_epoch == 0
+            due = self._validation is not None and ends
             saves = self._is_due(self.settings.checkpoint.every)
             # What the ranks agree on is looked at when the next step is under way, so that the host does not wait for a
             # GPU in between; unless something depends on it now.
@@ -256,6 +257,7 @@ class Trainer(Stateful):
     def _validate(self, report: "RunReport") -> bool:
         """Evaluate on the validation split, and return whether the result is the best so far."""
         began = time.monotonic()
+        assert self._validation is not None
         metrics = evaluate(self.model, self._validation, self.device)
         results = {task: Validated(each.compute(), each.distribution()) for task, each in metrics.items()}
         task = self.settings.validation.task or next(iter(results))

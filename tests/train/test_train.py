@@ -13,8 +13,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from embeddings.distributed.process_group import TIMEOUT
-from pipeline.runs.checkpoint import checkpoints_in
-from pipeline.runs.run_folder import StepLog, read_step_log
+from pipeline.runs.checkpoint import checkpoints_in, last_checkpoint
+from pipeline.runs.comparison import compare
+from pipeline.runs.listing import run_state
+from pipeline.runs.run_folder import RunFolder, StepLog, read_step_log
+from pipeline.stream.data_set import DataSet
 from schemas.shards import Split
 from tests.datasets import random_users, write_dataset
 from tests.runs import Run, pause, slow_steps, small_settings
@@ -208,6 +211,27 @@ def test_a_run_can_change_its_ranks_at_an_epoch(data: Path, tmp_path: Path) -> N
     assert "cannot go on within an epoch" in refused.complaint()
 
 
+@pytest.mark.parametrize("splits", [(Split.TRAIN,), (Split.TRAIN, Split.VALIDATION), (Split.TRAIN, Split.TEST)])
+def test_data_without_validation_or_test(tmp_path: Path, splits: tuple[Split, ...]) -> None:
+    """Without validation the last checkpoint counts; without a test its metrics are null, and the run is finished."""
+    write_dataset(tmp_path / "data", random_users(40, splits=splits))
+    run = Run(2, small_settings("epochs=1", "checkpoint.every=3"), tmp_path / "data", tmp_path / "run").finish()
+    folder = RunFolder(run.folder)
+    test, last = folder.test(), last_checkpoint(folder.checkpoints)
+    assert last is not None
+    validated = Split.VALIDATION in splits
+    assert test["checkpoint"] == ("best" if validated else "last")
+    assert bool(read_step_log(folder.validations)) == validated
+    assert test["steps"] == last.step
+    assert validated or test["checkpoint_step"] == last.step
+    assert (test["auc"] is None) == (Split.TEST not in splits)
+    assert test["samples"] == DataSet.open(tmp_path / "data").manifest.counts.test.targets
+    assert run_state(run.folder).state == "finished"
+    assert compare([run.folder, run.folder])[0]["auc"] == test["auc"]
+    # It is finished: nothing is left to do.
+    assert "finished already" in Run(1, folder.settings(), tmp_path / "data", run.folder).finish().said()
+
+
 def test_refusals(data: Path, tmp_path: Path) -> None:
     def complaint(settings: Any, data: Path = data, folder: Path = tmp_path / "run", ranks: int = 1) -> str:
         run = Run(ranks, settings, data, folder)
@@ -222,8 +246,8 @@ def test_refusals(data: Path, tmp_path: Path) -> None:
     assert "begun with another data set" in complaint(small_settings("epochs=1"), other)
     assert "not a data set" in complaint(small_settings(), tmp_path / "none", tmp_path / "new", ranks=2)
     assert not (tmp_path / "new").exists()
-    write_dataset(tmp_path / "no-test", random_users(50, splits=(Split.TRAIN, Split.VALIDATION)))
-    assert "no targets to stream in split test" in complaint(small_settings(), tmp_path / "no-test", tmp_path / "new")
+    write_dataset(tmp_path / "no-train", random_users(50, splits=(Split.TEST, Split.VALIDATION)))
+    assert "no targets to stream in split train" in complaint(small_settings(), tmp_path / "no-train", tmp_path / "new")
     assert "not the folder of a run" in complaint(small_settings(), folder=tmp_path / "other")
     assert "model.name: must be one of" in complaint(small_settings("model.name=tree"), folder=tmp_path / "new")
     assert "optimizer adam needs CUDA" in complaint(
