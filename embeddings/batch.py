@@ -201,6 +201,12 @@ class Batch(_Tensors, Pipelineable):
     own_item_T: Tensor | None = None
     """int32, ids that the items have in the data set that is read; None where these are the rows of the model's table,
     as in ``item_T``. No model looks at it."""
+    history_end_T: Tensor | None = None
+    """int32, how many behaviours each target's user has before it, however few the windows hold; None where it is not
+    read. No model looks at it."""
+    first_behavior_T: Tensor | None = None
+    """int64, seconds of the first behaviour of each target's user, before or after the target; the largest
+    int64 where there is none; None where it is not read. No model looks at it."""
 
     def __len__(self) -> int:
         """Number of targets; 0 on a rank that has run out before the others."""

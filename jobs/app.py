@@ -11,6 +11,7 @@ import typer
 
 from jobs.data import inspect, prepare, stream, synth
 from jobs.experiment import experiment
+from jobs.online import online
 from jobs.planning import plan
 from jobs.runs import compare, models, runs
 from jobs.training import evaluate, score, train
@@ -65,7 +66,21 @@ def on_paths(command: Callable[..., None]) -> Callable[..., None]:
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (prepare, synth, inspect, stream, plan, train, evaluate, score, compare, experiment, runs, models):
+for command in (
+    prepare,
+    synth,
+    inspect,
+    stream,
+    plan,
+    train,
+    online,
+    evaluate,
+    score,
+    compare,
+    experiment,
+    runs,
+    models,
+):
     app.command()(on_paths(command))
 # Extensions declare a `typer.Typer` in this group. It is loaded at once, because the help lists it: its module must be
 # light, and load what its commands need when they are called.

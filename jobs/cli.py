@@ -18,7 +18,7 @@ from pipeline.errors import (
     tell,
 )
 
-RANKED = ("train", "evaluate", "score")
+RANKED = ("train", "online", "evaluate", "score")
 """Commands that several ranks run together."""
 
 

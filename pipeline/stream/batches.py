@@ -83,6 +83,8 @@ class Reading:
     sample: UserSample
     translation: "Translation | None"
     negatives: "Negatives | None"
+    whole_histories: bool = False
+    """Targets have columns about their users' whole histories."""
 
     def samples(self, table: pa.Table, first_user: int, piece: Piece, epoch: int) -> HistorySamples:
         """The piece's targets of the sample's users, with the parts of their users' histories that they see.
@@ -109,10 +111,10 @@ class Reading:
         if self.sample.fraction < 1:
             chosen_T = chosen_T[self.sample.keeps(group.user_key_U)[group.user_T[chosen_T]]]
         if self.negatives is None:
-            samples = samples_of(group, self.cuts).take(chosen_T[piece.first : piece.last])
+            samples = self._samples_of(group).take(chosen_T[piece.first : piece.last])
         else:
             index, drawn = self.negatives.columns(group, chosen_T, piece, epoch)
-            samples = samples_of(group, self.cuts).take(index)
+            samples = self._samples_of(group).take(index)
             samples = replace(samples, columns_T=samples.columns_T | drawn)
         # Of what the piece's windows reach alone.
         return samples.with_items(self.items)
@@ -121,7 +123,10 @@ class Reading:
         """Samples without targets or users, with all columns that others have."""
         # Made on the same way as real samples, so that names and dtypes are the same: ranks exchange these columns.
         group = self._group(self.schema.empty_table(), 0)
-        return samples_of(group, self.cuts).take(np.zeros(0, np.int64)).with_items(self.items)
+        return self._samples_of(group).take(np.zeros(0, np.int64)).with_items(self.items)
+
+    def _samples_of(self, group: RowGroup) -> HistorySamples:
+        return samples_of(group, self.cuts, whole_histories=self.whole_histories)
 
     def _group(self, table: pa.Table, first_user: int) -> RowGroup:
         group = RowGroup.from_table(table, self.data_set.largest_ids(), first_user)

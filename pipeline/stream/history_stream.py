@@ -1,6 +1,7 @@
 """The stream of batches that training and evaluation read."""
 
 from collections.abc import Collection, Generator, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -46,6 +47,7 @@ class HistoryStream:
         features: names of the features that batches have, beside those that sequences are cut by; None: all.
         lines: read which lines of the impressions the targets are, where the data set says so.
         translation: gives batches the ids of another data set; None: they have those of this one.
+        whole_histories: batches say how long the targets' whole histories are, and when they began.
 
     Raises:
         UserError: no data set, one that does not fit its manifest or the settings, a split without targets; while
@@ -73,6 +75,7 @@ class HistoryStream:
         features: Collection[str] | None = None,
         lines: bool = False,
         translation: "Translation | None" = None,
+        whole_histories: bool = False,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"split must be one of {', '.join(SPLITS)} (not {split!r})")
@@ -90,7 +93,7 @@ class HistoryStream:
         self._seed, self._shuffle, self._rank, self._world = seed, shuffle, rank, world
         self._pin_memory, self._features = pin_memory, None if features is None else set(features) - BUILT_IN
         sample = UserSample(user_fraction)
-        self._reading = self._what_to_read(sample, lines, translation)
+        self._reading = replace(self._what_to_read(sample, lines, translation), whole_histories=whole_histories)
         self._targets_G = self.data_set.targets_G[split]
         self._prefetch: Prefetch[Batch] | None = None
         self._waited_s = 0.0

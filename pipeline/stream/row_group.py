@@ -89,6 +89,14 @@ class RowGroup:
         return np.repeat(np.arange(len(self.user_id_U)), np.diff(self.target_offset_U))
 
     @property
+    def first_behavior_U(self) -> I64:
+        """Seconds of each user's first behaviour; the largest int64 where there is none."""
+        start_U, end_U = self.history_offset_U[:-1], self.history_offset_U[1:]
+        first_U = np.full(len(start_U), np.iinfo(np.int64).max)
+        first_U[end_U > start_U] = self.history_M["timestamp"][start_U[end_U > start_U]]
+        return first_U
+
+    @property
     def user_key_U(self) -> NDArray[Any]:
         """What is drawn by for each user: integers that depend on the raw id alone."""
         return user_keys(self.user_id_U if self.user_text_U is None else self.user_text_U)

@@ -106,7 +106,7 @@ class HistorySamples:
     """The row in U of each target's user."""
     columns_T: dict[str, NDArray[Any]]
     """item, timestamp, label and label_NAME, features; weight and line where the data have them and they are read;
-    own_item where items are not the data set's own ids."""
+    history_end and `FIRST_BEHAVIOR` where they are; own_item where items are not the data set's own ids."""
     sequences: dict[str, Windows]
     """By the name of the sequence in the settings."""
 
@@ -176,7 +176,8 @@ class HistorySamples:
             label: columns_T.pop(label_column(labels, label).removeprefix("target_")).to(torch.float32)
             for label in labels
         }
-        beside = {name: columns_T.pop(name, None) for name in ("weight", "line", "own_item")}
+        names = ("weight", "line", "own_item", "history_end", FIRST_BEHAVIOR)
+        beside = {name: columns_T.pop(name, None) for name in names}
         return Batch(
             histories={name: windows.history() for name, windows in self.sequences.items()},
             user_T=torch.from_numpy(self.user_T),
@@ -191,6 +192,8 @@ class HistorySamples:
             line_T=beside["line"],
             user_text_U=self.user_text_U,
             own_item_T=beside["own_item"],
+            history_end_T=beside["history_end"],
+            first_behavior_T=beside[FIRST_BEHAVIOR],
             origin=origin,
         )
 
@@ -251,9 +254,24 @@ class SequenceCut:
         return Windows(columns_M, offset_U, start_T, end_T)
 
 
-def samples_of(group: RowGroup, cuts: Mapping[str, SequenceCut]) -> HistorySamples:
-    """All targets of a row group, of every split, and their users' sequences."""
+FIRST_BEHAVIOR = "history.first"
+"""Column of targets: when their user had the first behaviour. No feature can have such a name."""
+
+
+def samples_of(group: RowGroup, cuts: Mapping[str, SequenceCut], *, whole_histories: bool = False) -> HistorySamples:
+    """All targets of a row group, of every split, and their users' sequences.
+
+    Args:
+        group: the row group.
+        cuts: the sequences of the settings.
+        whole_histories: targets have columns about their users' whole histories.
+    """
     columns_T = {name: column for name, column in group.target_T.items() if name not in ("split", "history_end")}
+    if whole_histories:
+        columns_T |= {
+            "history_end": group.target_T["history_end"],
+            FIRST_BEHAVIOR: group.first_behavior_U[group.user_T],
+        }
     return HistorySamples(
         group.user_id_U,
         group.user_text_U,

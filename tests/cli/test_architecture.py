@@ -35,7 +35,7 @@ ROOMS = {
         ("runs", "synth", "inspect"),
         ("evaluate",),
         ("train",),
-        ("experiment", "planning"),
+        ("experiment", "online", "planning"),
     ),
 }
 """Rooms of a package from the bottom to the top: one may import rooms of the rows above its own, and itself."""
