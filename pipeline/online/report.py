@@ -102,9 +102,7 @@ def draw(learnt: Sequence[LearntDay], file: Path) -> None:
         learnt: days that are done.
         file: PNG, which appears whole.
     """
-    figure, axes = panels(
-        len(METRICS), height=4.2, titles=[f"{name}, before a day is learnt" for name in METRICS.values()]
-    )
+    figure, axes = panels(len(METRICS), height=4.2, titles=[f"{name} before learning" for name in METRICS.values()])
     for axis, (name, shown) in zip(axes, METRICS.items(), strict=True):
         for index, segment in enumerate(PICTURED):
             points = [(day.number, value) for day in learnt if (value := metric(day, segment, name)) is not None]
