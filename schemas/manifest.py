@@ -109,8 +109,8 @@ class LogCounts(NamedTuple):
 class Counts(_Record):
     """What the data set holds and what was left out on the way.
 
-    ``events_read`` = ``behaviors`` + all of ``events_left_out``, and ``impressions_read`` = targets + all of
-    ``impressions_left_out``. Data sets of schema version 1 do not say.
+    ``events_read`` = ``behaviors`` - ``behaviors_carried`` + all of ``events_left_out``, and ``impressions_read`` =
+    targets + all of ``impressions_left_out``. Data sets of schema version 1 do not say.
     """
 
     events: int
@@ -134,6 +134,8 @@ class Counts(_Record):
     users_left_out_by_reason: dict[str, int] = {}
     """Reason -> users; see `LEFT_OUT`."""
     behaviors: int
+    behaviors_carried: int = 0
+    """Those that earlier days of the chain have brought."""
     items: int
     """The largest id of an item: how many there are, or ``items.hash_buckets``."""
     items_below_min_count: int = 0

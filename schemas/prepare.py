@@ -373,6 +373,13 @@ class PrepareSettings(Settings):
     def _days_can_follow(self) -> Self:
         if self.items.evict != Eviction() and self.history.keep is None:
             raise ValueError("items.evict is for days that follow each other; set history.keep too")
+        for key in ("min_history", "min_behaviors"):
+            least = getattr(self.split, key)
+            if self.history.keep is not None and self.history.keep < least:
+                raise ValueError(
+                    f"history.keep={self.history.keep} is less than split.{key}={least}: on later days nobody would "
+                    "have so many behaviours; keep more"
+                )
         return self
 
     @model_validator(mode="after")

@@ -159,6 +159,33 @@ def shard_schema(
     return pa.schema(fields)
 
 
+def layer_schema(features: Sequence[FeatureRecord], *, user_type: RawType) -> pa.Schema:
+    """Schema of a file of histories, ``history-*.arrow``, which later days of a chain go on from. One row is one user.
+
+    Rows are ordered by (``key``, ``user_id``). Values are those that shards are made of: ids that never change, and
+    numbers as they were read (float64, minus infinity where one is missing), which are cut or scaled for each day.
+
+    Args:
+        features: of the data set; those of behaviours and of users are in it.
+        user_type: of raw user ids.
+    """
+
+    def kept(feature: FeatureRecord) -> pa.DataType:
+        return pa.float64() if feature.kind == "number" else pa.int32()
+
+    return pa.schema(
+        [
+            pa.field("user_id", raw_type(user_type), nullable=False),
+            pa.field("key", pa.int32(), nullable=False),
+            pa.field("crc32", pa.uint32(), nullable=False),
+            *(pa.field(f"user_{each.name}", kept(each), nullable=False) for each in features if each.of == "user"),
+            _ragged("history_item", pa.int32()),
+            _ragged("history_timestamp", pa.int64()),
+            *(_ragged(f"history_{each.name}", kept(each)) for each in features if each.of == "behavior"),
+        ]
+    )
+
+
 def label_column(labels: Sequence[str], label: str) -> str:
     """Name of a label's column: the first label's is the same whatever its name."""
     return "target_label" if label == labels[0] else f"target_label_{label}"

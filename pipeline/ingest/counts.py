@@ -151,6 +151,7 @@ def counts_of(
         users_left_out=tally["users"] - users,
         users_left_out_by_reason=_left_out("users", Counter(), tally),
         behaviors=sum(sum(file.behaviors) for file in written),
+        behaviors_carried=sum(file.carried for file in written),
         items=len(dictionary.cumulative_I) - 1,
         items_below_min_count=len(dictionary.cumulative_I) - 1 - dictionary.rows,
         items_collided=collisions,
@@ -160,7 +161,8 @@ def counts_of(
         last_timestamp=counted["last"],
         **targets,
     )
-    assert counts.events_read == counts.behaviors + sum(counts.events_left_out.values())
+    own = counts.behaviors - counts.behaviors_carried
+    assert counts.events_read == own + sum(counts.events_left_out.values())
     assert counts.users_left_out == sum(counts.users_left_out_by_reason.values())
     if counts.impressions_read is not None:
         kept = sum(each.targets for each in targets.values())

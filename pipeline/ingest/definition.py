@@ -6,6 +6,7 @@ Events and impressions become *lines*, sorted so that each user's lines stand to
 from collections.abc import Mapping, Sequence
 
 import ibis
+import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 
 from pipeline.ingest.columns import FEATURE_KEY, USER_NUMBER, feature_column
@@ -210,25 +211,36 @@ def shown(impressions: ir.Table, cuts: tuple[int, int] | None, labels: Sequence[
     return impressions.mutate(split=split.cast("int8"), **known)
 
 
-def lines(logs: Sequence[ir.Table], item_ids: ir.Table | None, users: ir.Table | None) -> ir.Table:
+def lines(
+    logs: Sequence[ir.Table], item_ids: ir.Table | None, users: ir.Table | None, carried: ir.Table | None = None
+) -> ir.Table:
     """Events and impressions as lines of one table, with dense ids of items and what belongs to their users.
 
     Args:
         logs: events and, where there are some, impressions as `shown` makes them, both `encoded`.
         item_ids: (raw_id, id); None: items are buckets already.
         users: (key, columns) of every user, `encoded`; None: there are no features of users.
+        carried: (user_id, where it is text `USER_NUMBER`, timestamp, item, columns of behaviours' features) of the
+            users' behaviours on earlier days, of which the logs know nothing; None: this is no later day of a chain.
 
     Returns:
-        user_id, where it is text `USER_NUMBER`, timestamp, item, columns of features, those of ``users``, and where
-        there are impressions labels, weight, split, line; an event's label is `EVENT`.
+        user_id, where it is text `USER_NUMBER`, timestamp, item, columns of features, those of ``users``, where
+        there are impressions labels, weight, split, line; an event's label is `EVENT`. With ``carried``, a column of
+        that name says which lines are of earlier days: 1, else 0.
     """
     # Both logs become lines of one table, because a target and the behaviours before it are found by one sort.
     parts = [_dense(log, item_ids) for log in logs]
     if len(parts) > 1:
         nothing = {name: kind for name, kind in parts[1].schema().items() if name not in parts[0].columns}
-        parts[0] = parts[0].mutate(
-            **{name: ibis.literal(EVENT if name == "label" else -1, kind) for name, kind in nothing.items()}
+        parts[0] = parts[0].mutate(**{name: _of_no_impression(name, kind) for name, kind in nothing.items()})
+    if carried is not None:
+        rest = {name: kind for name, kind in parts[0].schema().items() if name not in carried.columns}
+        own = [part.mutate(carried=ibis.literal(0, "int8")) for part in parts]
+        before = carried.mutate(
+            **{name: _of_no_impression(name, kind) for name, kind in rest.items()}, carried=ibis.literal(1, "int8")
         )
+        parts = [*own, before.cast(own[0].schema())]
+    if len(parts) > 1:
         parts = [part.select(sorted(parts[0].columns)) for part in parts]
         table = ibis.union(*parts)
     else:
@@ -236,6 +248,42 @@ def lines(logs: Sequence[ir.Table], item_ids: ir.Table | None, users: ir.Table |
     if users is not None:
         table = table.left_join(users.rename(known_user="key"), [("user_id", "known_user")]).drop("known_user")
     return table
+
+
+def _of_no_impression(name: str, kind: dt.DataType) -> ir.Value:
+    """What a behaviour has in a column of impressions."""
+    if name == "label":
+        return ibis.literal(EVENT, kind)
+    if not name.startswith(feature_column("")):
+        return ibis.literal(-1, kind)
+    return ibis.literal(NO_NUMBER if kind.is_floating() else 0, kind)
+
+
+def touched(logs: Sequence[ir.Table], seed: int) -> ir.Table:
+    """(user_id, where it is text `USER_NUMBER`, user_key) of every user of the logs."""
+    number = USER_NUMBER if USER_NUMBER in logs[0].columns else "user_id"
+    names = sorted({"user_id", number})
+    parts = [log.select(names) for log in logs]
+    together = ibis.union(*parts) if len(parts) > 1 else parts[0]
+    return together.distinct().mutate(user_key=lambda table: _user_key(table[number], seed))
+
+
+def with_earlier_users(users: ir.Table, earlier: ir.Table) -> ir.Table:
+    """What belongs to users: where this day knows no value, the one of the days before.
+
+    Args:
+        users: (key, columns) of every user, `encoded`.
+        earlier: the same of users of earlier days, which may be fewer.
+    """
+    columns = [name for name in users.columns if name != "key"]
+    before = earlier.select(earlier_key="key", **{f"earlier_{name}": name for name in columns})
+    joined = users.left_join(before, [("key", "earlier_key")])
+    values: dict[str, ir.Value] = {}
+    for name in columns:
+        unknown = NO_NUMBER if joined[name].type().is_floating() else 0
+        here = ibis.ifelse(joined[name] == unknown, ibis.null(joined[name].type()), joined[name])
+        values[name] = ibis.coalesce(here, joined[f"earlier_{name}"], unknown).cast(joined[name].type())
+    return joined.select("key", **values)
 
 
 def _dense(log: ir.Table, item_ids: ir.Table | None) -> ir.Table:
@@ -258,10 +306,12 @@ def in_shards(lines: ir.Table, *, seed: int, shards: int) -> ir.Table:
 def line_order(lines: ir.Table) -> list[str]:
     """Columns that sort lines: users together, in a shuffled order, by time, then by what makes the order unique.
 
-    Users whose keys are equal, as those of two texts may be, are kept apart by their ids.
+    Users whose keys are equal, as those of two texts may be, are kept apart by their ids. Carried lines are
+    earlier than a day's own.
     """
     first = ["user_key", "user_id", "timestamp", "item", "label"]
-    rest = sorted(name for name in lines.columns if name not in (*first, "shard") and not name.startswith("u_"))
+    no_keys = (*first, "shard", "carried")
+    rest = sorted(name for name in lines.columns if name not in no_keys and not name.startswith("u_"))
     return [key for key in (*first, *rest) if key in lines.columns]
 
 

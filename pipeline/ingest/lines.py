@@ -36,6 +36,10 @@ class Lines:
     others_L: dict[str, NDArray[Any]] = field(default_factory=dict)
     """Further columns, called as in the engine: ``f_NAME`` of features (ids, or float64 numbers that are not finite
     where one is missing), ``label_NAME`` of further labels, ``weight``; ``u_NAME`` of users' features."""
+    user_key_L: NDArray[np.int32] | None = None
+    """What sorts users, see ``definition.in_shards``."""
+    carried_L: NDArray[np.int8] | None = None
+    """1 for behaviours of earlier days, which are there for what follows them; None: all lines are the day's own."""
 
     def __len__(self) -> int:
         return len(self.user_id_L)
@@ -77,6 +81,18 @@ class Lines:
     def is_event_L(self) -> NDArray[np.bool_]:
         """The line is a behaviour, not an impression."""
         return np.ones(len(self), bool) if self.label_L is None else self.label_L == EVENT
+
+    @cached_property
+    def is_own_L(self) -> NDArray[np.bool_]:
+        """The line is of this day."""
+        return np.ones(len(self), bool) if self.carried_L is None else self.carried_L == 0
+
+    @cached_property
+    def own_behaviors_U(self) -> I64:
+        """Number of behaviours of each user on this day."""
+        if self.carried_L is None:
+            return self.behaviors_U
+        return np.bincount(self.user_L[self.is_event_L & self.is_own_L], minlength=len(self.user_start_U))
 
     @cached_property
     def events_before_L(self) -> I64:
@@ -127,6 +143,8 @@ _OWN = {
     "label": np.int8,
     "split": np.int8,
     "line": np.int64,
+    "user_key": np.int32,
+    "carried": np.int8,
 }
 """Columns that lines have names for. Engines widen small integers as they like."""
 
@@ -137,11 +155,7 @@ def _lines(batches: list[pa.RecordBatch]) -> Lines:
         f"{name}_L": table[name].to_numpy().astype(kind, copy=False) if name in table.column_names else None
         for name, kind in _OWN.items()
     }
-    others = {
-        name: table[name].to_numpy()
-        for name in table.column_names
-        if name not in _OWN and name not in ("user_key", "user_id")
-    }
+    others = {name: table[name].to_numpy() for name in table.column_names if name not in _OWN and name != "user_id"}
     user_id_L = table["user_id"].combine_chunks()
     # Engines have several types of text.
     if not pa.types.is_integer(user_id_L.type):

@@ -45,6 +45,7 @@ from schemas.storage import RemotePath
 
 CONTENTS = (
     "shard-*.parquet",
+    "history-*.arrow",
     "items.parquet",
     ITEM_FEATURES,
     "feature-*.parquet",

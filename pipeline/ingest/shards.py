@@ -1,4 +1,4 @@
-"""Sorted lines to shards: users with targets, their histories stored once.
+"""Sorted lines to shards: users with targets, their histories stored once; and what later days of a chain go on from.
 
 L = lines, U = users, P = positives or impressions, T = targets, J = negatives of a positive.
 """
@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from pipeline.ingest.columns import feature_column, label_column, user_column
 from pipeline.ingest.dictionaries import Dictionary
 from pipeline.ingest.encodings import encode_numbers
+from pipeline.ingest.histories import HistoryWriter, own_histories
 from pipeline.ingest.lines import I64, Lines, whole_users
 from pipeline.ingest.reading import Tally
 from pipeline.ingest.targets import ChosenLines, choose_targets, count_left_out, draw_negatives
 from schemas import shards
 from schemas.prepare import ImpressionSplit, ShardLayout, SplitSettings
-from schemas.shards import SPLITS, FeatureRecord
+from schemas.shards import SPLITS, FeatureRecord, RawType
 
 
 @dataclass
@@ -31,12 +32,18 @@ class WrittenShard:
 
     name: str
     users: list[int] = field(default_factory=list)
-    """Users of each row group; the lists below run alongside."""
+    """Users of each row group; the lists below run alongside. Empty where no user has a target: there is no file."""
     behaviors: list[int] = field(default_factory=list)
     targets: list[tuple[int, ...]] = field(default_factory=list)
     """Targets by split."""
     positives: list[tuple[int, ...]] = field(default_factory=list)
     """Positive targets by split."""
+    carried: int = 0
+    """Those of all its behaviours that are of earlier days."""
+    history: str | None = None
+    """Name of the file of histories of all users of the shard; None: there is none."""
+    history_users: int = 0
+    history_behaviors: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,10 @@ class ShardBuilder:
     seed: int
     schema: pa.Schema
     folder: Path
+    keep: int | None = None
+    """Behaviours of a user that are written for later days; None: none are."""
+    day: int = 0
+    """Number of the day in its chain."""
 
     def write(
         self, batches: Iterable[pa.RecordBatch], progress: Callable[[int], object] | None = None
@@ -67,22 +78,40 @@ class ShardBuilder:
         """
         files: list[WrittenShard] = []
         tally = Tally()
+        kind: RawType = "text" if self.schema.field("user_id").type == pa.string() else "integer"
+        kept = shards.layer_schema(self.features, user_type=kind)
         for number, lines_of_shard in _by_shard(whole_users(batches)):
-            # As a default argument, so that it is this shard's: a closure would see whatever the loop has come to.
-            def tables(lines_of_shard: Iterable[Lines] = lines_of_shard) -> Iterator[pa.Table]:
-                for lines in lines_of_shard:
-                    # Users without a target are dropped here: their behaviours are counted in frequencies, but nobody
-                    # would read them.
-                    chosen = choose_targets(lines, self.split, self.seed)
-                    tally.update(count_left_out(lines, chosen, self.split.min_behaviors, self.split.min_history))
-                    yield self.build(lines, chosen)
-                    if progress is not None:
-                        progress(len(lines))
-
-            written = self._write_file(f"shard-{number:05d}.parquet", tables())
-            if written is not None:
+            written = WrittenShard(f"shard-{number:05d}.parquet")
+            with HistoryWriter(self.folder / f"history-{self.day:05d}-{number:05d}.arrow", kept) as history:
+                self._write_file(written, self._tables(lines_of_shard, written, history, tally, progress))
+            if history.users:
+                written.history = history.path.name
+                written.history_users, written.history_behaviors = history.users, history.behaviors
+            if written.users or history.users:
                 files.append(written)
         return files, tally
+
+    def _tables(
+        self,
+        lines_of_shard: Iterable[Lines],
+        written: WrittenShard,
+        history: HistoryWriter,
+        tally: Tally,
+        progress: Callable[[int], object] | None,
+    ) -> Iterator[pa.Table]:
+        for lines in lines_of_shard:
+            # Users without a target are dropped here: their behaviours are counted in frequencies, but nobody would
+            # read them. Days that follow have to know of them.
+            chosen = choose_targets(lines, self.split, self.seed, day=self.day)
+            tally.update(count_left_out(lines, chosen, self.split.min_behaviors, self.split.min_history))
+            yield self.build(lines, chosen)
+            if lines.carried_L is not None:
+                has_target_U = np.bincount(lines.user_L[chosen.line_P], minlength=len(lines.behaviors_U)) > 0
+                written.carried += int((lines.behaviors_U - lines.own_behaviors_U)[has_target_U].sum())
+            if self.keep is not None:
+                history.add(own_histories(lines, history.schema, self.keep))
+            if progress is not None:
+                progress(int(lines.is_own_L.sum()))
 
     def build(self, lines: Lines, chosen: ChosenLines) -> pa.Table:
         """Rows of the users that have a target, in the order of the lines; schema ``shard_schema``."""
@@ -150,20 +179,18 @@ class ShardBuilder:
 
         return pa.Table.from_arrays([column(name) for name in self.schema.names], schema=self.schema)
 
-    def _write_file(self, name: str, tables: Iterable[pa.Table]) -> WrittenShard | None:
-        written = WrittenShard(name)
+    def _write_file(self, written: WrittenShard, tables: Iterable[pa.Table]) -> None:
         writer = None
         try:
             for group in _groups(tables, self.layout.users_per_row_group):
                 # Only when there is something to write: users without targets may fill a whole shard.
                 if writer is None:
-                    writer = pq.ParquetWriter(self.folder / name, self.schema, **shard_encoding(self.schema))
+                    writer = pq.ParquetWriter(self.folder / written.name, self.schema, **shard_encoding(self.schema))
                 writer.write_table(group, row_group_size=len(group))
                 _count(written, group)
         finally:
             if writer is not None:
                 writer.close()
-        return written if written.users else None
 
 
 def _values(record: FeatureRecord, lines: Lines, wanted: NDArray[Any]) -> NDArray[Any]:

@@ -30,9 +30,17 @@ class ChosenLines(NamedTuple):
     split_P: NDArray[np.int8]
 
 
-def choose_targets(lines: Lines, split: SplitSettings, seed: int) -> ChosenLines:
-    """Apply the split's rule to every user of ``lines``, then drop users and targets with too little behind them."""
-    chosen = _chosen(lines, split, seed)
+def choose_targets(lines: Lines, split: SplitSettings, seed: int, *, day: int = 0) -> ChosenLines:
+    """Apply the split's rule to every user of ``lines``, then drop users and targets with too little behind them.
+
+    Args:
+        lines: of whole users.
+        split: the rule.
+        seed: decides draws.
+        day: number of the day in its chain. Targets of a day after the first one are its own lines alone, and all of
+            them are for training: what later days bring tests what was learnt from it.
+    """
+    chosen = _chosen(lines, split, seed) if day == 0 else _of_day(lines, split, seed)
     enough = (lines.behaviors_U >= split.min_behaviors)[lines.user_L[chosen.line_P]]
     enough &= lines.history_end_L[chosen.line_P] >= split.min_history
     return ChosenLines(chosen.line_P[enough], chosen.split_P[enough])
@@ -56,6 +64,36 @@ def _chosen(lines: Lines, split: SplitSettings, seed: int) -> ChosenLines:
             assert_never(split)
 
 
+def _of_day(lines: Lines, split: SplitSettings, seed: int) -> ChosenLines:
+    """The same choice among the lines of a day that follows others, without validation and test."""
+    if lines.split_L is not None:
+        line_P = np.flatnonzero(~lines.is_event_L)
+        # Without labels there is nothing to train on: such impressions stay where they are, in the test.
+        unlabeled_P = _label(lines)[line_P] == UNLABELED
+        return ChosenLines(line_P, np.where(unlabeled_P, lines.split_L[line_P], Split.TRAIN).astype(np.int8))
+    match split:
+        case TimestampSplit():
+            line_P, _ = _by_timestamp(lines, split, seed)
+        case PaperSplit() | DateSplit():
+            back_L = _end_of_user_L(lines) - 1 - np.arange(len(lines))
+            chosen_L = (back_L % split.train_stride == 0) & (back_L // split.train_stride < split.train_targets)
+            line_P = np.flatnonzero(chosen_L & lines.is_own_L)
+        case ImpressionSplit():
+            raise AssertionError("impressions carry their split")
+        case _:
+            assert_never(split)
+    return ChosenLines(line_P, np.full(len(line_P), Split.TRAIN, np.int8))
+
+
+def _label(lines: Lines) -> NDArray[np.int8]:
+    return np.full(len(lines), EVENT, np.int8) if lines.label_L is None else lines.label_L
+
+
+def _end_of_user_L(lines: Lines) -> I64:
+    """One more than the last line of each line's user."""
+    return np.append(lines.user_start_U[1:], len(lines))[lines.user_L]
+
+
 def count_left_out(lines: Lines, chosen: ChosenLines, min_behaviors: int, min_history: int) -> Tally:
     """What became of the users, behaviours and impressions of ``lines``, by reason; of several the first one counts.
 
@@ -67,7 +105,8 @@ def count_left_out(lines: Lines, chosen: ChosenLines, min_behaviors: int, min_hi
 
     Returns:
         ``users``, ``users: REASON``, ``events: REASON`` and ``impressions: REASON`` (those that are left out), and of
-        all lines ``events repeated``, ``impressions repeated`` and ``impressions contradictory``.
+        all lines ``events repeated``, ``impressions repeated`` and ``impressions contradictory``. Carried lines were
+        counted on their own day.
     """
     kept_U = np.zeros(len(lines.behaviors_U), bool)
     kept_U[lines.user_L[chosen.line_P]] = True
@@ -85,7 +124,7 @@ def count_left_out(lines: Lines, chosen: ChosenLines, min_behaviors: int, min_hi
         of_reason_U = open_U & applies_U
         open_U &= ~of_reason_U
         counts[f"users: {reason}"] = int(of_reason_U.sum())
-        counts[f"events: {reason}"] = int(lines.behaviors_U[of_reason_U].sum())
+        counts[f"events: {reason}"] = int(lines.own_behaviors_U[of_reason_U].sum())
         if reason != "no_target":
             here_L = left_L & of_reason_U[lines.user_L]
             counts[f"impressions: {reason}"] = int(here_L.sum())
@@ -104,9 +143,10 @@ def _count_repeated(lines: Lines) -> Tally:
     start_R = np.flatnonzero(~same_L)
     if not len(start_R):
         return Tally()
-    label_L = np.full(len(lines), EVENT) if lines.label_L is None else lines.label_L
+    label_L = _label(lines)
     by_label = {
-        label: np.add.reduceat((label_L == label).astype(np.int64), start_R) for label in (EVENT, UNLABELED, 0, 1)
+        label: np.add.reduceat((lines.is_own_L & (label_L == label)).astype(np.int64), start_R)
+        for label in (EVENT, UNLABELED, 0, 1)
     }
     more = {label: int(np.maximum(count_R - 1, 0).sum()) for label, count_R in by_label.items()}
     contradictory = int(((by_label[0] > 0) & (by_label[1] > 0)).sum())
@@ -145,7 +185,7 @@ def _by_timestamp(lines: Lines, split: TimestampSplit, seed: int) -> ChosenLines
 
     group_L = np.cumsum(lines.group_start_L == np.arange(len(lines))) - 1
     # Only groups with enough behind them compete, which also keeps the sort small.
-    line_C = np.flatnonzero(lines.history_end_L >= split.min_history)
+    line_C = np.flatnonzero((lines.history_end_L >= split.min_history) & lines.is_own_L)
     group_C = group_L[line_C]
     # Keys of what a line says, never of where it stands: the choice must not depend on how lines came in.
     key_C = mix(lines.user_number_U[lines.user_L[line_C]], seed) ^ mix(lines.timestamp_L[line_C], 2)
