@@ -16,8 +16,8 @@ JOURNEY := data/completejourney
 # One process a GPU, and two on a CPU.
 PROCESSES ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | head -2 | wc -l),2)
 
-# Processes that run tests: one a core, of which many start processes of their own.
-WORKERS ?= $(shell cores=$$(nproc); echo $$((cores > 4 ? 4 : cores)))
+# Processes that run tests: two a core, because many wait for processes of their own most of the time.
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores > 4 ? 8 : 2 * cores)))
 
 .PHONY: demo test test-slow test-spark test-ceph test-slurm setup lint types docs examples format bench check-gpu clean
 

@@ -259,6 +259,7 @@ def followed(run: Path, plan: Path | None) -> str:
         return plan_text(model.plan)
 
 
+@pytest.mark.slow
 def test_evaluation_follows_a_plan(data: Path, tmp_path: Path) -> None:
     """The plan of the run on as many ranks, or the file's; with another number of ranks a new one."""
     run = Run(2, small_settings("epochs=1", "model.search=local"), data, tmp_path / "run").finish().folder

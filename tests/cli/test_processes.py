@@ -68,6 +68,7 @@ def with_limit(rank: int, seconds: int) -> None:
     slow_steps(rank)
 
 
+@pytest.mark.slow
 def test_ranks_that_are_busy_for_longer_than_the_limit_are_not_given_up(few_users: Path, tmp_path: Path) -> None:
     run = Run(2, small_settings(), few_users, tmp_path / "run", busy, (4 * LIMIT_S,))
     run.finish()

@@ -164,6 +164,7 @@ def test_runs_of_different_data_sets_say_so(run: Path, tmp_path: Path) -> None:
     assert data_names(again) == ["shop (aaaaaaaaaaaa)", "shop (bbbbbbbbbbbb)", "shop (bbbbbbbbbbbb)"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_validations_are_not_defined(tmp_path: Path) -> None:
     splits = (*[Split.TRAIN] * 5, Split.VALIDATION, Split.TEST)
     users = [

@@ -57,6 +57,7 @@ def run(installed: Path, folder: Path, *commands: list[str]) -> str:
     ).stdout
 
 
+@pytest.mark.slow
 def test_dependencies_are_the_pins(installed: Path) -> None:
     (metadata,) = installed.glob("dare-*.dist-info/METADATA")
     wanted = [line.partition(": ")[2] for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist")]
@@ -67,6 +68,7 @@ def test_dependencies_are_the_pins(installed: Path) -> None:
         assert {f"{pin}{marker}" for pin in pins} <= set(wanted)
 
 
+@pytest.mark.slow
 def test_outside_a_checkout(installed: Path, tmp_path: Path) -> None:
     plan = ["plan", "--topology", "h100-16x8", "sizes.items=100_000", "--html", "page.html"]
     said = run(

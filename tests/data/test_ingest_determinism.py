@@ -81,6 +81,7 @@ def test_a_user_larger_than_a_batch_stays_whole(tmp_path: Path, monkeypatch: pyt
     assert data_set(tmp_path / "out", [tmp_path / "all.csv"]) == expected
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_that_reads_as_whole(tmp_path: Path) -> None:
     write(tmp_path / "all.parquet", make_events(4, users=20_000))
     out = tmp_path / "out"

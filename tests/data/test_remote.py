@@ -230,7 +230,7 @@ def test_a_store_that_fails_now_and_then_loses_no_row_and_gives_none_twice(
     assert faulty.failed
 
 
-@pytest.mark.parametrize("fault", ["503", "cut"])
+@pytest.mark.parametrize("fault", ["503", pytest.param("cut", marks=pytest.mark.slow)])
 def test_a_store_that_fails_for_good_ends_in_one_line(faulty: ObjectStore, few_users: Path, fault: Fault) -> None:
     upload(faulty, few_users, "data")
     stream = HistoryStream(

@@ -9,6 +9,7 @@ from benchmarks.item_features import Case
 from benchmarks.reader import ReaderFigures
 
 
+@pytest.mark.slow
 def test_last_line_is_json(capfd: pytest.CaptureFixture[str]) -> None:
     bench_reader(users=600, rounds=1, json=True)
     figures = ReaderFigures(**json.loads(capfd.readouterr().out.splitlines()[-1]))

@@ -105,6 +105,7 @@ def test_200_shuffled_epochs_equal_plain_pyarrow(folder: Path) -> None:
         assert all(table.equals(plain[group]) for group, (_, table) in zip(order, read, strict=True))
 
 
+@pytest.mark.slow
 def test_200_shuffled_epochs_of_the_stream_equal_plain_pyarrow(folder: Path) -> None:
     expected = []
     for path in sorted(folder.glob("shard-*.parquet")):

@@ -76,6 +76,7 @@ def assert_all_left_in_order(ranks: int) -> None:
     assert len({output.splitlines()[-1] for _, output in ended}) == 1
 
 
+@pytest.mark.slow
 def test_two_ranks_leave_in_order() -> None:
     assert_all_left_in_order(2)
 

@@ -78,7 +78,7 @@ def train(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_do_not_change_the_training(name: str, ranks: int) -> None:
     with process_group(CPU):
         alone = train(name)

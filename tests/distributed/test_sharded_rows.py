@@ -104,7 +104,7 @@ def rows_with_one_optimizer_and_with_two() -> None:
     rows_as_alone({"category": 0.5, "item": 1.0})
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_values_and_gradients_are_those_of_one_process(ranks: int) -> None:
     run_ranks(ranks, rows_with_one_optimizer_and_with_two)
 
@@ -151,7 +151,7 @@ def whole_as_alone(change: Callable[[dict], None] = lambda plan: None) -> None:
             assert_holds(model.state[name], rows, 2 * ranks, largest(rows))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_whole_tables_are_those_of_one_process(ranks: int) -> None:
     run_ranks(ranks, whole_as_alone)
 

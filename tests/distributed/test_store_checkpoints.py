@@ -46,7 +46,7 @@ def saved_both_ways(data: Path, folder: Path) -> None:
     save(state, checkpoint_id=folder / "torch")
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_is_saved_is_what_torch_saves_over_a_group(ranks: int, few_users: Path, tmp_path: Path) -> None:
     run_ranks(ranks, saved_both_ways, few_users, tmp_path)
     ours, torchs = content(final_path(tmp_path / "training", 7)), content(tmp_path / "torch")

@@ -96,6 +96,6 @@ def pooled_with_one_optimizer_and_with_two() -> None:
     pooled_as_alone((1.0, 0.5))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_values_and_gradients_are_those_of_one_process(ranks: int) -> None:
     run_ranks(ranks, pooled_with_one_optimizer_and_with_two)

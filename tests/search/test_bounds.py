@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -67,6 +68,7 @@ def refused() -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_all_ranks_refuse_the_batch_of_one() -> None:
     """They end together: a rank that went on would wait in the next collective."""
     (alone,), (other, concerned) = run_ranks(1, refused), run_ranks(2, refused)

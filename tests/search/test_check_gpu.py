@@ -18,6 +18,7 @@ if importlib.util.find_spec("triton") is None:
 NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
 
+@pytest.mark.slow
 def test_what_needs_no_gpu_is_done_and_the_rest_is_left_out(tmp_path: Path) -> None:
     out = tmp_path / "check-gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu.check", "--out", str(out)]

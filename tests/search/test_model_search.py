@@ -123,6 +123,7 @@ def test_keys_are_selected_and_sorted(keys: list[int], k: int) -> None:
     assert key_X[:k].tolist() == sorted(keys, reverse=True)[:k]
 
 
+@pytest.mark.slow
 def test_the_gpus_search_agrees_when_interpreted() -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")

@@ -10,6 +10,7 @@ from benchmarks.search import Case, SearchFigures
 from tests.top_k_inputs import DTYPES
 
 
+@pytest.mark.slow
 def test_last_line_is_json(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     cases = (*(Case(dim=16, length=30, k=4, dtype=dtype) for dtype in DTYPES), Case(16, 30, 4, targets_per_user=3))
     monkeypatch.setattr(search, "CPU_CASES", cases)

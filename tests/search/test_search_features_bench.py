@@ -1,8 +1,11 @@
 """`dare bench search-features`: what travels in records and what does not, and that both ways find the same."""
 
+import pytest
+
 from benchmarks.search_features import MORE, measure
 
 
+@pytest.mark.slow
 def test_features_travel_in_records_or_lie_beside_the_items() -> None:
     ranks, targets, length = 2, 24, 30
     found = measure(ranks, targets, length, items=500, rounds=1)

@@ -57,6 +57,7 @@ def bytes_of_a_pair(name: str, place: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("name", "place"), [("dare", "shard"), ("twin", "local"), ("sim-hard", "shard")])
+@pytest.mark.slow
 def test_nothing_is_written_for_a_pair(name: str, place: str, ranks: int) -> None:
     for tensors, arrays in run_ranks(ranks, bytes_of_a_pair, name, place):
         print(f"{name}, {place}, {ranks} ranks: {tensors:.2f} bytes of tensors a pair, {arrays:.2f} of arrays")

@@ -87,7 +87,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return trained(tmp_path_factory.mktemp("alone"))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_shard_and_local_have_the_same_losses(ranks: int, alone: dict[str, Any], tmp_path: Path) -> None:
     found = alone if ranks == 1 else run_ranks(ranks, trained, tmp_path)[0]
     for name in ("dare", "twin"):

@@ -11,6 +11,7 @@ from pipeline.planning.measuring import TrafficCounter
 from tests.launcher import run_ranks
 
 
+@pytest.mark.slow
 def test_both_sides_find_the_same() -> None:
     (found,) = measure(ranks=2, rows=5_000, rounds=1, cases=(Case(dim=16, length=50, k=7, samples=20),))
     assert found["exact"]

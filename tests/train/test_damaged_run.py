@@ -148,7 +148,12 @@ def cut_off(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "damage"), [(1, (damage_record,)), (2, (damage_content, remove_part)), (2, (cut_off,))]
+    ("ranks", "damage"),
+    [
+        (1, (damage_record,)),
+        (2, (damage_content, remove_part)),
+        pytest.param(2, (cut_off,), marks=pytest.mark.slow),
+    ],
 )
 def test_training_goes_on_from_the_newest_whole_one(
     undisturbed: dict[int, Run], data: Path, tmp_path: Path, ranks: int, damage: tuple[Any, ...]

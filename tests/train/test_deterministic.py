@@ -72,6 +72,7 @@ def told(folder: Path, rank: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
 def test_it_reaches_torch_on_every_rank_and_changes_nothing_on_a_cpu(ranks: int, data: Path, tmp_path: Path) -> None:
     for name in ("usual", "told"):
         (tmp_path / name).mkdir()

@@ -69,6 +69,7 @@ def test_two_ranks_end_at_the_same_step(few_users: Path, tmp_path: Path) -> None
     assert run_state(run.folder).ended_early
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_at_the_same_step(whole: Run, few_users: Path, tmp_path: Path) -> None:
     step = expected(whole)
     run = Run(1, patient(), few_users, tmp_path / "run", slow_steps, (step - 2,)).finish()
@@ -78,6 +79,7 @@ def test_a_run_that_was_stopped_ends_at_the_same_step(whole: Run, few_users: Pat
     assert run_state(run.folder).ended_early
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_a_count_loads(whole: Run, few_users: Path, tmp_path: Path) -> None:
     run = Run(1, small_settings(*SETTINGS), few_users, tmp_path / "run", without_count, (3,)).finish()
     Run(1, small_settings(*SETTINGS), few_users, run.folder).finish()

@@ -21,6 +21,7 @@ def shown(folder: Path) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in accumulator.Scalars("loss/train")]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_after_the_clock_went_back(few_users: Path, tmp_path: Path) -> None:
     settings = small_settings("log_every=1")
     run = Run(1, settings, few_users, tmp_path / "run", slow_steps, (1,)).finish()

@@ -94,6 +94,7 @@ def table(out: Path) -> dict[str, dict[str, Any]]:
     return {row["label"]: row for row in pq.read_table(out / "results.parquet").to_pylist()}
 
 
+@pytest.mark.slow
 def test_a_killed_runner_leaves_no_trainers_and_the_next_one_goes_on(data: Path, tmp_path: Path) -> None:
     file, out = write_experiment(tmp_path, data), tmp_path / "out"
     runner = start(file, out)
@@ -235,6 +236,7 @@ def refused(folder: Path, file: Path, out: Path, message: str, *options: object)
     assert message in line
 
 
+@pytest.mark.slow
 def test_what_cannot_run_is_refused_before_anything_does(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 

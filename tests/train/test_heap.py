@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import resource, sys, torch
 from jobs.ranks import keep_large_blocks
@@ -25,5 +27,6 @@ def new_pages(mode: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 def test_steps_take_no_new_pages() -> None:
     assert new_pages("keep") < new_pages("as it is") / 2

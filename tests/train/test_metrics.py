@@ -162,7 +162,7 @@ def evaluate_cases() -> list[Evaluation]:
     return [evaluate(shares[dist.get_rank()]) for shares in cases(dist.get_world_size())]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_ranks(ranks: int) -> None:
     if ranks == 1:
         with process_group(torch.device("cpu")):

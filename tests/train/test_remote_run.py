@@ -172,6 +172,7 @@ def interrupted(running: ObjectStore, data: RemotePath) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_an_interrupted_checkpoint_leaves_the_former_one(
     interrupted: Run, store: ObjectStore, data: RemotePath
 ) -> None:

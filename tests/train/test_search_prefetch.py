@@ -80,12 +80,13 @@ def measured(data: Path) -> None:
         assert runs[0] == runs[1], name
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_measuring_gradients_changes_no_loss(ranks: int, few_users: Path, tmp_path: Path) -> None:
     shutil.copytree(few_users, tmp_path / "data")
     run_ranks(ranks, measured, tmp_path / "data")
 
 
+@pytest.mark.slow
 def test_the_benchmarks_last_line_is_json(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefetch, "SIZES", [Size(targets=8, length=20, dim=4, retrieved=4)])
     bench_prefetch(json=True)

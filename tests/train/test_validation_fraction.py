@@ -25,6 +25,7 @@ def of_split(split: Split) -> list[int]:
     return [user.user_id for user in USERS for target in user.targets if target.split == split]
 
 
+@pytest.mark.slow
 def test_validations_are_of_a_part_and_the_test_of_all(data: Path, tmp_path: Path) -> None:
     settings = small_settings("validation.fraction=0.4", "validation.every=3", "epochs=1")
     found = set()
