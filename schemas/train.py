@@ -115,11 +115,13 @@ MAY_CHANGE = (
     "checkpoint.keep",
     "profile.steps",
     "log_every",
+    "stream.batch_size",
     "stream.threads",
     "stream.prefetch_batches",
 )
-"""Settings that may differ when a run goes on. None of them changes what a step computes, but that a learning rate that
-falls to the end of the run (`ScheduleSettings.schedule`) falls to that of the present ``epochs``."""
+"""Settings that may differ when a run goes on. The batch size, so that other ranks can go on with global batches of the
+same size. None of the others changes what a step computes, but that a learning rate that falls to the end of the run
+(`ScheduleSettings.schedule`) falls to that of the present ``epochs``."""
 
 
 def flat(settings: Settings) -> dict[str, Any]:

@@ -30,8 +30,11 @@ class SplitBatches:
         for step in range(self.step, self.steps_per_epoch):
             yield part(toy_batch(step, targets=24), dist.get_rank(), dist.get_world_size())
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": 0, "step": 0}
+    def steps_of(self, epoch: int) -> int:
+        return self.steps_per_epoch
+
+    def state_at(self, epoch: int, step: int) -> dict[str, Any]:
+        return {"epoch": epoch, "step": step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.step = state["epoch"], state["step"]

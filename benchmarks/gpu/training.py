@@ -198,8 +198,11 @@ class _Batches:
     def __iter__(self) -> Iterator[Batch]:
         return (made_up_batch(self._task, step) for step in range(self.step, self.steps_per_epoch))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "step": self.step}
+    def steps_of(self, epoch: int) -> int:
+        return self.steps_per_epoch
+
+    def state_at(self, epoch: int, step: int) -> dict[str, Any]:
+        return {"epoch": epoch, "step": step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.step = state["epoch"], state["step"]

@@ -159,7 +159,7 @@ def read_blocks(
     with RowGroupReader(addresses, reading.schema, convert, threads=threads, ahead=ahead) as reader:
         for block in blocks:
             # The reader keeps the order of ``pieces``, whatever its threads do, so the next ones are those of this
-            # block. Each row group is in one block of a rank alone: parts have no user in common.
+            # block. Each row group is in a block once: its parts have no user in common.
             yield block, HistorySamples.concatenate([next(reader) for _ in block.pieces])
 
 
@@ -180,7 +180,7 @@ def cut_batches(
     parts: list[HistorySamples] = []
     missing = batch_size
     for block, samples in blocks:
-        order_T = order(block, samples)
+        order_T = order(block, samples)[block.first : block.first + block.targets]
         # A resumed epoch begins within a block: the block is read and shuffled whole, or its order would be another
         # one.
         position = max(0, first_target - block.start)
@@ -189,6 +189,8 @@ def cut_batches(
             parts.append(samples.take(index_T))
             position += len(index_T)
             # A batch may take the rest of one block and the beginning of the next.
+            # (Both may have a part of a row group on the border of two former ranks: then a user may be in it twice,
+            # with targets of its own each time, as in the batches of two ranks.)
             missing -= len(index_T)
             if not missing:
                 yield HistorySamples.concatenate(parts)

@@ -5,11 +5,18 @@ into ``world`` contiguous ranges that differ by one target at most: every target
 border is read by both sides. A rank's range is cut into blocks, each the size of the shuffle buffer, and within a block
 the targets are shuffled by (seed, epoch, block).
 
+Where the number of ranks or the size of their batches changes within an epoch, what each rank had left, one after the
+other, is the sequence that is cut into new ranges. Blocks that nobody had begun are cut as the sequence was. The one
+that a rank was at keeps its targets and their order, of which the new ranks take the parts that are left: each of them
+reads the block whole, as the rank did.
+
 G = row groups, in file order; O = those that hold targets, in the epoch's order; T = targets of a block and U = their
 users.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +28,16 @@ I64 = NDArray[np.int64]
 
 ORDER = 2
 """Grows when the order of an epoch changes: to resume at a step within an epoch means nothing in another order."""
+
+
+class Change(NamedTuple):
+    """How an epoch was read until the number of ranks or the size of their batches changed within it."""
+
+    world: int
+    batch_size: int
+    """Targets in a batch of one rank."""
+    steps: int
+    """Steps that each rank made: at least one, and fewer than were left of the epoch."""
 
 
 class Piece(NamedTuple):
@@ -37,9 +54,12 @@ class Block(NamedTuple):
     start: int
     """Targets of the rank before this block."""
     targets: int
+    """Targets of the rank in this block: all of it, unless it was begun before the last change."""
     key: int
-    """Targets of all ranks before this block, which tells the blocks of all ranks apart."""
+    """Targets of the epoch's sequence before this block, which tells all blocks apart."""
     pieces: tuple[Piece, ...]
+    first: int = 0
+    """Targets of the block, in its shuffled order, before the rank's own: those that others have, or had."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +71,29 @@ class EpochPlan:
     """Targets of the rank."""
 
 
-def steps_per_epoch(targets: int, world: int, batch_size: int) -> int:
-    """The number of steps that every rank makes: as many as the largest share needs."""
-    share = -(-targets // world)
-    return -(-share // batch_size)
+def targets_left(targets: int, changes: Sequence[Change]) -> int:
+    """The number of an epoch's ``targets`` that nobody had before the last of ``changes``."""
+    # Up to a change all batches were full: the ranks' shares differ by one target at most, and a step was left.
+    return targets - sum(change.world * change.batch_size * change.steps for change in changes)
+
+
+def steps_per_epoch(targets: int, world: int, batch_size: int, changes: Sequence[Change] = ()) -> int:
+    """The number of steps that every rank makes: as many as the largest share needs, and those before ``changes``."""
+    share = -(-targets_left(targets, changes) // world)
+    return sum(change.steps for change in changes) - (-share // batch_size)
 
 
 def plan_epoch(
-    targets_G: I64, bytes_G: I64, block_bytes: int, *, shuffle: bool, seed: int, epoch: int, rank: int, world: int
+    targets_G: I64,
+    bytes_G: I64,
+    block_bytes: int,
+    *,
+    shuffle: bool,
+    seed: int,
+    epoch: int,
+    rank: int,
+    world: int,
+    changes: Sequence[Change] = (),
 ) -> EpochPlan:
     """Plan an epoch of a rank.
 
@@ -71,6 +106,7 @@ def plan_epoch(
         epoch: from 0; each has a shuffle of its own.
         rank: which of the ``world`` readers this is.
         world: number of readers.
+        changes: how the epoch was read before, in order; the plan is of what is left of it.
     """
     order_O = np.flatnonzero(targets_G)
     if shuffle:
@@ -79,9 +115,39 @@ def plan_epoch(
         order_O = order_O[np.argsort(shuffle_keys(len(order_O), seed, epoch, 0), kind="stable")]
     end_O = np.cumsum(targets_G[order_O])
     total = int(end_O[-1]) if len(end_O) else 0
-    # Python's integers: the product does not overflow, and shares differ by one target at most.
-    begin, end = total * rank // world, total * (rank + 1) // world
+    worlds = [*(change.world for change in changes), world]
+    lefts = [targets_left(total, changes[:done]) for done in range(len(worlds))]
 
+    @cache
+    def share(done: int, rank: int) -> list[Block]:
+        """Blocks of a rank after the first ``done`` changes."""
+        begin, end = _range(lefts[done], rank, worlds[done])
+        if not done:
+            return _cut_into_blocks(order_O, end_O, targets_G, bytes_G, block_bytes if shuffle else -1, begin, end)
+        former, blocks, position = changes[done - 1], list[Block](), 0
+        had = former.batch_size * former.steps
+        # Of the former ranks only those are planned whose rest this one has a part of.
+        for former_rank in range(former.world):
+            former_begin, former_end = _range(lefts[done - 1], former_rank, former.world)
+            first, position = position, position + former_end - former_begin - had
+            if max(begin, first) < min(end, position):
+                part = had + max(begin - first, 0), had + min(end, position) - first
+                blocks += _rest(share(done - 1, former_rank), had, *part)
+        return _numbered(blocks)
+
+    blocks = share(len(changes), rank)
+    return EpochPlan(tuple(blocks), sum(block.targets for block in blocks))
+
+
+def _range(targets: int, rank: int, world: int) -> tuple[int, int]:
+    # Python's integers: the product does not overflow, and shares differ by one target at most.
+    return targets * rank // world, targets * (rank + 1) // world
+
+
+def _cut_into_blocks(
+    order_O: I64, end_O: I64, targets_G: I64, bytes_G: I64, block_bytes: int, begin: int, end: int
+) -> list[Block]:
+    """Cut targets ``begin`` .. ``end`` of an epoch's sequence into blocks of ``block_bytes``; -1: a row group each."""
     blocks: list[Block] = []
     pieces: list[Piece] = []
     start = position = begin
@@ -93,7 +159,7 @@ def plan_epoch(
         group = int(order_O[index])
         size = int(bytes_G[group])
         # The next row group does not fit: close the block. One that is larger than the whole buffer gets a block alone.
-        if pieces and (not shuffle or size > room):
+        if pieces and size > room:
             blocks.append(Block(start - begin, position - start, start, tuple(pieces)))
             pieces, start, room = [], position, block_bytes
         # Targets of the epoch before this row group, and the last of its targets that belongs to this rank.
@@ -104,7 +170,42 @@ def plan_epoch(
         room -= size
     if pieces:
         blocks.append(Block(start - begin, position - start, start, tuple(pieces)))
-    return EpochPlan(tuple(blocks), end - begin)
+    return blocks
+
+
+def _rest(blocks: list[Block], had: int, begin: int, end: int) -> list[Block]:
+    """Targets ``begin`` .. ``end`` of a rank's ``blocks``, of which the rank had the first ``had``."""
+    rest = []
+    for block in blocks:
+        first, last = max(begin - block.start, 0), min(end - block.start, block.targets)
+        if first >= last:
+            continue
+        if block.first or block.start < had:
+            # Begun: which targets are left, the shuffled order of the whole block alone can tell.
+            rest.append(block._replace(targets=last - first, first=block.first + first))
+        else:
+            rest.append(Block(0, last - first, block.key + first, _pieces(block.pieces, first, last)))
+    return rest
+
+
+def _pieces(pieces: tuple[Piece, ...], first: int, last: int) -> tuple[Piece, ...]:
+    """Targets ``first`` .. ``last`` of pieces, counted over all of them."""
+    cut, before = [], 0
+    for piece in pieces:
+        begin, end = max(piece.first, piece.first + first - before), min(piece.last, piece.first + last - before)
+        if begin < end:
+            cut.append(Piece(piece.group, begin, end))
+        before += piece.last - piece.first
+    return tuple(cut)
+
+
+def _numbered(blocks: list[Block]) -> list[Block]:
+    """Blocks that follow each other as those of a rank."""
+    numbered, start = [], 0
+    for block in blocks:
+        numbered.append(block._replace(start=start))
+        start += block.targets
+    return numbered
 
 
 def shuffle_keys(count: int, *salts: int) -> NDArray[np.uint64]:

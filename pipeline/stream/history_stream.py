@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 from embeddings.batch import Batch
 from pipeline.stream.batches import Reading, UserSample, cut_batches, read_blocks, sampled_targets
 from pipeline.stream.data_set import BUILT_IN, DataSet
-from pipeline.stream.epoch_plan import ORDER, Block, EpochPlan, plan_epoch, shuffled_order, steps_per_epoch
+from pipeline.stream.epoch_plan import (
+    ORDER,
+    Block,
+    Change,
+    EpochPlan,
+    plan_epoch,
+    shuffled_order,
+    steps_per_epoch,
+    targets_left,
+)
 from pipeline.stream.prefetch import Prefetch
 from pipeline.stream.samples import HistorySamples, Items, resolve_sequences
 from schemas.errors import UserError
@@ -31,7 +40,8 @@ class HistoryStream:
     and leaves the stream at the start of the next. Over all ranks each target of the split (of its sample of users)
     comes exactly once an epoch.
     All ranks make the same number of steps; a rank's last batch may be short, or empty. An epoch is decided by the
-    data set, the settings, ``seed``, ``epoch``, ``rank`` and ``world`` alone, not by threads or what was read before.
+    data set, the settings, ``seed``, ``epoch``, ``rank`` and ``world`` alone, not by threads or what was read before;
+    where other ranks go on within it (`load_state_dict`), by the steps that were made with each number of them, too.
 
     Args:
         folder: the data set.
@@ -90,6 +100,9 @@ class HistoryStream:
         """The epoch of the next batch, from 0."""
         self.step = 0
         """The next batch's number in its epoch, from 0."""
+        self.change: str | None = None
+        """What is another one than in the state that was loaded, in words; None: nothing."""
+        self._changed_epoch, self._changes = 0, tuple[Change, ...]()
         self._seed, self._shuffle, self._rank, self._world = seed, shuffle, rank, world
         self._pin_memory, self._features = pin_memory, None if features is None else set(features) - BUILT_IN
         sample = UserSample(user_fraction)
@@ -117,8 +130,16 @@ class HistoryStream:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in an epoch, the same for every rank."""
+        """Batches in an epoch that these ranks read from its beginning, the same for every rank."""
         return steps_per_epoch(self.targets, self._world, self.settings.batch_size)
+
+    def steps_of(self, epoch: int) -> int:
+        """Batches in an epoch, the same for every rank, with those of other ranks that began it."""
+        return steps_per_epoch(self.targets, self._world, self.settings.batch_size, self.changes(epoch))
+
+    def changes(self, epoch: int) -> tuple[Change, ...]:
+        """How other ranks, or these with batches of another size, read the beginning of an epoch; mostly nobody did."""
+        return self._changes if epoch == self._changed_epoch else ()
 
     @property
     def waited_s(self) -> float:
@@ -137,43 +158,51 @@ class HistoryStream:
                 step += 1
                 # Counted before the batch is handed out: a state that is taken while the consumer has it goes on after
                 # it.
-                self.epoch, self.step = (epoch, step) if step < self.steps_per_epoch else (epoch + 1, 0)
+                self.epoch, self.step = (epoch, step) if step < self.steps_of(epoch) else (epoch + 1, 0)
                 yield batch
         # Closed from elsewhere, or done: either way the next iteration begins where this one stopped.
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch."""
         self.close()
-        self.epoch, self.step = epoch, 0
+        self.epoch, self.step, self._changes = epoch, 0, ()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the consumer is (not the prefetch), and what must be the same to go on; it is equal on all ranks."""
-        return {"epoch": self.epoch, "step": self.step, "world": self._world, **self._identity()}
+        return self.state_at(self.epoch, self.step)
+
+    def state_at(self, epoch: int, step: int) -> dict[str, Any]:
+        """Return the state of a consumer who is at another place, before batch ``step`` of an epoch."""
+        changes = [list(change) for change in self.changes(epoch)] if step else []
+        # Only where there are some: states were saved before an epoch could change its ranks.
+        beginning = {"changes": changes} if changes else {}
+        return {"epoch": epoch, "step": step, "world": self._world, **beginning, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the batch after the last one that was consumed when ``state`` was taken.
 
-        Another number of ranks is possible at an epoch's start alone.
+        Within an epoch other ranks, or these with batches of another size, go on with the targets that nobody has had.
 
         Raises:
             UserError: the state is of another data set, split, seed or of other settings.
         """
         # What is only said where there is such a setting must not be there without one.
         for key, mine in ({"negatives": None, "user_fraction": None} | self._identity()).items():
-            if state.get(key) != mine:
+            if key != "batch_size" and state.get(key) != mine:
                 raise UserError(
                     f"the stream cannot go on: {key} is {mine!r}, but was {state.get(key)!r} when its state was saved; "
                     "use the same, or start the stream afresh"
                 )
-        # An epoch is cut into as many ranges as there are ranks: in the middle of one, no other cut leaves out exactly
-        # what was consumed. At the start of an epoch nothing was.
-        if state["world"] != self._world and state["step"]:
-            raise UserError(
-                f"the stream cannot go on within an epoch (at step {state['step']}) with {self._world} ranks, "
-                f"it had {state['world']}; use {state['world']} ranks, or a checkpoint from the end of an epoch"
-            )
         self.close()
         self.epoch, self.step = state["epoch"], state["step"]
+        changes = [Change(*change) for change in state.get("changes", ())]
+        former = Change(state["world"], state["batch_size"], self.step - sum(change.steps for change in changes))
+        differs = former[:2] != (self._world, self.settings.batch_size)
+        # No steps: an epoch's start, or ranks that ended before they had taken anything.
+        if differs and former.steps:
+            changes.append(former)
+        self._changed_epoch, self._changes = self.epoch, tuple(changes)
+        self.change = self._what_changed(former) if differs else None
 
     def close(self) -> None:
         """End all threads. The stream keeps its step and can be iterated again."""
@@ -187,6 +216,20 @@ class HistoryStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _what_changed(self, former: Change) -> str:
+        def number(count: int, noun: str) -> str:
+            return f"{count:,} {noun}{'s' if count != 1 else ''}"
+
+        said = []
+        if former.world != self._world:
+            said.append(f"{number(self._world, 'rank')} instead of {former.world:,}")
+        if former.batch_size != self.settings.batch_size:
+            said.append(f"batches of {number(self.settings.batch_size, 'target')} instead of {former.batch_size:,}")
+        if not self.step:
+            return " and ".join(said)
+        left, steps = targets_left(self.targets, self._changes), self.steps_of(self.epoch) - self.step
+        return f"{' and '.join(said)} ({number(left, 'target')} of the epoch left, {number(steps, 'step')})"
 
     def _what_to_read(self, sample: UserSample, lines: bool, translation: "Translation | None") -> Reading:
         data_set, features = self.data_set, self._features
@@ -261,6 +304,7 @@ class HistoryStream:
             epoch=epoch,
             rank=self._rank,
             world=self._world,
+            changes=self.changes(epoch),
         )
 
     def _bytes(self) -> tuple[int, int, int]:
@@ -279,8 +323,8 @@ class HistoryStream:
 
     def _batches(self, epoch: int, step: int) -> Generator[Batch, None, None]:
         """Batches of an epoch from ``step`` on; runs in the prefetch thread."""
-        batch_size = self.settings.batch_size
-        first_target = step * batch_size
+        batch_size, steps = self.settings.batch_size, self.steps_of(epoch)
+        first_target = (step - sum(change.steps for change in self.changes(epoch))) * batch_size
         # Blocks before the first batch are left out: going on within an epoch reads nothing twice.
         blocks = tuple(block for block in self._plan(epoch).blocks if block.start + block.targets > first_target)
 
@@ -300,7 +344,7 @@ class HistoryStream:
             read.close()
         # A rank with a batch less than others makes the step too, with nothing in it: the others' collectives wait for
         # it.
-        while step < self.steps_per_epoch:
+        while step < steps:
             yield self._to_batch(self._reading.no_samples(), epoch, step)
             step += 1
 

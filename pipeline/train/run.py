@@ -134,7 +134,8 @@ def train(
         if not trainer.done:
             ranks = dist.get_world_size()
             processes = f"{ranks} process{'es' if ranks > 1 else ''}"
-            _LOGGER.info("%s: %s, %d steps on %s", folder, _beginning(resumed), trainer.steps, processes)
+            beginning = _beginning(resumed, streams["train"])
+            _LOGGER.info("%s: %s, %d steps on %s", folder, beginning, trainer.steps, processes)
             without = [split for split in SPLITS if split not in streams]
             if without:
                 _LOGGER.info("%s: no targets for %s: %s", data, " and ".join(without), _without(without))
@@ -322,5 +323,7 @@ def _without(splits: Sequence[str]) -> str:
     return ", ".join(words[split] for split in splits)
 
 
-def _beginning(resumed: Checkpoint | None) -> str:
-    return f"goes on after step {resumed.step}" if resumed else "begins"
+def _beginning(resumed: Checkpoint | None, stream: HistoryStream) -> str:
+    if resumed is None:
+        return "begins"
+    return f"goes on after step {resumed.step}" + (f" with {stream.change}" if stream.change else "")

@@ -139,11 +139,13 @@ class Trainer(Stateful):
     @property
     def steps(self) -> int:
         """Steps at the end of training; where it has ended early, those that were made."""
-        if self.ended_early:
+        if self.done:
             return self.step
         # Counted from the start of the present epoch: epochs that are done keep the number of steps that they had, also
-        # if the number of ranks has changed since.
-        return self.step - self.step_of_epoch + (self.settings.epochs - self.epoch) * self.stream.steps_per_epoch
+        # if the number of ranks has changed since. If it has changed within the present one, that has a number of its
+        # own.
+        later = (self.settings.epochs - self.epoch - 1) * self.stream.steps_per_epoch
+        return self.step - self.step_of_epoch + self.stream.steps_of(self.epoch) + later
 
     @property
     def done(self) -> bool:
@@ -223,7 +225,7 @@ class Trainer(Stateful):
     def _advance(self) -> None:
         self.step += 1
         self.step_of_epoch += 1
-        if self.step_of_epoch == self.stream.steps_per_epoch:
+        if self.step_of_epoch == self.stream.steps_of(self.epoch):
             self.epoch, self.step_of_epoch = self.epoch + 1, 0
 
     def _is_due(self, every: int) -> bool:
@@ -276,7 +278,7 @@ class Trainer(Stateful):
             "table_optimizer": self.model.fused_optimizer.state_dict(),
             "dense_optimizer": self._optimizer.state_dict(),
             # The stream's own place would be a batch too far: it is that of the batch which the pipeline already holds.
-            "stream": {**self.stream.state_dict(), "epoch": self.epoch, "step": self.step_of_epoch},
+            "stream": self.stream.state_at(self.epoch, self.step_of_epoch),
             "progress": {"step": self.step, "best": self.best, "not_better": self.not_better},
             # Under a name of its own for each rank: torch.distributed.checkpoint takes values of one name on several
             # ranks for copies, and keeps one.
@@ -287,7 +289,7 @@ class Trainer(Stateful):
         """Go on from a state.
 
         Raises:
-            UserError: it is of another data set, or within an epoch of another number of ranks.
+            UserError: it is of another data set.
         """
         # First, because it refuses a state of other data or other settings.
         self.stream.load_state_dict(state_dict["stream"])
@@ -317,7 +319,7 @@ class Trainer(Stateful):
         """Go on from a checkpoint; all ranks must call it.
 
         Raises:
-            UserError: it is of another model, another data set, or within an epoch of another number of ranks.
+            UserError: it is of another model or another data set.
         """
         # Before `state_dict`: a checkpoint is loaded into tensors that are there.
         self._optimizer.prepare_to_load()
@@ -325,6 +327,8 @@ class Trainer(Stateful):
         keys = keys_in(checkpoint)
         if not any(key.startswith(f"random.{dist.get_rank()}.") for key in keys):
             state["random"] = {}  # a rank that was not there when it was saved
+        if "stream.changes" in keys:
+            state["stream"]["changes"] = []  # the ranks changed within the epoch before it was saved, too
         if "progress.not_better" not in keys:
             del state["progress"]["not_better"]  # saved before there was a patience: it counts from here on
         load(state, checkpoint)

@@ -205,19 +205,59 @@ def test_a_broken_off_epoch_goes_on_where_it_stopped(folder: Path) -> None:
         assert (opened.epoch, opened.step) == (1, 0)
 
 
-def test_resuming_on_other_ranks_is_for_an_epochs_start(folder: Path) -> None:
+def test_other_ranks_begin_an_epoch_as_if_they_had_always_been_there(folder: Path) -> None:
     with stream(folder) as two, stream(folder, rank=2, world=3) as three:
-        next(iter(two))
-        with pytest.raises(ValueError, match=r"within an epoch \(at step 1\) with 3 ranks, it had 1"):
-            three.load_state_dict(two.state_dict())
         list(two)
         three.load_state_dict(two.state_dict())
         assert (three.epoch, three.step) == (1, 0)
+        assert three.change == "3 ranks instead of 1"
     with stream(folder, rank=2, world=3) as fresh:
         fresh.set_epoch(1)
         for batch, expected in zip(three, fresh, strict=True):
             assert_equal(batch, expected)
     three.close()
+
+
+@pytest.mark.parametrize("together", [None, 2])
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (4, 8, 3)])
+def test_other_ranks_go_on_within_an_epoch(folder: Path, sizes: tuple[int, ...], together: int | None) -> None:
+    """2 ranks, then 1, then 3: every target once; each part can be left and gone on with, as an undisturbed epoch."""
+    expected = sorted((user.user_id, target.timestamp) for user, target in targets_of(USERS, Split.TRAIN))
+    seen: list[tuple[int, int]] = []
+    state: dict[str, Any] = {}
+    step = 0
+    for world, size, steps in zip((2, 1, 3), sizes, (3, 2, None), strict=True):
+        settings = SETTINGS.model_copy(update={"batch_size": size, "targets_per_user_per_batch": together})
+        states, rest = [], len(expected) - len(seen)
+        for rank in range(world):
+            with stream(folder, settings, rank=rank, world=world) as opened:
+                if state:
+                    opened.load_state_dict(json.loads(json.dumps(state)))
+                    assert (opened.epoch, opened.step) == (0, step)
+                    assert f"{rest:,} targets of the epoch left, " in str(opened.change)
+                left = opened.steps_of(0) - step
+                batches, places = [], []
+                for batch in opened:
+                    batches.append(batch)
+                    places.append(opened.state_dict())
+                assert len(batches) == left > (steps or 0)
+                assert (opened.epoch, opened.step) == (1, 0)
+                assert opened.steps_of(1) == opened.steps_per_epoch
+            # Left and gone on with in its middle, by the same ranks.
+            with stream(folder, settings, rank=rank, world=world) as again:
+                again.load_state_dict(places[0])
+                assert again.change is None
+                for batch, same in zip(again, batches[1:], strict=True):
+                    assert_equal(batch, same)
+            states.append(places[(steps or left) - 1])
+            yours = batches[:steps]
+            assert all(len(batch) == size for batch in yours[:-1])
+            seen += keys_of(yours)
+        assert all(each == states[0] for each in states), "it is the same on all ranks"
+        state, step = states[0], step + (steps or left)
+    assert sorted(seen) == expected
+    assert state["epoch"] == 1
+    assert "changes" not in state
 
 
 @pytest.mark.parametrize(
@@ -226,7 +266,6 @@ def test_resuming_on_other_ranks_is_for_an_epochs_start(folder: Path) -> None:
         ("seed", {"seed": 6}),
         ("split", {"split": "test"}),
         ("shuffle", {"shuffle": False}),
-        ("batch_size", {"settings": SETTINGS.model_copy(update={"batch_size": 9})}),
         ("history_length", {"settings": SETTINGS.model_copy(update={"history_length": 7})}),
         ("shuffle_memory", {"settings": SETTINGS.model_copy(update={"shuffle_memory": 9000})}),
     ],

@@ -1,6 +1,7 @@
 """Negatives of training that are drawn anew in each epoch."""
 
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,25 @@ def test_going_on_within_an_epoch(folder: Path) -> None:
             state = stream.state_dict()
         with opened(folder, rank=1, world=2) as stream, pytest.raises(UserError, match="cannot go on: negatives"):
             stream.load_state_dict(state)
+
+
+def test_going_on_within_an_epoch_on_other_ranks(folder: Path) -> None:
+    """Positives and negatives are those of an epoch that nobody has disturbed."""
+    states: dict[int, Any] = {}
+    seen = []
+    for world, steps in ((2, 2), (1, 3), (3, None)):
+        state = states.get(0)
+        for rank in range(world):
+            with opened(folder, rank=rank, world=world) as stream:
+                if state is None:
+                    stream.set_epoch(1)
+                else:
+                    stream.load_state_dict(state)
+                for batch in islice(stream, steps):
+                    seen.append(batch)
+                    states[rank] = stream.state_dict()
+        assert states[0]["epoch"] == (2 if steps is None else 1)
+    assert targets(seen) == targets(read(folder, EACH, epoch=1))
 
 
 def test_by_frequency_or_all_alike(folder: Path) -> None:

@@ -1,23 +1,50 @@
 """An epoch's plan and the order in a shuffle buffer."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.stream.epoch_plan import ORDER, EpochPlan, plan_epoch, shuffled_order, steps_per_epoch
+from pipeline.stream.epoch_plan import (
+    ORDER,
+    Change,
+    EpochPlan,
+    plan_epoch,
+    shuffled_order,
+    steps_per_epoch,
+    targets_left,
+)
 
 quick = settings(deadline=None)  # a machine under load takes as long as it takes
 counts = st.lists(st.integers(0, 12), max_size=20)
 
 
 def plans(
-    targets: list[int], world: int, *, block: int = 7, seed: int = 0, epoch: int = 0, shuffle: bool = True
+    targets: list[int],
+    world: int,
+    *,
+    block: int = 7,
+    seed: int = 0,
+    epoch: int = 0,
+    shuffle: bool = True,
+    changes: Sequence[Change] = (),
 ) -> list[EpochPlan]:
-    targets_G = np.array(targets, np.int64)
-    return [
-        plan_epoch(targets_G, targets_G, block, shuffle=shuffle, seed=seed, epoch=epoch, rank=rank, world=world)
-        for rank in range(world)
-    ]
+    targets_G, how = np.array(targets, np.int64), {"shuffle": shuffle, "seed": seed, "epoch": epoch, "changes": changes}
+    return [plan_epoch(targets_G, targets_G, block, **how, rank=rank, world=world) for rank in range(world)]
+
+
+def in_order(plan: EpochPlan, shuffle: bool) -> list[tuple[int, int]]:
+    """(row group, target) of a rank, as it comes to them; each three targets of a row group are of a user."""
+    found = []
+    for block in plan.blocks:
+        pieces = [(piece.group, target) for piece in block.pieces for target in range(piece.first, piece.last)]
+        users = [(group, target // 3) for group, target in pieces]
+        user_T = np.cumsum([place > 0 and user != users[place - 1] for place, user in enumerate(users)])
+        order = shuffled_order(user_T, 2, 0, 0, block.key) if shuffle else np.arange(len(pieces))
+        found += [pieces[index] for index in order[block.first : block.first + block.targets]]
+    return found
 
 
 @quick
@@ -47,6 +74,91 @@ def test_ranks_share_every_target_once(targets: list[int], world: int, block: in
         for batch_size in (1, 4, 50):
             steps = steps_per_epoch(sum(targets), world, batch_size)
             assert steps - 1 <= -(-plan.targets // batch_size) <= steps
+
+
+@quick
+@given(counts.filter(any), st.integers(0, 40), st.booleans(), st.data())
+def test_ranks_that_change_share_every_target_once(
+    targets: list[int], block: int, shuffle: bool, data: st.DataObject
+) -> None:
+    """Whatever numbers of ranks follow each other in an epoch, after whatever steps, with whatever sizes of batches."""
+    changes: list[Change] = []
+    seen: list[tuple[int, int]] = []
+    former: list[EpochPlan] = []
+    while True:
+        world, size = data.draw(st.integers(1, 6), "world"), data.draw(st.integers(1, 9), "batch size")
+        left = sum(targets) - len(seen)
+        assert targets_left(sum(targets), changes) == left > 0
+        shares = plans(targets, world, block=block, shuffle=shuffle, changes=changes)
+        orders = [in_order(plan, shuffle) for plan in shares]
+        sizes = [len(order) for order in orders]
+        assert sizes == [plan.targets for plan in shares]
+        assert (sum(sizes), max(sizes) - min(sizes) > 1) == (left, False)
+        check_blocks(shares, former, changes, targets, block)
+        done = sum(change.steps for change in changes)
+        steps = steps_per_epoch(sum(targets), world, size, changes) - done
+        assert steps == -(-max(sizes) // size)
+        # What is handed out again is not in another order than it would have had: of a block that was begun, the rest.
+        if steps < 2 or (stop := data.draw(st.integers(0, steps - 1), "steps")) == 0:
+            seen += [target for order in orders for target in order]
+            break
+        seen += [target for order in orders for target in order[: stop * size]]
+        assert len(seen) == sum(targets) - left + world * stop * size, "up to a change all batches are full"
+        former = shares
+        changes.append(Change(world, size, stop))
+    assert sorted(seen) == [(group, target) for group, count in enumerate(targets) for target in range(count)]
+
+
+def check_blocks(
+    shares: list[EpochPlan], former: list[EpochPlan], changes: list[Change], targets: list[int], room: int
+) -> None:
+    """The blocks of all ranks after some changes, against those before the last of them."""
+    begun = {}
+    for plan in former:
+        had = changes[-1].steps * changes[-1].batch_size
+        begun |= {b.key: b for b in plan.blocks if b.first or b.start < had < b.start + b.targets}
+    parts: Counter[int] = Counter()
+    for plan in shares:
+        start = 0
+        for b in plan.blocks:
+            assert b.start == start
+            start += b.targets
+            assert b.targets > 0
+            assert len(b.pieces) == 1 or sum(targets[piece.group] for piece in b.pieces) <= room, (
+                "the buffer is bounded"
+            )
+            if b.first:
+                assert b.pieces == begun[b.key].pieces, "or the shuffled order would be another one"
+            else:
+                assert b.key not in begun
+                assert b.targets == sum(piece.last - piece.first for piece in b.pieces), (
+                    "no more than is needed is read"
+                )
+                parts[b.key] += 1
+    assert set(parts.values()) <= {1}, "their keys tell them apart"
+
+
+@quick
+@given(counts, st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(1, 9))
+def test_going_on_on_other_ranks_is_the_former_order_cut_anew(
+    targets: list[int], world: int, other: int, steps: int, size: int
+) -> None:
+    """Of each former rank what it had left, one after the other; what it had begun is in the order that it had."""
+    if steps >= steps_per_epoch(sum(targets), world, size):
+        return
+    former, had = plans(targets, world), steps * size
+    rest = [target for plan in former for target in in_order(plan, True)[had:]]
+    now = [
+        target
+        for plan in plans(targets, other, changes=[Change(world, size, steps)])
+        for target in in_order(plan, True)
+    ]
+    begun = 0
+    for plan in former:
+        left = next((b.start + b.targets - had for b in plan.blocks if b.start < had < b.start + b.targets), 0)
+        assert now[begun : begun + left] == rest[begun : begun + left]
+        begun += plan.targets - had
+        assert {*now[begun - plan.targets + had : begun]} == {*rest[begun - plan.targets + had : begun]}
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:

@@ -201,17 +201,6 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(ranks: int, data: Path, tmp_p
     assert "loss or gradients are not finite, in data train, epoch 0, step" in run.complaint()
 
 
-def test_a_run_can_change_its_ranks_at_an_epoch(data: Path, tmp_path: Path) -> None:
-    Run(2, small_settings("epochs=1"), data, tmp_path / "run").finish()
-    last = Run(1, small_settings("epochs=2"), data, tmp_path / "run").finish()
-    steps = [line["step"] for line in read_step_log(last.folder / "losses.jsonl")]
-    assert steps == list(range(1, len(steps) + 1))
-    Run(1, small_settings("epochs=3"), data, tmp_path / "run", slow_steps, (len(steps) + 2,)).finish()
-    refused = Run(2, small_settings("epochs=3"), data, tmp_path / "run")
-    assert refused.wait() == [1, 1]
-    assert "cannot go on within an epoch" in refused.complaint()
-
-
 @pytest.mark.parametrize("splits", [(Split.TRAIN,), (Split.TRAIN, Split.VALIDATION), (Split.TRAIN, Split.TEST)])
 def test_data_without_validation_or_test(tmp_path: Path, splits: tuple[Split, ...]) -> None:
     """Without validation the last checkpoint counts; without a test its metrics are null, and the run is finished."""
