@@ -349,7 +349,7 @@ class HistoryFile:
         if pa.types.is_integer(column.type):
             return column.take(pa.array(row_U))
         _, offsets, content = column.buffers()
-        offset = np.frombuffer(offsets, np.int32)
+        offset = np.frombuffer(offsets, np.int32, len(column) + 1)
         text = np.frombuffer(content or b"", np.uint8)
         start_U, end_U = self._checked(offset[row_U], offset[row_U + 1], len(text))
         ends = np.concatenate([[0], np.cumsum(end_U - start_U)]).astype(np.int32)

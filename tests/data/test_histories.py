@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.hashing import hash_values
 from pipeline.ingest import definition, histories, layers
 from pipeline.ingest.duckdb_engine import DuckDBEngine
-from pipeline.ingest.histories import Histories, HistoryFile, HistoryWriter, together
+from pipeline.ingest.histories import Histories, HistoryFile, HistoryWriter
 from pipeline.ingest.layers import gather, keep_layers
 from schemas.errors import UserError
 from schemas.manifest import Chain, Layer, Manifest
@@ -231,3 +231,74 @@ def test_layers_grow_with_the_logarithm(engine: DuckDBEngine, tmp_path: Path) ->
         shutil.rmtree(alone.at(0), ignore_errors=True)
         alone.add(day)
     assert tower.written < 6 * alone.written + base
+
+
+def damaged(path: Path, content: bytes) -> None:
+    # Another file in its place: the old one may still be mapped.
+    path.unlink()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["integer", "text"])
+def test_a_flipped_bit_is_an_error_or_of_somebody_else(engine: DuckDBEngine, tmp_path: Path, kind: RawType) -> None:
+    users: list[User] = list(range(20, 40)) if kind == "integer" else [f"user {number}" for number in range(20)]
+    day: Day = {
+        user: (1 + number % 2, float(number), [(step, 1 + step, 2, 0.25) for step in range(number % 5)])
+        for number, user in enumerate(users)
+    }
+    tower = Tower(engine, tmp_path / "chain", kind, 9)
+    tower.folder.mkdir()
+    manifest = tower.add(day)
+    wanted = np.array(sorted(keys(engine, users[:3]).values()), np.int32)
+
+    def read(path: Path) -> list[object]:
+        file = HistoryFile(path, tower.schema)
+        # As the manifest's number is compared, once the last file of a layer was read.
+        if file.users != 5:
+            raise UserError(f"{path} is damaged")
+        return [
+            (taken.user_id_U.to_pylist(), *(values.tolist() for values in (taken.users | taken.behaviors).values()))
+            for where in file.find(wanted)
+            for taken in [file.take(where.batch, where.row_K)]
+        ]
+
+    rng = np.random.default_rng(1)
+    found, harmless = [], 0
+    for file in manifest.files:
+        path = tower.at(0) / file.path
+        content, before = path.read_bytes(), read(path)
+        for place in rng.choice(len(content), 500, replace=False).tolist():
+            changed = bytearray(content)
+            changed[place] ^= 1 << int(rng.integers(8))
+            damaged(path, bytes(changed))
+            try:
+                after = read(path)
+            except UserError as error:
+                found.append(str(error))
+            else:
+                harmless += 1
+                assert after == before
+        for length in (0, 7, len(content) // 2, len(content) - 1):
+            damaged(path, content[:length])
+            with pytest.raises(UserError, match=file.path):
+                read(path)
+        damaged(path, content)
+    assert len(found) > 100
+    assert all("is damaged" in error and "history-00000" in error for error in found)
+    assert harmless > 100
+
+
+def test_all_that_is_merged_is_verified(engine: DuckDBEngine, tmp_path: Path) -> None:
+    def day(number: int) -> Day:
+        return {user: (1, 0.5, [(number, 3, 1, 0.25)]) for user in range(4)}
+
+    tower = Tower(engine, tmp_path / "chain", "integer", 9)
+    tower.folder.mkdir()
+    (file,) = tower.add(day(0)).files
+    path = tower.at(0) / file.path
+    content = bytearray(path.read_bytes())
+    content[content.index(np.full(4, 3, np.int32).tobytes()) + 12] ^= 1
+    damaged(path, bytes(content))
+    with pytest.raises(UserError, match=f"{file.path} is damaged"):
+        tower.add(day(1))
+    assert path.read_bytes() == content
