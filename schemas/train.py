@@ -53,9 +53,22 @@ class CheckpointSettings(Settings):
     """When checkpoints are written and how many stay; the best one always does."""
 
     every: Steps = 500
-    """Steps between two checkpoints."""
+    """Steps between two full checkpoints."""
+    delta_every: Steps | None = None
+    """Steps between two deltas: checkpoints that hold, of the tables, the rows that have changed since the last full
+    one. Then all checkpoints that are not due by ``every`` or at the end are such. None: all are full ones."""
     keep: Annotated[int, Field(gt=0, le=1_000_000)] = 2
-    """How many of the last checkpoints stay, beside the best one."""
+    """How many of the last full checkpoints stay, and how many of the deltas that stand on them, beside the best one
+    and what that stands on."""
+
+    @model_validator(mode="after")
+    def _deltas_come_between(self) -> Self:
+        if self.delta_every is not None and self.delta_every >= self.every:
+            raise ValueError(
+                f"checkpoint.delta_every: {self.delta_every} steps is not less than checkpoint.every, {self.every}, "
+                "between whose checkpoints the deltas are"
+            )
+        return self
 
 
 class ProfileSettings(Settings):
@@ -112,6 +125,7 @@ MAY_CHANGE = (
     "validation.every",
     "validation.patience",
     "checkpoint.every",
+    "checkpoint.delta_every",
     "checkpoint.keep",
     "profile.steps",
     "log_every",

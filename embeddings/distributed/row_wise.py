@@ -18,6 +18,9 @@ from torchrec.distributed.types import ShardingType
 from embeddings.distributed.collectives import Column, ColumnsAllToAll, exchange_counts
 from schemas.model import Feature
 
+ROW_MARKS = "row_marks"
+"""Attribute of FBGEMM's module that has `embeddings.distributed.changed_rows.RowMarks`, where its rows are watched."""
+
 
 class Bucketed(NamedTuple):
     """Ids by the shard that has their rows, one shard's after the other's, each shard's in their old order."""
@@ -193,9 +196,14 @@ class RowWiseLookup:
             features = [table.feature_names[0] for table in tables]
             wanted = [feature for feature in features if feature in rows]
             for feature in wanted:
-                table = HostTable.of(kernel.emb_module, features.index(feature))
+                number = features.index(feature)
+                table = HostTable.of(kernel.emb_module, number)
                 if table is not None:
-                    found[feature] = rows_of(table, rows[feature].long())
+                    row_B = rows[feature].long()
+                    found[feature] = rows_of(table, row_B)
+                    marks = getattr(kernel.emb_module, ROW_MARKS, None)
+                    if marks is not None and torch.is_grad_enabled():
+                        marks.of(number).index_fill_(0, row_B, True)
             if wanted and wanted[0] not in found:
                 found |= self._by_kernel(kernel, {feature: rows[feature].long() for feature in wanted})
         return found

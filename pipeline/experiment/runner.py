@@ -12,9 +12,9 @@ from typing import Self
 from pipeline.experiment.cells import Cell
 from pipeline.experiment.child import Child, stop_all
 from pipeline.experiment.results import add_to_record, seconds_of
-from pipeline.files import remove_folder, write_whole
+from pipeline.files import write_whole
 from pipeline.progress import Progress, duration, time_left
-from pipeline.runs.checkpoint import best_of, checkpoints_in
+from pipeline.runs.checkpoint import best_of, checkpoints_in, remove_all_but
 from pipeline.runs.run_folder import settings_text
 from pipeline.train.trainer import StopSignal
 
@@ -128,9 +128,7 @@ def _keep_the_best(cell: Cell) -> None:
     # One whose record is damaged might be the best.
     if best is None or any(checkpoint.damage is not None for checkpoint in checkpoints):
         return
-    for checkpoint in checkpoints:
-        if checkpoint != best:
-            remove_folder(checkpoint.path)
+    remove_all_but(checkpoints, [best])
 
 
 class Estimate:

@@ -4,19 +4,23 @@ A checkpoint is a folder that torch.distributed.checkpoint has written, ``step-0
 Names that begin with a dot are of checkpoints that are being written or removed. At a URL, where no folder can get
 another name, `RECORD` is the last file that is written and the first that goes: a folder without it is no checkpoint.
 Whether one is whole, all ranks find out together: each looks at its part of the files, and they agree.
+
+A delta checkpoint (`pipeline.runs.delta`) is one as well; its record names the full one that it stands on, which stays
+as long as it does, and without which it is damaged.
 """
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 
 from pipeline.files import remove_folder
-from schemas.documents import inside, notice_unverified, read_json
+from schemas.documents import inside, notice_unverified, read_bytes, read_json
 from schemas.errors import StoreError, UserError
 from schemas.manifest import File
 from schemas.storage import RemotePath, sha256
@@ -27,6 +31,23 @@ RECORD = "checkpoint.json"
 """File that says of which step a checkpoint is, how good, and what files it has."""
 
 _FILES = TypeAdapter(tuple[File, ...])
+
+
+@dataclass(frozen=True)
+class Base:
+    """The full checkpoint that a delta stands on."""
+
+    step: NonNegativeInt
+    record_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """SHA-256 of its `RECORD`, which has the checksums of all its files."""
+
+    @classmethod
+    def of(cls, full: "Checkpoint") -> Self:
+        """Return what a delta says of the full checkpoint that it stands on."""
+        return cls(full.step, hashlib.sha256(read_bytes(full.path / RECORD)).hexdigest())
+
+
+_BASE = TypeAdapter(Base)
 
 
 def steps_in(folder: Path) -> list[Path]:
@@ -47,6 +68,8 @@ class Checkpoint:
     """All files beside `RECORD`; None: an earlier version of this program wrote it, without a list."""
     damage: str | None = None
     """Why its record cannot be read; then nothing else is known but the step. None: the record is whole."""
+    base: Base | None = None
+    """The full checkpoint that it stands on, if it is a delta."""
 
 
 def checkpoints_in(folder: Path) -> list[Checkpoint]:
@@ -70,9 +93,37 @@ def _read(path: Path) -> Checkpoint:
     record = read_json(path / RECORD, keys, "remove the folder of this checkpoint", part_of=path.parent.parent)
     try:
         files = None if "files" not in record else _FILES.validate_python(record["files"])
+        base = None if "base" not in record else _BASE.validate_python(record["base"])
     except ValidationError as error:
         raise UserError(f"{path / RECORD}: {error.errors()[0]['msg']}; remove the folder of this checkpoint") from None
-    return Checkpoint(path, record["step"], record["score"], files)
+    return Checkpoint(path, record["step"], record["score"], files, base=base)
+
+
+def delta_in(folder: Path) -> Checkpoint | None:
+    """Return the checkpoint that is in a folder if it is a delta, else None.
+
+    Raises:
+        UserError: its record is damaged.
+    """
+    # Of what has no record, nobody has said that it is a delta.
+    checkpoint = _read(folder) if (folder / RECORD).is_file() else None
+    return None if checkpoint is None or checkpoint.base is None else checkpoint
+
+
+def base_of(delta: Checkpoint) -> Checkpoint:
+    """Return the full checkpoint that a delta stands on, by its record; its other files are not looked at.
+
+    Raises:
+        UserError: it is missing, its record is damaged, or another one has taken its place.
+    """
+    assert delta.base is not None
+    path = final_path(delta.path.parent, delta.base.step)
+    if hashlib.sha256(read_bytes(path / RECORD)).hexdigest() != delta.base.record_sha256:
+        raise UserError(f"{path / RECORD} is not that of the checkpoint which {delta.path.name} stands on")
+    base = _read(path)
+    if base.base is not None or base.step != delta.base.step:
+        raise UserError(f"{path} is not the full checkpoint of step {delta.base.step}")
+    return base
 
 
 def last_checkpoint(folder: Path) -> Checkpoint | None:
@@ -104,12 +155,25 @@ def partial_path(folder: Path, step: int) -> Path:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all checkpoints but the last ``keep`` and the best; damaged ones stay, and count for nothing."""
+    """Remove all checkpoints but the last ``keep`` full ones, as many deltas that stand on these, and the best one.
+
+    A full one stays as long as a delta that stays needs it; damaged ones stay, and count for nothing.
+    """
     checkpoints = [checkpoint for checkpoint in checkpoints_in(folder) if checkpoint.damage is None]
+    full = [checkpoint for checkpoint in checkpoints if checkpoint.base is None][-keep:]
+    steps = {checkpoint.step for checkpoint in full}
+    deltas = [checkpoint for checkpoint in checkpoints if checkpoint.base is not None and checkpoint.base.step in steps]
     # The best one stays whatever its age: the test, evaluation and scoring take it.
-    kept = [*checkpoints[-keep:], best_of(checkpoints)]
-    for checkpoint in checkpoints:
-        if checkpoint not in kept:
+    best = best_of(checkpoints)
+    remove_all_but(checkpoints, [*full, *deltas[-keep:], *([best] if best else [])])
+
+
+def remove_all_but(checkpoints: Sequence[Checkpoint], kept: Sequence[Checkpoint]) -> None:
+    """Remove those of a folder's checkpoints that are not to be kept, and that no kept delta stands on."""
+    steps = {checkpoint.step for checkpoint in kept} | {each.base.step for each in kept if each.base is not None}
+    # A delta goes before what it stands on: whoever finds it finds that too.
+    for checkpoint in sorted(checkpoints, key=lambda each: -each.step):
+        if checkpoint.step not in steps:
             # Out of sight first: a folder that is removed by half must not be taken for a checkpoint.
             if isinstance(checkpoint.path, RemotePath):
                 (checkpoint.path / RECORD).unlink(missing_ok=True)
@@ -173,10 +237,31 @@ def from_first_rank(read: Callable[[], T]) -> T:
     return value  # type: ignore[no-any-return]
 
 
-def damage_of(checkpoint: Checkpoint) -> str | None:
-    """Compare all files of a checkpoint with their checksums; all ranks must call it.
+def on_every_rank(work: Callable[[], None]) -> None:
+    """Do work that may fail on one rank alone; all ranks must call it.
 
-    A checkpoint of an earlier version of this program has none; a notice says so.
+    Raises:
+        UserError: on all ranks what the work has raised on one of them.
+    """
+    import torch.distributed as dist  # Not at the top: runs are listed without waiting for torch.
+
+    refusal = None
+    try:
+        work()
+    except UserError as error:
+        refusal = str(error)
+    refusals = [refusal]
+    if dist.is_initialized():
+        refusals = [None] * dist.get_world_size()
+        dist.all_gather_object(refusals, refusal)
+    if told := next(filter(None, refusals), None):
+        raise UserError(told)
+
+
+def damage_of(checkpoint: Checkpoint) -> str | None:
+    """Compare all files of a checkpoint with their checksums, of a delta those of its full one too.
+
+    All ranks must call it. A checkpoint of an earlier version of this program has no checksums; a notice says so.
 
     Returns:
         What is damaged, the same on all ranks; None: nothing.
@@ -184,6 +269,24 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
     Raises:
         StoreError: on all ranks, where one could not read its part of the files from a URL.
     """
+    damage = _damage_of_files(checkpoint)
+    if damage is not None or checkpoint.base is None:
+        return damage
+    base, damage = from_first_rank(lambda: _base_or_damage(checkpoint))
+    return damage if base is None else _damage_of_files(base, f"{base.path.name}/")
+
+
+def _base_or_damage(delta: Checkpoint) -> tuple[Checkpoint | None, str | None]:
+    try:
+        return base_of(delta), None
+    except StoreError:
+        raise
+    except UserError as error:
+        return None, f"the full checkpoint that it stands on: {error}"
+
+
+def _damage_of_files(checkpoint: Checkpoint, prefix: str = "") -> str | None:
+    """What is damaged of a checkpoint's own files, whose names are told behind ``prefix``; all ranks must call it."""
     import torch.distributed as dist  # Not at the top: runs are listed without waiting for torch.
 
     if checkpoint.damage is not None:
@@ -206,7 +309,7 @@ def damage_of(checkpoint: Checkpoint) -> str | None:
     # What could not be read is not damaged: nothing is to be moved aside for it.
     if any(refusals := [refused for _, refused in found if refused]):
         raise StoreError(refusals[0])
-    return next((told for told, _ in found if told), None)
+    return next((f"{prefix}{told}" for told, _ in found if told), None)
 
 
 def is_there(checkpoint: Checkpoint) -> bool:

@@ -9,12 +9,12 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum, EnumMeta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,11 +29,15 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
 from torch.futures import Future
 
-from pipeline.runs.checkpoint import from_first_rank
+from pipeline.runs.checkpoint import Checkpoint, base_of, delta_in, from_first_rank
 from schemas.documents import inside, read_bytes
 from schemas.errors import UserError
 from schemas.manifest import File
 from schemas.storage import RemotePath
+
+if TYPE_CHECKING:
+    # Runs without deltas need not load it.
+    from pipeline.runs.rows_file import TableRows
 
 METADATA = ".metadata"
 """File of a checkpoint that says which values there are, and where."""
@@ -81,6 +85,13 @@ class HashingWriter(FileSystemWriter):
         if isinstance(self.path, RemotePath):
             return StorageMeta(checkpoint_id=self.path.url, save_id=self.save_id)
         return super().storage_meta()
+
+    def write_rows(self, name: str, tables: "Sequence[TableRows]") -> None:
+        """Write a file of rows beside torch's."""
+        from pipeline.runs.rows_file import write_rows
+
+        with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
+            write_rows(stream, tables)  # type: ignore[arg-type]
 
     @property
     def files(self) -> list[File]:
@@ -230,10 +241,42 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
 
 
-def _metadata(checkpoint: Path) -> Metadata:
+@dataclass(frozen=True)
+class _Stored:
+    """What a checkpoint has, and which files it is in."""
+
+    folder: Path
+    metadata: Metadata
+    shapes: dict[str, tuple[int, ...] | None]
+    """By key; None for what is not a tensor."""
+    delta: Checkpoint | None = None
+    full: "_Stored | None" = None
+    """The full checkpoint that a delta stands on, where the tables are."""
+
+
+def _stored(checkpoint: Path) -> _Stored:
+    """What there is to load; all ranks must call it."""
     # Read once, for all ranks: one that could not read it would leave the others in the collectives of a load.
-    content = from_first_rank(lambda: read_bytes(checkpoint / METADATA))
-    return parse_metadata(checkpoint, content)
+    delta = from_first_rank(lambda: delta_in(checkpoint))
+    full = None
+    if delta is not None:
+        full = _of_folder(from_first_rank(lambda: base_of(delta)).path)
+    of_delta = _of_folder(checkpoint)
+    if delta is None or full is None:
+        return of_delta
+    from pipeline.runs.delta import table_of
+
+    tables = {key: shape for key, shape in full.shapes.items() if table_of(key)}
+    return replace(of_delta, shapes=tables | of_delta.shapes, delta=delta, full=full)
+
+
+def _of_folder(folder: Path) -> _Stored:
+    metadata = parse_metadata(folder, from_first_rank(lambda: read_bytes(folder / METADATA)))
+    shapes = {
+        key: tuple(kind.size) if isinstance(kind, TensorStorageMetadata) else None
+        for key, kind in metadata.state_dict_metadata.items()
+    }
+    return _Stored(folder, metadata, shapes)
 
 
 def keys_in(checkpoint: Path) -> dict[str, tuple[int, ...] | None]:
@@ -244,14 +287,7 @@ def keys_in(checkpoint: Path) -> dict[str, tuple[int, ...] | None]:
     Raises:
         UserError: the checkpoint is damaged.
     """
-    return _shapes(_metadata(checkpoint))
-
-
-def _shapes(metadata: Metadata) -> dict[str, tuple[int, ...] | None]:
-    return {
-        key: tuple(kind.size) if isinstance(kind, TensorStorageMetadata) else None
-        for key, kind in metadata.state_dict_metadata.items()
-    }
+    return _stored(checkpoint).shapes
 
 
 def load(state: dict[str, Any], checkpoint: Path) -> None:
@@ -259,15 +295,15 @@ def load(state: dict[str, Any], checkpoint: Path) -> None:
 
     Args:
         state: nested dictionaries, some or all of the top-level keys that were saved.
-        checkpoint: folder of a checkpoint that any number of ranks have saved.
+        checkpoint: folder of a checkpoint, full or a delta, that any number of ranks have saved.
 
     Raises:
         UserError: the checkpoint has other keys or shapes, all of which are named; it is damaged.
     """
-    metadata = _metadata(checkpoint)
+    stored = _stored(checkpoint)
     # What is to be loaded against what is there, by torch.distributed.checkpoint's own flattened keys. Top-level parts
     # that the caller did not ask for do not count as differences.
-    saved = {key: shape for key, shape in _shapes(metadata).items() if key.split(".")[0] in state}
+    saved = {key: shape for key, shape in stored.shapes.items() if key.split(".")[0] in state}
     wanted = {key: _shape(value) for key, value in flatten_state_dict(dict(state))[0].items()}
     # Of the random states, a rank has its own alone.
     missing = [f"{key} is not in it" for key in wanted if key not in saved]
@@ -280,8 +316,45 @@ def load(state: dict[str, Any], checkpoint: Path) -> None:
     if differences := other + missing + extra:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise UserError(f"{checkpoint} is of another model: {'; '.join(differences[:5])}{more}")
+    _load(state, stored)
+
+
+def load_values(values: dict[str, Any], checkpoint: Path) -> None:
+    """Load some values of a checkpoint, full or a delta: tensors in place, others replaced. All ranks must call it.
+
+    Args:
+        values: by key, those of `keys_in`. A table, or its optimizer's state, is a tensor of its full size or a
+            `ShardedTensor`, whatever ranks have saved; each rank has the same keys.
+        checkpoint: its folder.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    _load(values, _stored(checkpoint))
+
+
+def _load(state: dict[str, Any], stored: _Stored) -> None:
+    if stored.delta is None or stored.full is None:
+        _load_from(state, stored)
+        return
+    from pipeline.runs.delta import part_of_state, put_rows, table_of
+
+    tables = part_of_state(state, lambda key: table_of(key) is not None)
+    _load_from(tables, stored.full)
+    put_rows(tables, stored.delta)
+    rest = part_of_state(state, lambda key: table_of(key) is None)
+    _load_from(rest, stored)
+    # Tensors were loaded in place; what is none is in the part alone.
+    paths = flatten_state_dict(state)[1]
+    for key, value in flatten_state_dict(rest)[0].items():
+        set_element(state, paths[key], value)
+
+
+def _load_from(state: dict[str, Any], stored: _Stored) -> None:
+    """Load from torch's files of a folder."""
+    reader = CheckpointReader(stored.folder, stored.metadata)
     try:
-        load_in_place(state, storage_reader=CheckpointReader(checkpoint, metadata), planner=SafeLoadPlanner())
+        load_in_place(state, storage_reader=reader, planner=SafeLoadPlanner())
     except CheckpointException as error:
         # What a rank says of a file, told on all of them. Anything else is a fault of the program, or a rank is gone.
         for failure, _ in error.failures.values():

@@ -5,10 +5,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
@@ -22,13 +23,18 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from pipeline.errors import is_lost_contact, is_refusal, refusal_reason
 from pipeline.files import give_name, remove_tree
-from pipeline.runs.checkpoint import RECORD, final_path, last_checkpoint, partial_path, prune, remove_leftovers
+from pipeline.runs.checkpoint import RECORD, Base, final_path, last_checkpoint, partial_path, prune, remove_leftovers
 from pipeline.runs.checkpoint_files import HashingWriter
 from pipeline.runs.store_collectives import StoreCollectives
 from schemas.documents import json_document
 from schemas.errors import StoreError, UserError
 from schemas.manifest import File
 from schemas.storage import RemotePath
+
+if TYPE_CHECKING:
+    # Runs without deltas need not load it.
+    from pipeline.runs.delta import DeltaState
+    from pipeline.runs.rows_file import TableRows
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the slowest one to write its part."""
@@ -48,10 +54,16 @@ class CheckpointWriter:
         folder: folder of the run's checkpoints.
         keep: how many of the last checkpoints stay, beside the best one.
         documents: text files to put beside each state, by name.
+        deltas: knows which rows of tables have changed; None: all checkpoints are full ones.
     """
 
-    def __init__(self, folder: Path, keep: int, documents: Mapping[str, str]) -> None:
-        self._folder, self._keep, self._documents = folder, keep, dict(documents)
+    def __init__(
+        self, folder: Path, keep: int, documents: Mapping[str, str], deltas: "DeltaState | None" = None
+    ) -> None:
+        self._folder, self._keep, self._documents, self._deltas = folder, keep, dict(documents), deltas
+        # The thread's own, on the first rank: what the next delta will say that it stands on.
+        self._base = deltas.base if deltas else None
+        self._has_base = self._base is not None
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             # Before the barrier below: no rank may write into a folder that is about to be removed.
@@ -67,22 +79,31 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
         dist.barrier()
 
-    def save(self, state: Mapping[str, Any], step: int, score: float | None) -> None:
+    def save(self, state: Mapping[str, Any], step: int, score: float | None, *, full: bool = True) -> None:
         """Begin to save ``state``; waits for the previous one first.
 
         Args:
             state: nested dictionaries, lists and tuples of tensors, sharded tensors and plain values.
             step: names the checkpoint.
             score: metric of the validation at this step if the model was better than ever before, else None.
+            full: save all of it; else, of the tables, what has changed since the last full one, if there is one.
 
         Raises:
             UserError: the previous one could not be written: the disk is full, another rank is gone.
         """
         self.wait()
         # The copy is made here, in the caller's thread: the next step changes the weights in place.
+        rows = None
+        if self._deltas is not None and self._has_base and not full:
+            state, rows = self._deltas.split(state)
         planner = CopyingPlanner(self._copies)
         planner.set_up_planner(dict(state), is_coordinator=self._rank == 0)
-        self._writing = self._thread.submit(self._write, planner, planner.create_local_plan(), step, score)
+        plan = planner.create_local_plan()
+        if self._deltas is not None and rows is None:
+            # If it cannot be written the run ends, so that no delta will miss it.
+            self._deltas.begin()
+            self._has_base = True
+        self._writing = self._thread.submit(self._write, planner, plan, rows, step, score)
 
     def check(self) -> None:
         """Raise the error that `wait` would raise, if there is one by now; never waits."""
@@ -108,14 +129,22 @@ class CheckpointWriter:
         # thread would wait for it in a collective.
         self._thread.shutdown(wait=False)
 
-    def _write(self, planner: "CopyingPlanner", plan: SavePlan, step: int, score: float | None) -> None:
+    def _write(
+        self,
+        planner: "CopyingPlanner",
+        plan: SavePlan,
+        rows: "Sequence[TableRows] | None",
+        step: int,
+        score: float | None,
+    ) -> None:
         partial, final = partial_path(self._folder, step), final_path(self._folder, step)
         ranks = StoreCollectives(self._store, f"checkpoint/{step}", self._rank, self._ranks, TIMEOUT)
         try:
             # It returns when the parts of all ranks are written.
-            files = write_planned(planner, plan, HashingWriter(partial), ranks)
+            files = write_planned(planner, plan, HashingWriter(partial), ranks, rows)
             # By the first rank, and all learn whether it could: they end for the same reason, and one of them tells it.
-            ranks.broadcast("publish", lambda: self._publish(partial, final, files, step, score))
+            base = None if rows is None else self._base
+            ranks.broadcast("publish", lambda: self._publish(partial, final, files, step, score, base))
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             if self._rank == 0:
                 with suppress(UserError):  # a store that has failed may fail again; the next start removes it
@@ -125,19 +154,26 @@ class CheckpointWriter:
                 raise UserError(self._explain(reason, step)) from error
             raise
 
-    def _publish(self, partial: Path, final: Path, files: list[File], step: int, score: float | None) -> None:
+    def _publish(
+        self, partial: Path, final: Path, files: list[File], step: int, score: float | None, base: Base | None
+    ) -> None:
         """Put documents and record beside the files of all ranks, and give the folder its name."""
         listed = [file.model_dump() for file in files]
         for name, content in self._documents.items():
             (partial / name).write_text(content)
             digest = hashlib.sha256(content.encode()).hexdigest()
             listed.append(File(path=name, bytes=len(content.encode()), sha256=digest).model_dump())
-        record = {"step": step, "score": score, "ranks": self._ranks, "files": listed}
-        (partial / RECORD).write_text(json_document(json.dumps(record, indent=1) + "\n"))
+        record: dict[str, Any] = {"step": step, "score": score, "ranks": self._ranks, "files": listed}
+        if base is not None:
+            record["base"] = asdict(base)
+        text = json_document(json.dumps(record, indent=1) + "\n")
+        (partial / RECORD).write_text(text)
         # The record is in the folder before the folder has its name: whoever sees a checkpoint can tell its step and
         # score, and whether its files are whole.
         if partial != final:
             give_name(partial, final)
+        if base is None:
+            self._base = Base(step, hashlib.sha256(text.encode()).hexdigest())
         # Only now may an older one go: there is a newer one that is whole.
         prune(self._folder, self._keep)
 
@@ -200,7 +236,11 @@ class CopyingPlanner(DefaultSavePlanner):
 
 
 def write_planned(
-    planner: CopyingPlanner, plan: SavePlan, writer: HashingWriter, ranks: StoreCollectives
+    planner: CopyingPlanner,
+    plan: SavePlan,
+    writer: HashingWriter,
+    ranks: StoreCollectives,
+    rows: "Sequence[TableRows] | None" = None,
 ) -> list[File]:
     """Write a checkpoint together with the other ranks, as torch.distributed.checkpoint's ``save`` does.
 
@@ -209,6 +249,7 @@ def write_planned(
         plan: what this rank can write. What several ranks have is written by one of them.
         writer: of files.
         ranks: the other ranks.
+        rows: of a delta, this rank's changed rows.
 
     Returns:
         On the first rank the files of all ranks with their checksums, else none.
@@ -232,6 +273,10 @@ def write_planned(
         return writer.prepare_global_plan(plans)
 
     def write() -> tuple[list[WriteResult], list[File]]:
+        if rows is not None:
+            from pipeline.runs.delta import rows_file_name
+
+            writer.write_rows(rows_file_name(ranks.rank), rows)
         # The future's own ``wait`` raises what went wrong.
         return writer.write_data(planner.finish_plan(final_plan), planner).wait(), writer.files
 

@@ -143,7 +143,14 @@ def train(
                 _tell_unused_features(settings, data_set)
                 if before is not None:
                     before(model, data_set)
-            checkpoints = stack.enter_context(CheckpointWriter(run.checkpoints, settings.checkpoint.keep, documents))
+            deltas = None
+            if settings.checkpoint.delta_every is not None:
+                # Loaded by the runs that use it alone.
+                from pipeline.runs.delta import DeltaState
+
+                deltas = DeltaState(trainer.model, resumed)
+            writer = CheckpointWriter(run.checkpoints, settings.checkpoint.keep, documents, deltas)
+            checkpoints = stack.enter_context(writer)
             profile = None
             if settings.profile.steps is not None:
                 # Loaded by the runs that use it alone.

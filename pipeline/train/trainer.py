@@ -198,7 +198,8 @@ class Trainer(Stateful):
             # Items are seen a second time from the next epoch on: models often are at their best right before.
             ends = self._is_due(self.settings.validation.every) or self.step_of_epoch == 0
             due = self._validation is not None and ends
-            saves = self._is_due(self.settings.checkpoint.every)
+            full, delta_every = self._is_due(self.settings.checkpoint.every), self.settings.checkpoint.delta_every
+            saves = full or (delta_every is not None and self.step % delta_every == 0)
             # What the ranks agree on is looked at when the next step is under way, so that the host does not wait for a
             # GPU in between; unless something depends on it now.
             agreed = self._settle(started, report, all_of_them=due or saves or norms is not None)
@@ -215,7 +216,7 @@ class Trainer(Stateful):
                 # The logs first: what they have beyond the checkpoint is cut off when the run goes on, but what they
                 # lack is never written again.
                 report.flush()
-                checkpoints.save(self.state_dict(), self.step, self.best if better else None)
+                checkpoints.save(self.state_dict(), self.step, self.best if better else None, full=full)
             if stops:
                 break
             # A checkpoint that failed in the background (a full disk) ends the run now, not when the next one is due.

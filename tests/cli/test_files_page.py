@@ -45,7 +45,8 @@ def missing(names: Iterator[str] | list[str]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, many_users: Path) -> Path:
-    return Run(1, small_settings("epochs=1"), many_users, tmp_path_factory.mktemp("run") / "run").finish().folder
+    settings = small_settings("epochs=1", "checkpoint.delta_every=3")
+    return Run(1, settings, many_users, tmp_path_factory.mktemp("run") / "run").finish().folder
 
 
 def test_a_data_set(tmp_path: Path) -> None:
@@ -70,6 +71,7 @@ def test_a_run(run: Path) -> None:
         assert not missing(keys(table))
     for record in run.glob("checkpoints/*/checkpoint.json"):
         assert not missing(keys(json.loads(record.read_text())))
+    assert any("base" in json.loads(record.read_text()) for record in run.glob("checkpoints/*/checkpoint.json"))
     written = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     assert not {name for name in written if f"`{name}" not in PAGE}
 

@@ -25,7 +25,14 @@ HUGE = 10**24
     "key",
     [
         *("seed", "epochs", "log_every", "dense.warmup_steps", "validation.every", "validation.patience"),
-        *("checkpoint.every", "checkpoint.keep", "stream.batch_size", "stream.history_length", "stream.threads"),
+        *(
+            "checkpoint.every",
+            "checkpoint.delta_every",
+            "checkpoint.keep",
+            "stream.batch_size",
+            "stream.history_length",
+            "stream.threads",
+        ),
         *("stream.prefetch_batches", "stream.shuffle_memory", "model.attention.dim", "model.representation.dim"),
         *("model.retrieved.history", "model.hash_bits", "model.hash_width", "model.cluster_size"),
     ],
