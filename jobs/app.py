@@ -19,7 +19,7 @@ from pipeline.paths import local_path, location
 from pipeline.versions import versions
 
 REMOTE: dict[Callable[..., None], set[str]] = {
-    prepare: {"out"},
+    prepare: {"out", "extend", "dictionaries"},
     inspect: {"folder"},
     stream: {"folder"},
     plan: {"data"},

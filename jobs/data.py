@@ -35,10 +35,18 @@ def prepare(
         list[str] | None, typer.Option(help="File or glob of impressions with labels; repeatable.")
     ] = None,
     engine: Annotated[Literal["duckdb", "spark"] | None, typer.Option(help="What computes it.")] = None,
+    extend: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Add a day to the chain that this data set ends.")
+    ] = None,
+    dictionaries: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Use this data set's ids and encodings as they are.")
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Turn logs of events into user-history shards."""
+    from pipeline.ingest.chain import Base
+    from pipeline.ingest.day_settings import day_settings
     from pipeline.ingest.prepare import prepare as run
 
     if preset not in PRESETS:
@@ -50,20 +58,29 @@ def prepare(
                 f"{text!r}: an override is written key=value; if it is a file: --events and --impressions take one "
                 "each, so repeat the option, or give it a glob in quotes"
             )
+    if extend is not None and dictionaries is not None:
+        raise UserError("--extend and --dictionaries: a day adds to dictionaries, or they stay as they are; give one")
     # Options win over files, and ``key=value`` over both.
     values: dict[str, Any] = {}
     if events:
         values["events"] = {"files": events}
-    layers: list[Path | dict[str, Any]] = [PRESETS[preset]]
+    layers: list[Path | dict[str, Any]] = [] if extend is not None and preset == "generic" else [PRESETS[preset]]
     if impressions:
         values |= {"impressions": {"files": impressions}}
+    if impressions and extend is None:
         # In place of the preset's split; the user's own files may say how impressions are split.
         layers.append({"split": {"kind": "impressions"}})
     if engine is not None:
         values["engine"] = engine
-    settings = load_settings(PrepareSettings, [*layers, *(config or [])], overrides or [], values)
+    layers += config or []
+    former = extend if extend is not None else dictionaries
+    base = None if former is None else Base.open(former, closed=extend is None)
+    if base is not None and base.grows:
+        settings = day_settings(base, layers, overrides or [], values)
+    else:
+        settings = load_settings(PrepareSettings, layers, overrides or [], values)
     started = time.monotonic()
-    manifest = run(settings, out, overwrite=overwrite)
+    manifest = run(settings, out, overwrite=overwrite, base=base)
     for reason in manifest.skipped:
         _LOGGER.info("left out: %s", reason)
     result = _counts(manifest)

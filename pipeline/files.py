@@ -200,6 +200,14 @@ def _check_replaceable(out: Path, contents: Collection[str], overwrite: bool) ->
         raise UserError(f"{out} holds {foreign[0]!r}, which this command did not write; choose another folder")
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file of this machine that nobody changes a second name; where the disk knows no such links, copy it."""
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or a file system without hard links
+        shutil.copyfile(source, target)
+
+
 def remove_tree(path: Path) -> None:
     """Remove a folder with all that is in it; nothing, where it is not there or a disk does not let it go."""
     if isinstance(path, RemotePath):

@@ -22,11 +22,16 @@ BESIDE = "beside:"
 """Begins the path of what lies in the folder of the first file of the events."""
 
 
+UNCHANGED = "unchanged:"
+"""The path of a file that a day of a chain does not have: items and users are what the days before say."""
+
+
 class FeatureFile(TextFormat):
     """What belongs to items or users, a line each."""
 
     path: str
-    """Files, a folder or a pattern; ``beside:NAME`` is in the folder of the events' first file."""
+    """Files, a folder or a pattern; ``beside:NAME`` is in the folder of the events' first file; ``unchanged:``, on a
+    day of a chain: there is none, and nothing new."""
 
 
 def _path_alone(value: Any) -> Any:

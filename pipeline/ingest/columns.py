@@ -66,6 +66,14 @@ def feature_column(name: str) -> str:
     return f"f_{name}"
 
 
+def feature_type(feature: FeatureSettings) -> pa.DataType:
+    """Arrow type of a feature's column while a data set is prepared."""
+    if feature.kind == "number":
+        return _TYPES["number"]
+    column = Column("", "", feature.type, several=feature.kind == "ids", hashed=feature.hash_buckets is not None)
+    return column.type
+
+
 def user_column(name: str) -> str:
     """Name on lines of what belongs to the line's user."""
     return f"u_{name}"

@@ -153,7 +153,7 @@ def counts_of(
         behaviors=sum(sum(file.behaviors) for file in written),
         behaviors_carried=sum(file.carried for file in written),
         items=len(dictionary.cumulative_I) - 1,
-        items_below_min_count=len(dictionary.cumulative_I) - 1 - dictionary.rows,
+        items_below_min_count=dictionary.without_row,
         items_collided=collisions,
         categories=category.rows,
         items_with_changed_category=category.changed,

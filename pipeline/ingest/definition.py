@@ -87,8 +87,8 @@ def seen(logs: Sequence[ir.Table], key: str, columns: Sequence[str]) -> ir.Table
 
 
 def extremes(lines: ir.Table, columns: Sequence[str]) -> ir.Table:
-    """(key, frequency among the events, ``low_`` and ``high_`` of each column) of every key of ``seen``."""
-    values: dict[str, ir.Value] = {}
+    """(key, frequency among the events, last_seen, ``low_`` and ``high_`` of each column) of every key of ``seen``."""
+    values: dict[str, ir.Value] = {"last_seen": lines["timestamp"].max()}
     for name in columns:
         values |= {f"low_{name}": lines[name].min(), f"high_{name}": lines[name].max()}
     return lines.group_by("key").agg(frequency=lines["weight"].sum(), **values)
@@ -119,7 +119,7 @@ def last_values(lines: ir.Table, table: ir.Table, column: str) -> ir.Table:
 
 
 def settled(table: ir.Table, columns: Sequence[str], last: Mapping[str, ir.Table]) -> ir.Table:
-    """(key, frequency, columns): one value of each, the largest unless ``last`` says another."""
+    """(key, frequency, last_seen, columns): one value of each, the largest unless ``last`` says another."""
     for name in columns:
         table = table.mutate(**{name: table[f"high_{name}"]})
         if name in last:
@@ -127,7 +127,37 @@ def settled(table: ir.Table, columns: Sequence[str], last: Mapping[str, ir.Table
             table = table.left_join(newer, [("key", "last_key")])
             table = table.mutate(**{name: ibis.coalesce(table["last_value"], table[name])})
             table = table.drop("last_key", "last_value")
-    return table.select("key", "frequency", *columns)
+    return table.select("key", "frequency", "last_seen", *columns)
+
+
+def with_former_items(items: ir.Table, former: ir.Table, values: ir.Table | None, columns: Sequence[str]) -> ir.Table:
+    """Items of a day and of the days before it: what they are now, and what they were.
+
+    Args:
+        items: (key, frequency, last_seen, columns) of the day.
+        former: (former_key, id, frequency, last_seen, row, row_day) of the days before.
+        values: (former_key, columns) of the days before; None: what the day does not say is missing.
+        columns: the day's last known value of each wins.
+
+    Returns:
+        (key, frequency, last_seen, columns) of all days, ``seen``, 1 where the day has the item, and id, row, row_day
+        of the days before, 0 for items that these do not have.
+    """
+    before = former.rename({f"former_{name}": name for name in ("frequency", "last_seen")})
+    if values is not None:
+        of_values = values.rename({"values_key": "former_key"} | {f"former_{name}": name for name in columns})
+        before = before.left_join(of_values, [("former_key", "values_key")]).drop("values_key")
+    both = items.outer_join(before, [("key", "former_key")])
+    carried = {} if values is None else {name: ibis.coalesce(both[name], both[f"former_{name}"]) for name in columns}
+    return both.select(
+        key=ibis.coalesce(both["key"], both["former_key"]),
+        frequency=ibis.coalesce(both["frequency"], 0) + ibis.coalesce(both["former_frequency"], 0),
+        # Days follow each other: what the day says is later.
+        last_seen=ibis.coalesce(both["last_seen"], both["former_last_seen"]),
+        seen=both["key"].notnull().cast("int8"),
+        **{name: ibis.coalesce(both[name], 0).cast("int32") for name in ("id", "row", "row_day")},
+        **({name: both[name] for name in columns} | carried),
+    )
 
 
 def raw_counts(table: ir.Table, column: str, weight: str | None = None) -> ir.Table:

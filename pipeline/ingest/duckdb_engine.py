@@ -124,6 +124,12 @@ class DuckDBEngine:
         """Compute an expression and hold its result in memory."""
         return self._explained(lambda: self._ibis.to_pyarrow(table))
 
+    def batches(self, table: ir.Table) -> Iterator[pa.RecordBatch]:
+        """Compute an expression and take its rows in order, a few at a time."""
+        reader = self._explained(lambda: self._ibis.to_pyarrow_batches(table, chunk_size=_BATCH))
+        while (batch := self._explained(lambda: next(reader, None))) is not None:
+            yield batch
+
     def write_shards(
         self, lines: ir.Table, order: list[str], builder: ShardBuilder, report: ReportLines
     ) -> tuple[list[WrittenShard], Tally]:

@@ -47,6 +47,21 @@ class Encoded:
         return names
 
 
+@dataclass(frozen=True)
+class Former:
+    """What a feature's ids go on from; without a record it begins a chain of days."""
+
+    record: FeatureRecord | None = None
+    """What the data set before says of the feature."""
+    dictionary: pa.Table | None = None
+    """That data set's: raw_id, id, 0 for a value that is not admitted yet, and frequency."""
+    bags: pa.Table | None = None
+    closed: bool = False
+    """Nothing is added to the dictionary: a value that it does not know is unknown."""
+    counted_anew: bool = False
+    """Frequencies that are given are those of all days; otherwise they are added to those of the days before."""
+
+
 def write_arrow(table: pa.Table, path: Path) -> None:
     """Write a table as one record batch, uncompressed: a reader maps it into memory."""
     with pa.ipc.new_file(str(path), table.schema) as writer:
@@ -74,32 +89,36 @@ def new_record(feature: FeatureSettings, **more: Any) -> FeatureRecord:
     )
 
 
-def numbered(feature: FeatureSettings, counts: pa.Table, seed: int, **more: Any) -> Encoded:
+def numbered(
+    feature: FeatureSettings, counts: pa.Table, seed: int, former: Former | None = None, **more: Any
+) -> Encoded:
     """Ids of a feature that has one value, from a dictionary.
 
     Args:
         feature: its settings.
         counts: (value, frequency, places) in any order.
         seed: decides the shuffle.
+        former: what ids go on from, in a chain of days; None: nothing came before and nothing follows.
         more: fields of the record; ``values`` is the number of places.
     """
     counts = _sorted(counts)
-    frequent = _admitted(counts["frequency"].to_numpy(), feature.min_count)
-    dictionary = _dictionary(counts["value"], counts["frequency"].to_numpy(), frequent, feature, seed)
-    places = counts["places"].to_numpy()
+    id_V, dictionary, rows = _numbers(counts["value"], counts["frequency"].to_numpy(), feature, seed, former)
+    known, places = id_V > 0, counts["places"].to_numpy()
     record = new_record(
         feature,
-        rows=len(dictionary),
+        rows=rows,
         missing=more["values"] - int(places.sum()),
-        below_min_count=int(places[~frequent].sum()),
-        rare=int((~frequent).sum()),
+        below_min_count=int(places[~known].sum()),
+        rare=int((~known).sum()),
         **more,
     )
-    ids = pa.table({"value": dictionary["raw_id"], "id": dictionary["id"]})
+    ids = pa.table({"value": counts["value"].filter(pa.array(known)), "id": id_V[known]})
     return Encoded(record, ids, dictionary)
 
 
-def numbered_sets(feature: FeatureSettings, counts: pa.Table, seed: int, **more: Any) -> Encoded:
+def numbered_sets(
+    feature: FeatureSettings, counts: pa.Table, seed: int, former: Former | None = None, **more: Any
+) -> Encoded:
     """Ids of the values in sets, and bags of them; arguments as those of `numbered`, where a value is a whole set.
 
     Rare values are left out of their sets, which may become equal or empty.
@@ -121,27 +140,24 @@ def numbered_sets(feature: FeatureSettings, counts: pa.Table, seed: int, **more:
     if feature.hash_buckets is not None:
         id_V = (coded.dictionary.to_numpy() % feature.hash_buckets + 1).astype(np.int32)
         collisions = len(id_V) - len(np.unique(id_V))
-        rows, frequent_V = feature.hash_buckets, np.ones(len(id_V), bool)
+        rows = feature.hash_buckets
     else:
         # bincount adds weights up in float64: exact below 2^53 events.
         frequency_V = np.bincount(code_E, counts["frequency"].to_numpy()[parent_E], len(coded.dictionary))
         order = pc.sort_indices(coded.dictionary)
         frequency = frequency_V.astype(np.int64)[order.to_numpy()]
-        frequent = _admitted(frequency, feature.min_count)
-        dictionary = _dictionary(coded.dictionary.take(order), frequency, frequent, feature, seed)
-        id_V, frequent_V = np.zeros(len(coded.dictionary), np.int32), np.zeros(len(coded.dictionary), bool)
-        frequent_V[order.to_numpy()] = frequent
-        id_V[order.to_numpy()[frequent]] = dictionary["id"].to_numpy()
-        rows = len(dictionary)
-    rare_B = np.bincount(parent_E, ~frequent_V[code_E], len(sets)) > 0
-    bag_B, bags = _bags(id_V[code_E], parent_E, len(sets))
+        sorted_ids, dictionary, rows = _numbers(coded.dictionary.take(order), frequency, feature, seed, former)
+        id_V = np.zeros(len(coded.dictionary), np.int32)
+        id_V[order.to_numpy()] = sorted_ids
+    rare_B = np.bincount(parent_E, id_V[code_E] == 0, len(sets)) > 0
+    bag_B, bags = _bags(id_V[code_E], parent_E, len(sets), None if former is None else former.bags)
     record = new_record(
         feature,
         rows=rows,
         bags=len(bags) - 1,
         missing=more["values"] - int(places.sum()),
         below_min_count=int(places[rare_B].sum()),
-        rare=int((~frequent_V).sum()),
+        rare=int((id_V == 0).sum()),
         collisions=collisions,
         **more,
     )
@@ -169,18 +185,24 @@ def hashed(feature: FeatureSettings, counts: dict[str, int], **more: Any) -> Enc
     )
 
 
-def measured(feature: FeatureSettings, counts: pa.Table, of_each: str, **more: Any) -> Encoded:
+def measured(
+    feature: FeatureSettings, counts: pa.Table, of_each: str, former: Former | None = None, **more: Any
+) -> Encoded:
     """A feature that is a number: quantiles, or mean and deviation, exact over all its values.
 
     Args:
         feature: its settings.
         counts: (value, frequency, places) in any order.
         of_each: ``places``: values count once an item or user; ``frequency``: once an event or impression.
+        former: has edges, or mean and deviation, which stay what they are; None: they are those of ``counts``.
         more: fields of the record; ``values`` is the number of places.
     """
     # By value, so that sums are taken in one order: engines give rows in orders of their own.
     counts = _sorted(counts)
     missing = more["values"] - int(counts["places"].to_numpy().sum())
+    if former is not None and former.record is not None:
+        kept = former.record.model_dump(include={"rows", "edges", "mean", "deviation"})
+        return Encoded(new_record(feature, missing=missing, **kept, **more))
     number = counts[of_each].to_numpy()
     value, number = counts["value"].to_numpy()[number > 0], number[number > 0]
     if feature.buckets is not None:
@@ -217,24 +239,65 @@ def shuffled_ids(count: int, seed: int, salt: int) -> NDArray[np.int32]:
     return ids
 
 
-def _admitted(frequency: I64, min_count: int) -> NDArray[np.bool_]:
+def admitted(frequency: I64, min_count: int) -> NDArray[np.bool_]:
     """Whether values are frequent enough. What was only shown has the frequency 0, and counts where all values do."""
     return frequency >= min_count if min_count > 1 else np.ones(len(frequency), bool)
 
 
-def _dictionary(
-    values: pa.Array, frequency: I64, frequent: NDArray[np.bool_], feature: FeatureSettings, seed: int
-) -> pa.Table:
-    """The dictionary of the frequent ones of sorted raw values."""
-    # A salt of the name: the order in which features are declared must not matter.
-    salt = int(hash_texts(pa.array([feature.name], pa.string()))[0])
-    ids = shuffled_ids(int(frequent.sum()), seed, salt)
+def _numbers(
+    values: pa.Array, frequency: I64, feature: FeatureSettings, seed: int, former: Former | None
+) -> tuple[NDArray[np.int32], pa.Table | None, int]:
+    """Ids of sorted raw values, 0 for the unknown; the dictionary, None where the former one stays; its largest id."""
+    if former is not None and former.record is not None:
+        assert former.dictionary is not None
+        if former.closed:
+            # Null, where a value is not there, is the unknown.
+            index_V = pc.index_in(values, former.dictionary["raw_id"].combine_chunks())
+            id_V = pc.fill_null(former.dictionary["id"].combine_chunks().take(index_V), 0).to_numpy()
+            return id_V.astype(np.int32), None, former.record.rows
+        return _further_numbers(values, frequency, feature, seed, former)
+    frequent = admitted(frequency, feature.min_count)
+    count = int(frequent.sum())
+    id_V = np.zeros(len(values), np.int32)
+    id_V[frequent] = shuffled_ids(count, seed, _salt(feature))
     schema = dictionary_schema(text=feature.type == "text")
-    return pa.table([values.filter(pa.array(frequent)), ids, frequency[frequent]], schema=schema)
+    # In a chain of days, those that are too rare are counted on.
+    listed = frequent if former is None else np.ones(len(values), bool)
+    dictionary = pa.table([values.filter(pa.array(listed)), id_V[listed], frequency[listed]], schema=schema)
+    return id_V, dictionary, count
 
 
-def _bags(id_E: NDArray[np.int32], parent_E: I64, count: int) -> tuple[NDArray[np.int32], pa.Table]:
-    """Number of each set's bag, and the bags, numbered by their content; bag 0 is the empty one."""
+def _further_numbers(
+    values: pa.Array, frequency: I64, feature: FeatureSettings, seed: int, former: Former
+) -> tuple[NDArray[np.int32], pa.Table, int]:
+    """`_numbers`, where ids stay what they are and further ones are given: to values that are frequent enough now."""
+    assert former.record is not None
+    assert former.dictionary is not None
+    former_raw, former_id = former.dictionary["raw_id"].combine_chunks(), former.dictionary["id"].to_numpy()
+    raw_V = pc.unique(pa.concat_arrays([former_raw, values]))
+    raw_V = raw_V.take(pc.sort_indices(raw_V))
+    place, place_of_former = pc.index_in(values, raw_V).to_numpy(), pc.index_in(former_raw, raw_V).to_numpy()
+    id_V, frequency_V = np.zeros(len(raw_V), np.int32), np.zeros(len(raw_V), np.int64)
+    id_V[place_of_former] = former_id
+    frequency_V[place] = frequency
+    if not former.counted_anew:
+        frequency_V[place_of_former] += former.dictionary["frequency"].to_numpy()
+    new_V = (id_V == 0) & admitted(frequency_V, feature.min_count)
+    count, rows = int(new_V.sum()), former.record.rows
+    id_V[new_V] = rows + shuffled_ids(count, seed, _salt(feature))
+    schema = dictionary_schema(text=feature.type == "text")
+    return id_V[place], pa.table([raw_V, id_V, frequency_V], schema=schema), rows + count
+
+
+def _salt(feature: FeatureSettings) -> int:
+    # Of the name: the order in which features are declared must not matter.
+    return int(hash_texts(pa.array([feature.name], pa.string()))[0])
+
+
+def _bags(
+    id_E: NDArray[np.int32], parent_E: I64, count: int, former: pa.Table | None
+) -> tuple[NDArray[np.int32], pa.Table]:
+    """Number of each set's bag, and the bags, ``former`` ones first, new ones by content; bag 0 is the empty one."""
     known = id_E > 0
     id_E, parent_E = id_E[known], parent_E[known]
     order = np.lexsort((id_E, parent_E))
@@ -243,11 +306,14 @@ def _bags(id_E: NDArray[np.int32], parent_E: I64, count: int) -> tuple[NDArray[n
     new[1:] = (id_E[1:] != id_E[:-1]) | (parent_E[1:] != parent_E[:-1])
     id_E, parent_E = id_E[new], parent_E[new]
     # As bytes, large ones first: they sort as lists of ids do.
-    ends = (4 * np.searchsorted(parent_E, np.arange(count + 1))).astype(np.int64)
-    content = pa.py_buffer(id_E.astype(">i4").tobytes())
-    sets = pa.LargeBinaryArray.from_buffers(pa.large_binary(), count, [None, pa.py_buffer(ends), content])
-    distinct = pc.unique(pa.concat_arrays([pa.array([b""], pa.large_binary()), sets]))
-    distinct = distinct.take(pc.sort_indices(distinct))
+    sets = _as_bytes(id_E, np.searchsorted(parent_E, np.arange(count + 1)))
+    distinct = pa.array([b""], pa.large_binary())
+    if former is not None:
+        lists = former["ids"].combine_chunks()
+        distinct = _as_bytes(lists.flatten().to_numpy(), lists.offsets.to_numpy() - lists.offsets[0].as_py())
+    new = pc.unique(sets)
+    new = new.filter(pc.invert(pc.is_in(new, distinct)))
+    distinct = pa.concat_arrays([distinct, new.take(pc.sort_indices(new))])
     bag_B = pc.index_in(sets, distinct).to_numpy().astype(np.int32)
     lengths = pc.binary_length(distinct).to_numpy() // 4
     joined = b"".join(distinct.to_pylist())
@@ -255,6 +321,12 @@ def _bags(id_E: NDArray[np.int32], parent_E: I64, count: int) -> tuple[NDArray[n
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids), type=BAGS.field("ids").type)
     return bag_B, pa.table([lists], schema=BAGS)
+
+
+def _as_bytes(id_E: NDArray[np.int32], end_B: NDArray[Any]) -> pa.Array:
+    """Sets of ids as bytes that sort as lists of ids do; each but the first begins where the one before ends."""
+    ends, content = pa.py_buffer((4 * end_B).astype(np.int64)), pa.py_buffer(id_E.astype(">i4").tobytes())
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(end_B) - 1, [None, ends, content])
 
 
 def _quantiles(value: NDArray[np.float64], number: I64, buckets: int) -> tuple[float, ...]:

@@ -1,6 +1,6 @@
 """What ingest asks of the program that runs its definition: an embedded engine, or a distributed one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -49,6 +49,10 @@ class Engine(Protocol):
 
     def fetch(self, table: ir.Table) -> pa.Table:
         """Compute an expression and hold its result in memory."""
+        ...
+
+    def batches(self, table: ir.Table) -> Iterator[pa.RecordBatch]:
+        """Compute an expression and take its rows in order, a few at a time."""
         ...
 
     def write_shards(

@@ -4,17 +4,20 @@ What counts as frequent: an item's or a user's value as often as the item or use
 often as it is among them; an impression's as often as it is shown.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.files import link_or_copy
 from pipeline.ingest import definition
-from pipeline.ingest.columns import feature_column, user_column
-from pipeline.ingest.encodings import Encoded, hashed, measured, numbered, numbered_sets
+from pipeline.ingest.chain import ITEM_VALUES, Base
+from pipeline.ingest.columns import feature_column, feature_type, user_column
+from pipeline.ingest.encodings import Encoded, Former, hashed, measured, numbered, numbered_sets
 from pipeline.ingest.engine import Engine
 from schemas.features import FeatureSettings
 from schemas.prepare import PrepareSettings
@@ -45,10 +48,14 @@ class Features:
         engine: computes.
         folder: of the data set.
         work: of files that the engine reads.
+        base: what ids go on from; None: nothing.
     """
 
-    def __init__(self, settings: PrepareSettings, engine: Engine, folder: Path, work: Path) -> None:
+    def __init__(
+        self, settings: PrepareSettings, engine: Engine, folder: Path, work: Path, base: Base | None = None
+    ) -> None:
         self._settings, self._engine, self._folder, self._work = settings, engine, folder, work
+        self._base = base
         self._encoded: dict[str, FeatureRecord] = {}
         self._ids: dict[str, ir.Table] = {}
         self._kept = 0
@@ -65,8 +72,8 @@ class Features:
         return [record for record in self.records if record.of in sides]
 
     def belonging(
-        self, side: Literal["item", "user"], logs: Sequence[ir.Table], files: Iterable[FeatureTable]
-    ) -> tuple[ir.Table, int]:
+        self, side: Literal["item", "user"], logs: Sequence[ir.Table], files: Sequence[FeatureTable]
+    ) -> tuple[ir.Table, ir.Table]:
         """Find what belongs to each item or user, and encode it.
 
         Args:
@@ -75,7 +82,8 @@ class Features:
             files: files of features; those of other sides are passed over.
 
         Returns:
-            (key, frequency, columns of features with ids and raw numbers) of every one, and how many there are.
+            (key, frequency, last_seen, columns of features with ids and raw numbers) of every one, and in a chain of
+            days what `definition.with_former_items` has besides; and the same with raw values.
         """
         declared = [each for each in self._settings.declared_features if each.of == side]
         in_logs = [feature_column(each.name) for each in declared if each.file is None]
@@ -86,18 +94,49 @@ class Features:
                 names = [feature_column(each.name) for each in of_file.features]
                 table = definition.with_file(table, of_file.table, names)
         columns = [feature_column(each.name) for each in declared]
+        given = {each.name for of_file in files for each in of_file.features}
+        for each in declared:
+            if each.file is not None and each.name not in given:
+                # A day may say nothing new of items or users.
+                nothing = ibis.null(ibis.dtype(feature_type(each)))
+                name = feature_column(each.name)
+                table = table.mutate(**{f"low_{name}": nothing, f"high_{name}": nothing})
         table = self._engine.materialize(f"{side}s", table, lambda _: None)
         changed = self._row(definition.changes(table, columns))
         last = {name: definition.last_values(lines, table, name) for name in in_logs if changed[name]}
         settled = definition.settled(table, columns, last)
         if last:
             settled = self._engine.materialize(f"{side}s_settled", settled, lambda _: None)
+        number = changed["number"]
+        if self._base is not None and self._base.grows and side == "item":
+            # Values of all items, so that a value that is frequent enough now gets an id wherever it stands.
+            settled = self._with_former(settled, columns)
+            number = self._row(definition.size(settled, "key"))["number"]
         for feature in declared:
             several = changed[feature_column(feature.name)]
-            self._encode(feature, settled, "frequency", "places", values=changed["number"], changed=several)
+            self._encode(feature, settled, "frequency", "places", values=number, changed=several)
         if side == "item" and CATEGORY not in self._encoded:
-            self._no_category(changed["number"])
-        return self._applied(settled, self.of(side)), changed["number"]
+            self._no_category(number)
+        encoded = self._applied(settled, self.of(side))
+        if self._base is not None and self._base.closed and side == "item":
+            encoded = self._with_former(encoded, [feature_column(each.name) for each in self.of("item")])
+        return encoded, settled
+
+    def _with_former(self, items: ir.Table, columns: Sequence[str]) -> ir.Table:
+        """Items with what the data set before says of them; see `definition.with_former_items`."""
+        assert self._base is not None
+        former = self._engine.open_ids(self._base.renamed("items.parquet", self._work))
+        key = "id" if self._settings.items.hash_buckets is not None else "raw_id"
+        known = {name: former[name] for name in ("last_seen", "row", "row_day") if name in former.columns}
+        missing = {name: ibis.literal(0, "int64") for name in ("last_seen", "row", "row_day") if name not in known}
+        # Where nothing is added, how frequent an item is says this data set alone.
+        frequency = former["frequency"] if self._base.grows else ibis.literal(0, "int64")
+        former = former.select(former_key=former[key], id=former["id"], frequency=frequency, **known, **missing)
+        values = None
+        if columns and self._base.grows:
+            values = self._engine.open_ids(self._base.renamed(ITEM_VALUES, self._work)).rename(former_key="key")
+        table = definition.with_former_items(items, former, values, columns)
+        return self._engine.materialize("items_of_all_days", table, lambda _: None)
 
     def of_lines(self, logs: Sequence[ir.Table], lines: Sequence[int]) -> None:
         """Encode the features of behaviours and impressions.
@@ -135,29 +174,44 @@ class Features:
         # Computed before it is fetched: the engine must give back the memory that it takes here.
         found = definition.raw_counts(table, column, weight)
         found = self._engine.materialize(f"counts_of_{feature.name}", found, lambda _: None)
-        self.reserve(found, "value", BYTES_PER_VALUE)
+        record = None if self._base is None else self._base.record(feature.name)
+        entries, length = (0, 0) if self._base is None or record is None else self._base.memory_of(record)
+        self.reserve(found, "value", BYTES_PER_VALUE, besides=entries * BYTES_PER_VALUE + length * COPIES_OF_TEXT)
         counts = self._engine.fetch(found)
+        former = self._former(feature)
         if feature.kind == "number":
-            self._keep(measured(feature, counts, of_each, **more))
+            self._keep(measured(feature, counts, of_each, former, **more))
         elif feature.kind == "ids":
-            self._keep(numbered_sets(feature, counts, seed, **more))
+            self._keep(numbered_sets(feature, counts, seed, former, **more))
         else:
-            self._keep(numbered(feature, counts, seed, **more))
+            self._keep(numbered(feature, counts, seed, former, **more))
 
-    def reserve(self, table: ir.Table, column: str, bytes_of_each: int, *, kept: bool = False) -> None:
+    def _former(self, feature: FeatureSettings) -> Former | None:
+        """What a feature's ids go on from; None: no day came before and none follows."""
+        if self._base is None:
+            return Former() if self._settings.history.keep is not None else None
+        record = self._base.record(feature.name)
+        assert record is not None, "settings agree with those of the data set before"
+        # An item's value is that of all its events, whenever it got it; others count what a day has.
+        return self._base.former(record, counted_anew=feature.of == "item")
+
+    def reserve(
+        self, table: ir.Table, column: str, bytes_of_each: int, *, besides: int = 0, kept: bool = False
+    ) -> None:
         """Have the engine leave memory for the rows of a table.
 
         Args:
             table: is computed already.
             column: its raw values.
             bytes_of_each: memory of a row, without that of text.
+            besides: memory for other things.
             kept: it is needed until the end; else until the next call.
 
         Raises:
             UserError: the memory limit is too small for that.
         """
         rows = self._row(definition.size(table, column))
-        memory = rows["number"] * bytes_of_each + rows["length"] * COPIES_OF_TEXT
+        memory = rows["number"] * bytes_of_each + rows["length"] * COPIES_OF_TEXT + besides
         self._engine.reserve(self._kept + memory)
         self._kept += memory if kept else 0
 
@@ -166,6 +220,11 @@ class Features:
         record = encoded.record
         self._encoded[record.name] = record
         self.files += encoded.write(self._folder)
+        if record.dictionary is not None and record.dictionary not in self.files:
+            # Nothing was added to the dictionary of the data set before.
+            assert self._base is not None
+            link_or_copy(self._base.verified(record.dictionary), self._folder / record.dictionary)
+            self.files.append(record.dictionary)
         if encoded.ids is not None:
             path = self._work / f"{feature_column(record.name)}.parquet"
             pq.write_table(encoded.ids, path)
@@ -178,7 +237,7 @@ class Features:
             name=CATEGORY, of="item", column=CATEGORY, type="text" if kind == pa.string() else "integer"
         )
         nothing = pa.table({"value": pa.nulls(0, kind), **dict.fromkeys(("frequency", "places"), pa.nulls(0, "int64"))})
-        self._keep(numbered(feature, nothing, self._settings.seed, values=items))
+        self._keep(numbered(feature, nothing, self._settings.seed, self._former(feature), values=items))
 
     def _applied(self, table: ir.Table, records: list[FeatureRecord]) -> ir.Table:
         buckets = {each.name: each.rows for each in records if each.encoding == "hash"}

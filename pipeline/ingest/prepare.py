@@ -14,9 +14,11 @@ from embeddings.machine import check_threads, host_memory
 from pipeline.errors import SPACE
 from pipeline.files import output_folder
 from pipeline.ingest import definition
-from pipeline.ingest.columns import FEATURE_KEY, event_columns, impression_columns, label_column
+from pipeline.ingest.chain import ITEM_VALUES, Base, write_batches
+from pipeline.ingest.columns import FEATURE_KEY, event_columns, feature_column, impression_columns, label_column
 from pipeline.ingest.counts import check, check_keys, check_zones, counts_of, nothing_left, notices
-from pipeline.ingest.definition import UNKNOWN_LABEL
+from pipeline.ingest.day_settings import recorded
+from pipeline.ingest.definition import LATEST, UNKNOWN_LABEL
 from pipeline.ingest.dictionaries import (
     BYTES_PER_FEATURE,
     BYTES_PER_ITEM,
@@ -25,6 +27,7 @@ from pipeline.ingest.dictionaries import (
 )
 from pipeline.ingest.engine import Engine
 from pipeline.ingest.features import Features, FeatureTable
+from pipeline.ingest.item_days import BYTES_PER_ITEM_OF_DAYS, PLACE, ItemDay, build_beside, build_day
 from pipeline.ingest.shards import ShardBuilder, WrittenShard
 from pipeline.ingest.sources import FeatureFiles, LogFiles, feature_files, log_files
 from pipeline.progress import stage
@@ -32,6 +35,7 @@ from schemas.errors import UserError
 from schemas.manifest import (
     MANIFEST,
     ROW_GROUP_INDEX,
+    Chain,
     Counts,
     File,
     Manifest,
@@ -47,6 +51,7 @@ CONTENTS = (
     "shard-*.parquet",
     "history-*.arrow",
     "items.parquet",
+    ITEM_VALUES,
     ITEM_FEATURES,
     "feature-*.parquet",
     "bags-*.arrow",
@@ -62,10 +67,16 @@ MOST_SHARDS = 100_000
 _LOGGER = logging.getLogger("dare.data")
 
 
-def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) -> Manifest:
+def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False, base: Base | None = None) -> Manifest:
     """Write the data set that ``settings`` describe into the folder ``out``.
 
     The same input and seed give the same bytes, whatever the engine, its threads or the order of the files.
+
+    Args:
+        settings: of all of it.
+        out: the folder.
+        overwrite: ``out`` may hold an earlier output.
+        base: the day of a chain that this one follows, or the owner of the dictionaries; None: there is none.
 
     Raises:
         UserError: a fault of the settings or of the input, or a full disk; says what to do about it.
@@ -86,6 +97,8 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) ->
         columns = impression_columns(settings)
         impressions = log_files("impressions", settings.impressions, columns, skip_corrupt=skip)
     features = feature_files(settings)
+    if base is not None:
+        base.check(settings, out, [events, *([] if impressions is None else [impressions])])
     engine_class = _engine_class(settings)
     with output_folder(out, CONTENTS, overwrite=overwrite, last=MANIFEST) as folder:
         # With a dot: `output_folder` removes it before the data set gets its name.
@@ -93,7 +106,7 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) ->
         work.mkdir()
         engine = engine_class(work, settings.memory_limit, settings.threads)
         try:
-            manifest = _Preparation(settings, engine, folder, work).run(events, impressions, features)
+            manifest = _Preparation(settings, engine, folder, work, base).run(events, impressions, features)
         except OSError as error:
             if error.errno in SPACE:
                 where, choose = out, "choose another --out"
@@ -109,8 +122,10 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False) ->
 
 
 class _Preparation:
-    def __init__(self, settings: PrepareSettings, engine: Engine, folder: Path, work: Path) -> None:
+    def __init__(self, settings: PrepareSettings, engine: Engine, folder: Path, work: Path, base: Base | None) -> None:
         self._settings, self._engine, self._folder, self._work = settings, engine, folder, work
+        self._base = base
+        self._day = base.day if base is not None and base.grows else 0
 
     def run(
         self, event_files: LogFiles, impression_files: LogFiles | None, feature_files: list[FeatureFiles]
@@ -128,24 +143,28 @@ class _Preparation:
         with stage("read events") as running:
             events, read = engine.load(event_files, running.reach_share)
         counted = check(event_files, read, engine.fetch(definition.faults(events)))
-        logs, lines, cuts, shown = [events], [counted["lines"]], None, None
+        logs, lines, cuts, shown, spans = [events], [counted["lines"]], None, None, [counted]
         if impression_files is not None and settings.impressions is not None:
             with stage("read impressions") as running:
                 impressions, shown = engine.load(impression_files, running.reach_share)
             check_zones([(settings.events, event_files, read), (settings.impressions, impression_files, shown)])
             of_shown = check(impression_files, shown, engine.fetch(definition.faults(impressions)))
             lines.append(of_shown["lines"])
+            spans.append(of_shown)
             shown.update({name: number for name, number in of_shown.items() if name.startswith(UNKNOWN_LABEL)})
             cuts = self._cuts(impressions)
             logs.append(impressions)
         else:
             check_zones([(settings.events, event_files, read)])
+        span = min(each["first"] for each in spans), max(each["last"] for each in spans)
+        if self._base is not None:
+            self._base.check_later(span[0])
 
         with stage("dictionaries"):
             collisions = self._item_collisions(logs)
             logs = [definition.in_buckets(log, settings.items.hash_buckets) for log in logs]
-            features = Features(settings, engine, self._folder, self._work)
-            dictionary = self._dictionary(features, logs, tables)
+            features = Features(settings, engine, self._folder, self._work, self._base)
+            dictionary = self._dictionary(features, logs, tables, span[1])
             users = None
             if any(each.of == "user" for each in settings.declared_features):
                 belonging, _ = features.belonging("user", logs, tables)
@@ -173,12 +192,14 @@ class _Preparation:
                 sorted_lines, definition.line_order(sorted_lines), builder, running.advance
             )
         counts = counts_of(written, dictionary, features.records, counted, read, shown, tally, collisions)
-        if not written:
+        # A later day without a target is one that later days go on from.
+        if not written and not self._day:
             raise UserError(nothing_left(settings, counts))
         # Last of all the manifest: a folder without one is no data set.
         inputs = [event_files, *([impression_files] if impression_files is not None else [])]
         inputs += [of_file.files for of_file in feature_files]
-        manifest = self._manifest(written, counts, features, dictionary, inputs)
+        chain = self._chain(dictionary, span, 0)
+        manifest = self._manifest(written, counts, features, dictionary, inputs, chain)
         manifest.write(self._folder)
         return manifest
 
@@ -205,6 +226,9 @@ class _Preparation:
             )
         if len(logs) > 1:
             labels = [label_column(number, name) for number, name in enumerate(self._labels)]
+            if self._day and "split" in logs[1].columns:
+                # What a later day brings is there to be learnt, all of it.
+                logs = [logs[0], logs[1].drop("split")]
             logs = [logs[0], definition.shown(logs[1], cuts, labels)]
         ids = None if settings.items.hash_buckets else self._engine.open_ids(self._folder / "items.parquet")
         lines = definition.lines([features.on_lines(log) for log in logs], ids, users)
@@ -223,6 +247,8 @@ class _Preparation:
         """Timestamps at which validation and test begin; None: a column says so, or there is nothing to train on."""
         split, log = self._settings.split, self._settings.impressions
         assert log is not None
+        if self._day:
+            return LATEST + 1, LATEST + 1
         if log.split is not None or not self._settings.labels:
             return None
         if isinstance(split, DateSplit):
@@ -230,19 +256,54 @@ class _Preparation:
         # At moments that hold out the wanted shares.
         return _cuts(self._engine.fetch(definition.timestamp_counts(impressions)), split)
 
-    def _dictionary(self, features: Features, logs: list[ir.Table], tables: list[FeatureTable]) -> Dictionary:
-        """Write the dictionary of items, with what belongs to them."""
-        engine, settings = self._engine, self._settings
-        items, _ = features.belonging("item", logs, tables)
-        of_items = features.of("item")
+    def _dictionary(self, features: Features, logs: list[ir.Table], tables: list[FeatureTable], now: int) -> Dictionary:
+        """Write the dictionary of items, with what belongs to them; ``now`` is the last moment of the logs."""
+        engine, settings, base = self._engine, self._settings, self._base
+        items, raw = features.belonging("item", logs, tables)
+        if settings.history.keep is not None:
+            self._write_item_values(features, raw)
+        of_items, kind, seed = features.of("item"), settings.events.item_type, settings.seed
+        numbered = settings.items.hash_buckets is None
+        of_days = base is not None or (settings.history.keep is not None and numbered)
         # Before the arrays are made: the engine must give the memory back first.
-        of_each = BYTES_PER_ITEM + BYTES_PER_FEATURE * (len(of_items) - 1)
+        of_each = BYTES_PER_ITEM + BYTES_PER_FEATURE * (len(of_items) - 1) + BYTES_PER_ITEM_OF_DAYS * of_days
         features.reserve(items, "key", of_each, kept=True)
-        dictionary = build_dictionary(
-            engine.fetch(items.order_by("key")), of_items, settings.items, settings.events.item_type, settings.seed
-        )
+        fetched = engine.fetch((items if of_days else items.drop("last_seen")).order_by("key"))
+        if base is not None and base.closed:
+            known, largest = base.item_features(), base.manifest.largest_item
+            ids = base.manifest.counts.items
+            dictionary = build_beside(fetched, of_items, settings.items, kind, seed, known, ids, largest)
+        elif of_days and numbered:
+            ids, rows = (0, 0) if base is None else (base.manifest.counts.items, base.rows)
+            dictionary = build_day(fetched, of_items, settings.items, kind, seed, ItemDay(self._day, now, ids, rows))
+        else:
+            dictionary = build_dictionary(fetched, of_items, settings.items, kind, seed)
         dictionary.write(self._folder)
         return dictionary
+
+    def _write_item_values(self, features: Features, items: ir.Table) -> None:
+        """Write the raw values of items' features, which later days go on from."""
+        names = [feature_column(each.name) for each in self._settings.declared_features if each.of == "item"]
+        if not names:
+            return
+        table = items.select("key", *names).order_by("key")
+        write_batches(self._engine.batches(table), table.schema().to_pyarrow(), self._folder / ITEM_VALUES)
+        features.files.append(ITEM_VALUES)
+
+    def _chain(self, dictionary: Dictionary, span: tuple[int, int], new_users: int) -> Chain | None:
+        """What the days that follow must know; None: none can."""
+        if self._settings.history.keep is None or (self._base is not None and self._base.closed):
+            return None
+        return Chain(
+            days=() if self._base is None else self._base.days,
+            first_timestamp=span[0],
+            last_timestamp=span[1],
+            rows=dictionary.rows,
+            new_items=dictionary.new_items,
+            new_users=new_users,
+            evicted=dictionary.evicted,
+            layers=(),
+        )
 
     def _manifest(
         self,
@@ -251,6 +312,7 @@ class _Preparation:
         features: Features,
         dictionary: Dictionary,
         inputs: list[LogFiles],
+        chain: Chain | None,
     ) -> Manifest:
         # The index of row groups: from it a stream plans its epochs without opening a shard.
         index = pa.table(
@@ -280,8 +342,11 @@ class _Preparation:
             weighted=self._settings.weighted,
             user_type=self._settings.events.user_type,
             item_type=self._settings.events.item_type,
-            item_rows=dictionary.rows,
-            settings=_without_paths(self._settings),
+            item_rows=dictionary.table_rows,
+            placed_items=PLACE in dictionary.features.column_names,
+            chain=chain,
+            dictionaries_of=self._base.fingerprint if self._base is not None and self._base.closed else None,
+            settings=recorded(self._settings),
             sources=_sources(inputs),
             skipped=tuple(reason for files in inputs for reason in files.skipped),
             shards=tuple(self._shard(file) for file in written),
@@ -331,17 +396,3 @@ def _sources(inputs: list[LogFiles]) -> tuple[Source, ...]:
         for path in files.paths
     }
     return tuple(sorted(sources, key=lambda source: (source.name, source.fingerprint)))
-
-
-def _without_paths(settings: PrepareSettings) -> dict[str, Any]:
-    """What decides the content: no paths, and not how it was computed."""
-    # Engines, threads and memory change no byte, and the same log may lie elsewhere: the manifest must not tell them
-    # apart.
-    content = settings.model_dump(mode="json", exclude={"engine", "memory_limit", "threads"})
-    for log in (content["events"], content["events"]["item_features"], content["impressions"]):
-        if log is not None:
-            del log["files"]
-    for feature in content["features"]:
-        if feature["file"] is not None:
-            del feature["file"]["path"]
-    return content

@@ -15,7 +15,7 @@ from pipeline.ingest.text import SEPARATOR, ByteStream, PlainText
 from pipeline.ingest.values import fits
 from pipeline.paths import input_files
 from schemas.errors import UserError
-from schemas.features import FeatureFile, FeatureSettings
+from schemas.features import UNCHANGED, FeatureFile, FeatureSettings
 from schemas.prepare import Impressions, Log, PrepareSettings, TimestampUnit
 from schemas.storage import arrow_file
 from schemas.text_format import Encoding, TextFormat
@@ -104,12 +104,14 @@ def log_files(role: str, log: Log, columns: tuple[Column, ...] | None = None, *,
 
 
 def feature_files(settings: PrepareSettings) -> list[FeatureFiles]:
-    """The files that features of items and users have of their own; errors are those of `log_files`."""
+    """The files that features of items and users have of their own, but `UNCHANGED` ones; errors as of `log_files`."""
     # Features of one file are read together.
     together: dict[tuple[str, tuple[str, ...], str | None, FeatureFile], list[FeatureSettings]] = {}
     for feature in settings.declared_features:
         if feature.file is not None:
             names = settings.files_of(feature)
+            if names == (UNCHANGED,):
+                continue
             together.setdefault((feature.of, names, feature.key, feature.file), []).append(feature)
     read = []
     for number, ((_, names, _, form), of_files) in enumerate(together.items()):

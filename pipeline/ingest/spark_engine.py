@@ -127,6 +127,10 @@ class SparkEngine:
         result = self._explained(lambda: self._frame(table).toArrow())
         return result.cast(table.schema().to_pyarrow())
 
+    def batches(self, table: ir.Table) -> Iterator[pa.RecordBatch]:
+        """Compute an expression in the memory of the driver, and take its rows in order."""
+        yield from self.fetch(table).to_batches()
+
     def write_shards(
         self, lines: ir.Table, order: list[str], builder: ShardBuilder, report: ReportLines
     ) -> tuple[list[WrittenShard], Tally]:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.hashing import hash_texts, mix
@@ -206,6 +206,7 @@ def hashed(value: Any, buckets: int) -> int:
 @quick
 @given(rows, rows)
 def test_every_side_and_kind(tmp_path: Path, events: list[Row], shown: list[Row]) -> None:
+    assume(any(row["weight"] for row in shown))
     write(tmp_path, events, shown)
     prepare(chosen(tmp_path), tmp_path / "out", overwrite=True)
     data = DataSet(tmp_path / "out")

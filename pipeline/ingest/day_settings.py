@@ -1,0 +1,94 @@
+"""Settings of a day of a chain: those of the days before, with files of its own."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.ingest.chain import Base
+from schemas.errors import UserError
+from schemas.features import UNCHANGED
+from schemas.prepare import PrepareSettings
+from schemas.settings import load_settings
+
+_SPANS = ("events.since", "events.until", "impressions.since", "impressions.until")
+_OF_A_DAY = ("on_corrupt", "items.evict", *_SPANS)
+"""Settings that each day may have of its own, beside files and those that decide no content."""
+
+
+def recorded(settings: PrepareSettings) -> dict[str, Any]:
+    """What decides the content, as a manifest has it: no paths, and not how it was computed."""
+    # Engines, threads and memory change no byte, and the same log may lie elsewhere: the manifest must not tell them
+    # apart.
+    content = settings.model_dump(mode="json", exclude={"engine", "memory_limit", "threads"})
+    for log in (content["events"], content["events"]["item_features"], content["impressions"]):
+        if log is not None:
+            del log["files"]
+    for feature in content["features"]:
+        if feature["file"] is not None:
+            del feature["file"]["path"]
+    return content
+
+
+def day_settings(
+    base: Base,
+    files: Sequence[Path | Mapping[str, Any]] = (),
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> PrepareSettings:
+    """The settings of the day that follows ``base``; arguments beside it are those of `load_settings`.
+
+    Files of features that are not given are `UNCHANGED`.
+
+    Raises:
+        UserError: what `load_settings` refuses, or a setting that every day must have alike is another one.
+    """
+    values = dict(values or {})
+    where = f"--extend {base.folder}"
+    if base.manifest.settings["impressions"] is not None and "files" not in (values.get("impressions") or {}):
+        raise UserError(f"{where}: its targets are impressions; name the day's with --impressions")
+    settings = load_settings(PrepareSettings, [_without_day(base.manifest.settings), *files], overrides, values)
+    former, own = _flat(_named(base.manifest.settings)), _flat(_named(recorded(settings)))
+    for key in sorted(former.keys() | own.keys()):
+        if former.get(key) != own.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in _OF_A_DAY):
+            raise UserError(
+                f"{where}: {key} is {_said(former.get(key))} there and {_said(own.get(key))} here; all days of a chain "
+                "have the same: leave it out, or begin another chain"
+            )
+    return settings
+
+
+def _without_day(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a manifest to lay others over: without what a day has of its own, and with `UNCHANGED` files."""
+    content: dict[str, Any] = {**recorded, "features": [dict(feature) for feature in recorded["features"]]}
+    for feature in content["features"]:
+        if feature["file"] is not None:
+            feature["file"] = {**feature["file"], "path": UNCHANGED}
+    for name in ("events", "impressions"):
+        if content[name] is not None:
+            content[name] = {key: value for key, value in content[name].items() if key not in ("since", "until")}
+    events, shown = content["events"], content["impressions"]
+    if events["item_features"] is not None:
+        events["item_features"] = {**events["item_features"], "files": [UNCHANGED]}
+    # Defaults that say something where they are written out.
+    if any(feature["name"] == "category" for feature in content["features"]) and events["category_id"] is not None:
+        del events["category_id"]
+    if shown is not None and shown["labels"] is not None:
+        del shown["label"]
+    return content
+
+
+def _named(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose features are found by name, in whatever order they are declared."""
+    return {**recorded, "features": {feature["name"]: feature for feature in recorded["features"]}}
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _said(value: Any) -> str:
+    return "null" if value is None else str(value)
