@@ -104,6 +104,8 @@ class Base:
         if type(self.folder) is type(out) and (new == folder or folder in new.parents):
             raise UserError(f"--out {out} is in {self.folder}, which stays as it is; choose another folder")
         if self.closed:
+            if settings.history.keep is not None:
+                raise UserError("--dictionaries and history.keep: no day can follow such a data set; give one of them")
             self._check_features(settings)
             return
         chain = self.manifest.chain

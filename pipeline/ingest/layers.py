@@ -52,6 +52,11 @@ class Gathered(NamedTuple):
     touched: int
     """Users of the day."""
 
+    @property
+    def new(self) -> int:
+        """Users of the day who had no event before."""
+        return self.touched - self.known
+
 
 class KeptLayers(NamedTuple):
     """Layers of a data set, the oldest first, and the records of all their files."""

@@ -28,6 +28,7 @@ from pipeline.ingest.dictionaries import (
 from pipeline.ingest.engine import Engine
 from pipeline.ingest.features import Features, FeatureTable
 from pipeline.ingest.item_days import BYTES_PER_ITEM_OF_DAYS, PLACE, ItemDay, build_beside, build_day
+from pipeline.ingest.layers import Gathered, gather, keep_layers, layer_of
 from pipeline.ingest.shards import ShardBuilder, WrittenShard
 from pipeline.ingest.sources import FeatureFiles, LogFiles, feature_files, log_files
 from pipeline.progress import stage
@@ -38,6 +39,7 @@ from schemas.manifest import (
     Chain,
     Counts,
     File,
+    Layer,
     Manifest,
     Shard,
     Source,
@@ -170,6 +172,9 @@ class _Preparation:
                 belonging, _ = features.belonging("user", logs, tables)
                 users = engine.materialize("users_encoded", features.on_users(belonging), lambda _: None)
             features.of_lines(logs, lines)
+        gathered = self._gathered(logs)
+        if gathered is not None and gathered.users is not None and users is not None:
+            users = definition.with_earlier_users(users, gathered.users)
         builder = ShardBuilder(
             dictionary,
             features.records,
@@ -185,21 +190,25 @@ class _Preparation:
                 line=len(logs) > 1,
             ),
             self._folder,
+            settings.history.keep,
+            self._day,
         )
         with stage("sort and write shards", sum(lines), "lines") as running:
-            sorted_lines = self._lines(features, logs, users, cuts, counted["lines"])
+            sorted_lines = self._lines(features, logs, users, cuts, counted["lines"], gathered)
             written, tally = engine.write_shards(
                 sorted_lines, definition.line_order(sorted_lines), builder, running.advance
             )
         counts = counts_of(written, dictionary, features.records, counted, read, shown, tally, collisions)
-        # A later day without a target is one that later days go on from.
+        own = layer_of(written, self._day)
+        # Some shards may have histories alone, whose users have no target; a later day may have no others.
+        written = [file for file in written if file.users]
         if not written and not self._day:
             raise UserError(nothing_left(settings, counts))
         # Last of all the manifest: a folder without one is no data set.
         inputs = [event_files, *([impression_files] if impression_files is not None else [])]
         inputs += [of_file.files for of_file in feature_files]
-        chain = self._chain(dictionary, span, 0)
-        manifest = self._manifest(written, counts, features, dictionary, inputs, chain)
+        chain, layer_files = self._chain(dictionary, span, own, tally["users"] if gathered is None else gathered.new)
+        manifest = self._manifest(written, counts, features, dictionary, inputs, chain, layer_files)
         manifest.write(self._folder)
         return manifest
 
@@ -215,9 +224,12 @@ class _Preparation:
         users: ir.Table | None,
         cuts: tuple[int, int] | None,
         events: int,
+        gathered: Gathered | None,
     ) -> ir.Table:
         """Both logs as lines with dense ids, which the engine sorts and the builder turns into shards."""
-        settings = self._settings
+        settings, carried = self._settings, None
+        if gathered is not None:
+            carried, events = gathered.lines, events + gathered.behaviors
         shards = -(-events // settings.shards.behaviors_per_shard)
         if shards > MOST_SHARDS:
             raise UserError(
@@ -231,8 +243,17 @@ class _Preparation:
                 logs = [logs[0], logs[1].drop("split")]
             logs = [logs[0], definition.shown(logs[1], cuts, labels)]
         ids = None if settings.items.hash_buckets else self._engine.open_ids(self._folder / "items.parquet")
-        lines = definition.lines([features.on_lines(log) for log in logs], ids, users)
+        lines = definition.lines([features.on_lines(log) for log in logs], ids, users, carried)
         return definition.in_shards(lines, seed=settings.seed, shards=shards)
+
+    def _gathered(self, logs: list[ir.Table]) -> Gathered | None:
+        """What the days before know of the users of this one; None: there are none."""
+        if self._base is None or self._base.closed:
+            return None
+        with stage("gather histories"):
+            touched = definition.touched(logs, self._settings.seed)
+            touched = self._engine.materialize("touched", touched, lambda _: None)
+            return gather(self._engine, touched, self._base.folder, self._base.manifest, self._work)
 
     def _item_collisions(self, logs: list[ir.Table]) -> int | None:
         """How many more raw items there are than buckets that have any; None: items are numbered."""
@@ -290,20 +311,26 @@ class _Preparation:
         write_batches(self._engine.batches(table), table.schema().to_pyarrow(), self._folder / ITEM_VALUES)
         features.files.append(ITEM_VALUES)
 
-    def _chain(self, dictionary: Dictionary, span: tuple[int, int], new_users: int) -> Chain | None:
-        """What the days that follow must know; None: none can."""
-        if self._settings.history.keep is None or (self._base is not None and self._base.closed):
-            return None
-        return Chain(
-            days=() if self._base is None else self._base.days,
+    def _chain(
+        self, dictionary: Dictionary, span: tuple[int, int], own: Layer, new_users: int
+    ) -> tuple[Chain | None, tuple[File, ...]]:
+        """What the days that follow must know, None where none can; and the files that they go on from."""
+        keep, base = self._settings.history.keep, self._base
+        if keep is None:
+            return None, ()
+        folder, manifest = (None, None) if base is None else (base.folder, base.manifest)
+        layers = keep_layers(folder, manifest, own, self._folder, keep)
+        chain = Chain(
+            days=() if base is None else base.days,
             first_timestamp=span[0],
             last_timestamp=span[1],
             rows=dictionary.rows,
             new_items=dictionary.new_items,
             new_users=new_users,
             evicted=dictionary.evicted,
-            layers=(),
+            layers=layers.layers,
         )
+        return chain, layers.files
 
     def _manifest(
         self,
@@ -313,6 +340,7 @@ class _Preparation:
         dictionary: Dictionary,
         inputs: list[LogFiles],
         chain: Chain | None,
+        layer_files: tuple[File, ...],
     ) -> Manifest:
         # The index of row groups: from it a stream plans its epochs without opening a shard.
         index = pa.table(
@@ -350,9 +378,12 @@ class _Preparation:
             sources=_sources(inputs),
             skipped=tuple(reason for files in inputs for reason in files.skipped),
             shards=tuple(self._shard(file) for file in written),
-            files=tuple(
-                File.of(self._folder / name)
-                for name in ("items.parquet", ITEM_FEATURES, *sorted(features.files), ROW_GROUP_INDEX)
+            files=(
+                *(
+                    File.of(self._folder / name)
+                    for name in ("items.parquet", ITEM_FEATURES, *sorted(features.files), ROW_GROUP_INDEX)
+                ),
+                *layer_files,
             ),
         )
 
