@@ -65,7 +65,7 @@ def _chosen(lines: Lines, split: SplitSettings, seed: int) -> ChosenLines:
 
 
 def _of_day(lines: Lines, split: SplitSettings, seed: int) -> ChosenLines:
-    """The same choice among the lines of a day that follows others, without validation and test."""
+    """Choose among the lines of a day that follows others, without validation and test."""
     if lines.split_L is not None:
         line_P = np.flatnonzero(~lines.is_event_L)
         # Without labels there is nothing to train on: such impressions stay where they are, in the test.

@@ -55,6 +55,8 @@ def read_popularity(path: Path, ids: int, ranges: int) -> Popularity:
                 raise UserError(f"{path}: column {min(missing)} is missing; prepare the data set again")
             for batch in file.iter_batches(columns=["id", "frequency"]):
                 id_B, frequency_B = batch["id"].to_numpy(), batch["frequency"].to_numpy()
+                # Values that are not admitted yet are counted on under the id 0.
+                id_B, frequency_B = id_B[id_B != 0], frequency_B[id_B != 0]
                 if len(id_B) and not 1 <= id_B.min() <= id_B.max() <= ids:
                     raise UserError(
                         f"{path}: ids from {id_B.min()} to {id_B.max()}, the manifest says 1 to {ids}; "
