@@ -1,0 +1,263 @@
+"""Learning day by day: the same end however often it is killed, metrics by segment, what is refused."""
+
+import json
+import math
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sklearn.metrics import log_loss, roc_auc_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.evaluate.score import score_run
+from pipeline.evaluate.segments import SEGMENTS
+from pipeline.online.days import Day, listed_days
+from schemas.errors import UserError
+from tests.datasets import manifest_of, write_manifest
+from tests.days import FIRST_S, Online, day_users, end_state, online_settings, row_day, write_chain, write_day
+from tests.launcher import run_ranks, wait
+
+DAYS = 3
+
+
+@pytest.fixture(scope="module")
+def days(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_chain(tmp_path_factory.mktemp("days"), DAYS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(days: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Online]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return {ranks: Online(ranks, online_settings(days), folder / str(ranks)).finish() for ranks in (1, 2)}
+
+
+def killed_and_finished(ranks: int, kills: int, days: list[Path], folder: Path, undisturbed: Online) -> None:
+    """Kill an online run before random changes of its folder, and let it go on."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for _ in range(kills):
+        run = Online(ranks, online_settings(days), folder, die_at=rng.randrange(1, undisturbed.changes))
+        (code,) = wait(run.processes[:1])
+        run.kill()
+        if code == 0:  # what was left had fewer changes than that
+            break
+        assert code == -9, run.said()
+    Online(ranks, online_settings(days), folder).finish()
+    assert end_state(folder) == end_state(undisturbed.folder)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_runs_end_as_undisturbed_ones(
+    ranks: int, days: list[Path], tmp_path: Path, undisturbed: dict[int, Online]
+) -> None:
+    killed_and_finished(ranks, 2, days, tmp_path / "run", undisturbed[ranks])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_again_and_again(ranks: int, days: list[Path], tmp_path: Path, undisturbed: dict[int, Online]) -> None:
+    for number in range(6):
+        killed_and_finished(ranks, 5, days, tmp_path / str(number), undisturbed[ranks])
+
+
+def test_what_is_done_is_not_done_again(days: list[Path], tmp_path: Path, undisturbed: dict[int, Online]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[1].folder, folder)
+    before = end_state(folder)
+    again = Online(1, online_settings(days), folder).finish()
+    assert "begins" not in again.said()
+    assert end_state(folder) == before
+    # Checkpoints of two days stay, one of each.
+    kept = [len(list((folder / "days" / day.name / "checkpoints").glob("step-*"))) for day in days]
+    assert kept == [0, 1, 1]
+
+
+def test_curves_and_figure(days: list[Path], undisturbed: dict[int, Online]) -> None:
+    folder = undisturbed[1].folder
+    assert (folder / "days.png").read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    points = {point.step: point.value for point in events.Scalars("online/auc")}
+    learnt = json.loads((folder / "days.json").read_text())["days"]
+    assert [day["before"] is None for day in learnt] == [True, False, False]
+    assert points == {day["number"]: pytest.approx(day["before"]["label"]["all"]["auc"]) for day in learnt[1:]}
+    # On day 2 no item is new.
+    assert {point.step for point in events.Scalars("online/new items/normalized_entropy")} == {1}
+
+
+def scored(run: str, data: str, out: str) -> None:
+    score_run(Path(run), "train", "last", Path(data), Path(out), torch.device("cpu"), overwrite=False)
+
+
+def expected(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Metrics of some targets, plainly."""
+    label, score = [line["label"] for line in lines], [line["score"] for line in lines]
+    positives = sum(label)
+    mixed = 0 < positives < len(label)
+    users: dict[int, list[dict[str, Any]]] = {}
+    for line in lines:
+        users.setdefault(line["user_id"], []).append(line)
+    own = [
+        (len(each), roc_auc_score([line["label"] for line in each], [line["logit"] for line in each]))
+        for each in users.values()
+        if len({line["label"] for line in each}) == 2
+    ]
+    loss = log_loss(label, score, labels=[0, 1]) if lines else None
+    share = positives / len(label) if lines else math.nan
+    entropy = -(share * math.log(share) + (1 - share) * math.log(1 - share)) if mixed else math.nan
+    return {
+        "auc": roc_auc_score(label, [line["logit"] for line in lines]) if mixed else None,
+        "gauc": sum(size * auc for size, auc in own) / sum(size for size, _ in own) if own else None,
+        "log_loss": loss,
+        "normalized_entropy": loss / entropy if mixed and loss is not None else None,
+        "calibration": float(np.mean(score)) / share if positives else None,
+        "samples": len(lines),
+        "positives": positives,
+        "users": len(users),
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_segments_are_those_of_the_scored_targets(ranks: int, tmp_path: Path) -> None:
+    # Histories of up to 40 behaviours, of which the model sees 12 at most.
+    one, other = day_users(0), day_users(1, users=60)
+    first = write_day(tmp_path / "d0", one)
+    second = write_day(tmp_path / "d1", other, first)
+    folder = tmp_path / "run"
+    Online(ranks, online_settings([first, second]), folder).finish()
+    run_ranks(1, scored, str(folder / "days" / "d0"), str(second), str(tmp_path / "scores"))
+    lines = pq.read_table(tmp_path / "scores").to_pylist()
+
+    users = {user.user_id: user for user in other}
+    by_segment: dict[str, list[dict[str, Any]]] = {name: [] for name in SEGMENTS}
+    for line in lines:
+        user = users[line["user_id"]]
+        length = sum(when < line["timestamp"] for when in user.timestamp)
+        day = None if line["item_id"] is None else row_day(line["item_id"])
+        is_new = not any(when < FIRST_S for when in user.timestamp)
+        of_item = "items without a row" if day is None else "new items" if day == 1 else "old items"
+        bounds = {"history 0": 1, "history 1-9": 10, "history 10-99": 100, "history 100-999": 1000}
+        of_length = next((name for name, bound in bounds.items() if length < bound), "history 1000+")
+        for segment in ("all", of_item, "new users" if is_new else "old users", of_length):
+            by_segment[segment].append(line)
+    assert len(lines) == sum(len(user.targets) for user in other)
+    filled = [name for name, members in by_segment.items() if len(members) > 10]
+    assert len(filled) == 9, filled
+
+    measured = json.loads((folder / "days" / "d1" / "before.json").read_text())["tasks"]["label"]
+    assert list(measured) == list(SEGMENTS)
+    for segment, members in by_segment.items():
+        plain = expected(members)
+        for name, value in plain.items():
+            found = measured[segment][name]
+            assert found == value or found == pytest.approx(value, rel=1e-5), (segment, name, found, value)
+
+
+def test_days_that_come(days: list[Path], tmp_path: Path, undisturbed: dict[int, Online]) -> None:
+    inbox, folder = tmp_path / "inbox", tmp_path / "run"
+    inbox.mkdir()
+    run = Online(2, online_settings(days[:1]), folder, inbox)
+
+    def done() -> list[str]:
+        file = folder / "days.json"
+        return [day["name"] for day in json.loads(file.read_text())["days"]] if file.is_file() else []
+
+    def wait_until(names: list[str]) -> None:
+        until = time.monotonic() + 300
+        while done() != names:
+            assert time.monotonic() < until, run.said()
+            assert any(process.is_alive() for process in run.processes), run.said()
+            time.sleep(0.05)
+
+    wait_until(["d0"])
+    # A stranger, and one whose manifest is not there yet.
+    write_day(inbox / "a-stranger", day_users(77))
+    shutil.copytree(days[1], inbox / "d1", ignore=shutil.ignore_patterns("manifest.json"))
+    # The day after next waits for the next one.
+    shutil.copytree(days[2], inbox / "d2")
+    until = time.monotonic() + 300
+    while "a-stranger" not in run.said(0):
+        assert time.monotonic() < until, run.said()
+        time.sleep(0.05)
+    assert done() == ["d0"]
+    shutil.copy(days[1] / "manifest.json", inbox / "d1")
+    wait_until(["d0", "d1", "d2"])
+    run.terminate(1)
+    assert run.finish().said(0).count("a-stranger") == 1
+    state, plain = end_state(folder), end_state(undisturbed[2].folder)
+    assert state == plain
+
+
+def complaint(settings: Any, folder: Path, follow: Path | None = None) -> str:
+    run = Online(1, settings, folder, follow)
+    assert run.wait() == [1]
+    return run.complaint()
+
+
+def test_days_that_do_not_follow_each_other(days: list[Path], tmp_path: Path) -> None:
+    def refused(*listed: Path, first: str | None = None) -> str:
+        with pytest.raises(UserError) as told:
+            listed_days([str(day) for day in listed], (), first)
+        return str(told.value)
+
+    assert [day.name for day in listed_days([str(days[0].parent / "d*")], (), None)] == ["d0", "d1", "d2"]
+    assert "is named twice" in refused(days[0], days[0])
+    shutil.copytree(days[1], tmp_path / "again")
+    assert "are the same day" in refused(days[0], days[1], tmp_path / "again")
+    assert "days must be in order" in refused(days[2], days[1])
+    assert "1 day between them missing" in refused(days[0], days[2])
+    stranger = write_chain(tmp_path / "other", 2, first=5)
+    assert "of another chain" in refused(days[0], stranger[1])
+    assert "have one name" in refused(days[0], write_chain(tmp_path / "same", 1)[0])
+    shutil.copytree(days[1], tmp_path / "v1")
+    content = manifest_of(tmp_path / "v1")
+    write_manifest(tmp_path / "v1", content | {"user_type": "text"})
+    assert "type of users: other than in" in refused(days[0], tmp_path / "v1")
+    write_manifest(tmp_path / "v1", content | {"chain": None})
+    assert "no day can follow" in refused(days[0], tmp_path / "v1")
+    assert "not a data set" in refused(tmp_path / "nothing")
+    assert "no folder with a data set matches" in refused(tmp_path / "x*")
+    assert "does not continue the data set" in refused(days[2], first=Day.open(days[0]).fingerprint)
+
+
+def test_what_is_refused_is_one_line(days: list[Path], tmp_path: Path, undisturbed: dict[int, Online]) -> None:
+    folder = tmp_path / "new"
+    assert "days: none are given" in complaint(online_settings([]), folder)
+    assert "no such folder" in complaint(online_settings([]), folder, tmp_path / "nowhere")
+    assert not folder.exists()
+    (tmp_path / "something").mkdir()
+    (tmp_path / "something" / "else").touch()
+    assert "not the folder of `dare online`" in complaint(online_settings(days), tmp_path / "something")
+
+    known = tmp_path / "known"
+    shutil.copytree(undisturbed[1].folder, known)
+    assert "train.seed is 2, was 1" in complaint(online_settings(days, "seed=2"), known)
+    changed = write_chain(tmp_path / "changed", 1, users=30)
+    assert "has changed since day 0 was learnt" in complaint(online_settings(changed), known)
+
+
+def test_a_day_without_targets_is_skipped(days: list[Path], tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (empty,) = write_chain(data, 1, first=1, former=days[0], targets=0)
+    (last,) = write_chain(data, 1, first=2, former=empty)
+    run = Online(1, online_settings([days[0], empty, last]), tmp_path / "run").finish()
+    assert "day 1 has no targets; skipped" in run.said()
+    learnt = json.loads((tmp_path / "run" / "days.json").read_text())["days"]
+    assert [day["skipped"] for day in learnt] == [False, True, False]
+    assert learnt[2]["before"]["label"]["all"]["samples"] == learnt[2]["targets"]
+
+
+def test_days_after_a_run(days: list[Path], tmp_path: Path, undisturbed: dict[int, Online]) -> None:
+    """What `first` names takes the place of the first day."""
+    first = undisturbed[1].folder / "days" / "d1"
+    Online(1, online_settings(days[2:], first=str(first)), tmp_path / "run").finish()
+    both = [
+        (folder / "days" / "d2" / "before.json").read_text() for folder in (tmp_path / "run", undisturbed[1].folder)
+    ]
+    assert both[0] == both[1]
