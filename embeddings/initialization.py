@@ -22,7 +22,7 @@ BLOCK_ROWS = 8192
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int) -> None:
+def initialize(model: nn.Module, seed: int, day: int = 0) -> None:
     """Draw all weights: tables and linear layers from N(0, 0.01^2), biases of linear layers as PyTorch does.
 
     PReLU and batch normalisation keep the values that they are built with.
@@ -30,6 +30,8 @@ def initialize(model: nn.Module, seed: int) -> None:
     Args:
         model: a `CtrModel`, or the `DistributedModelParallel` around one; every rank fills the rows that it has.
         seed: decides all values.
+        day: number of the day in its chain on which tables have grown; each day draws other rows, so that a new row
+            does not begin with what an older one, which lay there before, has begun with.
     """
     # Without the wrappers the names are those of the plain model, and so are the seeds that are made of them.
     inner = get_unwrapped_module(model)
@@ -43,7 +45,7 @@ def initialize(model: nn.Module, seed: int) -> None:
                 drawn = torch.rand(module.bias.shape, generator=_generator(seed, name, "bias"))
                 module.bias.copy_((2 * drawn - 1) * bound)
     for shard in table_shards(model):
-        _fill(shard, seed)
+        _fill(shard, seed, day)
 
 
 class TableShard(NamedTuple):
@@ -87,13 +89,15 @@ def table_shards(model: nn.Module) -> Iterator[TableShard]:
             yield TableShard(key, shard.tensor, first_row, first_column, rows, dim)
 
 
-def _fill(shard: TableShard, seed: int) -> None:
+def _fill(shard: TableShard, seed: int, day: int) -> None:
     # Blocks that this shard has a part of. One of them may begin before it and is drawn whole all the same, because a
     # generator cannot start in the middle.
     first_row, last_row = shard.first_row, shard.last_row
     for block in range(first_row // BLOCK_ROWS, -(-last_row // BLOCK_ROWS)):
         start, end = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, shard.table_rows)
-        drawn = torch.randn(end - start, shard.dim, generator=_generator(seed, shard.key, block)) * INITIAL_DEVIATION
+        # Day 0 has the keys of data without days.
+        generator = _generator(seed, shard.key, block, *(("day", day) if day else ()))
+        drawn = torch.randn(end - start, shard.dim, generator=generator) * INITIAL_DEVIATION
         low, high = max(start, first_row), min(end, last_row)
         shard.rows_Rd[low - first_row : high - first_row].copy_(drawn[low - start : high - start, shard.columns])
 

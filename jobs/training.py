@@ -24,6 +24,12 @@ def train(
     ] = None,
     config: Config = None,
     plan: PlanFile = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="Folder of a run on an earlier day of the data: begin on its last checkpoint, with new rows."
+        ),
+    ] = None,
     score: Annotated[
         Path | None, typer.Option(help="Folder for the best checkpoint's predictions of the test, as by `dare score`.")
     ] = None,
@@ -49,7 +55,7 @@ def train(
     from pipeline.train.run import train as train_run
 
     def work(device: torch.device) -> int:
-        test = train_run(settings, data, run, device, plan)
+        test = train_run(settings, data, run, device, plan, source=source)
         if test is None and interrupts.asked and torch.distributed.get_world_size() == 1:
             # Of several ranks any other code than 0 would make a launcher start all of them again.
             return INTERRUPTED

@@ -31,6 +31,13 @@ class RowLayout:
         """The layout of a table whose largest row is ``rows``."""
         return cls(rows, STRIPES if rows >= LEAST_ROWS else 1)
 
+    @classmethod
+    def of_places(cls, places: int) -> Self:
+        """The layout of a table of so many places; ``rows`` is the largest row that fits into it."""
+        layout = cls(places - 1, STRIPES if places > LEAST_ROWS else 1)
+        assert layout.places == places, f"no item table has {places} places"
+        return layout
+
     @property
     def height(self) -> int:
         """Places of a stripe; the last ones may be empty."""

@@ -102,6 +102,9 @@ class TrainSettings(Settings):
     dense: DenseSettings = DenseSettings()
     tables: ScheduleSettings = ScheduleSettings()
     """How the learning rates of all tables change; the rates themselves are those of the model's tables."""
+    new_rows: Literal["initial", "category_mean"] = "initial"
+    """What rows of items that are new begin with where a run begins on another one's checkpoint. initial: what weights
+    are drawn as; category_mean: the mean of the rows that items of the same category had, if there are any."""
     init: dict[str, str] = Field(default_factory=dict)
     """Vectors that some tables begin with, by the table's name: a Parquet file, or the URL of one, with the
     columns raw_id and vector."""

@@ -53,7 +53,7 @@ KINDS: dict[str, tuple[str, str, str, str | None]] = {
     "bid": ("impression", "number", "scale", None),
 }
 WORDS = {
-    "category": [10, 20, 30],
+    "category": [10, 20, 30, 40],
     "brand": ["acme", "zoë", "1", "x" * 20, ""],
     "tags": ["red", "new", "big", "old"],
     "action": ["view", "cart", "buy"],

@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum, EnumMeta
@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
@@ -234,6 +235,15 @@ class CheckpointReader(FileSystemReader):
 class SafeLoadPlanner(DefaultLoadPlanner):
     """Loads values that are not tensors as torch does, but for those that would execute something."""
 
+    def create_local_plan(self) -> LoadPlan:
+        """Plan what this rank reads, by keys as they are written now.
+
+        torch takes what other ranks have alone, such as the optimizer's state of a table that is whole on one of them,
+        for a sign of keys as it wrote them up to 2.3, which this program never did.
+        """
+        assert self.metadata is not None
+        return create_default_local_load_plan(self.state_dict, self.metadata, strict=True)
+
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Put a value into its place in the state."""
         with torch.serialization.safe_globals(_RANDOM_STATES):
@@ -301,10 +311,41 @@ def load(state: dict[str, Any], checkpoint: Path) -> None:
         UserError: the checkpoint has other keys or shapes, all of which are named; it is damaged.
     """
     stored = _stored(checkpoint)
-    # What is to be loaded against what is there, by torch.distributed.checkpoint's own flattened keys. Top-level parts
-    # that the caller did not ask for do not count as differences.
+    # Top-level parts that the caller did not ask for do not count as differences.
     saved = {key: shape for key, shape in stored.shapes.items() if key.split(".")[0] in state}
-    wanted = {key: _shape(value) for key, value in flatten_state_dict(dict(state))[0].items()}
+    refuse_differences(checkpoint, saved, shapes_of(state))
+    _load(state, stored)
+
+
+def shapes_of(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """Return the shapes of what a state holds, by torch.distributed.checkpoint's own flattened keys.
+
+    All ranks must call it, and get what any of them has: only the rank of a table that is whole has its optimizer's
+    state.
+    """
+    shapes = {key: _shape(value) for key, value in flatten_state_dict(dict(state))[0].items()}
+    if not dist.is_initialized():
+        return shapes
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, shapes)
+    return {key: shape for of_rank in found for key, shape in of_rank.items()}
+
+
+def refuse_differences(
+    checkpoint: Path,
+    saved: Mapping[str, tuple[int, ...] | None],
+    wanted: Mapping[str, tuple[int, ...] | None],
+) -> None:
+    """Compare shapes by key.
+
+    Args:
+        checkpoint: what to call it.
+        saved: what is in it.
+        wanted: what is to be loaded.
+
+    Raises:
+        UserError: they differ; names up to five keys.
+    """
     # Of the random states, a rank has its own alone.
     missing = [f"{key} is not in it" for key in wanted if key not in saved]
     extra = [f"{key} is not in the model" for key in saved if key not in wanted and not key.startswith("random.")]
@@ -316,7 +357,6 @@ def load(state: dict[str, Any], checkpoint: Path) -> None:
     if differences := other + missing + extra:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise UserError(f"{checkpoint} is of another model: {'; '.join(differences[:5])}{more}")
-    _load(state, stored)
 
 
 def load_values(values: dict[str, Any], checkpoint: Path) -> None:
@@ -324,7 +364,7 @@ def load_values(values: dict[str, Any], checkpoint: Path) -> None:
 
     Args:
         values: by key, those of `keys_in`. A table, or its optimizer's state, is a tensor of its full size or a
-            `ShardedTensor`, whatever ranks have saved; each rank has the same keys.
+            `ShardedTensor`, whatever ranks have saved; ranks may have different ones.
         checkpoint: its folder.
 
     Raises:

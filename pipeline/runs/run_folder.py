@@ -60,6 +60,11 @@ class RunFolder:
         return self.path / "data_set.json"
 
     @property
+    def source_file(self) -> Path:
+        """File that says on which run's checkpoint this one has begun; JSON. Without it the weights were drawn."""
+        return self.path / "source.json"
+
+    @property
     def plan_file(self) -> Path:
         """File of the sharding plan of the last start; may be given to ``dare train --plan``."""
         return self.path / "plan.json"
@@ -129,7 +134,8 @@ class RunFolder:
         """Return what the run says of the data set that it was trained on.
 
         Returns:
-            ``folder``, ``fingerprint``; unless an older program wrote it, ``dictionaries``.
+            ``folder``, ``fingerprint``; unless an older program wrote it, ``dictionaries``; of a data set that follows
+            others, what `pipeline.stream.data_set.DataSet.lineage` says.
 
         Raises:
             UserError: the run does not say, or the document is damaged.
@@ -139,6 +145,16 @@ class RunFolder:
     def data_set(self) -> Path:
         """Return the folder of the data set that the run was trained on; errors are those of `data_record`."""
         return location(self.data_record()["folder"])
+
+    def source(self) -> dict[str, Any] | None:
+        """Return the ``run``, the ``step`` and the ``fingerprint`` of the data that this run has begun on, or None.
+
+        Raises:
+            UserError: the document is damaged.
+        """
+        if not is_named(self.source_file):
+            return None
+        return read_json(self.source_file, {"run": str, "step": int, "fingerprint": str})
 
     def test(self) -> dict[str, Any]:
         """Return the test's metrics, ``steps`` and ``checkpoint_step``.
@@ -174,20 +190,29 @@ class RunFolder:
             raise UserError(f"{self.job_file} is damaged (no list of starts); {remedy}")
         return starts
 
-    def begin(self, documents: Mapping[str, str], data: Path, fingerprint: str, dictionaries: dict[str, Any]) -> None:
+    def begin(
+        self,
+        documents: Mapping[str, str],
+        data: Path,
+        fingerprint: str,
+        dictionaries: dict[str, Any],
+        lineage: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write what the run is about. A former test is removed: the run is about to change its model.
 
         Args:
-            documents: texts by name: settings.yaml, plan.json.
+            documents: texts by name: settings.yaml, plan.json, source.json.
             data: folder of the data set.
             fingerprint: fingerprint of the data set.
             dictionaries: dictionaries of the data set, what `DataSet.dictionaries` returns.
+            lineage: what `DataSet.lineage` returns.
         """
         # First: once anything else is rewritten, test.json would speak of another state of the run.
         self.test_file.unlink(missing_ok=True)
         for name, text in documents.items():
             write_whole(self.path / name, text)
         record = {"folder": str(data.absolute()), "fingerprint": fingerprint, "dictionaries": dictionaries}
+        record |= lineage or {}
         write_whole(self.data_file, json_document(json.dumps(record, indent=1) + "\n"))
 
     def has_dictionaries(self, data: Path, fingerprint: str, dictionaries: dict[str, Any]) -> bool:

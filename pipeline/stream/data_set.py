@@ -264,12 +264,19 @@ class DataSet:
             raise UserError(f"{self.folder / ITEM_FEATURES}: {error}; {REMEDY}") from None
         return column_I
 
+    @property
+    def days_before(self) -> list[str]:
+        """Fingerprints of the days that it continues, the first one first."""
+        return [day.fingerprint for day in self.manifest.chain.days] if self.manifest.chain else []
+
     def continues(self, other: Self) -> bool:
         """Whether each id of ``other`` means here what it means there: it is a day before, or has the dictionaries."""
-        manifest = self.manifest
-        days = manifest.chain.days if manifest.chain else ()
-        before = {manifest.dictionaries_of, *(day.fingerprint for day in days)}
-        return other.fingerprint in before
+        return other.fingerprint in (self.manifest.dictionaries_of, *self.days_before)
+
+    def lineage(self) -> dict[str, Any]:
+        """What tells which data sets this one follows, as JSON knows it: nothing of one that stands alone."""
+        of = self.manifest.dictionaries_of
+        return ({"days": self.days_before} if self.manifest.chain else {}) | ({"dictionaries_of": of} if of else {})
 
     def bags(self, features: Collection[str] | None = None) -> dict[str, Bags]:
         """By name of each feature of several values, its sets of ids; the same objects for all streams that are open.

@@ -52,6 +52,8 @@ class DenseOptimizer(KeyedOptimizerWrapper):
         self._steps = 0
         self.steps_of_run = 0
         """Steps at the end of the run, for a learning rate that falls towards it."""
+        self.steps_before = 0
+        """Steps of other runs that Adam's state has seen: Adam counts them, the schedule of this run does not."""
         self.gradient_norm = torch.zeros(())
         """Norm of all dense gradients together at the last step, before clipping; a scalar on their device."""
 
@@ -78,9 +80,9 @@ class DenseOptimizer(KeyedOptimizerWrapper):
         super().step(closure)
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Go on from a saved state; the place in the schedule is that of Adam's own step count."""
+        """Go on from a saved state; the place in the schedule follows from Adam's own step count."""
         super().load_state_dict(state_dict)
-        self._steps = max((int(state["step"]) for state in self.state.values()), default=0)
+        self._steps = max((int(state["step"]) - self.steps_before for state in self.state.values()), default=0)
 
     def prepare_to_load(self) -> None:
         """Make the state that the first step would make, so that a checkpoint can be loaded into it.

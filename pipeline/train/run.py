@@ -28,7 +28,7 @@ from pipeline.stream.data_set import DataSet
 from pipeline.stream.history_stream import HistoryStream
 from pipeline.train.reporting import RunReport
 from pipeline.train.trainer import StopSignal, Trainer, seed_all
-from schemas.documents import json_document
+from schemas.documents import is_named, json_document
 from schemas.errors import UserError
 from schemas.shards import SPLITS
 from schemas.train import MAY_CHANGE, TrainSettings, differing
@@ -59,7 +59,8 @@ def train(
         folder: of the run; see docs/training.md.
         device: of this rank.
         plan: file of a sharding plan to follow, for this number of ranks; None: one is made.
-        source: folder of a run, on whose last checkpoint this one begins; None: weights are drawn.
+        source: folder of a run, on whose last checkpoint this one begins (`pipeline.train.warm_start`); None: weights
+            are drawn. A run that goes on needs it no more.
         before: is called on all ranks by a run that begins, with its model, before the first step.
         stop: whether this rank was asked to stop, where the caller listens; None: this function does.
 
@@ -87,6 +88,7 @@ def train(
         # for the last.
         dist.barrier()
         checkpoints_there = from_first_rank(lambda: checkpoints_in(run.checkpoints))
+        source = _source_to_take(run, source, bool(checkpoints_there))
         if checkpoints_there:
             _refuse_changed(run, settings, data_set)
             tested = _test_of_finished(run, settings)
@@ -101,6 +103,12 @@ def train(
             _compute_deterministically()
         if settings.compute != "fp32" and device.type != "cuda":
             raise UserError(f"compute={settings.compute} needs CUDA; on a CPU: compute=fp32")
+        begins_on = None
+        if source is not None and resumed is None:
+            # Loaded by the runs that use it alone. What is refused is refused before a model is built.
+            from pipeline.train.warm_start import open_source, start_from
+
+            begins_on = open_source(source, settings, data_set)
         model = sharded_model(settings, data_set.manifest, device, read_plan(plan) if plan else None)
         # All splits at once: what is wrong with one is told now, not after the training. A day of a chain has targets
         # for training alone.
@@ -109,8 +117,8 @@ def train(
         trainer = Trainer(settings, model, streams["train"], streams.get("validation"), device)
         # A fresh run draws its weights; a resumed one takes them, the optimizers' state and its place in the data from
         # the checkpoint.
-        if resumed is None and source is not None:
-            trainer.start_from(choose_checkpoint(RunFolder(source), "last").path)
+        if begins_on is not None:
+            start_from(begins_on, trainer, settings, data_set)
         elif resumed is None:
             initialize(model, settings.seed)
             if settings.init:
@@ -129,7 +137,8 @@ def train(
         if dist.get_rank() == 0:
             for checkpoint in damaged:
                 set_aside(checkpoint.path)
-            run.begin(documents, data, data_set.fingerprint, data_set.dictionaries())
+            beside = {} if begins_on is None else {run.source_file.name: begins_on.document()}
+            run.begin(documents | beside, data, data_set.fingerprint, data_set.dictionaries(), data_set.lineage())
         stack.enter_context(recorded(run, starts, trainer.step, device))
         if not trainer.done:
             ranks = dist.get_world_size()
@@ -219,6 +228,15 @@ def _refuse_changed(run: RunFolder, settings: TrainSettings, data_set: DataSet) 
             f"{run.path}: the run was begun with another data set, {run.data_set()} as it was then, "
             f"not {data_set.folder}; use the same to go on, or another folder to begin anew"
         )
+
+
+def _source_to_take(run: RunFolder, given: Path | None, begun: bool) -> Path | None:
+    """The folder of the run that this one begins on; None: on none, or it has begun."""
+    if given is None and (begun or not from_first_rank(lambda: is_named(run.source_file))):
+        return None
+    from pipeline.train.warm_start import source_to_take  # loaded by the runs that use it alone
+
+    return source_to_take(run, given, begun)
 
 
 def _checkpoint_to_resume(

@@ -4,6 +4,7 @@ import math
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
@@ -125,6 +126,8 @@ class Trainer(Stateful):
         self.settings, self.model, self.stream, self.device = settings, model, stream, device
         self.step = self.epoch = self.step_of_epoch = 0
         """Steps done; the epoch of the next step; and how many steps of that epoch are done."""
+        self.steps_before = 0
+        """Steps that the optimizers' states have seen in the runs that this one goes on from."""
         self.best = -math.inf
         """The metric of the best validation so far."""
         self.not_better = 0
@@ -280,7 +283,12 @@ class Trainer(Stateful):
             "dense_optimizer": self._optimizer.state_dict(),
             # The stream's own place would be a batch too far: it is that of the batch which the pipeline already holds.
             "stream": self.stream.state_at(self.epoch, self.step_of_epoch),
-            "progress": {"step": self.step, "best": self.best, "not_better": self.not_better},
+            "progress": {
+                "step": self.step,
+                "best": self.best,
+                "not_better": self.not_better,
+                "steps_before": self.steps_before,
+            },
             # Under a name of its own for each rank: torch.distributed.checkpoint takes values of one name on several
             # ranks for copies, and keeps one.
             "random": {str(dist.get_rank()): random_state()},
@@ -294,27 +302,33 @@ class Trainer(Stateful):
         """
         # First, because it refuses a state of other data or other settings.
         self.stream.load_state_dict(state_dict["stream"])
-        self.model.load_state_dict(state_dict["model"])
-        self.model.fused_optimizer.load_state_dict(state_dict["table_optimizer"])
-        self._optimizer.load_state_dict(state_dict["dense_optimizer"])
-        self.epoch, self.step_of_epoch = self.stream.epoch, self.stream.step
         progress = state_dict["progress"]
         self.step, self.best, self.not_better = progress["step"], progress["best"], progress.get("not_better", 0)
-        # FBGEMM counts the steps beside the optimizers' state (Adam corrects its moments by the count), so no state
-        # brings it back.
-        self.model.fused_optimizer.set_optimizer_step(self.step)
+        self._load_parameters(state_dict, progress.get("steps_before", 0))
+        self.epoch, self.step_of_epoch = self.stream.epoch, self.stream.step
         for states in state_dict["random"].values():
             set_random_state(states)
 
-    def start_from(self, checkpoint: Path) -> None:
-        """Begin with the weights and the optimizers' states of a checkpoint of another run; all ranks must call it."""
+    def _load_parameters(self, state_dict: dict[str, Any], steps_before: int) -> None:
+        """Take the parameters and the optimizers' states; they have seen ``steps_before`` beside those of this run."""
+        self.steps_before = self._optimizer.steps_before = steps_before
+        self.model.load_state_dict(state_dict["model"])
+        self.model.fused_optimizer.load_state_dict(state_dict["table_optimizer"])
+        self._optimizer.load_state_dict(state_dict["dense_optimizer"])
+        # FBGEMM counts the steps beside the optimizers' state (Adam corrects its moments by the count), so no state
+        # brings it back.
+        self.model.fused_optimizer.set_optimizer_step(steps_before + self.step)
+
+    def start_from(self, fill: Callable[[dict[str, Any]], int]) -> None:
+        """Begin with parameters and optimizers' states of another run; all ranks must call it.
+
+        Args:
+            fill: puts them into a state's tensors, and returns how many steps the optimizers have made.
+        """
         self._optimizer.prepare_to_load()
         own = self.state_dict()
         state = {key: own[key] for key in ("model", "table_optimizer", "dense_optimizer")}
-        load(state, checkpoint)
-        self.model.load_state_dict(state["model"])
-        self.model.fused_optimizer.load_state_dict(state["table_optimizer"])
-        self._optimizer.load_state_dict(state["dense_optimizer"])
+        self._load_parameters(state, fill(state))
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint; all ranks must call it.
@@ -330,7 +344,9 @@ class Trainer(Stateful):
             state["random"] = {}  # a rank that was not there when it was saved
         if "stream.changes" in keys:
             state["stream"]["changes"] = []  # the ranks changed within the epoch before it was saved, too
-        if "progress.not_better" not in keys:
-            del state["progress"]["not_better"]  # saved before there was a patience: it counts from here on
+        # Saved before there was a patience, which counts from here on, or before a run could begin on another one.
+        for name in ("not_better", "steps_before"):
+            if f"progress.{name}" not in keys:
+                del state["progress"][name]
         load(state, checkpoint)
         self.load_state_dict(state)
