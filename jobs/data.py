@@ -14,7 +14,7 @@ from jobs.options import Config, DataSetFolder, Json, Overwrite
 from pipeline.errors import printable
 from pipeline.progress import stage
 from schemas.errors import UserError
-from schemas.manifest import Manifest
+from schemas.manifest import Chain, Manifest
 from schemas.prepare import PRESETS, PrepareSettings
 from schemas.settings import load_settings
 from schemas.stream import StreamSettings
@@ -97,7 +97,12 @@ def prepare(
         why = "".join(f", {number:,} {reason.replace('_', ' ')}" for reason, number in log.left_out.items())
         print(f"{log.role}: {log.read:,} read, {log.kept:,} kept{why}; {log.repeated:,} repeat another one")
     if counts.items_below_min_count:
-        print(f"items: {counts.items_below_min_count:,} are rarer than items.min_count: they have no row of their own")
+        why = (
+            "are rarer than items.min_count" if manifest.dictionaries_of is None else "have none in those dictionaries"
+        )
+        print(f"items: {counts.items_below_min_count:,} {why}: they have no row of their own")
+    if manifest.chain is not None:
+        print(_day(manifest.chain))
     for feature in manifest.features:
         rare = f", {feature.below_min_count:,} below min_count" if feature.below_min_count else ""
         size = "a number" if feature.is_number else f"{feature.rows:,} ids"
@@ -112,8 +117,23 @@ def prepare(
         told |= {f"{log.role}_kept": log.kept for log in counts.logs()}
         keys = {"of", "kind", "rows", "missing", "below_min_count"}
         features = {feature.name: feature.model_dump(include=keys) for feature in manifest.features}
+        if manifest.chain is not None:
+            told["chain"] = manifest.chain.summary()
         told |= {"features": features, "users_left_out_by_reason": counts.users_left_out_by_reason}
         print(dumps(result | told | cost))
+
+
+def _day(chain: Chain) -> str:
+    rows = (
+        ""
+        if chain.rows is None
+        else f"; {chain.rows:,} rows of the item table, {chain.rows_given:,} given on this day, "
+        f"{chain.rows_free:,} free; {chain.evicted:,} items evicted"
+    )
+    return (
+        f"day {chain.number} of the chain: {chain.new_items:,} new items, {chain.new_users:,} new users{rows}; "
+        f"{len(chain.layers):,} layers of histories"
+    )
 
 
 def _counts(manifest: Manifest) -> dict[str, int]:

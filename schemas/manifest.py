@@ -199,6 +199,10 @@ class Chain(_Record):
     """Users of this day's events and impressions who had no event before it."""
     evicted: int = 0
     """Items that have lost their row on this day."""
+    rows_given: int = 0
+    """Rows that items have got on this day, also of those that others have lost."""
+    rows_free: int = 0
+    """Rows that no item has now."""
     layers: tuple[Layer, ...]
     """The oldest first."""
 
@@ -206,6 +210,12 @@ class Chain(_Record):
     def number(self) -> int:
         """Number of this day, from 0."""
         return len(self.days)
+
+    def summary(self) -> dict[str, Any]:
+        """What a person is told of it, in types that JSON knows."""
+        told = self.model_dump(mode="json", exclude={"days", "layers"})
+        layers = [{"days": [layer.first_day, layer.last_day], "users": layer.users} for layer in self.layers]
+        return {"day": self.number, **told, "layers": layers}
 
 
 class Manifest(_Record):

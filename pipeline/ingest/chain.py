@@ -20,6 +20,7 @@ from schemas.errors import UserError
 from schemas.manifest import MANIFEST, Day, Manifest, fingerprint
 from schemas.prepare import PrepareSettings
 from schemas.shards import ITEM_FEATURES, SCHEMA_VERSION, FeatureRecord
+from schemas.storage import RemotePath
 
 _ROWS = 1 << 17
 """Rows of a row group of `ITEM_VALUES`."""
@@ -100,8 +101,10 @@ class Base:
         Raises:
             UserError: the folders are in each other's way, the same files again, or features of another kind.
         """
-        folder, new = Path(os.path.realpath(self.folder)), Path(os.path.realpath(out))
-        if type(self.folder) is type(out) and (new == folder or folder in new.parents):
+        # Text of paths, so that those of a store are told apart too.
+        paths = (self.folder, out)
+        folder, new = (str(each) if isinstance(each, RemotePath) else os.path.realpath(each) for each in paths)
+        if f"{new}/".startswith(f"{folder.rstrip('/')}/"):
             raise UserError(f"--out {out} is in {self.folder}, which stays as it is; choose another folder")
         if self.closed:
             if settings.history.keep is not None:

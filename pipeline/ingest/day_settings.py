@@ -47,6 +47,14 @@ def day_settings(
     if base.manifest.settings["impressions"] is not None and "files" not in (values.get("impressions") or {}):
         raise UserError(f"{where}: its targets are impressions; name the day's with --impressions")
     settings = load_settings(PrepareSettings, [_without_day(base.manifest.settings), *files], overrides, values)
+    there, here = (
+        {feature["name"] for feature in content["features"]} for content in (base.manifest.settings, recorded(settings))
+    )
+    for name in sorted(there ^ here):
+        having, lacking = ("here", "there") if name in here else ("there", "here")
+        raise UserError(
+            f"{where}: feature {name} is declared {having} and not {lacking}; all days of a chain have the same features"
+        )
     former, own = _flat(_named(base.manifest.settings)), _flat(_named(recorded(settings)))
     for key in sorted(former.keys() | own.keys()):
         if former.get(key) != own.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in _OF_A_DAY):

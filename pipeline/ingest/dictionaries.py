@@ -49,6 +49,10 @@ class Dictionary:
     """Items that no day before has, or that the data set whose dictionary is used does not know."""
     rows: int | None = None
     """In a chain of days, the largest row that an item has had; None: items are hashed."""
+    rows_given: int = 0
+    """Rows that items have got."""
+    rows_free: int = 0
+    """Rows that no item has."""
     evicted: int = 0
     """Items that have lost their row."""
 

@@ -73,7 +73,7 @@ def build_day(
     at_I[id_I - 1] = np.arange(count)
     frequent_I = admitted(frequency_I, settings.min_count)
     rows = assign_rows(
-        ItemRows(row_I[at_I], day_I[at_I], day.rows, 0),
+        ItemRows(row_I[at_I], day_I[at_I], day.rows),
         wanted_I=((seen_I > 0) & frequent_I)[at_I],
         frequency_I=frequency_I[at_I],
         last_seen_I=last_seen_I[at_I],
@@ -93,6 +93,8 @@ def build_day(
         without_row=int((~frequent_I[at_I] & (rows.row_I == 0)).sum()),
         new_items=new,
         rows=rows.largest,
+        rows_given=rows.given,
+        rows_free=rows.free,
         evicted=rows.evicted,
     )
 

@@ -328,6 +328,8 @@ class _Preparation:
             new_items=dictionary.new_items,
             new_users=new_users,
             evicted=dictionary.evicted,
+            rows_given=dictionary.rows_given,
+            rows_free=dictionary.rows_free,
             layers=layers.layers,
         )
         return chain, layers.files

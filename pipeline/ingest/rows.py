@@ -23,8 +23,15 @@ class ItemRows(NamedTuple):
     """The day on which the item got its row."""
     largest: int
     """The largest row that an item has had."""
-    evicted: int
+    evicted: int = 0
     """Items that have lost theirs on this day."""
+    given: int = 0
+    """Items that have got one on this day."""
+
+    @property
+    def free(self) -> int:
+        """Rows that no item has."""
+        return self.largest - int(np.count_nonzero(self.row_I))
 
 
 def assign_rows(
@@ -76,7 +83,7 @@ def assign_rows(
     new = before.largest + 1 + np.arange(len(getting) - len(free))
     row_I[getting] = np.concatenate([free, new])
     day_I[getting] = day
-    return ItemRows(row_I, day_I, before.largest + len(new), int(np.count_nonzero(evicted_I)))
+    return ItemRows(row_I, day_I, before.largest + len(new), int(np.count_nonzero(evicted_I)), len(getting))
 
 
 def _free(row_I: NDArray[np.int32], largest: int, most: int) -> NDArray[np.int64]:

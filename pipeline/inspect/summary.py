@@ -21,7 +21,7 @@ from pipeline.stream.data_set import DataSet
 from pipeline.stream.row_group import flat_column, list_column
 from pipeline.stream.shard_file import ShardFile
 from schemas.errors import UserError
-from schemas.manifest import Counts, Manifest
+from schemas.manifest import Chain, Counts, Manifest
 from schemas.shards import SPLITS
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "mean": None, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -102,6 +102,8 @@ class Summary:
     features: Features
     skipped: tuple[str, ...]
     """Corrupt input files that were left out, with the reason."""
+    chain: Chain | None
+    """The days that the data set continues; None: no day can follow."""
 
     def to_json(self) -> dict[str, Any]:
         """The numbers in types that JSON knows."""
@@ -113,6 +115,7 @@ class Summary:
             "bytes": self.bytes,
             "dictionary_bytes": self.dictionary_bytes,
             "skipped_files": len(self.skipped),
+            "chain": None if self.chain is None else self.chain.summary(),
             "bytes_per_user": round(self.bytes / users, 2),
             "bytes_per_behavior": round(self.bytes / behaviors, 3),
             "history_length": describe(self.lengths),
@@ -182,6 +185,7 @@ def summarize(folder: Path, *, verify: bool = False) -> Summary:
         {},
         Features(manifest, SPLITS),
         manifest.skipped,
+        manifest.chain,
     )
     for shard in manifest.shards:
         path = folder / shard.path

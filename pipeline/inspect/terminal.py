@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipeline.inspect.features import FeatureSummary, Numbers
 from pipeline.inspect.summary import QUANTILES, Histogram, Summary, describe
 from pipeline.reporting.text_table import table_lines
-from schemas.manifest import LogCounts
+from schemas.manifest import Chain, LogCounts
 
 _HEIGHTS = " .:-=+*#"
 _LONGEST = 30
@@ -57,6 +57,28 @@ def _counts(folder: Path, summary: Summary) -> list[Sequence[str]]:
         ("shards", f"{summary.shards:,}", f"{summary.row_groups:,} row groups"),
         ("bytes of shards", f"{summary.bytes:,}", f"{per_user}, {per_behavior}"),
         ("bytes of dictionaries", f"{summary.dictionary_bytes:,}", ""),
+        *_chain(summary.chain),
+    ]
+
+
+def _chain(chain: Chain | None) -> list[Sequence[str]]:
+    """What a day of a chain has brought."""
+    if chain is None:
+        return []
+    layers = ", ".join(
+        f"{layer.first_day}" if layer.first_day == layer.last_day else f"{layer.first_day} to {layer.last_day}"
+        for layer in chain.layers
+    )
+    table = []
+    if chain.rows is not None:
+        note = f"{chain.rows_given:,} given on this day, {chain.rows_free:,} free, {chain.evicted:,} items evicted"
+        table = [("rows of the item table", f"{chain.rows:,}", note)]
+    return [
+        ("day of the chain", f"{chain.number:,}", f"{_day(chain.first_timestamp)} to {_day(chain.last_timestamp)}"),
+        ("  new items", f"{chain.new_items:,}", ""),
+        ("  new users", f"{chain.new_users:,}", ""),
+        *table,
+        ("layers of histories", f"{len(chain.layers):,}", f"of days {layers}" if layers else ""),
     ]
 
 

@@ -216,6 +216,8 @@ def check(written: Written, model: Model, day: int, before: Written | None) -> N
     model.give_rows(day, seen, id_of)
     assert {item: (row["row"], row["row_day"]) for item, row in items.items() if row["row"]} == model.row
     assert (chain.rows, chain.evicted) == (model.largest, model.evicted)
+    assert chain.rows_given == sum(got == day for _, got in model.row.values())
+    assert chain.rows_free == model.largest - len(model.row)
     layout = RowLayout.of(model.largest)
     place = np.zeros(len(items) + 1, np.int32)
     for row in items.values():
@@ -301,7 +303,7 @@ def test_rows_are_given_taken_and_given_again(
     days: list[list[Row]], min_count: int, unseen_days: int | None, rows: int | None, by: Any
 ) -> None:
     eviction = Eviction.model_validate({"unseen_days": unseen_days, "rows": rows, "by": by})
-    model, former = Model(min_count, eviction), ItemRows(np.zeros(0, np.int32), np.zeros(0, np.int32), 0, 0)
+    model, former = Model(min_count, eviction), ItemRows(np.zeros(0, np.int32), np.zeros(0, np.int32), 0)
     ids: dict[int, int] = {}
     for day, events in enumerate(days):
         model.add(day, events, [], None)
