@@ -50,13 +50,14 @@ class Processes:
         return cls(nodes, per_node)
 
 
-def check_training(arguments: Sequence[str]) -> None:
-    """Find a mistake in the settings of `dare train` before processes are started, and started again, to find it.
+def check_training(arguments: Sequence[str], command: str = "train") -> None:
+    """Find a mistake in the settings of a run before processes are started, and started again, to find it.
 
     Nothing is checked if a file of settings is not on this machine: it may be where the job will run.
 
     Args:
-        arguments: arguments of `dare train`.
+        arguments: arguments of the command.
+        command: ``train`` or ``online``.
 
     Raises:
         UserError: no run can have these settings.
@@ -64,27 +65,35 @@ def check_training(arguments: Sequence[str]) -> None:
     import typer.main
 
     from jobs.app import app
+    from schemas.online import load_online
     from schemas.settings import load_settings
     from schemas.train import TrainSettings
 
     # The command's own parser, so that options here mean what they will mean in the job. ``resilient_parsing`` calls
     # nothing and asks for nothing.
-    command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
-    given = command.make_context("train", list(arguments), resilient_parsing=True).params
-    if not all(file.is_file() for file in given["config"] or ()):
+    parser = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    given = parser.make_context(command, list(arguments), resilient_parsing=True).params
+    files = [given["file"]] if command == "online" else given["config"] or []
+    if not all(file is not None and file.is_file() for file in files):
         return
+    overrides = given["overrides"] or ()
     try:
-        name = load_settings(TrainSettings, given["config"] or (), given["overrides"] or ()).model.name
+        settings = (
+            load_online(*files, overrides).train
+            if command == "online"
+            else load_settings(TrainSettings, files, overrides)
+        )
     except UserError as error:
-        raise UserError(f"dare train: {error}") from None
+        raise UserError(f"dare {command}: {error}") from None
     # FBGEMM tells of each library that it loads, on the root logger, whose lines torchx shows.
     logging.disable(logging.INFO)
     from embeddings.models import MODELS  # Takes a while to import.
 
     logging.disable(logging.NOTSET)
 
+    name = settings.model.name
     if name not in MODELS:
-        raise UserError(f"dare train: model.name: must be one of {', '.join(sorted(MODELS))} (not {name!r})")
+        raise UserError(f"dare {command}: model.name: must be one of {', '.join(sorted(MODELS))} (not {name!r})")
 
 
 def node(

@@ -23,7 +23,7 @@ from schemas.cluster import ClusterSettings, known_clusters
 from schemas.settings import load_settings
 
 REPOSITORY = Path(__file__).parents[2]
-COMPONENTS = ("train", "evaluate", "prepare", "plan")
+COMPONENTS = ("train", "online", "evaluate", "prepare", "plan")
 RDMA = ("--devices", "vpc.amazonaws.com/efa=4")
 MOUNTS = "type=bind,src=/data,dst=/data,readonly,type=volume,src=runs,dst=/runs"
 

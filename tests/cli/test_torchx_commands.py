@@ -19,7 +19,7 @@ from tests.launcher import PATIENCE_S
 from tests.torchx_jobs import last_step, past_a_checkpoint, rank_process, small_data, training, wait_until, written
 
 REPOSITORY = Path(__file__).parents[2]
-COMPONENTS = ("train", "evaluate", "prepare", "plan")
+COMPONENTS = ("train", "online", "evaluate", "prepare", "plan")
 MOUNTS = "type=bind,src=/data,dst=/data,readonly,type=volume,src=runs,dst=/runs"
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
