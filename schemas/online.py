@@ -44,7 +44,7 @@ class OnlineSettings(_Online):
 ONLINE_MAY_CHANGE = frozenset(
     ["days", "keep_days", *(f"train.{key}" for key in MAY_CHANGE if key not in ("epochs", "validation.patience"))]
 )
-"""Settings that may differ when the same command goes on: none of them changes what is computed of a day."""
+"""Settings that may differ when the same command goes on; of those of ``train``, see `schemas.train.MAY_CHANGE`."""
 
 
 def load_online(file: Path, overrides: Sequence[str] = ()) -> OnlineSettings:
