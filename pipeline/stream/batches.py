@@ -159,7 +159,8 @@ def read_blocks(
     with RowGroupReader(addresses, reading.schema, convert, threads=threads, ahead=ahead) as reader:
         for block in blocks:
             # The reader keeps the order of ``pieces``, whatever its threads do, so the next ones are those of this
-            # block. Each row group is in a block once: its parts have no user in common.
+            # block. A row group is in a block once: samples have no user in common. (In one that mixes parts, a row
+            # group on the border of two former ranks may be twice; then so are its users, each with other targets.)
             yield block, HistorySamples.concatenate([next(reader) for _ in block.pieces])
 
 
@@ -189,8 +190,6 @@ def cut_batches(
             parts.append(samples.take(index_T))
             position += len(index_T)
             # A batch may take the rest of one block and the beginning of the next.
-            # (Both may have a part of a row group on the border of two former ranks: then a user may be in it twice,
-            # with targets of its own each time, as in the batches of two ranks.)
             missing -= len(index_T)
             if not missing:
                 yield HistorySamples.concatenate(parts)

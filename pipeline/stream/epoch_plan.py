@@ -8,7 +8,8 @@ the targets are shuffled by (seed, epoch, block).
 Where the number of ranks or the size of their batches changes within an epoch, what each rank had left, one after the
 other, is the sequence that is cut into new ranges. Blocks that nobody had begun are cut as the sequence was. The one
 that a rank was at keeps its targets and their order, of which the new ranks take the parts that are left: each of them
-reads the block whole, as the rank did.
+reads the block whole, as the rank did. Blocks of a new rank that fit into the shuffle buffer together are mixed: where
+all of a former rank's share was in its buffer, its users would otherwise be trained on alone.
 
 G = row groups, in file order; O = those that hold targets, in the epoch's order; T = targets of a block and U = their
 users.
@@ -60,6 +61,8 @@ class Block(NamedTuple):
     pieces: tuple[Piece, ...]
     first: int = 0
     """Targets of the block, in its shuffled order, before the rank's own: those that others have, or had."""
+    parts: "tuple[Block, ...]" = ()
+    """Blocks of former ranks that are mixed in this one; their targets are numbered over all parts, in ``start``."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def plan_epoch(
             if max(begin, first) < min(end, position):
                 part = had + max(begin - first, 0), had + min(end, position) - first
                 blocks += _rest(share(done - 1, former_rank), had, *part)
-        return _numbered(blocks)
+        return _numbered(_mixed(blocks, bytes_G, block_bytes) if shuffle else blocks)
 
     blocks = share(len(changes), rank)
     return EpochPlan(tuple(blocks), sum(block.targets for block in blocks))
@@ -173,7 +176,7 @@ def _cut_into_blocks(
     return blocks
 
 
-def _rest(blocks: list[Block], had: int, begin: int, end: int) -> list[Block]:
+def _rest(blocks: Sequence[Block], had: int, begin: int, end: int) -> list[Block]:
     """Targets ``begin`` .. ``end`` of a rank's ``blocks``, of which the rank had the first ``had``."""
     rest = []
     for block in blocks:
@@ -183,9 +186,35 @@ def _rest(blocks: list[Block], had: int, begin: int, end: int) -> list[Block]:
         if block.first or block.start < had:
             # Begun: which targets are left, the shuffled order of the whole block alone can tell.
             rest.append(block._replace(targets=last - first, first=block.first + first))
+        elif block.parts:
+            rest += _rest(block.parts, 0, first, last)
         else:
             rest.append(Block(0, last - first, block.key + first, _pieces(block.pieces, first, last)))
     return rest
+
+
+def _mixed(blocks: list[Block], bytes_G: I64, block_bytes: int) -> list[Block]:
+    """Put blocks that follow each other into one, as many as fit into the shuffle buffer."""
+    mixed: list[Block] = []
+    parts: list[Block] = []
+    room = block_bytes
+
+    def close() -> None:
+        if len(parts) < 2:
+            mixed.extend(parts)
+            return
+        pieces = tuple(piece for part in parts for piece in part.pieces)
+        mixed.append(Block(0, sum(part.targets for part in parts), parts[0].key, pieces, 0, tuple(_numbered(parts))))
+
+    for block in blocks:
+        size = sum(int(bytes_G[piece.group]) for piece in block.pieces)
+        if parts and size > room:
+            close()
+            parts, room = [], block_bytes
+        parts.append(block)
+        room -= size
+    close()
+    return mixed
 
 
 def _pieces(pieces: tuple[Piece, ...], first: int, last: int) -> tuple[Piece, ...]:
@@ -206,6 +235,31 @@ def _numbered(blocks: list[Block]) -> list[Block]:
         numbered.append(block._replace(start=start))
         start += block.targets
     return numbered
+
+
+def order_of(block: Block, user_T: I64, together: int | None, seed: int, epoch: int) -> I64:
+    """The shuffled order of all targets of a block's pieces, those that are the rank's own and others.
+
+    Args:
+        block: with ``parts``, the targets of each that are left, in their order, are spread evenly over all of them.
+        user_T: (T,), users of the targets, ascending; those of two parts have nothing in common.
+        together: as for `shuffled_order`.
+        seed: likewise.
+        epoch: likewise.
+
+    Returns:
+        The targets in their order: (T,), or with ``parts`` those alone that are left of them.
+    """
+    if not block.parts:
+        return shuffled_order(user_T - user_T[:1], together, seed, epoch, block.key)
+    orders, positions, before = list[I64](), list[NDArray[np.float64]](), 0
+    for number, part in enumerate(block.parts):
+        whole = sum(piece.last - piece.first for piece in part.pieces)
+        order_T = order_of(part, user_T[before : before + whole], together, seed, epoch)
+        orders.append(before + order_T[part.first : part.first + part.targets])
+        positions.append((np.arange(part.targets) + (number + 0.5) / len(block.parts)) / part.targets)
+        before += whole
+    return np.concatenate(orders)[np.argsort(np.concatenate(positions), kind="stable")]
 
 
 def shuffle_keys(count: int, *salts: int) -> NDArray[np.uint64]:

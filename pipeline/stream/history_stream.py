@@ -16,8 +16,8 @@ from pipeline.stream.epoch_plan import (
     Block,
     Change,
     EpochPlan,
+    order_of,
     plan_epoch,
-    shuffled_order,
     steps_per_epoch,
     targets_left,
 )
@@ -331,8 +331,7 @@ class HistoryStream:
         def order(block: Block, samples: HistorySamples) -> NDArray[np.int64]:
             if not self._shuffle:
                 return np.arange(len(samples))
-            together = self.settings.targets_per_user_per_batch
-            return shuffled_order(samples.user_T, together, self._seed, epoch, block.key)
+            return order_of(block, samples.user_T, self.settings.targets_per_user_per_batch, self._seed, epoch)
 
         read = read_blocks(self._reading, blocks, self.settings.threads, epoch)
         try:

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from pipeline.stream.epoch_plan import (
     ORDER,
+    Block,
     Change,
     EpochPlan,
+    order_of,
     plan_epoch,
     shuffled_order,
     steps_per_epoch,
@@ -42,7 +44,7 @@ def in_order(plan: EpochPlan, shuffle: bool) -> list[tuple[int, int]]:
         pieces = [(piece.group, target) for piece in block.pieces for target in range(piece.first, piece.last)]
         users = [(group, target // 3) for group, target in pieces]
         user_T = np.cumsum([place > 0 and user != users[place - 1] for place, user in enumerate(users)])
-        order = shuffled_order(user_T, 2, 0, 0, block.key) if shuffle else np.arange(len(pieces))
+        order = order_of(block, user_T, 2, 0, 0) if shuffle else np.arange(len(pieces))
         found += [pieces[index] for index in order[block.first : block.first + block.targets]]
     return found
 
@@ -113,14 +115,22 @@ def check_blocks(
     shares: list[EpochPlan], former: list[EpochPlan], changes: list[Change], targets: list[int], room: int
 ) -> None:
     """The blocks of all ranks after some changes, against those before the last of them."""
-    begun = {}
+
+    def begun_in(blocks: Sequence[Block], had: int) -> dict[int, Block]:
+        begun = {b.key: b for b in blocks if b.first or b.start < had < b.start + b.targets}
+        for b in blocks:
+            if b.start >= had and not b.first:
+                begun |= begun_in(b.parts, 0)
+        return begun
+
+    begun: dict[int, Block] = {}
     for plan in former:
-        had = changes[-1].steps * changes[-1].batch_size
-        begun |= {b.key: b for b in plan.blocks if b.first or b.start < had < b.start + b.targets}
-    parts: Counter[int] = Counter()
-    for plan in shares:
+        begun |= begun_in(plan.blocks, changes[-1].steps * changes[-1].batch_size)
+    keys: Counter[int] = Counter()
+
+    def check(blocks: Sequence[Block]) -> None:
         start = 0
-        for b in plan.blocks:
+        for b in blocks:
             assert b.start == start
             start += b.targets
             assert b.targets > 0
@@ -128,14 +138,37 @@ def check_blocks(
                 "the buffer is bounded"
             )
             if b.first:
-                assert b.pieces == begun[b.key].pieces, "or the shuffled order would be another one"
+                same = begun[b.key]
+                assert (b.pieces, b.parts) == (same.pieces, same.parts), "or the shuffled order would be another one"
+            elif b.parts:
+                assert b.targets == sum(part.targets for part in b.parts)
+                assert b.pieces == tuple(piece for part in b.parts for piece in part.pieces)
+                check(b.parts)
             else:
                 assert b.key not in begun
                 assert b.targets == sum(piece.last - piece.first for piece in b.pieces), (
                     "no more than is needed is read"
                 )
-                parts[b.key] += 1
-    assert set(parts.values()) <= {1}, "their keys tell them apart"
+                keys[b.key] += 1
+
+    for plan in shares:
+        check(plan.blocks)
+    assert set(keys.values()) <= {1}, "their keys tell them apart"
+
+
+def test_what_fits_into_a_buffer_is_mixed() -> None:
+    """Two ranks have read half of the row groups each; the one that goes on reads from both rests alike."""
+    targets, changes = [1] * 60, [Change(2, 2, 5)]
+    halves = [{group for group, _ in in_order(plan, True)[10:]} for plan in plans(targets, 2, block=60)]
+    for other, steps in ((1, 3), (3, 2)):
+        for plan in plans(targets, other, block=60, changes=changes):
+            order = [group for group, _ in in_order(plan, True)]
+            from_first = np.cumsum([group in halves[0] for group in order])
+            assert other == 3 or np.abs(from_first - np.arange(1, len(order) + 1) / 2).max() <= 0.5
+            assert len(plan.blocks) == 1
+        changes.append(Change(other, 2, steps))
+    # What does not fit stays apart.
+    assert len(plans(targets, 1, block=59, changes=changes[:1])[0].blocks) == 2
 
 
 @quick
@@ -146,11 +179,12 @@ def test_going_on_on_other_ranks_is_the_former_order_cut_anew(
     """Of each former rank what it had left, one after the other; what it had begun is in the order that it had."""
     if steps >= steps_per_epoch(sum(targets), world, size):
         return
-    former, had = plans(targets, world), steps * size
+    # In the smallest of buffers, where nothing is mixed.
+    former, had = plans(targets, world, block=0), steps * size
     rest = [target for plan in former for target in in_order(plan, True)[had:]]
     now = [
         target
-        for plan in plans(targets, other, changes=[Change(world, size, steps)])
+        for plan in plans(targets, other, block=0, changes=[Change(world, size, steps)])
         for target in in_order(plan, True)
     ]
     begun = 0
