@@ -54,6 +54,21 @@ def bench_ingest(
     _show([asdict(case) for case in measure(events)], json)
 
 
+def bench_extend(
+    users: Annotated[int, typer.Option(min=100, help="Users of the first day.")] = 100_000,
+    behaviors: Annotated[int, typer.Option(min=1, help="Behaviours of each of them.")] = 200,
+    of_day: Annotated[int, typer.Option(min=1, help="Events of a user on the day that is added.")] = 10,
+    share: Annotated[
+        list[float] | None, typer.Option(min=0, max=1, help="Share of the users who have events then; repeatable.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
+) -> None:
+    """Measure a day that is added to a chain: against preparing everything anew, which gives the same histories."""
+    from benchmarks.extend import measure
+
+    _show([asdict(case) for case in measure(users, behaviors, of_day, tuple(share or (0.001, 0.01, 0.1)))], json)
+
+
 def bench_search(
     rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 4_000_000,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each timing; the shortest is reported.")] = 7,
@@ -198,6 +213,7 @@ def _show(figures: Mapping[str, Any] | Sequence[Mapping[str, Any]], json: bool) 
 
 bench = typer.Typer(help="Measure parts of the pipeline against plain references.", no_args_is_help=True)
 bench.command("ingest")(bench_ingest)
+bench.command("extend")(bench_extend)
 bench.command("reader")(bench_reader)
 bench.command("item-features")(bench_item_features)
 bench.command("search")(bench_search)
