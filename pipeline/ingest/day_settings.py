@@ -53,7 +53,7 @@ def day_settings(
     for name in sorted(there ^ here):
         having, lacking = ("here", "there") if name in here else ("there", "here")
         raise UserError(
-            f"{where}: feature {name} is declared {having} and not {lacking}; all days of a chain have the same features"
+            f"{where}: feature {name} is declared {having} and not {lacking}; all days of a chain have the same"
         )
     former, own = _flat(_named(base.manifest.settings)), _flat(_named(recorded(settings)))
     for key in sorted(former.keys() | own.keys()):

@@ -18,13 +18,8 @@ from tests.data.conftest import Dare
 from tests.datasets import manifest_of, write_manifest
 
 DAY = 86_400
-SETTINGS = [
-    "split.kind=paper",
-    "split.min_behaviors=1",
-    "split.negatives=1",
-    "split.train_targets=2",
-    "history.keep=50",
-]
+SPLIT = ["split.kind=paper", "split.min_behaviors=1", "split.negatives=1", "split.train_targets=2"]
+SETTINGS = [*SPLIT, "history.keep=50"]
 Line = tuple[object, int, int, int]
 
 
@@ -126,7 +121,7 @@ def test_settings_that_are_given_again_or_are_of_a_day(chain: Path, dare: Dare) 
 
 
 def test_what_no_day_can_follow(chain: Path, dare: Dare, tmp_path: Path) -> None:
-    code, _ = dare("prepare", "--events", chain / "e0.csv", "--out", chain / "single", *SETTINGS[:-1])
+    code, _ = dare("prepare", "--events", chain / "e0.csv", "--out", chain / "single", *SPLIT)
     assert code == 0
     for name, change, message in (
         ("single", {}, "no day can follow it; begin a chain with `dare prepare history.keep=NUMBER`"),
