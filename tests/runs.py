@@ -166,6 +166,24 @@ def pause(rank: int, step: int, folder: Path) -> None:
     trainer.agree = paused
 
 
+def kill_in_the_middle_of_a_write(rank: int, of: int, at: int) -> None:
+    """Sabotage: rank ``of`` dies when checkpoint number ``at`` is on disk but for its name."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    count = [0]
+    write_data = FileSystemWriter.write_data
+
+    def die(*arguments: Any, **named: Any) -> Any:
+        count[0] += 1
+        found = write_data(*arguments, **named)
+        found.wait()
+        if rank == of and count[0] == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    FileSystemWriter.write_data = die
+
+
 def run_dare(folder: Path, *arguments: object) -> tuple[int | None, str, str]:
     """`dare` in a process of its own, with files in ``folder``: exit code, standard output, standard error."""
     files = folder / "stdout", folder / "stderr"

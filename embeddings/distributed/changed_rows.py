@@ -47,7 +47,8 @@ class RowMarks:
         index_I, tables = indices_I.long(), len(self._rows)
         if tables > 1:
             # Each table has as many bags; where its last one ends, the next table's ids begin.
-            end_T = offsets.long()[(len(offsets) - 1) // tables :: (len(offsets) - 1) // tables]
+            bags = (len(offsets) - 1) // tables
+            end_T = offsets[bags::bags].long().contiguous()
             place_I = torch.arange(len(index_I), device=index_I.device)
             index_I = index_I + self._first_T[torch.searchsorted(end_T, place_I, right=True)]
         self._marked_R.index_fill_(0, index_I, True)

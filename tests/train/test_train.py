@@ -1,7 +1,6 @@
 """Training: exact resume, ranks, signals, what a run writes."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -20,7 +19,7 @@ from pipeline.runs.run_folder import RunFolder, StepLog, read_step_log
 from pipeline.stream.data_set import DataSet
 from schemas.shards import Split
 from tests.datasets import random_users, write_dataset
-from tests.runs import Run, pause, slow_steps, small_settings
+from tests.runs import Run, kill_in_the_middle_of_a_write, pause, slow_steps, small_settings
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +31,6 @@ def data(many_users: Path) -> Path:
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
     folder = tmp_path_factory.mktemp("undisturbed")
     return {ranks: Run(ranks, small_settings(), data, folder / str(ranks)).finish() for ranks in (1, 2)}
-
-
-def kill_in_the_middle_of_a_write(rank: int, of: int, at: int) -> None:
-    """Rank ``of`` dies when checkpoint number ``at`` is on disk but for its name."""
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-
-    count = [0]
-    write_data = FileSystemWriter.write_data
-
-    def die(*arguments: Any, **named: Any) -> Any:
-        count[0] += 1
-        found = write_data(*arguments, **named)
-        found.wait()
-        if rank == of and count[0] == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return found
-
-    FileSystemWriter.write_data = die
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
