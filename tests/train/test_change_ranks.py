@@ -76,7 +76,9 @@ def test_two_ranks_then_one_then_three(seed: int, data: Path, tmp_path: Path) ->
             left = steps_per_epoch(targets, ranks, size, changes) - done
             stop_at = done + draw.randrange(8, (left // 2, left - 2)[number])
         (log := tmp_path / str(number)).mkdir()
-        settings = small_settings(f"stream.batch_size={size}", "checkpoint.every=3", "validation.every=11")
+        settings = small_settings(
+            f"stream.batch_size={size}", "checkpoint.every=3", "checkpoint.delta_every=2", "validation.every=11"
+        )
         run = Run(ranks, settings, data, tmp_path / "run", trains_on, (log, stop_at, by))
         codes = run.wait()
         if number == 2 or by == signal.SIGTERM:
