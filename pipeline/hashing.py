@@ -34,7 +34,7 @@ def mix(key: NDArray[Any], salt: int) -> U64:
     return z ^ (z >> np.uint64(31))
 
 
-def hash_texts(values: pa.Array) -> U64:
+def hash_texts(values: pa.Array, words_WN: U64 | None = None) -> U64:
     """64-bit hashes of texts, the same on every machine and in every version of this program.
 
     The hash begins as ``mix(length in bytes, 0)``. Then each word of 8 bytes, little-endian, the last one filled up
@@ -42,6 +42,7 @@ def hash_texts(values: pa.Array) -> U64:
 
     Args:
         values: (N,) of Arrow's type string, as UTF-8; a null has the hash of the empty text.
+        words_WN: zeros, into which the first W words of each text are written.
 
     Returns:
         (N,) uint64.
@@ -57,12 +58,17 @@ def hash_texts(values: pa.Array) -> U64:
     words: NDArray[Any] = np.ndarray((len(text) - _WORD + 1,), "<u8", text.data, strides=(1,))
     start, length = offset[:-1] - offset[0], np.diff(offset)
     hashed = mix(length, 0)
-    for number in range(-(-int(length.max()) // _WORD)):
-        rest = length - number * _WORD
-        longer = np.flatnonzero(rest > 0)
-        word = words[start[longer] + number * _WORD].astype(np.uint64)
-        unused = np.maximum(_WORD - rest[longer], 0).astype(np.uint64) * np.uint64(8)
-        word = (word << unused) >> unused
+    shortest, longest = int(length.min()), int(length.max())
+    for number in range(-(-longest // _WORD)):
+        # Ids often have one length: then no text is picked out.
+        all_longer = shortest > number * _WORD
+        longer: Any = slice(None) if all_longer else np.flatnonzero(length > number * _WORD)
+        word = words[start[longer] + number * _WORD].astype(np.uint64, copy=False)
+        if shortest < (number + 1) * _WORD:
+            unused = np.maximum((number + 1) * _WORD - length[longer], 0).astype(np.uint64) * np.uint64(8)
+            word = (word << unused) >> unused
+        if words_WN is not None and number < len(words_WN):
+            words_WN[number, longer] = word
         hashed[longer] = mix(hashed[longer] ^ word, number + 1)
     return hashed
 

@@ -60,6 +60,11 @@ class Column:
             return pa.string()
         return pa.int64() if self.hashed else _TYPES[self.kind]
 
+    @property
+    def coded(self) -> bool:
+        """Codes can take the place of its texts, see `pipeline.ingest.text_codes`."""
+        return self.type == pa.string() and self.kind != "split"
+
 
 def feature_column(name: str) -> str:
     """Name of a feature's column while a data set is prepared."""

@@ -20,10 +20,42 @@ LEAST_WEIGHT = 2.0**-149
 """The least number above 0 that a float32 holds."""
 EVENT = -2
 """The label of a line that is a behaviour."""
+USER_ORDER = "user_order"
+"""Column of numbers of users that sort as users do, where lines have codes of them."""
 LATEST = 253_402_300_799
 """The last second of the year 9999."""
 NO_NUMBER = float("-inf")
 """What stands for a missing number in lines: engines sort nulls as they like, and logs have no infinite numbers."""
+
+
+def decoded(table: ir.Table, texts: Mapping[str, ir.Table | None]) -> ir.Table:
+    """A table with texts in the place of codes.
+
+    Args:
+        table: with codes; what is missing stays so.
+        texts: column -> (code, text) of its codes; None: the column has no codes.
+    """
+    joined = table
+    values: dict[str, ir.Value] = {}
+    for name, of_column in texts.items():
+        if of_column is not None:
+            named = of_column.select(**{f"code_{name}": "code", f"text_{name}": "text"})
+            joined = joined.left_join(named, [(name, f"code_{name}")])
+            values[name] = joined[f"text_{name}"]
+    return joined.select(**{name: values.get(name, joined[name]) for name in table.columns}) if values else table
+
+
+def user_order(texts: ir.Table, seed: int) -> ir.Table:
+    """(code, text, `USER_ORDER`) of users: a number of each in the order of lines, see `line_order`."""
+    keyed = texts.mutate(user_key=_user_key(texts["code"], seed))
+    number = ibis.row_number().over(order_by=[keyed["user_key"], keyed["text"]])
+    return keyed.mutate(**{USER_ORDER: number}).select("code", "text", USER_ORDER)
+
+
+def with_order(users: ir.Table | None, order: ir.Table) -> ir.Table:
+    """(key, `USER_ORDER`, columns) of every user, from (key, columns), where there are some, and `user_order`."""
+    numbered = order.select("code", USER_ORDER)
+    return numbered.rename(key="code") if users is None else users.inner_join(numbered, [("key", "code")]).drop("code")
 
 
 def in_buckets(table: ir.Table, buckets: int | None, column: str = "item_id") -> ir.Table:
@@ -94,11 +126,17 @@ def extremes(lines: ir.Table, columns: Sequence[str]) -> ir.Table:
     return lines.group_by("key").agg(frequency=lines["weight"].sum(), **values)
 
 
-def with_file(table: ir.Table, file: ir.Table, columns: Sequence[str]) -> ir.Table:
-    """``extremes`` with the columns of a file that has lines of its own for keys."""
+def with_file(
+    table: ir.Table, file: ir.Table, columns: Sequence[str], texts: Mapping[str, ir.Table | None]
+) -> ir.Table:
+    """``extremes`` with the columns of a file that has lines of its own for keys; ``texts`` of those with codes."""
     values: dict[str, ir.Value] = {}
+    file, by = _with_texts(file, columns, texts)
     for name in columns:
-        values |= {f"low_{name}": file[name].min(), f"high_{name}": file[name].max()}
+        low, high = file[name].min(), file[name].max()
+        if by[name] != name:
+            low, high = file[name].argmin(file[by[name]]), file[name].argmax(file[by[name]])
+        values |= {f"low_{name}": low, f"high_{name}": high}
     of_key = file.group_by(file_key=file[FEATURE_KEY]).agg(**values)
     return table.left_join(of_key, [("key", "file_key")]).drop("file_key")
 
@@ -109,13 +147,30 @@ def changes(table: ir.Table, columns: Sequence[str]) -> ir.Table:
     return table.agg(number=table.count(), **changed)
 
 
-def last_values(lines: ir.Table, table: ir.Table, column: str) -> ir.Table:
-    """(key, value) of the keys with several values: the last one; of equal timestamps the larger one."""
+def last_values(lines: ir.Table, table: ir.Table, column: str, texts: ir.Table | None) -> ir.Table:
+    """(key, value) of the keys with several values: the last one; of equal timestamps the larger one.
+
+    Of a column with codes the larger one is that of the larger text.
+    """
     # Most keys have one value. Only the others are gone through again, by time.
     changed = table.filter(table[f"low_{column}"] != table[f"high_{column}"]).select("key")
     several = lines.filter(lines[column].notnull()).semi_join(changed, "key")
-    moments = several.group_by("key", "timestamp").agg(value=several[column].max())
+    several, by = _with_texts(several, [column], {column: texts})
+    largest = several[column].max() if by[column] == column else several[column].argmax(several[by[column]])
+    moments = several.group_by("key", "timestamp").agg(value=largest)
     return moments.group_by("key").agg(value=moments["value"].argmax(moments["timestamp"]))
+
+
+def _with_texts(
+    table: ir.Table, columns: Sequence[str], texts: Mapping[str, ir.Table | None]
+) -> tuple[ir.Table, dict[str, str]]:
+    """A table with the texts of its codes beside them, and for each column the one that says which value is larger."""
+    by = {name: name if texts[name] is None else f"text_{name}" for name in columns}
+    for name, of_column in texts.items():
+        if of_column is not None:
+            named = of_column.select(**{f"code_{name}": "code", f"text_{name}": "text"})
+            table = table.left_join(named, [(name, f"code_{name}")]).drop(f"code_{name}")
+    return table, by
 
 
 def settled(table: ir.Table, columns: Sequence[str], last: Mapping[str, ir.Table]) -> ir.Table:
@@ -249,7 +304,8 @@ def lines(
     Args:
         logs: events and, where there are some, impressions as `shown` makes them, both `encoded`.
         item_ids: (raw_id, id); None: items are buckets already.
-        users: (key, columns) of every user, `encoded`; None: there are no features of users.
+        users: (key, columns) of every user, `encoded`, with `USER_ORDER` where users have codes; None: there are
+            neither.
         carried: (user_id, where it is text `USER_NUMBER`, timestamp, item, columns of behaviours' features) of the
             users' behaviours on earlier days, of which the logs know nothing; None: this is no later day of a chain.
 
@@ -325,12 +381,13 @@ def _dense(log: ir.Table, item_ids: ir.Table | None) -> ir.Table:
 
 
 def in_shards(lines: ir.Table, *, seed: int, shards: int) -> ir.Table:
-    """Lines with ``user_key`` and ``shard``, without `USER_NUMBER`."""
+    """Lines with ``user_key`` and ``shard``, without `USER_NUMBER`; with `USER_ORDER` no other id of a user is left."""
     # Shards are ranges of user keys: lines that are sorted by user key are sorted by shard.
     number = USER_NUMBER if USER_NUMBER in lines.columns else "user_id"
     table = lines.mutate(user_key=_user_key(lines[number], seed))
     table = table.drop(USER_NUMBER) if number == USER_NUMBER else table
-    return table.mutate(shard=((table["user_key"].cast("int64") * shards).floordiv(USER_KEY_RANGE)).cast("int32"))
+    table = table.mutate(shard=((table["user_key"].cast("int64") * shards).floordiv(USER_KEY_RANGE)).cast("int32"))
+    return table.drop("user_id") if USER_ORDER in table.columns else table
 
 
 def line_order(lines: ir.Table) -> list[str]:
@@ -340,7 +397,9 @@ def line_order(lines: ir.Table) -> list[str]:
     earlier than a day's own.
     """
     first = ["user_key", "user_id", "timestamp", "item", "label"]
-    no_keys = (*first, "shard", "carried")
+    if USER_ORDER in lines.columns:
+        first[:2] = [USER_ORDER]
+    no_keys = (*first, "user_key", "shard", "carried")
     rest = sorted(name for name in lines.columns if name not in no_keys and not name.startswith("u_"))
     return [key for key in (*first, *rest) if key in lines.columns]
 

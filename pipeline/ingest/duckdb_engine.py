@@ -4,8 +4,9 @@ import errno
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,10 +15,13 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
+from pipeline.ingest.columns import USER_NUMBER
+from pipeline.ingest.definition import USER_ORDER
 from pipeline.ingest.engine import ReportLines, ReportShare
-from pipeline.ingest.reading import Tally, read_file, schema_of
+from pipeline.ingest.reading import Tally, read_file, schema_of, text_column
 from pipeline.ingest.shards import ShardBuilder, WrittenShard
 from pipeline.ingest.sources import LogFiles
+from pipeline.ingest.text_codes import SCHEMA, TextCodes
 from schemas.errors import UserError
 
 R = TypeVar("R")
@@ -28,6 +32,8 @@ _LEAST = 150 << 20
 """Bytes below which DuckDB cannot sort."""
 _BATCH = 200_000
 """Lines handed over at a time."""
+_USERS = 100_000
+"""Texts of users that are fetched at a time."""
 
 
 class DuckDBEngine:
@@ -53,9 +59,15 @@ class DuckDBEngine:
         self._memory_limit = memory_limit
         self._ibis = self._explained(lambda: ibis.duckdb.connect(folder / "ingest.duckdb", **settings))
         self._connection: duckdb.DuckDBPyConnection = self._ibis.con
+        self._codes = TextCodes(folder)
 
-    def load(self, files: LogFiles, report: ReportShare) -> tuple[ir.Table, Tally]:
+    def load(self, files: LogFiles, report: ReportShare, *, coded: bool) -> tuple[ir.Table, Tally]:
         """Read a log to its end into a table of the database, with the columns of `schema_of`.
+
+        Args:
+            files: the log.
+            report: told about progress.
+            coded: codes take the place of texts, which stand in tables of their own.
 
         Returns:
             The log, and what became of its lines.
@@ -76,14 +88,14 @@ class DuckDBEngine:
         def batches() -> Iterator[pa.RecordBatch]:
             try:
                 for index in range(len(files.paths)):
-                    yield from read_file(files, index, tally, advance)
+                    yield from read_file(files, index, tally, advance, self._codes if coded else None)
             except BaseException as error:
                 # DuckDB would tell of it in words of its own.
                 failure.append(error)
                 raise
 
         name = f"{files.role}{files.number or ''}_read"
-        stream = pa.RecordBatchReader.from_batches(schema_of(files), batches())
+        stream = pa.RecordBatchReader.from_batches(schema_of(files, coded=coded), batches())
         self._connection.register(f"{name}_stream", stream)
         try:
             self._explained(lambda: self._connection.execute(f"CREATE TABLE {name} AS SELECT * FROM {name}_stream"))
@@ -93,7 +105,59 @@ class DuckDBEngine:
             raise
         finally:
             self._connection.unregister(f"{name}_stream")
+        columns = {text_column(files, column.name) for column in files.columns if column.coded} - {USER_NUMBER}
+        if coded and not self._explained(lambda: self._keep_texts(sorted(columns))):
+            # Once more, with a code of its own for each text.
+            self._connection.execute(f"DROP TABLE {name}")
+            return self.load(files, report, coded=coded)
         return self._ibis.table(name), tally
+
+    def _keep_texts(self, columns: list[str]) -> bool:
+        """Keep the texts that a log has brought, unless some share a code: these have other codes from now on."""
+        run, paths = self._connection.execute, self._codes.finish()
+        distinct = True
+        for column in columns:
+            run(f"CREATE TABLE IF NOT EXISTS {_texts(column)} (code BIGINT, text VARCHAR)")
+            with _opened(paths.get(column)) as read:
+                self._connection.register("texts_read", read)
+                both = f"(FROM texts_read UNION ALL FROM {_texts(column)})"
+                run(f"CREATE TABLE {_texts(column, new=True)} AS SELECT DISTINCT code, text FROM {both}")
+                self._connection.unregister("texts_read")
+            distinct = self._codes_differ(column) and distinct
+        for column in columns:
+            if distinct:
+                run(f"DROP TABLE {_texts(column)}")
+                run(f"ALTER TABLE {_texts(column, new=True)} RENAME TO {_texts(column)}")
+            else:
+                run(f"DROP TABLE {_texts(column, new=True)}")
+        for path in paths.values():
+            path.unlink()
+        if not distinct:
+            self._codes.forget()
+        return distinct
+
+    def _codes_differ(self, column: str) -> bool:
+        """Whether no two texts of a column share a code; of those that do, all but one are given the next code."""
+        run, new = self._connection.execute, _texts(column, new=True)
+        ((texts, codes),) = run(f"SELECT count(*), count(DISTINCT code) FROM {new}").fetchall()
+        if texts == codes:
+            return True
+        shared = f"SELECT code FROM {new} GROUP BY code HAVING count(*) > 1"
+        # That of an earlier log keeps its code: it stands there.
+        kept = dict(run(f"FROM {_texts(column)} WHERE code IN ({shared})").fetchall())
+        for code, text in run(f"FROM {new} WHERE code IN ({shared}) ORDER BY code, text").fetchall():
+            if kept.setdefault(code, text) != text:
+                self._codes.move(column, text, code)
+        return False
+
+    def texts(self, column: str) -> ir.Table | None:
+        """(code, text) of every text of a column that was read; None: it has no texts."""
+        name = _texts(column)
+        return self._ibis.table(name) if name in self._ibis.list_tables() else None
+
+    def codes(self, column: str, texts: pa.Array) -> pa.Array:
+        """What stands in a column in the place of texts: codes, or themselves where the column has none."""
+        return texts if self.texts(column) is None else self._codes.code(column, texts)
 
     def open_ids(self, path: Path) -> ir.Table:
         """A Parquet file of dense ids that ingest itself has written."""
@@ -131,7 +195,12 @@ class DuckDBEngine:
             yield batch
 
     def write_shards(
-        self, lines: ir.Table, order: list[str], builder: ShardBuilder, report: ReportLines
+        self,
+        lines: ir.Table,
+        order: list[str],
+        users: ir.Table | None,
+        builder: ShardBuilder,
+        report: ReportLines,
     ) -> tuple[list[WrittenShard], Tally]:
         """Sort lines by the columns ``order`` and have ``builder`` write them, in this process.
 
@@ -141,9 +210,13 @@ class DuckDBEngine:
 
         def write() -> tuple[list[WrittenShard], Tally]:
             # A stream: DuckDB sorts on disk, and only a few batches are in memory here.
-            reader = self._ibis.to_pyarrow_batches(lines.order_by(order), chunk_size=_BATCH)
+            batches: Iterable[pa.RecordBatch] = self._ibis.to_pyarrow_batches(lines.order_by(order), chunk_size=_BATCH)
+            if users is not None:
+                # By a connection of its own: one has one stream at a time.
+                texts = str(ibis.to_sql(users.order_by(USER_ORDER).select("text"), dialect="duckdb"))
+                batches = _with_users(batches, self._connection.cursor().execute(texts).to_arrow_reader(_USERS))
             with ThreadPoolExecutor(1) as ahead:
-                return builder.write(_ahead(reader, ahead), report)
+                return builder.write(_ahead(iter(batches), ahead), report)
 
         return self._explained(write)
 
@@ -197,11 +270,39 @@ class _Watched:
                 self._report(share)
 
 
-def _ahead(reader: pa.RecordBatchReader, thread: ThreadPoolExecutor) -> Iterator[pa.RecordBatch]:
-    """The reader's batches, the next one fetched while the present one is worked on."""
+def _texts(column: str, *, new: bool = False) -> str:
+    """Name of the table (code, text) of a column; of the one that is to take its place."""
+    return f"{'new_' if new else ''}texts_of_{column}"
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[pa.RecordBatchReader]:
+    """The texts in a file of `TextCodes`; None: none."""
+    if path is None:
+        yield pa.RecordBatchReader.from_batches(SCHEMA, [])
+        return
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+        yield reader
+
+
+def _with_users(lines: Iterable[pa.RecordBatch], texts: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    """Lines with texts in the place of `USER_ORDER`, which counts ``texts``."""
+    held, first = pa.nulls(0, pa.string()), 0
+    for batch in lines:
+        order_L = batch[USER_ORDER].to_numpy()
+        while first + len(held) <= order_L[-1]:
+            # Both go upwards: what lies before the batch is needed no more.
+            gone = min(int(order_L[0]) - first, len(held))
+            held, first = pa.concat_arrays([held[gone:], next(texts)["text"]]), first + gone
+        text_L = held.take(pa.array(order_L - first))
+        yield batch.drop_columns([USER_ORDER]).append_column("user_id", text_L)
+
+
+def _ahead(batches: Iterator[pa.RecordBatch], thread: ThreadPoolExecutor) -> Iterator[pa.RecordBatch]:
+    """Batches, the next one fetched while the present one is worked on."""
 
     def fetch() -> pa.RecordBatch | None:
-        return next(reader, None)
+        return next(batches, None)
 
     following = thread.submit(fetch)
     while (batch := following.result()) is not None:

@@ -20,8 +20,13 @@ ReportLines = Callable[[int], object]
 class Engine(Protocol):
     """Runs Ibis expressions over logs that may be larger than memory."""
 
-    def load(self, files: LogFiles, report: ReportShare) -> tuple[ir.Table, Tally]:
+    def load(self, files: LogFiles, report: ReportShare, *, coded: bool) -> tuple[ir.Table, Tally]:
         """Read a log to its end and keep it on disk, with the columns of `pipeline.ingest.reading.schema_of`.
+
+        Args:
+            files: the log.
+            report: told about progress.
+            coded: codes may take the place of texts, see `texts`; the same for all logs.
 
         Returns:
             The log, and what became of its lines.
@@ -29,6 +34,18 @@ class Engine(Protocol):
         Raises:
             UserError: a line or file that cannot be read.
         """
+        ...
+
+    def texts(self, column: str) -> ir.Table | None:
+        """(code, text) of every text of a column that has codes; None: it has texts, or no text was read.
+
+        Args:
+            column: ``user_id``, ``item_id`` or the column of a feature.
+        """
+        ...
+
+    def codes(self, column: str, texts: pa.Array) -> pa.Array:
+        """What stands in a column in the place of texts that it has: codes, or the texts themselves."""
         ...
 
     def open_ids(self, path: Path) -> ir.Table:
@@ -56,9 +73,21 @@ class Engine(Protocol):
         ...
 
     def write_shards(
-        self, lines: ir.Table, order: list[str], builder: ShardBuilder, report: ReportLines
+        self,
+        lines: ir.Table,
+        order: list[str],
+        users: ir.Table | None,
+        builder: ShardBuilder,
+        report: ReportLines,
     ) -> tuple[list[WrittenShard], Tally]:
-        """Sort lines by the columns ``order`` and have ``builder`` write them.
+        """Sort lines by the columns ``order`` and have ``builder`` write them, with texts in the place of codes.
+
+        Args:
+            lines: as `definition.in_shards` makes them.
+            order: columns.
+            users: `definition.user_order`, computed; None: users of lines have no codes.
+            builder: writes.
+            report: told about progress.
 
         Returns:
             The files in order of their number, and what became of users, behaviours and impressions.

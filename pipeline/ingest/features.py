@@ -92,7 +92,8 @@ class Features:
         for of_file in files:
             if of_file.features[0].of == side:
                 names = [feature_column(each.name) for each in of_file.features]
-                table = definition.with_file(table, of_file.table, names)
+                texts = {name: self._engine.texts(name) for name in names}
+                table = definition.with_file(table, of_file.table, names, texts)
         columns = [feature_column(each.name) for each in declared]
         given = {each.name for of_file in files for each in of_file.features}
         for each in declared:
@@ -103,7 +104,11 @@ class Features:
                 table = table.mutate(**{f"low_{name}": nothing, f"high_{name}": nothing})
         table = self._engine.materialize(f"{side}s", table, lambda _: None)
         changed = self._row(definition.changes(table, columns))
-        last = {name: definition.last_values(lines, table, name) for name in in_logs if changed[name]}
+        last = {
+            name: definition.last_values(lines, table, name, self._engine.texts(name))
+            for name in in_logs
+            if changed[name]
+        }
         settled = definition.settled(table, columns, last)
         if last:
             settled = self._engine.materialize(f"{side}s_settled", settled, lambda _: None)
@@ -162,9 +167,26 @@ class Features:
         kept = log.select([name for name in log.columns if name not in others])
         return self._applied(kept, self.of("behavior", "impression"))
 
-    def on_users(self, users: ir.Table) -> ir.Table:
-        """What `belonging` returned for users, its columns called as those of lines are."""
-        return users.select("key", **{user_column(each.name): feature_column(each.name) for each in self.of("user")})
+    def users(self, logs: Sequence[ir.Table], files: Sequence[FeatureTable]) -> tuple[ir.Table | None, ir.Table | None]:
+        """Find what belongs to each user; the arguments are those of `belonging`.
+
+        Returns:
+            (key, columns as those of lines are called) of every user, with `definition.USER_ORDER` where users have
+            codes; None: neither is there. And `definition.user_order`; None: users have no codes.
+        """
+        users = order = None
+        if any(each.of == "user" for each in self._settings.declared_features):
+            belonging, _ = self.belonging("user", logs, files)
+            users = belonging.select(
+                "key", **{user_column(each.name): feature_column(each.name) for each in self.of("user")}
+            )
+        if (texts := self._engine.texts("user_id")) is not None:
+            order = definition.user_order(texts, self._settings.seed)
+            order = self._engine.materialize("user_order", order, lambda _: None)
+            users = definition.with_order(users, order)
+        if users is not None:
+            users = self._engine.materialize("users_encoded", users, lambda _: None)
+        return users, order
 
     def _encode(self, feature: FeatureSettings, table: ir.Table, weight: str | None, of_each: str, **more: Any) -> None:
         column, seed = feature_column(feature.name), self._settings.seed
@@ -172,7 +194,7 @@ class Features:
             self._keep(hashed(feature, self._row(definition.hash_counts(table, column, feature.hash_buckets)), **more))
             return
         # Computed before it is fetched: the engine must give back the memory that it takes here.
-        found = definition.raw_counts(table, column, weight)
+        found = definition.decoded(definition.raw_counts(table, column, weight), {"value": self._engine.texts(column)})
         found = self._engine.materialize(f"counts_of_{feature.name}", found, lambda _: None)
         record = None if self._base is None else self._base.record(feature.name)
         entries, length = (0, 0) if self._base is None or record is None else self._base.memory_of(record)
@@ -226,8 +248,10 @@ class Features:
             link_or_copy(self._base.verified(record.dictionary), self._folder / record.dictionary)
             self.files.append(record.dictionary)
         if encoded.ids is not None:
-            path = self._work / f"{feature_column(record.name)}.parquet"
-            pq.write_table(encoded.ids, path)
+            column = feature_column(record.name)
+            path = self._work / f"{column}.parquet"
+            value = self._engine.codes(column, encoded.ids["value"].combine_chunks())
+            pq.write_table(encoded.ids.set_column(0, "value", value), path)
             self._ids[record.name] = self._engine.open_ids(path)
 
     def _no_category(self, items: int) -> None:

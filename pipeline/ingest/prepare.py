@@ -63,6 +63,8 @@ CONTENTS = (
 )
 """Names of a data set's files."""
 
+ITEM_IDS = "item_ids.parquet"
+"""The work file of what stands on lines for an item, and its dense id."""
 MOST_SHARDS = 100_000
 """Shards that five digits can number."""
 
@@ -133,9 +135,10 @@ class _Preparation:
         self, event_files: LogFiles, impression_files: LogFiles | None, feature_files: list[FeatureFiles]
     ) -> Manifest:
         settings, engine = self._settings, self._engine
-        tables = []
+        # What comes from the days before has texts.
+        tables, coded = [], self._base is None
         for of_file in feature_files:
-            table, _ = engine.load(of_file.files, lambda _: None)
+            table, _ = engine.load(of_file.files, lambda _: None, coded=coded)
             check_keys(of_file.files, engine.fetch(definition.without_key(table)))
             # Users are not hashed: only items are in buckets.
             buckets = settings.items.hash_buckets if of_file.features[0].of == "item" else None
@@ -143,12 +146,12 @@ class _Preparation:
         # Each log is read once into a table of the engine's own: later passes do not parse text again. And faults are
         # looked for before anything is built on it: one is a line for the user, not a wrong data set.
         with stage("read events") as running:
-            events, read = engine.load(event_files, running.reach_share)
+            events, read = engine.load(event_files, running.reach_share, coded=coded)
         counted = check(event_files, read, engine.fetch(definition.faults(events)))
         logs, lines, cuts, shown, spans = [events], [counted["lines"]], None, None, [counted]
         if impression_files is not None and settings.impressions is not None:
             with stage("read impressions") as running:
-                impressions, shown = engine.load(impression_files, running.reach_share)
+                impressions, shown = engine.load(impression_files, running.reach_share, coded=coded)
             check_zones([(settings.events, event_files, read), (settings.impressions, impression_files, shown)])
             of_shown = check(impression_files, shown, engine.fetch(definition.faults(impressions)))
             lines.append(of_shown["lines"])
@@ -167,10 +170,7 @@ class _Preparation:
             logs = [definition.in_buckets(log, settings.items.hash_buckets) for log in logs]
             features = Features(settings, engine, self._folder, self._work, self._base)
             dictionary = self._dictionary(features, logs, tables, span[1])
-            users = None
-            if any(each.of == "user" for each in settings.declared_features):
-                belonging, _ = features.belonging("user", logs, tables)
-                users = engine.materialize("users_encoded", features.on_users(belonging), lambda _: None)
+            users, order = features.users(logs, tables)
             features.of_lines(logs, lines)
         gathered = self._gathered(logs)
         if gathered is not None and gathered.users is not None and users is not None:
@@ -196,7 +196,7 @@ class _Preparation:
         with stage("sort and write shards", sum(lines), "lines") as running:
             sorted_lines = self._lines(features, logs, users, cuts, counted["lines"], gathered)
             written, tally = engine.write_shards(
-                sorted_lines, definition.line_order(sorted_lines), builder, running.advance
+                sorted_lines, definition.line_order(sorted_lines), order, builder, running.advance
             )
         counts = counts_of(written, dictionary, features.records, counted, read, shown, tally, collisions)
         own = layer_of(written, self._day)
@@ -242,7 +242,7 @@ class _Preparation:
                 # What a later day brings is there to be learnt, all of it.
                 logs = [logs[0], logs[1].drop("split")]
             logs = [logs[0], definition.shown(logs[1], cuts, labels)]
-        ids = None if settings.items.hash_buckets else self._engine.open_ids(self._folder / "items.parquet")
+        ids = None if settings.items.hash_buckets else self._engine.open_ids(self._work / ITEM_IDS)
         lines = definition.lines([features.on_lines(log) for log in logs], ids, users, carried)
         return definition.in_shards(lines, seed=settings.seed, shards=shards)
 
@@ -283,6 +283,8 @@ class _Preparation:
         items, raw = features.belonging("item", logs, tables)
         if settings.history.keep is not None:
             self._write_item_values(features, raw)
+        if (texts := engine.texts("item_id")) is not None:
+            items = engine.materialize("items_named", definition.decoded(items, {"key": texts}), lambda _: None)
         of_items, kind, seed = features.of("item"), settings.events.item_type, settings.seed
         numbered = settings.items.hash_buckets is None
         of_days = base is not None or (settings.history.keep is not None and numbered)
@@ -300,6 +302,9 @@ class _Preparation:
         else:
             dictionary = build_dictionary(fetched, of_items, settings.items, kind, seed)
         dictionary.write(self._folder)
+        if numbered:
+            raw_I, id_I = dictionary.items["raw_id"].combine_chunks(), dictionary.items["id"]
+            pq.write_table(pa.table({"raw_id": engine.codes("item_id", raw_I), "id": id_I}), self._work / ITEM_IDS)
         return dictionary
 
     def _write_item_values(self, features: Features, items: ir.Table) -> None:
@@ -307,7 +312,8 @@ class _Preparation:
         names = [feature_column(each.name) for each in self._settings.declared_features if each.of == "item"]
         if not names:
             return
-        table = items.select("key", *names).order_by("key")
+        texts = {name: self._engine.texts(name) for name in names} | {"key": self._engine.texts("item_id")}
+        table = definition.decoded(items.select("key", *names), texts).order_by("key")
         write_batches(self._engine.batches(table), table.schema().to_pyarrow(), self._folder / ITEM_VALUES)
         features.files.append(ITEM_VALUES)
 

@@ -11,7 +11,7 @@ import io
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from pipeline.errors import is_refusal
 from pipeline.hashing import hash_values
 from pipeline.ingest import times, values
-from pipeline.ingest.columns import Column
+from pipeline.ingest.columns import FEATURE_KEY, USER_NUMBER, Column, feature_column
 from pipeline.ingest.sets import encoded_sets
 from pipeline.ingest.sources import LogFiles, fields, first_line, lines_of, plain_text
 from pipeline.ingest.text import ByteStream
+from pipeline.ingest.text_codes import TextCodes
 from pipeline.ingest.values import WrongValueError
 from schemas.errors import UserError
 from schemas.shards import RECORDS_OF_A_FILE
@@ -41,19 +42,36 @@ _BLOCK = 8 << 20
 """Bytes of text that are parsed at a time."""
 _ROWS = 200_000
 """Rows of Parquet that are read at a time."""
+_DICTIONARY = pa.dictionary(pa.int32(), pa.string())
 
 Tally = Counter[str]
 ReportBytes = Callable[[int], object]
 """Called with the number of bytes of a file that are read since the last call."""
 
 
-def schema_of(files: LogFiles) -> pa.Schema:
-    """Schema of what `read_file` yields: the columns by their new names, and ``line`` where lines are numbered."""
-    fields = [pa.field(column.name, column.type) for column in files.columns]
+def schema_of(files: LogFiles, *, coded: bool = False) -> pa.Schema:
+    """Schema of what `read_file` yields: the columns by their new names, and ``line`` where lines are numbered.
+
+    Args:
+        files: the log.
+        coded: codes take the place of texts, and of `USER_NUMBER`, which is the user's code then.
+    """
+    fields = [
+        pa.field(column.name, pa.int64() if coded and column.coded else column.type)
+        for column in files.columns
+        if not (coded and column.name == USER_NUMBER)
+    ]
     return pa.schema([*fields, pa.field("line", pa.int64())] if files.numbered else fields)
 
 
-def read_file(files: LogFiles, index: int, tally: Tally, report: ReportBytes) -> Iterator[pa.RecordBatch]:
+def text_column(files: LogFiles, name: str) -> str:
+    """The column whose texts those of a column of a log are: ids in a file of features are items or users."""
+    return f"{files.role.removesuffix('s')}_id" if name == FEATURE_KEY else name
+
+
+def read_file(
+    files: LogFiles, index: int, tally: Tally, report: ReportBytes, codes: TextCodes | None = None
+) -> Iterator[pa.RecordBatch]:
     """Read a file of a log to its end.
 
     Args:
@@ -62,6 +80,7 @@ def read_file(files: LogFiles, index: int, tally: Tally, report: ReportBytes) ->
         tally: counts are added to it while batches are taken: `READ`, `FILTERED`, `OUTSIDE_TIME`, and ``local`` and
             ``zoned``, batches with times that have no offset, and that have one.
         report: told about progress.
+        codes: gives numbers that take the place of texts; None: texts stay.
 
     Yields:
         Batches of `schema_of`, without the lines that are left out.
@@ -70,10 +89,10 @@ def read_file(files: LogFiles, index: int, tally: Tally, report: ReportBytes) ->
         UserError: a line that cannot be read, or a file that is damaged; names the file, and the line if it can.
     """
     record = 1
-    for batch in _batches(files, index, files.needed, report):
+    for batch in _batches(files, index, files.needed, report, () if codes is None else _dictionaries(files)):
         record_N = np.arange(record, record + len(batch))
         record += len(batch)
-        yield _typed(files, index, batch, record_N, tally)
+        yield _typed(files, index, batch, record_N, tally, codes)
 
 
 def raw_batches(files: LogFiles, index: int) -> Iterator[pa.RecordBatch]:
@@ -82,20 +101,44 @@ def raw_batches(files: LogFiles, index: int) -> Iterator[pa.RecordBatch]:
     return _batches(files, index, names, lambda _: None)
 
 
-def _batches(files: LogFiles, index: int, columns: tuple[str, ...], report: ReportBytes) -> Iterator[pa.RecordBatch]:
-    """Some columns of a file, by their names in it: text as it stands, Parquet in its types."""
+def _batches(
+    files: LogFiles, index: int, columns: tuple[str, ...], report: ReportBytes, dictionaries: Collection[str] = ()
+) -> Iterator[pa.RecordBatch]:
+    """Some columns of a file, by their names in it: text as it stands, Parquet in its types.
+
+    Columns of text in ``dictionaries`` come dictionary-encoded.
+    """
     read = _text_batches if files.format == "text" else _parquet_batches
-    return read(files, files.paths[index], columns, report)
+    return read(files, files.paths[index], columns, report, dictionaries)
+
+
+def _dictionaries(files: LogFiles) -> list[str]:
+    """Columns of a file, by their names in it, whose texts come again and again: each is to be looked at once."""
+    others = set(files.keep)
+    for column in files.columns:
+        # Nearly every line of a piece has a user or an item of its own.
+        if not column.coded or column.several or not column.name.startswith(feature_column("")):
+            others.add(column.source)
+    return [source for source in files.needed if source not in others]
 
 
 def _typed(
-    files: LogFiles, index: int, batch: pa.RecordBatch, record_N: NDArray[np.int64], tally: Tally
+    files: LogFiles,
+    index: int,
+    batch: pa.RecordBatch,
+    record_N: NDArray[np.int64],
+    tally: Tally,
+    codes: TextCodes | None,
 ) -> pa.RecordBatch:
     """Columns by their new names and types; lines that the settings leave out are counted and gone."""
 
-    def converted(column: Column) -> pa.Array:
+    def converted(column: Column, codes: TextCodes | None) -> pa.Array:
+        raw = batch.column(column.source)
         try:
-            return _converted(files, column, batch.column(column.source), tally)
+            if codes is None or not column.coded:
+                return _converted(files, column, raw, tally)
+            texts = _converted(files, column, raw, tally) if column.several else values.repeated_texts(raw)
+            return codes.code(text_column(files, column.name), texts)
         except WrongValueError as wrong:
             where = _where(files, files.paths[index], int(record_N[wrong.index]))
             raise UserError(f"{where}: column {column.source}: {wrong}; {column.remedy}") from None
@@ -103,17 +146,19 @@ def _typed(
     tally[READ] += len(batch)
     for source, kept in files.keep.items():
         # Before all other columns are read: what is filtered may hold whatever it likes.
-        right = pc.is_in(converted(Column(source, source, "text")), pa.array(kept, pa.string()))
+        right = pc.is_in(converted(Column(source, source, "text"), None), pa.array(kept, pa.string()))
         tally[FILTERED] += len(batch) - (pc.sum(right).as_py() or 0)
         record_N = record_N[right.to_numpy(zero_copy_only=False)]
         batch = batch.filter(right)
     columns: dict[str, Any] = {}
     # Times first, because they too leave lines out.
     for column in sorted(files.columns, key=lambda column: column.kind != "time"):
+        if codes is not None and column.name == USER_NUMBER:
+            continue
         if column.kind in ("hour", "weekday"):
             columns[column.name] = times.clock(columns["timestamp"], files.zone, column.kind)
             continue
-        columns[column.name] = converted(column)
+        columns[column.name] = converted(column, codes)
         if column.kind == "time" and not (files.since is None and files.until is None):
             inside = _inside(columns[column.name], files.since, files.until)
             tally[OUTSIDE_TIME] += len(batch) - (pc.sum(inside).as_py() or 0)
@@ -122,7 +167,7 @@ def _typed(
             batch = batch.filter(inside)
     if files.numbered:
         columns["line"] = pa.array(index * RECORDS_OF_A_FILE + record_N, pa.int64())
-    schema = schema_of(files)
+    schema = schema_of(files, coded=codes is not None)
     return pa.record_batch([columns[name] for name in schema.names], schema=schema)
 
 
@@ -165,7 +210,7 @@ def _inside(time: pa.Array, since: int | None, until: int | None) -> pa.Array:
 
 
 def _text_batches(
-    files: LogFiles, path: Path, columns: tuple[str, ...], report: ReportBytes
+    files: LogFiles, path: Path, columns: tuple[str, ...], report: ReportBytes, dictionaries: Collection[str]
 ) -> Iterator[pa.RecordBatch]:
     # Columns that are not wanted may share a name, or have none: all go by their numbers here.
     numbers = [str(index) for index in range(len(files.text_columns))]
@@ -187,7 +232,9 @@ def _text_batches(
                 ),
                 pyarrow.csv.ConvertOptions(
                     check_utf8=True,
-                    column_types=dict.fromkeys(needed, pa.string()),
+                    column_types={
+                        index: _DICTIONARY if name in dictionaries else pa.string() for index, name in needed.items()
+                    },
                     include_columns=list(needed),
                     strings_can_be_null=False,
                 ),
@@ -285,10 +332,12 @@ def _text_fault(files: LogFiles, path: Path, error: BaseException) -> str:
 
 
 def _parquet_batches(
-    files: LogFiles, path: Path, columns: tuple[str, ...], report: ReportBytes
+    files: LogFiles, path: Path, columns: tuple[str, ...], report: ReportBytes, dictionaries: Collection[str]
 ) -> Iterator[pa.RecordBatch]:
     try:
-        with pq.ParquetFile(arrow_file(path), page_checksum_verification=True) as parquet:
+        with pq.ParquetFile(
+            arrow_file(path), page_checksum_verification=True, read_dictionary=list(dictionaries)
+        ) as parquet:
             rows, size = max(parquet.metadata.num_rows, 1), path.stat().st_size
             for batch in parquet.iter_batches(_ROWS, columns=list(columns)):
                 yield batch

@@ -64,8 +64,10 @@ class SparkEngine:
         self._session = builder.getOrCreate()
         self._ibis = ibis.pyspark.connect(self._session)
 
-    def load(self, files: LogFiles, report: ReportShare) -> tuple[ir.Table, Tally]:
+    def load(self, files: LogFiles, report: ReportShare, *, coded: bool) -> tuple[ir.Table, Tally]:
         """Have the executors read a log, a file a task, and keep it as Parquet files; nothing is reported meanwhile.
+
+        Texts stay texts, ``coded`` or not.
 
         Returns:
             The log, and what became of its lines.
@@ -108,6 +110,13 @@ class SparkEngine:
         report(1.0)
         return self._view(name, self._session.read.parquet(str(folder))), _together(parts)
 
+    def texts(self, column: str) -> None:
+        """None: columns have texts here."""
+
+    def codes(self, column: str, texts: pa.Array) -> pa.Array:
+        """The texts."""
+        return texts
+
     def open_ids(self, path: Path) -> ir.Table:
         """A Parquet file of dense ids that ingest itself has written."""
         return self._view(path.stem + "_ids", self._session.read.parquet(str(path.absolute())))
@@ -132,13 +141,19 @@ class SparkEngine:
         yield from self.fetch(table).to_batches()
 
     def write_shards(
-        self, lines: ir.Table, order: list[str], builder: ShardBuilder, report: ReportLines
+        self,
+        lines: ir.Table,
+        order: list[str],
+        users: ir.Table | None,
+        builder: ShardBuilder,
+        report: ReportLines,
     ) -> tuple[list[WrittenShard], Tally]:
         """Sort lines by the columns ``order`` and have the executors write them, each whole shards.
 
         Returns:
             The files in order of their number, and what became of users, behaviours and impressions.
         """
+        assert users is None, "lines have the ids of their users"
         # The builder holds the dictionaries: sent once to each executor, not with every task.
         shared = self._session.sparkContext.broadcast(builder)
 

@@ -119,6 +119,17 @@ def texts(values: pa.Array) -> pa.Array:
     return values
 
 
+def repeated_texts(values: pa.Array) -> pa.Array:
+    """`texts`, of which dictionary-encoded ones stay so."""
+    if not pa.types.is_dictionary(values.type):
+        return texts(values)
+    try:
+        return pa.DictionaryArray.from_arrays(values.indices, texts(values.dictionary))
+    except WrongValueError:
+        # It may be one that no place has; if not, the first place that has it is to be named.
+        return texts(values)
+
+
 def numbers(values: pa.Array, *, negative: bool = True) -> pa.Array:
     """Numbers as float64, where NaN is missing and there is no negative zero.
 

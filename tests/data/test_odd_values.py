@@ -189,9 +189,12 @@ def read(engine: Engine, number: int, role: str, path: Path, column: str, **more
     try:
         # Under a name of its own, so that one engine reads all files of a test.
         files = replace(log(role, path, **more), role=f"{role}{number}")
-        table, tally = engine.load(files, lambda _: None)
+        table, tally = engine.load(files, lambda _: None, coded=True)
         name = COLUMNS.get(column, column)
         values: list[Any] = engine.fetch(table.select(name))[name].to_pylist()
+        if (texts := engine.texts(name)) is not None and column == "category_id":
+            text_of = dict(zip(*engine.fetch(texts).select(["code", "text"]).to_pydict().values(), strict=True))
+            values = [None if code is None else text_of[code] for code in values]
     except UserError as error:
         said = str(error)
     if said:
