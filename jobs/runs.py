@@ -38,15 +38,23 @@ def runs(
     if not states:
         print(f"{printable(folder)}: no runs")
     else:
-        header = ["run", "model", "state", "step", "best validation AUC", "test AUC", "samples/s", "torchx job"]
+        header = [
+            "run",
+            "model",
+            "state",
+            "step",
+            "best validation AUC",
+            "test AUC",
+            "samples/s",
+            "begun on",
+            "torchx job",
+        ]
         rows = [_row(run, folder) for run in states]
-        # Most runs are of no torchx job: a column of nothing would push others out of the line.
-        shown = header if any(row[-1] for row in rows) else header[:-1]
-        print(
-            "\n".join(
-                table_lines(shown, [row[: len(shown)] for row in rows], left=(0, 1, 2, 7), width=terminal_width())
-            )
-        )
+        # Most runs are of no torchx job, and begin on no other: a column of nothing would push others out of the line.
+        shown = [number for number in range(len(header)) if number < 7 or any(row[number] for row in rows)]
+        table = [[row[number] for number in shown] for row in rows]
+        left = [place for place, number in enumerate(shown) if number in (0, 1, 2, 7, 8)]
+        print("\n".join(table_lines([header[number] for number in shown], table, left=left, width=terminal_width())))
     # Below the table, for those that somebody should look after.
     for run in states:
         if run.error:
@@ -68,7 +76,8 @@ def _row(run: "RunState", folder: Path) -> list[str]:
     validation = _auc(run.best_validation_auc, known=bool(run.validations))
     test = _auc(run.test_auc, known=run.state == "finished")
     speed = "" if run.samples_per_s is None else f"{run.samples_per_s:,.0f}"
-    return [name, run.model or "", run.state, step, validation, test, speed, run.app or ""]
+    source = "" if run.source is None else location(run.source).name
+    return [name, run.model or "", run.state, step, validation, test, speed, source, run.app or ""]
 
 
 def _auc(value: float | None, *, known: bool) -> str:

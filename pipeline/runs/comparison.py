@@ -20,7 +20,8 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
 
     Returns:
         For each run ``run``, ``model``, ``data`` (the ``folder`` of its data set and the ``fingerprint`` that it had),
-        the `METRICS`, and ``settings``: values by dotted key, None where a run has no such setting.
+        the `METRICS`, ``source`` (folder of the run on whose checkpoint it has begun, or None), and ``settings``:
+        values by dotted key, None where a run has no such setting.
 
     Raises:
         UserError: one is not the folder of a run, or not finished.
@@ -35,7 +36,7 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
         test, data = run.test(), run.data_record()
         known = {"folder": data["folder"], "fingerprint": data["fingerprint"]}
         row = {"run": str(folder), "model": settings[-1]["model.name"], "data": known}
-        rows.append(row | {name: test[name] for name in METRICS})
+        rows.append(row | {name: test[name] for name in METRICS} | {"source": (run.source() or {}).get("run")})
     # All keys of all runs, in the order of the settings; the model has a column of its own.
     keys = dict.fromkeys(key for values in settings for key in values if key != "model.name")
     # By their text, because a list cannot be in a set.

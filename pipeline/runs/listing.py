@@ -45,6 +45,8 @@ class RunState:
     """Time of the last start, UTC."""
     app: str | None = None
     """Handle of the torchx job that has started it last."""
+    source: str | None = None
+    """Folder of the run on whose checkpoint it has begun."""
     error: str | None = None
     """Why it failed, or what is damaged."""
 
@@ -114,6 +116,7 @@ def _read(run: RunFolder, running: bool) -> RunState:
         starts=len(starts) or None,
         started=last.get("time"),
         app=last.get("app"),
+        source=(run.source() or {}).get("run"),
         error=last.get("error") if state == "failed" else None,
     )
 
