@@ -4,10 +4,13 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -16,7 +19,9 @@ from pipeline.runs.checkpoint_files import keys_in
 from pipeline.runs.run_folder import read_step_log
 from pipeline.stream.epoch_plan import Change, steps_per_epoch
 from pipeline.stream.history_stream import HistoryStream
-from tests.runs import Run, small_settings
+from tests.launcher import PATIENCE_S, free_port
+from tests.runs import SMALL, Run, small_settings
+from tests.torchx_jobs import last_step, wait_until
 
 Key = tuple[int, int]
 """User and timestamp, which name a target."""
@@ -135,3 +140,40 @@ def test_at_the_start_of_an_epoch_and_ranks_that_were_not_there(data: Path, tmp_
     saved = last_checkpoint(last.folder / "checkpoints")
     assert saved is not None
     assert not any(key.startswith("stream.changes") for key in keys_in(saved.path)), "of that epoch alone"
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_with_the_hosts_that_are_left(data: Path, tmp_path: Path) -> None:
+    """Of two hosts, each a torchrun with a rank, one is lost, with all that runs on it."""
+    run, port = tmp_path / "run", free_port()
+
+    def host(name: str) -> subprocess.Popen[bytes]:
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1"),
+            *("--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"),
+            *("--local-addr", "127.0.0.1", "--rdzv-conf"),
+            f"is_host={name == 'first'},last_call_timeout=10,keep_alive_interval=2,keep_alive_max_attempt=3",
+            *("-m", "--", "jobs.cli", "train", "--data", str(data), "--run", str(run), *SMALL),
+            *("epochs=1", "stream.batch_size=1", "validation.every=1000"),
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        with (tmp_path / name).open("w") as said:
+            return subprocess.Popen(command, stdout=said, stderr=said, env=environment)
+
+    hosts = [host("first"), host("second")]
+    try:
+        wait_until(lambda: last_step(run) >= 10 or any(each.poll() is not None for each in hosts), "some steps")
+        lost = psutil.Process(hosts[1].pid)
+        for process in [*lost.children(recursive=True), lost]:
+            process.kill()
+        said = tmp_path / "first"
+        assert hosts[0].wait(PATIENCE_S) == 0, said.read_text()
+        # Whichever of them had the first rank has told it; the one that is left goes on alone.
+        assert "with 1 rank instead of 2 (" in said.read_text()
+        targets = targets_of_an_epoch(data)
+        changed = json.loads((run / "job.json").read_text())["starts"][-1]["step"]
+        assert json.loads((run / "test.json").read_text())["steps"] == targets - changed
+    finally:
+        for each in hosts:
+            each.kill()
+            each.wait()
