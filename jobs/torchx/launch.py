@@ -79,7 +79,7 @@ def check_training(arguments: Sequence[str], command: str = "train") -> None:
     overrides = given["overrides"] or ()
     try:
         settings = (
-            load_online(*files, overrides).train
+            load_online(given["file"], overrides).train
             if command == "online"
             else load_settings(TrainSettings, files, overrides)
         )

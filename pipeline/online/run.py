@@ -74,19 +74,27 @@ def learn_days(
         dist.barrier()
         queue = _Queue(settings, online, follow)
         learnt: list[LearntDay] = from_first_rank(queue.begin)
+        if learnt:
+            _LOGGER.info("%s: %d days are done already; the last one is %s", folder, len(learnt), learnt[-1].name)
         curves = stack.enter_context(DayCurves(online.tensorboard, learnt)) if dist.get_rank() == 0 else None
-        shown = False
+        shown = waits = False
         while True:
             if _any_rank_stops(stop):
+                _LOGGER.info(
+                    "%s: asked to stop, %d days are done; the same command goes on from there", folder, len(learnt)
+                )
                 return None
             day: Day | None
             day, learnt = from_first_rank(lambda: queue.next(show))
             if day is None:
                 if follow is None:
                     return learnt
+                if not waits:
+                    _LOGGER.info("%s: waits for days in %s", folder, follow)
+                waits = True
                 time.sleep(LOOK_EVERY_S)
                 continue
-            began = time.monotonic()
+            began, waits = time.monotonic(), False
             run = online.run(day.name)
             source = next((online.run(each.name) for each in reversed(learnt) if not each.skipped), None)
             if source is None and settings.first is not None:

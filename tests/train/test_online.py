@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.evaluate.score import score_run
 from pipeline.evaluate.segments import SEGMENTS
 from pipeline.online.days import Day, listed_days
+from pipeline.runs.run_folder import settings_text
 from schemas.errors import UserError
+from schemas.train import TrainSettings
 from tests.datasets import manifest_of, write_manifest
 from tests.days import FIRST_S, Online, day_users, end_state, online_settings, row_day, write_chain, write_day
 from tests.launcher import run_ranks, wait
+from tests.runs import run_dare
 
 DAYS = 3
 
@@ -261,3 +266,40 @@ def test_days_after_a_run(days: list[Path], tmp_path: Path, undisturbed: dict[in
         (folder / "days" / "d2" / "before.json").read_text() for folder in (tmp_path / "run", undisturbed[1].folder)
     ]
     assert both[0] == both[1]
+
+
+def test_the_command(days: list[Path], tmp_path: Path, undisturbed: dict[int, Online]) -> None:
+    """Settings from a file, files that it names, and the command line; tables; interrupts while there is nothing."""
+    (tmp_path / "recipe.yaml").write_text(settings_text(online_settings(days).train.model_copy(update={"seed": 9})))
+    file, run = tmp_path / "online.yaml", tmp_path / "run"
+    file.write_text(f"days: {days[0].parent}/d*\nconfig: [{tmp_path}/recipe.yaml]\ntrain: {{seed: 2}}\n")
+    code, said, error = run_dare(tmp_path, "online", file, "--run", run, "train.seed=1", "--json")
+    assert code == 0, error
+    assert end_state(run) == end_state(undisturbed[1].folder)
+    lines = said.splitlines()
+    assert lines[0].split()[:3] == ["day", "targets", "AUC"]
+    learnt = json.loads(lines[-1])["days"]
+    assert [line.split()[0] for line in lines[1:4]] == ["d0", "d1", "d2"]
+    assert lines[2].split()[2] == f"{learnt[1]['before']['label']['all']['auc']:.4f}"
+    code, said, error = run_dare(tmp_path, "online", file, "--run", run, "train.seed=1", "train.modle=twin")
+    assert (code, error) == (
+        1,
+        f"dare: {file}: train: modle: unknown key; allowed here: {', '.join(sorted(TrainSettings.model_fields))}\n",
+    )
+    code, said, error = run_dare(tmp_path, "runs", run)
+    assert [line.split()[:3] for line in said.splitlines()[1:]] == [
+        [f"days/d{day}", "dare", "finished"] for day in range(3)
+    ]
+    assert not error
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_what_waits(number: int, days: list[Path], tmp_path: Path) -> None:
+    run = Online(1, online_settings([]), tmp_path / "run", tmp_path)
+    until = time.monotonic() + 300
+    while "waits for days" not in run.said():
+        assert time.monotonic() < until, run.said()
+        time.sleep(0.05)
+    assert run.processes[0].pid
+    os.kill(run.processes[0].pid, number)
+    assert "asked to stop, 0 days are done" in run.finish().said()
