@@ -157,7 +157,7 @@ class DuckDBEngine:
 
     def codes(self, column: str, texts: pa.Array) -> pa.Array:
         """What stands in a column in the place of texts: codes, or themselves where the column has none."""
-        return texts if self.texts(column) is None else self._codes.code(column, texts)
+        return texts if self.texts(column) is None else self._codes.code(column, texts, written=True)
 
     def open_ids(self, path: Path) -> ir.Table:
         """A Parquet file of dense ids that ingest itself has written."""

@@ -45,7 +45,7 @@ class Engine(Protocol):
         ...
 
     def codes(self, column: str, texts: pa.Array) -> pa.Array:
-        """What stands in a column in the place of texts that it has: codes, or the texts themselves."""
+        """What stands in a column in the place of texts, which logs have: codes, or the texts themselves."""
         ...
 
     def open_ids(self, path: Path) -> ir.Table:

@@ -285,7 +285,8 @@ class _CheckedText(io.RawIOBase):
                 f"{self._path}, line {self._line(text, lone.start())}: a carriage return within the line; records end "
                 "in a line feed, so take it out"
             )
-        self._lines_done += text.count(b"\n", 0, end)
+        # Several times as fast as `bytes.count`.
+        self._lines_done += int(np.count_nonzero(np.frombuffer(text, np.uint8, end) == _LINE_FEED))
         self._rest = text[end:]
         return block
 
@@ -294,6 +295,7 @@ class _CheckedText(io.RawIOBase):
         return self._lines_done + text.count(b"\n", 0, position) + 1
 
 
+_LINE_FEED = ord("\n")
 _LONE_RETURN = re.compile(rb"\r(?!\r*(?:\n|\Z))")
 
 

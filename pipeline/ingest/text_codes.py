@@ -49,16 +49,18 @@ class TextCodes:
         self._words_WS = np.zeros((_WORDS, _SLOTS), np.uint64)
         self._taker_S = np.zeros(_SLOTS, np.int32)
 
-    def code(self, column: str, values: pa.Array) -> pa.Array:
+    def code(self, column: str, values: pa.Array, *, written: bool = False) -> pa.Array:
         """Codes of texts, int64; nulls stay.
 
         Args:
             column: what the texts are; each has texts of its own.
             values: (N,) texts, dictionary-encoded or not.
+            written: all of them have been written.
         """
         if isinstance(values, pa.DictionaryArray):
-            return self.code(column, values.dictionary).take(values.indices)
-        pieces = [self._code(column, values[start : start + _PIECE]) for start in range(0, len(values), _PIECE)]
+            return self.code(column, values.dictionary, written=written).take(values.indices)
+        starts = range(0, len(values), _PIECE)
+        pieces = [self._code(column, values[start : start + _PIECE], written=written) for start in starts]
         return pa.concat_arrays(pieces) if pieces else pa.nulls(0, pa.int64())
 
     def move(self, column: str, text: str, code: int) -> None:
@@ -78,22 +80,25 @@ class TextCodes:
     def _path(self, column: str) -> Path:
         return self._folder / f"texts_{column}.arrows"
 
-    def _code(self, column: str, values: pa.Array) -> pa.Array:
+    def _code(self, column: str, values: pa.Array, *, written: bool) -> pa.Array:
         number = self._columns.setdefault(column, len(self._columns))
         words_WN = np.zeros((_WORDS, len(values)), np.uint64)
         hash_N = hash_texts(values, words_WN)
         code_N = (hash_N >> np.uint64(1)).astype(np.int64)
         missing_N = values.is_null().to_numpy(zero_copy_only=False)
         codes = self._with_moved(column, values, pa.array(code_N, mask=missing_N))
-        new = self._not_remembered(number, values, hash_N, words_WN)
-        new = new[~missing_N[new]]
+        if written:
+            return codes
+        new = self._not_remembered(number, values, missing_N, hash_N, words_WN)
         if len(new):
             if column not in self._writers:
                 self._writers[column] = pa.ipc.new_stream(str(self._path(column)), SCHEMA)
             self._writers[column].write_batch(pa.record_batch([codes.take(new), values.take(new)], schema=SCHEMA))
         return codes
 
-    def _not_remembered(self, number: int, values: pa.Array, hash_N: U64, words_WN: U64) -> NDArray[np.int64]:
+    def _not_remembered(
+        self, number: int, values: pa.Array, missing_N: NDArray[np.bool_], hash_N: U64, words_WN: U64
+    ) -> NDArray[np.int64]:
         """Indices of texts that may not have been written yet, each of these at least once; they are remembered."""
         slot_N = (hash_N & np.uint64(_SLOTS - 1)).astype(np.int64)
         length_N = pc.fill_null(pc.binary_length(values), 0).to_numpy().astype(np.int64)
@@ -109,7 +114,7 @@ class TextCodes:
                 same &= word_S[slot] == word_N[index]
             return ~same
 
-        new = np.flatnonzero(differs(slice(None)))
+        new = np.flatnonzero(differs(slice(None)) & ~missing_N)
         # Of several texts in one slot one takes it, as a whole.
         fitting = new[fits_N[new]]
         self._taker_S[slot_N[fitting]] = fitting
