@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -52,11 +53,17 @@ def run(tmp_path_factory: pytest.TempPathFactory, many_users: Path) -> Path:
 def test_a_data_set(tmp_path: Path) -> None:
     lines = [f"{user},{step % 7 + user % 3},{step % 3},{step * 10}" for user in range(9) for step in range(40)]
     (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,category_id,timestamp", *lines]) + "\n")
-    overrides = ["split.min_behaviors=10", "split.train_targets=2", "split.negatives=0"]
+    overrides = ["split.min_behaviors=10", "split.train_targets=2", "split.negatives=0", "history.keep=40"]
     values = {"events": {"files": [str(tmp_path / "log.csv")]}}
     prepare(load_settings(PrepareSettings, [PRESETS["generic"]], overrides, values), tmp_path / "data")
     for file in (tmp_path / "data").glob("*.parquet"):
-        assert not missing(pq.read_schema(file).names), file
+        # Features have names of their own.
+        assert not missing([re.sub("^f_.*", "f_NAME", name) for name in pq.read_schema(file).names]), file
+    (layer,) = (tmp_path / "data").glob("history-*.arrow")
+    with pa.ipc.open_file(str(layer)) as file:
+        assert not missing(file.schema.names)
+        _, metadata = file.get_batch_with_custom_metadata(0)
+        assert not missing([name.decode() for name in metadata])
     assert not missing(history_schema(behavior=True, scene=True, line=True).names)
     assert not missing(shard_schema((), user_type="text", labels=("click",), weighted=True, line=True).names)
     assert not missing(keys(json.loads((tmp_path / "data/manifest.json").read_text())))
