@@ -171,6 +171,19 @@ def bench_train(
     _show(measure(items, batch, threads, rounds, tuned=tuned), json)
 
 
+def bench_checkpoint(
+    ranks: Annotated[int, typer.Option(min=1, help="Processes, a thread each, that talk through gloo.")] = 1,
+    items: Annotated[int, typer.Option(min=1, help="Rows of each item table.")] = 100_000,
+    batch: Annotated[int, typer.Option(min=1, help="Targets of a step.")] = 2048,
+    steps: Annotated[str, typer.Option(help="Steps after which a delta is measured, rising.")] = "1,10",
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
+) -> None:
+    """Measure bytes and seconds of delta checkpoints against full ones, after checking that both load the same."""
+    from benchmarks.checkpoint import measure
+
+    _show([asdict(case) for case in measure(ranks, items, batch, [*map(int, steps.split(","))])], json)
+
+
 def bench_packing(
     ranks: Annotated[int, typer.Option(min=2, help="Ranks to send to; none of them is there.")] = 1024,
     columns: Annotated[int, typer.Option(min=1, help="Columns of an exchange.")] = 30,
@@ -221,6 +234,7 @@ bench.command("shard-search")(bench_shard_search)
 bench.command("search-features")(bench_search_features)
 bench.command("plan")(bench_plan)
 bench.command("prefetch")(bench_prefetch)
+bench.command("checkpoint")(bench_checkpoint)
 bench.command("train")(bench_train)
 bench.command("packing")(bench_packing)
 bench.command("attention-dim")(bench_attention_dim)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._traverse import set_element
 
 from embeddings.distributed.changed_rows import ChangedRows
-from pipeline.runs.checkpoint import Base, Checkpoint, on_every_rank
+from pipeline.runs.checkpoint import Base, Checkpoint, from_first_rank, on_every_rank
 from pipeline.runs.rows_file import RowsFile, TableRows
 from schemas.documents import inside
 from schemas.errors import UserError
@@ -55,7 +55,7 @@ class DeltaState:
         self.base: Base | None = None
         """The full checkpoint that the next delta stands on; None: the next checkpoint is a full one."""
         if resumed is not None:
-            self.base = resumed.base or Base.of(resumed)
+            self.base = resumed.base or from_first_rank(lambda: Base.of(resumed))
             if resumed.base is not None:
                 self._restore(model, resumed)
 

@@ -183,7 +183,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_full_disk(data: Path, tmp_path: Path, small_disk: Path, ranks: int) -> None:
-    settings = small_settings("epochs=20", "checkpoint.every=2", "checkpoint.keep=100")
+    deltas = ["checkpoint.delta_every=1"] if ranks == 2 else []
+    settings = small_settings("epochs=20", "checkpoint.every=2", "checkpoint.keep=100", *deltas)
     run = Run(ranks, settings, data, small_disk / "run")
     assert set(run.wait()) == {1}
     whole = checkpoints_in(small_disk / "run" / "checkpoints")

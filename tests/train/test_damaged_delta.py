@@ -224,6 +224,8 @@ def test_a_delta_is_read_by_key(chain: Path) -> None:
         key = "model.tables.inherent.attention.embedding_bags.item_attention.weight"
         values = {key: torch.zeros(keys[key] or ()), "progress.step": 0, "stream.epoch": 9}
         load_values(values, delta.path)
-    assert (values["progress.step"], values["stream.epoch"]) == (5, 0)
+        dense = {"progress.step": 0}
+        load_values(dense, delta.path)
+    assert (dense["progress.step"], values["progress.step"], values["stream.epoch"]) == (5, 5, 0)
     rows = read_by_the_format(delta.path / "rows-0.safetensors")
     assert (values[key].numpy()[rows["rows.item_attention"]] == rows[key]).all()  # type: ignore[attr-defined]
