@@ -325,3 +325,33 @@ def test_rows_are_given_taken_and_given_again(
         assert {item: of_item for item, of_item in pairs if of_item[0]} == model.row
         assert (former.largest, former.evicted) == (model.largest, model.evicted)
         assert rows is None or len(model.row) <= rows
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("text", [False, True])
+def test_engines_write_the_same_days(tmp_path: Path, text: bool) -> None:
+    random = np.random.default_rng(1)
+
+    def rows(count: int) -> list[Row]:
+        tags = [["x", "y"], ["z"], []]
+        return [
+            {"user": int(a), "item": int(b), "time": int(c), "shelf": "abc"[b % 3], "kind": ["view", None][a % 2]}
+            | {"tags": tags[c % 3], "price": float(b % 4), "click": bool(c % 2)}
+            for a, b, c in zip(*random.integers(1, [[9], [30], [DAY]], (3, count)), strict=True)
+        ]
+
+    for day in range(2):
+        values = write_day(tmp_path, day, rows(200), rows(50), text)
+        write_brands(tmp_path / f"brands{day}.parquet", {item: "pqr"[(item + day) % 3] for item in range(1, 20)}, text)
+        chosen = first_settings(
+            values, tmp_path / f"brands{day}.parquet", text, items={"min_count": 3, "evict": {"rows": 12}}
+        )
+        for engine in ("duckdb", "spark"):
+            out = tmp_path / f"{engine}{day}"
+            if day == 0:
+                prepare(PrepareSettings.model_validate(chosen | {"engine": engine}), out)
+            else:
+                former = tmp_path / f"{engine}{day - 1}"
+                extend(former, out, values | {"engine": engine}, features=chosen["features"])
+        files = {path.name: path.read_bytes() for path in sorted((tmp_path / f"duckdb{day}").iterdir())}
+        assert files == {path.name: path.read_bytes() for path in sorted((tmp_path / f"spark{day}").iterdir())}
