@@ -380,10 +380,9 @@ def _load(state: dict[str, Any], stored: _Stored) -> None:
     from pipeline.runs.delta import part_of_state, put_rows, table_of
 
     tables = part_of_state(state, lambda key: table_of(key) is not None)
-    # All ranks have the same keys, but for random states.
-    if flatten_state_dict(tables)[0]:
-        _load_from(tables, stored.full)
-        put_rows(tables, stored.delta)
+    # Also where this rank wants no tables: all ranks must call both.
+    _load_from(tables, stored.full)
+    put_rows(tables, stored.delta)
     rest = part_of_state(state, lambda key: table_of(key) is None)
     _load_from(rest, stored)
     # Tensors were loaded in place; what is none is in the part alone.

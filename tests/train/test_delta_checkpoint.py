@@ -82,7 +82,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "adagrad, sgd": ("model.attention.optimizer=adagrad", "model.representation.optimizer=sgd"),
     "shared tables": ("model.name=twin", "model.attention.dim=8"),
     "another optimizer a feature": ("model.attention.features={item: {optimizer: adagrad, dim: 8}}",),
-    "sharded table by table": ("model.search=local",),
+    "searched locally": ("model.search=local",),
 }
 
 
