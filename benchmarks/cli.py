@@ -197,6 +197,19 @@ def bench_packing(
     _show(asdict(measure(ranks, columns, values, rounds)), json)
 
 
+def bench_warm_start(
+    ranks: Annotated[int, typer.Option(min=1, help="Processes, a thread each, that talk through gloo.")] = 2,
+    rows: Annotated[int, typer.Option(min=100, help="Items of the day before.")] = 100_000,
+    grown_rows: Annotated[int, typer.Option(min=100, help="Items of the new day.")] = 200_000,
+    dim: Annotated[int, typer.Option(min=4, help="Dim of both item tables, a multiple of 4.")] = 16,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+) -> None:
+    """Measure `dare train --from` after an item table has grown: seconds and memory."""
+    from benchmarks.warm_start import measure
+
+    _show(asdict(measure(ranks, rows, grown_rows, dim)), json)
+
+
 def bench_attention_dim(
     rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 4_000_000,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each timing; the shortest counts.")] = 7,
@@ -237,4 +250,5 @@ bench.command("prefetch")(bench_prefetch)
 bench.command("checkpoint")(bench_checkpoint)
 bench.command("train")(bench_train)
 bench.command("packing")(bench_packing)
+bench.command("warm-start")(bench_warm_start)
 bench.command("attention-dim")(bench_attention_dim)

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.cli import bench_warm_start
+from benchmarks.warm_start import WarmStartFigures
 from embeddings.distributed.process_group import process_group
 from embeddings.initialization import initialize
 from embeddings.sharding import sharded_model
@@ -255,3 +257,11 @@ def test_the_command_on_a_chain_that_prepare_made(tmp_path: Path) -> None:
     assert set(positives["item_id"]) <= set(range(20, 120))
     assert set(scored["item_id"]) <= set(range(120))
     assert (tmp_path / "r1" / "source.json").is_file()
+
+
+@pytest.mark.slow
+def test_bench_ends_with_json(capfd: pytest.CaptureFixture[str]) -> None:
+    bench_warm_start(ranks=2, rows=70_000, grown_rows=90_000, dim=4, json=True)
+    figures = WarmStartFigures(**json.loads(capfd.readouterr().out.splitlines()[-1]))
+    assert (figures.rows, figures.grown_rows) == (70_000, 90_000)
+    assert figures.peak_bytes >= figures.resident_bytes > figures.state_bytes
