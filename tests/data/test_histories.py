@@ -1,5 +1,6 @@
 """Layers of histories against lists in plain Python: what is gathered, how they are merged, what a damage does."""
 
+import errno
 import math
 import shutil
 from collections.abc import Iterator
@@ -302,3 +303,24 @@ def test_all_that_is_merged_is_verified(engine: DuckDBEngine, tmp_path: Path) ->
     with pytest.raises(UserError, match=f"{file.path} is damaged"):
         tower.add(day(1))
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_layers_of_before_are_links_or_copies(
+    engine: DuckDBEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if not links:
+        monkeypatch.setattr("os.link", refused)
+    tower = Tower(engine, tmp_path / "chain", "integer", 9)
+    tower.folder.mkdir()
+    days: list[Day] = [{user: (1, 0.5, [(0, 3, 1, 0.25)]) for user in range(9)}, {3: (2, 0.5, [(10, 4, 1, 0.25)])}]
+    before = tower.add(days[0]).files
+    after = tower.add(days[1]).files
+    assert after[: len(before)] == before, "their records, which cost no reading"
+    for file in before:
+        assert (tower.at(1) / file.path).stat().st_nlink == 1 + links
+    shutil.rmtree(tower.at(0))
+    check(tower, days, [3, 4, 5], tmp_path)
