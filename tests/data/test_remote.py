@@ -118,6 +118,30 @@ def test_prepare_from_a_store_to_a_store_writes_what_it_writes_on_a_disk(
         assert numbers(there[1]) == numbers(here[1])
 
 
+def test_a_day_of_a_chain_at_a_store_is_what_it_is_on_a_disk(store: ObjectStore, dare: Dare, tmp_path: Path) -> None:
+    (tmp_path / "sets").mkdir()
+    for where in (str(tmp_path / "sets"), "s3://bucket/sets"):
+        for day in range(2):
+            log = tmp_path / f"events{day}.csv"
+            lines = [
+                f"{u},{(3 * u + k) % (8 + day)},{k % 3},{86400 * day + 10 * k}" for u in range(4) for k in range(6)
+            ]
+            log.write_text("\n".join(["user_id,item_id,category_id,timestamp", *lines]) + "\n")
+            arguments = ["--events", log, "--out", f"{where}/{day}"]
+            chain = ["--extend", f"{where}/{day - 1}"] if day else [*LENIENT, "history.keep=9"]
+            code, said = dare("prepare", *arguments, *chain)
+            assert code == 0, said
+    for day in range(2):
+        assert contents(tmp_path / "sets" / str(day)) == contents(store.path(f"sets/{day}"))
+    code, said = dare("prepare", "--extend", "s3://bucket/sets/1", "--events", log, "--out", "s3://bucket/sets/1/2")
+    assert code == 1
+    assert "which stays as it is" in said
+    code, said = dare(
+        "prepare", "--dictionaries", "s3://bucket/sets/0", *arguments[:2], *LENIENT, "--out", tmp_path / "d"
+    )
+    assert code == 0, said
+
+
 def numbers(said: str) -> list[str]:
     """What a command has said but for where it looked and how long it took."""
     said = re.sub(r"\S*/out\S*|one epoch in .*?samples/s|.*read an epoch.*\n", "", said)
