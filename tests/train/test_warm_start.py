@@ -16,7 +16,7 @@ from embeddings.initialization import initialize
 from embeddings.sharding import sharded_model
 from pipeline.evaluate.evaluate import predictions
 from pipeline.evaluate.open_run import load_model
-from pipeline.runs.checkpoint import final_path, last_checkpoint
+from pipeline.runs.checkpoint import checkpoints_in, final_path, last_checkpoint
 from pipeline.runs.checkpoint_files import keys_in, load_values
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.runs.run_folder import read_step_log
@@ -265,3 +265,20 @@ def test_a_run_with_a_table_on_one_rank_goes_on(cases: Callable[..., Case], tmp_
     steps = [line["step"] for line in read_step_log(tmp_path / "run" / "losses.jsonl")]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) == 2 * checkpoint_step(case.run)
+
+
+def test_on_a_delta(cases: Callable[..., Case], tmp_path: Path) -> None:
+    """The last checkpoint may hold the rows alone that have changed since the full one."""
+    days = cases(2, "dare", SIZES["becomes striped"]).days
+    settings = settings_of("dare", "epochs=4", "checkpoint.every=5", "checkpoint.delta_every=2", "checkpoint.keep=9")
+    on_ranks(2, trained, settings, days.folders[0], tmp_path / "run")
+    there = checkpoints_in(tmp_path / "run" / "checkpoints")
+    last_delta = max(checkpoint.step for checkpoint in there if checkpoint.base is not None)
+    for checkpoint in there:
+        if checkpoint.step > last_delta:
+            shutil.rmtree(checkpoint.path)
+    before = checkpoint_of(tmp_path / "run")
+    assert checkpoint_step(tmp_path / "run") == last_delta > 5
+    logits = on_ranks(1, begun, settings, days.folders[1], tmp_path / "run", tmp_path / "checkpoints")
+    check_all_goes_on(days, before, final_path(tmp_path / "checkpoints", 0), initial(settings, days.folders[1], day=1))
+    assert logits == on_ranks(1, predicted, settings, days.folders[0], before)
