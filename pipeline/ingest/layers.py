@@ -6,8 +6,6 @@ as they gather: their number grows with the logarithm of the days, and so does w
 K = wanted users, U = users that are found.
 """
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
@@ -20,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.files import link_or_copy
 from pipeline.hashing import hash_values
 from pipeline.ingest.columns import USER_NUMBER, feature_column, user_column
 from pipeline.ingest.definition import USER_KEY_RANGE
@@ -148,7 +147,7 @@ def keep_layers(base: Path | None, manifest: Manifest | None, own: Layer, folder
     files = []
     for layer in earlier[:kept]:
         for name in layer.files:
-            _link(_local(base, records[name]), folder / name)
+            link_or_copy(_local(base, records[name]), folder / name)
             files.append(records[name])
     newest = (own,) if own.files else ()
     if kept < len(earlier) and own.files:
@@ -266,14 +265,6 @@ def _local(folder: Path, record: File) -> Path:
     """A file of a data set on this machine. At a URL, its copy is verified as a whole."""
     path = folder / record.path
     return local_copy(path, record.sha256) if isinstance(path, RemotePath) else path
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a file that never changes another name, or copy it where the file system has no such links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _merged(base: Path, manifest: Manifest, layers: Sequence[Layer], own: Layer, folder: Path, keep: int) -> Layer:
