@@ -341,6 +341,10 @@ class Manifest(_Record):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"{path}: {where}: {first['msg']}; prepare the data set again") from None
+        listed = {file.path for file in manifest.files}
+        for name in (name for layer in (manifest.chain.layers if manifest.chain else ()) for name in layer.files):
+            if name not in listed:
+                raise UserError(f"{path}: chain.layers: {name!r} is none of its files; {REMEDY}")
         # Once for the data set, also where its manifest is new and lists shards of an earlier version.
         if any(None in (shard.footer_sha256, shard.row_group_crc32) for shard in manifest.shards):
             notice_unverified(folder)

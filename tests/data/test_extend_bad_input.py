@@ -151,6 +151,14 @@ def test_a_damaged_day_is_refused(chain: Path, dare: Dare, name: str) -> None:
     assert name in refuse(dare, chain)
 
 
+@pytest.mark.parametrize("name", ["gone.arrow", "../e0.csv"])
+def test_layers_have_the_data_sets_own_files(chain: Path, dare: Dare, name: str) -> None:
+    manifest = manifest_of(chain / "d0")
+    manifest["chain"]["layers"][0]["files"] = [name]
+    write_manifest(chain / "d0", manifest)
+    assert f"chain.layers: '{name}' is none of its files" in refuse(dare, chain)
+
+
 def test_folders_that_are_in_each_others_way(chain: Path, dare: Dare) -> None:
     (chain / "link").symlink_to("d0")
     for out in (chain / "d0", chain / "d0" / "d1", chain / "link" / "d1"):
