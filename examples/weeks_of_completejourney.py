@@ -4,9 +4,9 @@
 
 The log is that of `make demo`. Weeks 1 to 26 are day 0 of a chain, and each further week is a day: `dare prepare
 --extend` adds it, and `dare online` measures the model on it before it learns it. What is compared with it on the same
-targets, those of week 52: the model that was left as it was after week 26, one that is trained from the beginning on
-weeks 1 to 51, and one that learns week by week as well, but forgets what its optimizers know. What is done is not done
-again: a run that was killed goes on with the same command. It ends with a table, `weeks.json` and `weeks.png`.
+targets, those of week 52: the model that was left as it was after week 26, and one that is trained from the beginning
+on weeks 1 to 51. What is done is not done again: a run that was killed goes on with the same command. It ends with a
+table, `weeks.json` and `weeks.png`.
 """
 
 import json
