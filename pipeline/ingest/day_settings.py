@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.ingest.chain import Base
 from schemas.errors import UserError
 from schemas.features import UNCHANGED
+from schemas.manifest import Manifest
 from schemas.prepare import PrepareSettings
 from schemas.settings import load_settings
 
@@ -46,7 +47,7 @@ def day_settings(
     where = f"--extend {base.folder}"
     if base.manifest.settings["impressions"] is not None and "files" not in (values.get("impressions") or {}):
         raise UserError(f"{where}: its targets are impressions; name the day's with --impressions")
-    settings = load_settings(PrepareSettings, [_without_day(base.manifest.settings), *files], overrides, values)
+    settings = load_settings(PrepareSettings, [_without_day(base.manifest), *files], overrides, values)
     there, here = (
         {feature["name"] for feature in content["features"]} for content in (base.manifest.settings, recorded(settings))
     )
@@ -65,8 +66,9 @@ def day_settings(
     return settings
 
 
-def _without_day(recorded: Mapping[str, Any]) -> dict[str, Any]:
+def _without_day(manifest: Manifest) -> dict[str, Any]:
     """Settings of a manifest to lay others over: without what a day has of its own, and with `UNCHANGED` files."""
+    recorded = manifest.settings
     content: dict[str, Any] = {**recorded, "features": [dict(feature) for feature in recorded["features"]]}
     for feature in content["features"]:
         if feature["file"] is not None:
@@ -82,6 +84,8 @@ def _without_day(recorded: Mapping[str, Any]) -> dict[str, Any]:
         del events["category_id"]
     if shown is not None and shown["labels"] is not None:
         del shown["label"]
+        # The first label is the main one, and a manifest sorts the keys of its settings.
+        shown["labels"] = {name: shown["labels"][name] for name in manifest.labels}
     return content
 
 

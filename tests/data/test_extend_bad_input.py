@@ -120,6 +120,23 @@ def test_settings_that_are_given_again_or_are_of_a_day(chain: Path, dare: Dare) 
     assert read.rows_free == 3
 
 
+def test_the_main_label_is_that_of_the_chain(chain: Path, dare: Dare) -> None:
+    """Of several labels the first one is the main one, in whatever order a manifest writes their names."""
+    shown = chain / "shown.csv"
+    labels = {"sold": "one", "clicked": "none"}
+    for day in (0, 1):
+        rows = [f"{user},{item},{day * DAY + 50 * item},1,0\n" for user in (1, 2, 3) for item in range(10)]
+        shown.write_text("user_id,item_id,timestamp,one,none\n" + "".join(rows))
+        settings = ["split.kind=impressions", "split.min_history=1", "history.keep=50", "events.category_id=null"]
+        given = f"impressions.labels={{{', '.join(f'{name}: {column}' for name, column in labels.items())}}}"
+        begun = ("--extend", chain / "c0") if day else (given, "impressions.category_id=null", *settings)
+        log = ("--events", chain / f"e{day}.csv", "--impressions", shown)
+        assert dare("prepare", *log, "--out", chain / f"c{day}", *begun)[0] == 0
+        manifest = Manifest.read(chain / f"c{day}")
+        assert manifest.labels == ("sold", "clicked")
+        assert manifest.counts.train.positives == manifest.counts.train.targets > 0
+
+
 def test_what_no_day_can_follow(chain: Path, dare: Dare, tmp_path: Path) -> None:
     code, _ = dare("prepare", "--events", chain / "e0.csv", "--out", chain / "single", *SPLIT)
     assert code == 0
