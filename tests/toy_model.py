@@ -23,7 +23,7 @@ from tests.tolerance import largest, rounding, summands
 from tests.toy_batch import MORE, part, toy_batch
 
 if TYPE_CHECKING:
-    from tests.model.definitions import Definition
+    from tests.model.definition import Definition
 
 CPU = torch.device("cpu")
 META = torch.device("meta")

@@ -21,7 +21,7 @@ from jobs.runs import models
 from schemas.model import ModelSettings, TableChange, TableSet
 from schemas.settings import load_settings
 from schemas.train import TrainSettings
-from tests.model.definitions import DEFINITIONS, Definition
+from tests.model.definitions import DEFINITIONS, definition_of
 from tests.tolerance import in_float64, largest, rounding, summands
 from tests.toy_batch import toy_batch
 from tests.toy_model import (
@@ -74,7 +74,7 @@ def case_of(name: str, shape: str) -> ModelSettings:
 def test_forward_and_every_gradient_equal_the_definition(name: str, shape: str) -> None:
     settings = case_of(name, shape)
     model, batch = model_of(settings).double(), batch_of(settings, seed=2)
-    definition = Definition.of(model)
+    definition = definition_of(model)
     with in_float64():
         prediction = model(batch)
         click_loss(prediction, batch.label_T.double()).backward()
@@ -95,7 +95,7 @@ SEARCHING = [(name, shape) for shape in BROAD for name in DEFINITIONS if name !=
 def test_search_keeps_what_the_definition_keeps(name: str, shape: str) -> None:
     settings = case_of(name, shape)
     model = model_of(settings, seed=3)
-    definition, searched = Definition.of(model), 0
+    definition, searched = definition_of(model), 0
     for seed in range(3):
         batch = batch_of(settings, seed)
         for sequence, selected in model.search(batch, model.tables.small_rows(CPU), model.start_search(batch)).items():

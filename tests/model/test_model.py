@@ -16,7 +16,7 @@ from embeddings.models import MODELS, build_model
 from embeddings.sharding import make_plan, shard
 from schemas.model import ModelSettings
 from tests.launcher import run_ranks
-from tests.model.definitions import DEFINITIONS, Definition
+from tests.model.definitions import DEFINITIONS, definition_of
 from tests.tolerance import in_float64, largest, rounding, summands
 from tests.toy_batch import part, toy_batch
 from tests.toy_model import ALL, CPU, META, TWO, batch_of, model_of, settings_of, sharded_like, sizes_of
@@ -81,7 +81,7 @@ def test_a_target_without_history_is_predicted_from_itself_alone(name: str) -> N
     assert 3 < alone_T.sum() < 20
     with in_float64(), torch.no_grad():
         logit_T = model(batch).logit_T
-    definition = Definition.of(model)
+    definition = definition_of(model)
     definition.training = False
     (expected_T,) = definition.logits(without_histories(batch))
     allowed = rounding(summands(model, batch), largest(expected_T), torch.float64)
@@ -127,7 +127,7 @@ def test_a_batch_that_the_model_was_not_built_for_is_refused() -> None:
 @pytest.mark.parametrize("name", ["dare", "twin"])
 def test_gradient_norms_are_told_apart_where_tables_are_shared(name: str) -> None:
     model = model_of(settings_of(name)).double()
-    batch, definition = batch_of(model.settings, seed=2), Definition.of(model)
+    batch, definition = batch_of(model.settings, seed=2), definition_of(model)
     row_hook = GradientNorms()
     with in_float64():
         click_loss(model(batch, row_hook=row_hook), batch.label_T.double()).backward()

@@ -10,7 +10,7 @@ from embeddings.distributed.process_group import process_group
 from embeddings.loss import click_loss
 from embeddings.models import MODELS
 from tests.launcher import run_ranks
-from tests.model.definitions import Definition
+from tests.model.definitions import definition_of
 from tests.tolerance import in_float64, largest, rounding, summands
 from tests.toy_model import (
     CPU,
@@ -37,7 +37,7 @@ MORE: dict[str, dict[str, Any]] = {
 def test_forward_and_every_gradient_equal_the_definition(name: str, shape: dict[str, Any]) -> None:
     settings = settings_of(name, **shape)
     model, batch = model_of(settings).double(), batch_of(settings, seed=2)
-    definition = Definition.of(model)
+    definition = definition_of(model)
     with in_float64():
         prediction = model(batch)
         click_loss(prediction, batch.label_T.double()).backward()

@@ -20,7 +20,7 @@ from embeddings.model import Prediction
 from embeddings.models import MODELS
 from schemas.model import ModelSettings
 from tests.launcher import run_ranks
-from tests.model.definitions import Definition
+from tests.model.definitions import definition_of
 from tests.tolerance import in_float64, largest, rounding, summands
 from tests.toy_batch import part
 from tests.toy_model import (
@@ -80,7 +80,7 @@ FEW: dict[str, dict[str, Any]] = {
 def test_every_task_and_every_gradient_equal_the_definition(name: str, shape: str) -> None:
     settings = settings_of(name, **(SHAPES | FEW)[shape])
     model, batch = model_of(settings, dense=8).double(), labeled(batch_of(settings, seed=2), settings, seed=7)
-    definition = Definition.of(model)
+    definition = definition_of(model)
     with in_float64():
         prediction = model(batch)
         loss_of(settings, prediction, batch, torch.float64).backward()
