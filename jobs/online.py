@@ -16,9 +16,7 @@ def online(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. train.model.name=twin.")
     ] = None,
-    follow: Annotated[
-        Path | None, typer.Option(help="Folder in which data sets of further days appear; it is waited for them.")
-    ] = None,
+    follow: Annotated[Path | None, typer.Option(help="Folder in which to wait for data sets of further days.")] = None,
     json: Json = False,
 ) -> None:
     """Measure a model on each day's targets, then let it learn them."""

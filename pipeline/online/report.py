@@ -12,13 +12,14 @@ from pipeline.reporting.plots import panels, png, style, whole_numbers
 from pipeline.train.event_file import EventWriter, ahead_of_clock
 from schemas.online import LearntDay
 
-METRICS = {"auc": "AUC", "normalized_entropy": "normalised entropy"}
-"""Metrics of the picture, with their names for people."""
+METRICS = {"auc": ("AUC", "AUC"), "normalized_entropy": ("NE", "normalised entropy")}
+"""Metrics of the picture, with their short names and their names for people."""
 PICTURED = (WHOLE, "old items", "new items", "old users", "new users", *LENGTHS)
 """Segments of the picture."""
 
-_COLUMNS = ("day", "targets", "AUC", "NE", "calibration", "AUC new items", "AUC new users", "seconds")
-_WIDTHS = (20, 12, 7, 7, 11, 13, 13, 9)
+_COLUMNS = ("day", "targets", "AUC", "new items", "new users", "NE", "calib.", "seconds")
+_WIDTHS = (14, 9, 6, 9, 9, 6, 6, 7)
+"""With two spaces between them these are the 80 columns of a terminal; longer names and numbers stay whole."""
 
 
 def header() -> str:
@@ -28,9 +29,9 @@ def header() -> str:
 
 def line(day: LearntDay) -> str:
     """A day as a line of a table: what was measured before it was learnt, of the main task."""
-    whole = metric(day, WHOLE, "auc"), metric(day, WHOLE, "normalized_entropy"), metric(day, WHOLE, "calibration")
-    new = metric(day, "new items", "auc"), metric(day, "new users", "auc")
-    shown = ["" if value is None else f"{value:.4f}" for value in (*whole, *new)]
+    auc = [metric(day, segment, "auc") for segment in (WHOLE, "new items", "new users")]
+    others = metric(day, WHOLE, "normalized_entropy"), metric(day, WHOLE, "calibration")
+    shown = ["" if value is None else f"{value:.4f}" for value in (*auc, *others)]
     if day.skipped:
         shown[0] = "skipped"
     return _aligned((printable(day.name), f"{day.targets:,}", *shown, f"{day.seconds:.1f}"))
@@ -102,8 +103,10 @@ def draw(learnt: Sequence[LearntDay], file: Path) -> None:
         learnt: days that are done.
         file: PNG, which appears whole.
     """
-    figure, axes = panels(len(METRICS), height=4.2, titles=[f"{name} before learning" for name in METRICS.values()])
-    for axis, (name, shown) in zip(axes, METRICS.items(), strict=True):
+    figure, axes = panels(
+        len(METRICS), height=4.2, titles=[f"{short} before learning" for short, _ in METRICS.values()]
+    )
+    for axis, (name, (_, shown)) in zip(axes, METRICS.items(), strict=True):
         for index, segment in enumerate(PICTURED):
             points = [(day.number, value) for day in learnt if (value := metric(day, segment, name)) is not None]
             if points:

@@ -19,9 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.evaluate.score import score_run
 from pipeline.evaluate.segments import SEGMENTS
+from pipeline.online import report
 from pipeline.online.days import Day, listed_days
 from pipeline.runs.run_folder import settings_text
 from schemas.errors import UserError
+from schemas.online import LearntDay
 from schemas.train import TrainSettings
 from tests.datasets import manifest_of, write_manifest
 from tests.days import FIRST_S, Online, day_users, end_state, online_settings, row_day, write_chain, write_day
@@ -92,6 +94,8 @@ def test_curves_and_figure(days: list[Path], undisturbed: dict[int, Online]) -> 
     learnt = json.loads((folder / "days.json").read_text())["days"]
     assert [day["before"] is None for day in learnt] == [True, False, False]
     assert points == {day["number"]: pytest.approx(day["before"]["label"]["all"]["auc"]) for day in learnt[1:]}
+    table = [report.header(), *(report.line(LearntDay.model_validate(day)) for day in learnt)]
+    assert {len(line) for line in table} == {80}, "a terminal's columns"
     # On day 2 no item is new.
     assert {point.step for point in events.Scalars("online/new items/normalized_entropy")} == {1}
 
