@@ -176,7 +176,12 @@ def refuse_stranger(day: Day, last: LearntDay, name: str) -> None:
             f"{day.folder}: is day {day.chain.number}, and {name} before it is day {last.number}: "
             f"{missing} day{'s' if missing > 1 else ''} between them missing"
         )
-    if day.origin == last.chain and day.chain.number <= last.number:
+    if day.origin == last.chain and day.chain.number == last.number:
+        raise UserError(
+            f"{day.folder} and {name} are both day {last.number} of the chain, and neither continues the other; give "
+            "one of them"
+        )
+    if day.origin == last.chain and day.chain.number < last.number:
         raise UserError(
             f"{day.folder}: is day {day.chain.number}, and comes after {name}, day {last.number}; days must be in order"
         )
@@ -258,15 +263,22 @@ class Arrivals:
     def _whole(self) -> list[Day]:
         """All data sets that are whole."""
         days = []
-        for folder in sorted(self._folder.iterdir()):
+        try:
+            folders = sorted(self._folder.iterdir())
+        except OSError as error:
+            raise UserError(f"--follow {self._folder}: cannot be read any more ({error.strerror})") from None
+        for folder in folders:
             manifest = folder / MANIFEST
             if folder.name.startswith(".") or not manifest.is_file():
                 continue
-            state = manifest.stat()
-            key = folder, state.st_mtime_ns, state.st_size
             try:
+                state = manifest.stat()
+                key = folder, state.st_mtime_ns, state.st_size
                 if key not in self._opened:
                     self._opened[key] = Day.open(folder)
+            except FileNotFoundError:
+                # It is being renamed or removed at this moment.
+                continue
             except UserError as error:
                 # Perhaps it is being copied, the manifest first: it is looked at again.
                 self._tell(f"not taken as it is: {error}")

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.evaluate.score import score_run
 from pipeline.evaluate.segments import SEGMENTS
 from pipeline.online import report
-from pipeline.online.days import Day, listed_days
+from pipeline.online.days import Arrivals, Day, listed_days
 from pipeline.runs.run_folder import settings_text
 from schemas.errors import UserError
 from schemas.online import LearntDay
@@ -221,6 +221,8 @@ def test_days_that_do_not_follow_each_other(days: list[Path], tmp_path: Path) ->
     assert "are the same day" in refused(days[0], days[1], tmp_path / "again")
     assert "days must be in order" in refused(days[2], days[1])
     assert "1 day between them missing" in refused(days[0], days[2])
+    branch = write_day(tmp_path / "branch", day_users(77), days[1])
+    assert "are both day 2 of the chain" in refused(days[0], days[1], days[2], branch)
     stranger = write_chain(tmp_path / "other", 2, first=5)
     assert "of another chain" in refused(days[0], stranger[1])
     assert "have one name" in refused(days[0], write_chain(tmp_path / "same", 1)[0])
@@ -233,6 +235,18 @@ def test_days_that_do_not_follow_each_other(days: list[Path], tmp_path: Path) ->
     assert "not a data set" in refused(tmp_path / "nothing")
     assert "no folder with a data set matches" in refused(tmp_path / "x*")
     assert "does not continue the data set" in refused(days[2], first=Day.open(days[0]).fingerprint)
+
+
+def test_a_folder_that_is_followed_and_goes_away(days: list[Path], tmp_path: Path) -> None:
+    inbox = tmp_path / "inbox"
+    shutil.copytree(days[0], inbox / "d0")
+    arrivals = Arrivals(inbox)
+    day = arrivals.next([], None)
+    assert day is not None
+    assert day.name == "d0"
+    shutil.rmtree(inbox)
+    with pytest.raises(UserError, match="cannot be read any more"):
+        arrivals.next([], None)
 
 
 def test_what_is_refused_is_one_line(days: list[Path], tmp_path: Path, undisturbed: dict[int, Online]) -> None:
