@@ -4,9 +4,9 @@
 
 The log is that of `make demo`. Weeks 1 to 26 are day 0 of a chain, and each further week is a day: `dare prepare
 --extend` adds it, and `dare online` measures the model on it before it learns it. What is compared with it on the same
-targets, those of week 52: the model that was left as it was after week 26, and one that is trained from the beginning
-on weeks 1 to 51. What is done is not done again: a run that was killed goes on with the same command. It ends with a
-table, `weeks.json` and `weeks.png`.
+targets, those of week 52: the model that was left as it was after week 26, one that is trained from the beginning on
+weeks 1 to 51, and one that learns week by week with optimizers that begin anew each week. What is done is not done
+again: a run that was killed goes on with the same command. It ends with a table, `weeks.json` and `weeks.png`.
 """
 
 import json
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,16 @@ import pyarrow.parquet as pq
 import torch
 
 from embeddings.distributed.process_group import leave, process_group
+from jobs.online import online as learn_online
 from pipeline.evaluate.open_run import evaluate_run
-from pipeline.reporting.plots import BLUE, GREEN, GREY, panels, png, whole_numbers
+from pipeline.reporting.plots import BLUE, GREEN, GREY, ORANGE, panels, png, whole_numbers
 from pipeline.reporting.text_table import table_lines
+from pipeline.train.trainer import Trainer
 
 FIRST, LAST = 26, 52
 """Weeks 1 .. FIRST are one day; LAST is the one in which the models are compared."""
+WITHOUT_STATES = "without-states"
+"""Second argument of the program when it calls itself."""
 PREPARE = """
 events: {user_id: household_id, item_id: product_id, category_id: null, timestamp: transaction_timestamp,
          timestamp_unit: datetime}
@@ -83,6 +88,26 @@ def prepare(folder: Path) -> dict[int, float]:
     return seconds
 
 
+def learn_without_states(folder: Path) -> None:
+    """Learn the weeks after the first ones with optimizers that begin anew each week: what their states are worth."""
+
+    def start_from(self: Trainer, fill: Callable[[dict[str, Any]], int]) -> None:
+        self._optimizer.prepare_to_load()
+        own = self.state_dict()
+        fill({"model": own["model"]})
+        self._load_parameters(own, 0)
+
+    Trainer.start_from = start_from  # type: ignore[method-assign]
+    learn_online(folder / "without_states.yaml", folder / "without_states")
+
+
+def by_week(run: Path) -> dict[str, float]:
+    """AUC of each week before it was learnt."""
+    learnt = json.loads((run / "days.json").read_text())["days"]
+    measured = {day["name"].removeprefix("week-"): day["before"] for day in learnt}
+    return {week: before["label"]["all"]["auc"] for week, before in measured.items() if before is not None}
+
+
 def auc(run: Path, data: Path) -> float:
     """AUC of a run's last checkpoint on all targets of a data set."""
     evaluations = evaluate_run(run, "train", "last", data, torch.device("cpu"))
@@ -108,8 +133,13 @@ def main() -> None:
     dare("train", "--config", folder / "train.yaml", "--data", folder / "data" / "all", "--run", folder / "anew")
     known.setdefault("anew_s", time.monotonic() - began)
 
+    later = {"days": weeks[1:], "config": online["config"], "first": str(folder / "online/days" / f"week-{FIRST}")}
+    (folder / "without_states.yaml").write_text(json.dumps(later))
+    subprocess.run([sys.executable, __file__, folder, WITHOUT_STATES], check=True)
+
     learnt = json.loads((folder / "online" / "days.json").read_text())["days"][1:]
-    known["online"] = {day["name"].removeprefix("week-"): day["before"]["label"]["all"]["auc"] for day in learnt}
+    known["online"] = by_week(folder / "online")
+    known["without_states"] = by_week(folder / "without_states")
     known["online_s"] = {day["name"].removeprefix("week-"): day["seconds"] for day in learnt}
     frozen = known.setdefault("frozen", {})
     with process_group(torch.device("cpu")):
@@ -122,6 +152,7 @@ def main() -> None:
         names = {
             "online": "week by week",
             "anew": f"anew on weeks 1 to {LAST - 1}",
+            "without_states": "week by week, optimizers anew",
             "frozen": f"left after week {FIRST}",
         }
         rows = [[name, f"{known[key][str(LAST)]:.4f}"] for key, name in names.items()]
@@ -134,6 +165,7 @@ def draw(known: dict[str, Any], file: Path) -> None:
     figure, (axis,) = panels(height=4.0)
     lines = {
         "online": ("learns week by week", BLUE),
+        "without_states": ("learns week by week, optimizers begin anew", ORANGE),
         "frozen": (f"left as it was after week {FIRST}", GREY),
         "anew": (f"trained anew on weeks 1 to {LAST - 1}", GREEN),
     }
@@ -143,9 +175,12 @@ def draw(known: dict[str, Any], file: Path) -> None:
     axis.set_xlabel("week")
     axis.set_ylabel("AUC before the week is learnt")
     whole_numbers(axis.xaxis)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     png(figure, file)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[2:] == [WITHOUT_STATES]:
+        learn_without_states(Path(sys.argv[1]))
+    else:
+        main()
