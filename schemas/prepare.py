@@ -405,7 +405,10 @@ class PrepareSettings(Settings):
         if self.impressions.split is not None and self.split.kind == "by_date":
             raise ValueError("impressions.split names a column and split.kind=by_date dates; set one of them")
         if self.impressions.labels is not None and "label" in self.impressions.model_fields_set:
-            raise ValueError("impressions.label and impressions.labels are both set; labels alone says all of them")
+            raise ValueError(
+                "impressions.label and impressions.labels are both set; labels alone says all of them (impressions "
+                "without any label: both null)"
+            )
         if not self.labels and self.impressions.split is not None:
             raise ValueError("impressions without a label are all for test; leave impressions.split out")
         if (self.impressions.timestamp_unit == "mmdd") != (self.events.timestamp_unit == "mmdd"):
