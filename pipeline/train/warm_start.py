@@ -100,13 +100,16 @@ def open_source(folder: Path, settings: TrainSettings, data_set: DataSet) -> Sou
 def _last_whole(run: RunFolder) -> Checkpoint:
     checkpoints = from_first_rank(lambda: checkpoints_in(run.checkpoints))
     if not checkpoints:
-        raise UserError(f"--from {run.path}: the run has no checkpoint yet; train it first")
+        raise UserError(
+            f"--from {run.path}: the run has no checkpoint: it has none yet, or `dare online` keeps those of later "
+            "days alone; train it, or name another run"
+        )
     for checkpoint in reversed(checkpoints):
         damage = damage_of(checkpoint)
         if damage is None:
             return checkpoint
         if is_there(checkpoint):
-            _LOGGER.warning("%s is damaged: %s; an earlier one is taken", checkpoint.path, damage)
+            _LOGGER.warning("%s is damaged: %s", checkpoint.path, damage)
     raise UserError(f"--from {run.path}: no checkpoint is whole; restore one from a copy, or train the run again")
 
 
