@@ -132,7 +132,7 @@ def _day(chain: Chain) -> str:
     )
     return (
         f"day {chain.number} of the chain: {chain.new_items:,} new items, {chain.new_users:,} new users{rows}; "
-        f"{len(chain.layers):,} layers of histories"
+        f"layers of histories: {len(chain.layers):,}"
     )
 
 

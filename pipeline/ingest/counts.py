@@ -189,7 +189,7 @@ def notices(manifest: Manifest, settings: PrepareSettings) -> list[str]:
     declared = {feature.name: feature for feature in settings.declared_features}
     for record in manifest.features:
         if record.name in declared:
-            said += _of_feature(record, declared[record.name])
+            said += _of_feature(record, declared[record.name], manifest.chain is not None and bool(manifest.chain.days))
     buckets = settings.items.hash_buckets
     if buckets is not None and counts.items_collided:
         said.append(f"items: {counts.items_collided:,} raw ids share one of {buckets:,} buckets with another one")
@@ -200,12 +200,14 @@ def notices(manifest: Manifest, settings: PrepareSettings) -> list[str]:
     return said
 
 
-def _of_feature(record: FeatureRecord, feature: FeatureSettings) -> list[str]:
+def _of_feature(record: FeatureRecord, feature: FeatureSettings, later_day: bool) -> list[str]:
     said = []
     if feature.file is not None and record.changed:
         said.append(f"{record.changed:,} {record.of}s have several values in its file; the largest of each counts")
     if feature.file is not None and record.missing:
-        said.append(f"{record.missing:,} {record.of}s have no value in its file; theirs is the unknown")
+        # A later day counts what its own file says of users; histories carry what earlier days have said.
+        theirs = "that of an earlier day, or the unknown" if later_day and record.of == "user" else "the unknown"
+        said.append(f"{record.missing:,} {record.of}s have no value in its file; theirs is {theirs}")
     if record.collisions:
         said.append(f"{record.collisions:,} raw values share one of {record.rows:,} buckets with another one")
     if feature.kind == "number" and record.values and record.missing == record.values:
