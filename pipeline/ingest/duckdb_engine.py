@@ -5,7 +5,6 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +17,7 @@ import pyarrow as pa
 from pipeline.ingest.columns import USER_NUMBER
 from pipeline.ingest.definition import USER_ORDER
 from pipeline.ingest.engine import ReportLines, ReportShare
-from pipeline.ingest.reading import Tally, read_file, schema_of, text_column
+from pipeline.ingest.reading import Tally, ahead, read_file, schema_of, text_column
 from pipeline.ingest.shards import ShardBuilder, WrittenShard
 from pipeline.ingest.sources import LogFiles
 from pipeline.ingest.text_codes import SCHEMA, TextCodes
@@ -215,8 +214,7 @@ class DuckDBEngine:
                 # By a connection of its own: one has one stream at a time.
                 texts = str(ibis.to_sql(users.order_by(USER_ORDER).select("text"), dialect="duckdb"))
                 batches = _with_users(batches, self._connection.cursor().execute(texts).to_arrow_reader(_USERS))
-            with ThreadPoolExecutor(1) as ahead:
-                return builder.write(_ahead(iter(batches), ahead), report)
+            return builder.write(ahead(iter(batches)), report)
 
         return self._explained(write)
 
@@ -296,15 +294,3 @@ def _with_users(lines: Iterable[pa.RecordBatch], texts: pa.RecordBatchReader) ->
             held, first = pa.concat_arrays([held[gone:], next(texts)["text"]]), first + gone
         text_L = held.take(pa.array(order_L - first))
         yield batch.drop_columns([USER_ORDER]).append_column("user_id", text_L)
-
-
-def _ahead(batches: Iterator[pa.RecordBatch], thread: ThreadPoolExecutor) -> Iterator[pa.RecordBatch]:
-    """Batches, the next one fetched while the present one is worked on."""
-
-    def fetch() -> pa.RecordBatch | None:
-        return next(batches, None)
-
-    following = thread.submit(fetch)
-    while (batch := following.result()) is not None:
-        following = thread.submit(fetch)
-        yield batch

@@ -12,8 +12,9 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, TypeVar, assert_never
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +44,8 @@ _BLOCK = 8 << 20
 _ROWS = 200_000
 """Rows of Parquet that are read at a time."""
 _DICTIONARY = pa.dictionary(pa.int32(), pa.string())
+
+T = TypeVar("T")
 
 Tally = Counter[str]
 ReportBytes = Callable[[int], object]
@@ -109,7 +112,16 @@ def _batches(
     Columns of text in ``dictionaries`` come dictionary-encoded.
     """
     read = _text_batches if files.format == "text" else _parquet_batches
-    return read(files, files.paths[index], columns, report, dictionaries)
+    return ahead(read(files, files.paths[index], columns, report, dictionaries))
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield what an iterator yields; the next item is fetched in a thread while the present one is worked on."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, items, None)
+            yield item
 
 
 def _dictionaries(files: LogFiles) -> list[str]:
