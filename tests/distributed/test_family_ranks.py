@@ -65,7 +65,7 @@ def on_ranks(ranks: int, kind: str, slow: bool) -> list[dict[tuple[str, str], di
     ("name", "kind", "ranks"),
     [
         *(pytest.param(*case, 2, marks=[pytest.mark.slow] if is_slow(*case) else []) for case in CASES),
-        *((*case, 3) for case in ON_THREE),
+        *(pytest.param(*case, 3, marks=[pytest.mark.slow] if case[1] == "many by id" else []) for case in ON_THREE),
     ],
 )
 def test_several_ranks_train_what_one_trains(name: str, kind: str, ranks: int) -> None:

@@ -181,6 +181,7 @@ def norms_of(search: str) -> dict[str, float]:
     return row_hook.norms()
 
 
+@pytest.mark.slow
 def test_norms_are_the_same_wherever_histories_are_pooled() -> None:
     shard, local = run_ranks(2, norms_of, "shard"), run_ranks(2, norms_of, "local")
     assert shard[0] == pytest.approx(local[0], rel=1e-4)

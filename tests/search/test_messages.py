@@ -30,7 +30,7 @@ def column(values: list[int], largest: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32 if largest <= torch.iinfo(torch.int32).max else torch.int64)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(records(), st.randoms())
 @example({"sign": ((1 << 31) - 1, [(1 << 31) - 1, 0]), "one": (1, [1, 0])}, None)
 @example({"32 bits": ((1 << 32) - 1, [(1 << 32) - 1, 1 << 31, 0])}, None)
@@ -59,7 +59,7 @@ def test_what_comes_out_is_what_went_in(fields: dict[str, tuple[int, list[int]]]
     assert -(-sum(bits) // 32) <= record.words <= pieces
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 31), min_size=1, max_size=8))
 def test_two_words_are_never_less_than_half_full(widths: list[int]) -> None:
     """First fit: what is in a word did not fit into the words before it."""

@@ -62,6 +62,7 @@ def test_it_ends_early_on_one_rank_and_is_finished(whole: Run, few_users: Path, 
     assert (run.folder / "losses.jsonl").read_text() == (whole.folder / "losses.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_two_ranks_end_at_the_same_step(few_users: Path, tmp_path: Path) -> None:
     run = Run(2, patient(1), few_users, tmp_path / "run").finish()
     validations = read_step_log(run.folder / "validations.jsonl")

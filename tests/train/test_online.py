@@ -60,7 +60,7 @@ def killed_and_finished(ranks: int, kills: int, days: list[Path], folder: Path, 
     assert end_state(folder) == end_state(undisturbed.folder)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_runs_end_as_undisturbed_ones(
     ranks: int, days: list[Path], tmp_path: Path, undisturbed: dict[int, Online]
 ) -> None:
@@ -311,7 +311,7 @@ def test_the_command(days: list[Path], tmp_path: Path, undisturbed: dict[int, On
     assert not error
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_what_waits(number: int, days: list[Path], tmp_path: Path) -> None:
     run = Online(1, online_settings([]), tmp_path / "run", tmp_path)
     until = time.monotonic() + 300

@@ -55,7 +55,16 @@ def trainer_data(data: Path) -> Any:
     return DataSet.open(data)
 
 
-@pytest.mark.parametrize("kind", [pa.list_(pa.float64()), pa.list_(pa.float32(), 4), pa.large_list(pa.float16())])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.float64()),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in (pa.list_(pa.float32(), 4), pa.large_list(pa.float16()))
+        ),
+    ],
+)
 def test_rows_are_the_file_s_on_any_number_of_ranks(few_users: Path, tmp_path: Path, kind: pa.DataType) -> None:
     ids = [*np.random.default_rng(1).permutation(ITEMS)[:40] + 1, *UNKNOWN]
     vectors = drawn(len(ids), 4).astype(np.float16).astype(np.float32)

@@ -23,7 +23,8 @@ def spans(trace: Path, name: str) -> list[dict[str, Any]]:
     return [event for event in events if event.get("name") == name and event.get("cat") == "user_annotation"]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_losses_stay_and_parts_add_up(ranks: int, data: Path, tmp_path: Path) -> None:
     plain = Run(ranks, small_settings(), data, tmp_path / "plain").finish()
     # Over a validation, after step 9, and over the end of an epoch.

@@ -192,6 +192,7 @@ def test_an_interrupted_checkpoint_leaves_the_former_one(
     assert run_state(interrupted.folder).state == "finished"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_at_a_url_is_passed_over_and_one_that_cannot_be_read_is_not(
     interrupted: Run, store: ObjectStore, data: RemotePath
 ) -> None:

@@ -77,7 +77,7 @@ def rows_after_a_step(data: Path, optimizer: str, *overrides: str) -> dict[str, 
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
-@pytest.mark.parametrize("search", ["shard", "local"])
+@pytest.mark.parametrize("search", ["shard", pytest.param("local", marks=pytest.mark.slow)])
 def test_tables_learn_by_the_rate_of_the_step(few_users: Path, optimizer: str, search: str) -> None:
     (wanted,) = run_ranks(
         1,
@@ -95,7 +95,8 @@ def test_tables_learn_by_the_rate_of_the_step(few_users: Path, optimizer: str, s
     assert not all(torch.equal(rows, unlike[name]) for name, rows in wanted.items())
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_run_goes_on_by_the_same_rates(ranks: int, many_users: Path, tmp_path: Path) -> None:
     settings = small_settings(*FALLING, "log_every=1")
     whole = Run(ranks, settings, many_users, tmp_path / "whole").finish()

@@ -12,6 +12,7 @@ from schemas.train import TrainSettings
 
 
 @pytest.mark.parametrize("tuned", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_losses_agree_and_both_sides_are_timed(tuned: bool) -> None:
     found = measure(items=500, batch=50, threads=1, rounds=1, categories=20, length=30, k=5, dim=8, tuned=tuned)
     assert [of_case["targets_per_user"] for of_case in found] == [1, 24]
