@@ -63,7 +63,7 @@ def test_scores_have_the_raw_ids_and_are_the_same_with_other_ids(
         assert scored(run, tmp_path / "other", tmp_path / "translated") == lines
     # Rare items have no row in the run's table.
     rare = len(LOG.rare)
-    assert f"unknown there: {rare} of {len(LOG.items)} items, 0 of 3 categories" in caplog.text
+    assert f"unknown there: {rare} of {len(LOG.items)} items, 0 of 4 categories" in caplog.text
     one, other = (evaluate_run(run, "test", "best", folder, CPU) for folder in (data, tmp_path / "other"))
     assert one == other
 
@@ -82,7 +82,7 @@ def test_the_command_line(run: Path, tmp_path: Path) -> None:
     translated = json.loads(output.splitlines()[-1])
     assert translated.pop("unknown") == {
         "item": {"ids": len(LOG.items), "unknown": len(LOG.rare)},
-        "category": {"ids": 3, "unknown": 0},
+        "category": {"ids": 4, "unknown": 0},
     }
     assert translated == said
 

@@ -16,7 +16,7 @@ from tests.datasets import random_users, write_dataset
 from tests.featured import Log, write_featured
 from tests.runs import Run, pause, run_dare, small_settings
 
-LOG = Log.random(150, seed=2)
+LOG = Log.random(150, seed=3)
 TASKS = (
     "model.tasks=[click, {name: buy, after: click, weight: 0.5}]",
     "model.mixture={experts: 2, hidden: [12]}",
