@@ -186,8 +186,9 @@ def check_all_goes_on(days: Days, before: Path, after: Path, drawn: dict[str, to
                 assert (len(was), len(now)) == (1 + len(ids[0]), 1 + len(ids[1]))
                 assert len(now) > len(was)
                 assert ids[0].items() <= ids[1].items()
-    if RowLayout.of(days.encoders[1].largest_row).stripes > 1:
-        assert moved
+    before, after = (RowLayout.of(each.largest_row) for each in days.encoders)
+    if after.stripes > 1:
+        assert bool(moved) == ((before.stripes, before.height) != (after.stripes, after.height))
 
 
 @dataclass
