@@ -1,16 +1,10 @@
 """A run that begins on another one's checkpoint after its item table has grown: seconds and memory."""
 
 import hashlib
-import logging
-import multiprocessing
-import os
 import resource
-import socket
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +13,10 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from embeddings.distributed.process_group import leave, process_group, rank_environment
 from embeddings.initialization import initialize
 from embeddings.sharding import sharded_model
 from pipeline.ingest.shards import shard_encoding
+from pipeline.planning.measuring import on_gloo_ranks
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.runs.run_folder import RunFolder, settings_text
 from pipeline.stream.data_set import DataSet
@@ -71,45 +65,14 @@ def measure(ranks: int, rows: int, grown_rows: int, dim: int) -> WarmStartFigure
         grown_rows: items of the second day.
         dim: of both item tables.
     """
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        first = _write_day(Path(folder) / "first", rows, rows)
-        _write_day(Path(folder) / "second", grown_rows, rows, first)
-        figures: WarmStartFigures | None = None
-        probe.bind(("127.0.0.1", 0))
-        ports = probe.getsockname()[1]
-        probe.close()
-        for part in (_save, _begin):
-            receiver, sender = context.Pipe(duplex=False)
-            processes = [
-                context.Process(target=_rank, args=(rank, ranks, ports, part.__name__, Path(folder), dim, sender))
-                for rank in range(ranks)
-            ]
-            for process in processes:
-                process.start()
-            sender.close()
-            try:
-                figures = receiver.recv()
-            except EOFError:
-                raise RuntimeError("a rank has failed; what it said stands above") from None
-            finally:
-                for process in processes:
-                    process.join()
-        assert figures is not None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        first = _write_day(folder / "first", rows, rows)
+        _write_day(folder / "second", grown_rows, rows, first)
+        # In processes of its own, whose memory is not that of the run that begins.
+        on_gloo_ranks(ranks, _save, folder, dim, timeout_s=3600)
+        figures: WarmStartFigures = on_gloo_ranks(ranks, _begin, folder, dim, timeout_s=3600)[0]
         return figures
-
-
-def _rank(rank: int, ranks: int, port: int, part: str, folder: Path, dim: int, sender: Connection) -> None:
-    os.environ |= rank_environment(rank, ranks, port)
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("torchrec", "torch.fx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with process_group(CPU):
-        figures = {"_save": _save, "_begin": _begin}[part](folder, dim)
-        if rank == 0:
-            sender.send(figures)
-    leave(0)
 
 
 def _settings(dim: int) -> TrainSettings:
@@ -118,7 +81,7 @@ def _settings(dim: int) -> TrainSettings:
 
 
 def _save(folder: Path, dim: int) -> None:
-    """A run of the first day, as far as its checkpoint."""
+    """A run of the first day, as far as its checkpoint; on each rank."""
     settings, data_set = _settings(dim), DataSet.open(folder / "first")
     run = RunFolder(folder / "run")
     trainer, stream = _trainer(settings, data_set)
