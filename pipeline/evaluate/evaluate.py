@@ -78,14 +78,16 @@ class Validated(NamedTuple):
     scores: ScoreDistribution
 
 
+def defined(evaluation: Evaluation) -> dict[str, float | int | None]:
+    """Return metrics by name as JSON knows them: None in the place of nan, where one is not defined."""
+    return {name: None if math.isnan(value) else value for name, value in asdict(evaluation).items()}
+
+
 def as_document(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
     """Return the main task's metrics by name as JSON knows them, and below ``tasks`` those of each, if several.
 
     None in the place of nan, where a metric is not defined.
     """
-    documents = {
-        task: {name: None if math.isnan(value) else value for name, value in asdict(evaluation).items()}
-        for task, evaluation in evaluations.items()
-    }
+    documents = {task: defined(evaluation) for task, evaluation in evaluations.items()}
     main = next(iter(documents.values()))
     return {**main, "tasks": documents} if len(documents) > 1 else main

@@ -3,11 +3,9 @@
 import gc
 import json
 import logging
-import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.evaluate.auc import Ranks
+from pipeline.evaluate.evaluate import defined
 from pipeline.evaluate.segments import Segments, evaluate_segments, segment_stream
 from pipeline.files import write_whole
 from pipeline.online.days import Arrivals, Day, listed_days
@@ -150,10 +149,7 @@ def _metrics(
     ) as stream:
         by_task = evaluate_segments(model, stream, Segments.of(data_set, known), device)
     return {
-        task: {
-            segment: {name: None if math.isnan(value) else value for name, value in asdict(evaluation).items()}
-            for segment, evaluation in segments.items()
-        }
+        task: {segment: defined(evaluation) for segment, evaluation in segments.items()}
         for task, segments in by_task.items()
     }
 
