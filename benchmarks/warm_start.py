@@ -1,6 +1,5 @@
 """A run that begins on another one's checkpoint after its item table has grown: seconds and memory."""
 
-import hashlib
 import resource
 import tempfile
 import time
@@ -23,7 +22,17 @@ from pipeline.stream.data_set import DataSet
 from pipeline.stream.history_stream import HistoryStream
 from pipeline.train.trainer import Trainer
 from pipeline.train.warm_start import open_source, start_from
-from schemas.manifest import MANIFEST, ROW_GROUP_INDEX, Chain, Counts, Day, File, Manifest, Shard, TargetCounts
+from schemas.manifest import (
+    ROW_GROUP_INDEX,
+    Chain,
+    Counts,
+    Day,
+    File,
+    Manifest,
+    Shard,
+    TargetCounts,
+    data_set_fingerprint,
+)
 from schemas.row_layout import RowLayout
 from schemas.settings import load_settings
 from schemas.shards import ITEM_FEATURES, ROW_GROUPS, dictionary_schema, shard_schema
@@ -186,7 +195,7 @@ def _write_day(folder: Path, rows: int, rows_before: int, former: Path | None = 
         out.write_table(places)
     days: tuple[Day, ...] = ()
     if former is not None:
-        fingerprint = hashlib.sha256((former / MANIFEST).read_bytes()).hexdigest()
+        fingerprint = data_set_fingerprint(former)
         days = (Day(fingerprint=fingerprint, first_timestamp=0, last_timestamp=0, sources=()),)
     nothing = TargetCounts(targets=0, positives=0)
     Manifest(

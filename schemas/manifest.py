@@ -389,6 +389,12 @@ class Manifest(_Record):
         return path
 
 
+def data_set_fingerprint(folder: Path) -> str:
+    """Return the SHA-256 of a data set's manifest, which has the checksums of all its other files."""
+    # Of the bytes on disk, not of what was parsed: any other manifest is another data set.
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
 def _verify(folder: Path, file: File, path: Path | None = None) -> None:
     if sha256(path or folder / file.path) != file.sha256:
         raise UserError(f"{folder}: {file.path} differs from the checksum in the manifest; {REMEDY}")

@@ -3,7 +3,6 @@
 The days follow each other by their manifests alone, and have equal dictionaries.
 """
 
-import hashlib
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.runs.checkpoint import checkpoints_in
-from schemas.manifest import MANIFEST, Chain, Day
+from schemas.manifest import Chain, Day, data_set_fingerprint
 from schemas.online import OnlineSettings
 from schemas.shards import Split, dictionary_schema
 from tests.datasets import ITEMS, User, manifest_of, random_users, reseal, write_dataset, write_manifest
@@ -53,7 +52,7 @@ def write_day(folder: Path, users: Sequence[User], former: Path | None = None) -
     if former is not None:
         before = Chain.model_validate(manifest_of(former)["chain"])
         last = Day(
-            fingerprint=hashlib.sha256((former / MANIFEST).read_bytes()).hexdigest(),
+            fingerprint=data_set_fingerprint(former),
             first_timestamp=FIRST_S,
             last_timestamp=FIRST_S,
             sources=(),

@@ -1,13 +1,12 @@
 """Days of a chain with features of every kind, whose items get rows, lose them, and hand them on."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from schemas.manifest import MANIFEST, Day
+from schemas.manifest import Day, data_set_fingerprint
 from tests.featured import KINDS, WORDS, Encoder, Log, write_featured
 
 FIRST_WORDS = {
@@ -19,7 +18,7 @@ FIRST_WORDS = {
 
 def day_of(folder: Path) -> Day:
     """What a later day says of a data set."""
-    fingerprint = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    fingerprint = data_set_fingerprint(folder)
     return Day(fingerprint=fingerprint, first_timestamp=0, last_timestamp=0, sources=())
 
 

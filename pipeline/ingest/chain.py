@@ -3,7 +3,6 @@
 Everything that is read of it is verified first. Nothing of it changes.
 """
 
-import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.ingest.encodings import Former, new_record
 from pipeline.ingest.sources import LogFiles
 from schemas.errors import UserError
-from schemas.manifest import MANIFEST, Day, Manifest, fingerprint
+from schemas.manifest import Day, Manifest, data_set_fingerprint, fingerprint
 from schemas.prepare import PrepareSettings
 from schemas.shards import ITEM_FEATURES, SCHEMA_VERSION, FeatureRecord
 from schemas.storage import RemotePath
@@ -63,7 +62,7 @@ class Base:
             raise UserError(
                 f"{option} {folder}: no day can follow it; begin a chain with `dare prepare history.keep=NUMBER`"
             )
-        return cls(folder, manifest, hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(), closed)
+        return cls(folder, manifest, data_set_fingerprint(folder), closed)
 
     @property
     def day(self) -> int:

@@ -21,7 +21,7 @@ from embeddings.batch import Bags
 from pipeline.stream.reader import RowGroupAddress
 from pipeline.stream.row_group import check_values, flat_column, list_column
 from schemas.errors import UserError
-from schemas.manifest import MANIFEST, REMEDY, ROW_GROUP_INDEX, Manifest
+from schemas.manifest import MANIFEST, REMEDY, ROW_GROUP_INDEX, Manifest, data_set_fingerprint
 from schemas.shards import ITEM_FEATURES, ROW_GROUPS, SPLITS, FeatureRecord, value_type
 
 I64 = NDArray[np.int64]
@@ -92,8 +92,7 @@ class DataSet:
         return cls(
             folder,
             manifest,
-            # Of the bytes on disk, not of what was parsed: any other manifest is another data set.
-            hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
+            data_set_fingerprint(folder),
             file_G,
             columns["row_group"],
             users_G,

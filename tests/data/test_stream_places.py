@@ -1,6 +1,5 @@
 """Batches of data sets whose items lie elsewhere in the table than at their ids, as those of a chain of days do."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from pipeline.stream.data_set import DataSet
 from pipeline.stream.negatives import Negatives
 from pipeline.stream.translation import Translation
 from schemas.errors import UserError
-from schemas.manifest import MANIFEST, Day
+from schemas.manifest import Day, data_set_fingerprint
 from schemas.row_layout import LEAST_ROWS, RowLayout
 from schemas.shards import ITEM_FEATURES, Split
 from schemas.stream import NegativeSettings
@@ -30,7 +29,7 @@ def rows_of(log: Log, seed: int, largest: int) -> dict[Any, int]:
 
 
 def day_of(folder: Path) -> Day:
-    fingerprint = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    fingerprint = data_set_fingerprint(folder)
     return Day(fingerprint=fingerprint, first_timestamp=0, last_timestamp=0, sources=())
 
 
