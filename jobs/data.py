@@ -75,7 +75,7 @@ def prepare(
     layers += config or []
     former = extend if extend is not None else dictionaries
     base = None if former is None else Base.open(former, closed=extend is None)
-    if base is not None and base.grows:
+    if base is not None and not base.closed:
         settings = day_settings(base, layers, overrides or [], values)
     else:
         settings = load_settings(PrepareSettings, layers, overrides or [], values)

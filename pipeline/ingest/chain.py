@@ -84,11 +84,6 @@ class Base:
         return (*chain.days, own)
 
     @property
-    def grows(self) -> bool:
-        """Whether the next day is made, which adds to what there is."""
-        return not self.closed
-
-    @property
     def rows(self) -> int:
         """The largest row that an item has had."""
         assert self.manifest.chain is not None
@@ -162,8 +157,6 @@ class Base:
                 f"{where}: feature {name} is declared {having} and not {lacking}; declare the same features"
             )
         for name, feature in here.items():
-            if name not in there:
-                raise UserError(f"{where}: feature {name} is declared here and not there; declare the same features")
             record, declared = there[name], new_record(feature, rows=0)
             for key in ("of", "kind", "encoding", "type", "scale"):
                 if getattr(record, key) != getattr(declared, key):

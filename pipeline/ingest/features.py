@@ -113,7 +113,7 @@ class Features:
         if last:
             settled = self._engine.materialize(f"{side}s_settled", settled, lambda _: None)
         number = changed["number"]
-        if self._base is not None and self._base.grows and side == "item":
+        if self._base is not None and not self._base.closed and side == "item":
             # Values of all items, so that a value that is frequent enough now gets an id wherever it stands.
             settled = self._with_former(settled, columns)
             number = self._row(definition.size(settled, "key"))["number"]
@@ -135,10 +135,10 @@ class Features:
         known = {name: former[name] for name in ("last_seen", "row", "row_day") if name in former.columns}
         missing = {name: ibis.literal(0, "int64") for name in ("last_seen", "row", "row_day") if name not in known}
         # Where nothing is added, how frequent an item is says this data set alone.
-        frequency = former["frequency"] if self._base.grows else ibis.literal(0, "int64")
+        frequency = ibis.literal(0, "int64") if self._base.closed else former["frequency"]
         former = former.select(former_key=former[key], id=former["id"], frequency=frequency, **known, **missing)
         values = None
-        if columns and self._base.grows:
+        if columns and not self._base.closed:
             values = self._engine.open_ids(self._base.renamed(ITEM_VALUES, self._work)).rename(former_key="key")
         table = definition.with_former_items(items, former, values, columns)
         return self._engine.materialize("items_of_all_days", table, lambda _: None)

@@ -129,7 +129,7 @@ class _Preparation:
     def __init__(self, settings: PrepareSettings, engine: Engine, folder: Path, work: Path, base: Base | None) -> None:
         self._settings, self._engine, self._folder, self._work = settings, engine, folder, work
         self._base = base
-        self._day = base.day if base is not None and base.grows else 0
+        self._day = 0 if base is None or base.closed else base.day
 
     def run(
         self, event_files: LogFiles, impression_files: LogFiles | None, feature_files: list[FeatureFiles]
