@@ -102,8 +102,10 @@ class FeatureRecord(BaseModel):
 
 ITEM_FEATURES = "item_features.arrow"
 """Name of the file of what belongs to items: Arrow IPC, a column a feature, row i for the item of dense id i. Where
-items have places of their own in the table (`Manifest.placed_items`), the column ``item``, int32, says them: 0 is that
-of the unknown, which rare and evicted items share."""
+items have places of their own in the table (`Manifest.placed_items`), the column `ITEM_PLACE` says them."""
+ITEM_PLACE = "item"
+"""Column of `ITEM_FEATURES`, int32: places in the item table. 0 is that of the unknown, which rare and evicted items
+share. No feature can have the name."""
 
 
 def _ragged(name: str, value: pa.DataType) -> pa.Field:

@@ -16,12 +16,10 @@ from pipeline.ingest.encodings import admitted, shuffled_ids
 from pipeline.ingest.rows import ItemRows, assign_rows
 from schemas.prepare import Items
 from schemas.row_layout import RowLayout
-from schemas.shards import FeatureRecord, RawType, dictionary_schema, value_type
+from schemas.shards import ITEM_PLACE, FeatureRecord, RawType, dictionary_schema, value_type
 
 BYTES_PER_ITEM_OF_DAYS = 60
 """Memory that an item takes at the peak beside `dictionaries.BYTES_PER_ITEM`."""
-PLACE = "item"
-"""Column of `schemas.shards.ITEM_FEATURES` with the places of items in their table."""
 _NEW = 3
 """What shuffles ids of items that are new on a day."""
 
@@ -83,7 +81,7 @@ def build_day(
     )
     layout = RowLayout.of(rows.largest)
     columns = {each.name: by_id(each, items, id_I, count) for each in features}
-    columns[PLACE] = layout.place(np.concatenate([np.zeros(1, np.int32), rows.row_I]))
+    columns[ITEM_PLACE] = layout.place(np.concatenate([np.zeros(1, np.int32), rows.row_I]))
     listed = [items["key"], id_I, frequency_I, last_seen_I, rows.row_I[id_I - 1], rows.day_I[id_I - 1]]
     return Dictionary(
         cumulative(frequency_I, id_I, count),
@@ -123,7 +121,7 @@ def build_beside(
     """
     items = items.combine_chunks()
     former_I, frequency_I = _column(items, "id"), items["frequency"].to_numpy().astype(np.int64)
-    hashed, placed = settings.hash_buckets is not None, PLACE in known.column_names
+    hashed, placed = settings.hash_buckets is not None, ITEM_PLACE in known.column_names
     if hashed:
         id_I, count, new = items["key"].to_numpy().astype(np.int32), ids, 0
         raw_I, of_known = pa.nulls(len(items), pa.string() if kind == "text" else pa.int64()), id_I[former_I > 0]
@@ -136,9 +134,9 @@ def build_beside(
         column[of_known] = known[name].to_numpy()[of_known]
     listed = [raw_I, id_I, frequency_I]
     if placed:
-        columns[PLACE] = np.concatenate([known[PLACE].to_numpy(), np.zeros(new, np.int32)])
+        columns[ITEM_PLACE] = np.concatenate([known[ITEM_PLACE].to_numpy(), np.zeros(new, np.int32)])
         listed += [items["last_seen"].to_numpy(), _column(items, "row"), _column(items, "row_day")]
-        without = int((columns[PLACE][1:] == 0).sum())
+        without = int((columns[ITEM_PLACE][1:] == 0).sum())
     else:
         without = count - table_rows
     return Dictionary(
@@ -167,4 +165,4 @@ def _column(items: pa.Table, name: str) -> NDArray[Any]:
 
 def _features_schema(features: Sequence[FeatureRecord], *, placed: bool) -> pa.Schema:
     fields = [pa.field(each.name, value_type(each), nullable=False) for each in features]
-    return pa.schema([*fields, *([pa.field(PLACE, pa.int32(), nullable=False)] if placed else [])])
+    return pa.schema([*fields, *([pa.field(ITEM_PLACE, pa.int32(), nullable=False)] if placed else [])])

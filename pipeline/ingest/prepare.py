@@ -27,7 +27,7 @@ from pipeline.ingest.dictionaries import (
 )
 from pipeline.ingest.engine import Engine
 from pipeline.ingest.features import Features, FeatureTable
-from pipeline.ingest.item_days import BYTES_PER_ITEM_OF_DAYS, PLACE, ItemDay, build_beside, build_day
+from pipeline.ingest.item_days import BYTES_PER_ITEM_OF_DAYS, ItemDay, build_beside, build_day
 from pipeline.ingest.layers import Gathered, gather, keep_layers, layer_of
 from pipeline.ingest.shards import ShardBuilder, WrittenShard
 from pipeline.ingest.sources import FeatureFiles, LogFiles, feature_files, log_files
@@ -46,7 +46,7 @@ from schemas.manifest import (
     fingerprint,
 )
 from schemas.prepare import DateSplit, ImpressionSplit, PrepareSettings
-from schemas.shards import ITEM_FEATURES, ROW_GROUPS, SCHEMA_VERSION, SPLITS, shard_schema
+from schemas.shards import ITEM_FEATURES, ITEM_PLACE, ROW_GROUPS, SCHEMA_VERSION, SPLITS, shard_schema
 from schemas.storage import RemotePath
 
 CONTENTS = (
@@ -379,7 +379,7 @@ class _Preparation:
             user_type=self._settings.events.user_type,
             item_type=self._settings.events.item_type,
             item_rows=dictionary.table_rows,
-            placed_items=PLACE in dictionary.features.column_names,
+            placed_items=ITEM_PLACE in dictionary.features.column_names,
             chain=chain,
             dictionaries_of=self._base.fingerprint if self._base is not None and self._base.closed else None,
             settings=recorded(self._settings),

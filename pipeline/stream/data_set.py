@@ -22,7 +22,7 @@ from pipeline.stream.reader import RowGroupAddress
 from pipeline.stream.row_group import check_values, flat_column, list_column
 from schemas.errors import UserError
 from schemas.manifest import MANIFEST, REMEDY, ROW_GROUP_INDEX, Manifest, data_set_fingerprint
-from schemas.shards import ITEM_FEATURES, ROW_GROUPS, SPLITS, FeatureRecord, value_type
+from schemas.shards import ITEM_FEATURES, ITEM_PLACE, ROW_GROUPS, SPLITS, FeatureRecord, value_type
 
 I64 = NDArray[np.int64]
 BUILT_IN = frozenset({"item", "position", "interval"})
@@ -242,9 +242,9 @@ class DataSet:
         if not self.manifest.placed_items:
             return None
         table = self._mapped(ITEM_FEATURES)
-        place_I: NDArray[np.int32] = self._of_items(table, "item", pa.int32(), self.manifest.largest_item)
+        place_I: NDArray[np.int32] = self._of_items(table, ITEM_PLACE, pa.int32(), self.manifest.largest_item)
         if place_I[0]:
-            raise UserError(f"{self.folder / ITEM_FEATURES}: column item gives the unknown a place; {REMEDY}")
+            raise UserError(f"{self.folder / ITEM_FEATURES}: column {ITEM_PLACE} gives the unknown a place; {REMEDY}")
         return place_I
 
     def _of_items(self, table: pa.Table, name: str, kind: pa.DataType, largest: int | None) -> NDArray[Any]:
