@@ -289,3 +289,19 @@ def _tags(kind: type[BaseModel]) -> tuple[Any, ...]:
     """Return the values by which a class is chosen in a tagged union; none if it is in none."""
     field = kind.model_fields.get("kind")
     return get_args(field.annotation) if field else ()
+
+
+def flat_values(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of nested dictionaries by dotted key."""
+    values: dict[str, Any] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        # An empty section is kept as a value: otherwise two settings could differ without a key that says so.
+        if isinstance(value, Mapping) and value:
+            for key, part in value.items():
+                visit(f"{prefix}.{key}" if prefix else str(key), part)
+        else:
+            values[prefix] = value
+
+    visit("", content)
+    return values

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
 from schemas.model import ModelSettings
-from schemas.settings import Seed, Settings, Steps
+from schemas.settings import Seed, Settings, Steps, flat_values
 from schemas.stream import StreamSettings
 
 Compute = Literal["fp32", "tf32", "bf16"]
@@ -143,18 +143,7 @@ same size. None of the others changes what a step computes, but that a learning 
 
 def flat(settings: Settings) -> dict[str, Any]:
     """Return all values of settings by dotted key, defaults included."""
-    values: dict[str, Any] = {}
-
-    def visit(prefix: str, value: Any) -> None:
-        # An empty section is kept as a value: otherwise two settings could differ without a key that says so.
-        if isinstance(value, dict) and value:
-            for key, part in value.items():
-                visit(f"{prefix}.{key}" if prefix else str(key), part)
-        else:
-            values[prefix] = value
-
-    visit("", settings.model_dump(mode="json"))
-    return values
+    return flat_values(settings.model_dump(mode="json"))
 
 
 def differing(one: Settings, other: Settings) -> dict[str, tuple[Any, Any]]:

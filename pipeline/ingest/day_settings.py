@@ -9,7 +9,7 @@ from schemas.errors import UserError
 from schemas.features import UNCHANGED
 from schemas.manifest import Manifest
 from schemas.prepare import PrepareSettings
-from schemas.settings import load_settings
+from schemas.settings import flat_values, load_settings
 
 _SPANS = ("events.since", "events.until", "impressions.since", "impressions.until")
 _OF_A_DAY = ("on_corrupt", "items.evict", *_SPANS)
@@ -56,7 +56,7 @@ def day_settings(
         raise UserError(
             f"{where}: feature {name} is declared {having} and not {lacking}; all days of a chain have the same"
         )
-    former, own = _flat(_named(base.manifest.settings)), _flat(_named(recorded(settings)))
+    former, own = _values(base.manifest.settings), _values(recorded(settings))
     for key in sorted(former.keys() | own.keys()):
         if former.get(key) != own.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in _OF_A_DAY):
             raise UserError(
@@ -89,17 +89,10 @@ def _without_day(manifest: Manifest) -> dict[str, Any]:
     return content
 
 
-def _named(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings whose features are found by name, in whatever order they are declared."""
-    return {**recorded, "features": {feature["name"]: feature for feature in recorded["features"]}}
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
+def _values(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key, features by name, in whatever order they are declared; nothing of empty sections."""
+    by_name = {**recorded, "features": {feature["name"]: feature for feature in recorded["features"]}}
+    return {key: value for key, value in flat_values(by_name).items() if value != {}}
 
 
 def _said(value: Any) -> str:
