@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from embeddings.model import CtrModel
 from pipeline.paths import location
 from pipeline.runs.checkpoint import Checkpoint, checkpoints_in, damage_of, from_first_rank, is_there
 from pipeline.runs.checkpoint_files import keys_in, load_values, refuse_differences, shapes_of
+from pipeline.runs.delta import table_of
 from pipeline.runs.run_folder import RunFolder
 from pipeline.stream.data_set import DataSet
 from pipeline.train.grown_tables import NewRows, fill_with_means, move_rows
@@ -249,10 +249,10 @@ def _grown(
     placed = data_set.manifest.placed_items
     grown = {}
     for key, shape in shapes.items():
-        table, former = re.search(r"\.embedding_bags\.([^.]+)\.weight", key), saved.get(key)
+        table, former = table_of(key), saved.get(key)
         if table is None or former is None or shape is None:
             continue
-        feature = model.tables.specs[table[1]].feature
+        feature = model.tables.specs[table].feature
         # Also where there are no more rows of items than before: some may have another owner.
         moves = placed if feature == "item" else feature in numbered and former != shape
         if moves and former[1:] == shape[1:] and former[0] <= shape[0]:
