@@ -2,9 +2,14 @@
 
 import logging
 import os
+import random
+import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
+import numpy
 import pytest
 
 from schemas.shards import Split
@@ -13,6 +18,12 @@ from tests.datasets import random_users, write_dataset
 # Before the first test starts a process: two ranks on a machine with one GPU would fail. What needs a GPU says so by
 # itself, and asks torch for it.
 os.environ["DEVICE"] = "cpu"
+
+# Two runs of the same tests try the same examples, so that what fails once can be looked at. Others are tried with
+# `HYPOTHESIS_PROFILE=explore`.
+hypothesis.settings.register_profile("repeated", derandomize=True)
+hypothesis.settings.register_profile("explore", print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeated"))
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +40,16 @@ def many_users(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many-users") / "data"
     write_dataset(folder, random_users(150, splits=(*[Split.TRAIN] * 5, Split.VALIDATION, Split.TEST)))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """Random numbers of a test are its own, whichever tests ran before it in the process."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed)
+    numpy.random.seed(seed)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(seed)
 
 
 @pytest.fixture(autouse=True)
