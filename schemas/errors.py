@@ -13,6 +13,13 @@ class StoreError(UserError):
     """Remote storage cannot be reached, refuses, or fails again and again; what it holds may be whole all the same."""
 
 
+class RequestError(UserError):
+    """What was asked cannot be answered: of a history, a candidate or an event something is missing, unknown or wrong.
+
+    Its sender can mend it, where any other `UserError` is for whoever runs the server: a file that is damaged.
+    """
+
+
 class StoppedError(UserError):
     """The work was asked to stop, by Ctrl-C or a signal, before its end; its text says how it goes on.
 

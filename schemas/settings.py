@@ -158,6 +158,15 @@ def load_settings(
         # what an earlier override has made a list.
         reason = " ".join(str(error).split()) if isinstance(error, YAMLError) else _first_line(error)
         raise UserError(f"{where}settings cannot be read: {reason}") from None
+    return validated(kind, content)
+
+
+def validated(kind: type[S], content: object) -> S:
+    """Check what nested dictionaries say, and freeze it.
+
+    Raises:
+        UserError: an unknown key, an impossible value; it names the key and says what is allowed.
+    """
     try:
         return kind.model_validate(content)
     except ValidationError as error:
