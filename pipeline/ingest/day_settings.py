@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.ingest.chain import Base
+from pipeline.ingest.recorded import recorded, without_files
 from schemas.errors import UserError
-from schemas.features import UNCHANGED
 from schemas.manifest import Manifest
 from schemas.prepare import PrepareSettings
 from schemas.settings import flat_values, load_settings
@@ -14,20 +14,6 @@ from schemas.settings import flat_values, load_settings
 _SPANS = ("events.since", "events.until", "impressions.since", "impressions.until")
 _OF_A_DAY = ("on_corrupt", "items.evict", *_SPANS)
 """Settings that each day may have of its own, beside files and those that decide no content."""
-
-
-def recorded(settings: PrepareSettings) -> dict[str, Any]:
-    """What decides the content, as a manifest has it: no paths, and not how it was computed."""
-    # Engines, threads and memory change no byte, and the same log may lie elsewhere: the manifest must not tell them
-    # apart.
-    content = settings.model_dump(mode="json", exclude={"engine", "memory_limit", "threads"})
-    for log in (content["events"], content["events"]["item_features"], content["impressions"]):
-        if log is not None:
-            del log["files"]
-    for feature in content["features"]:
-        if feature["file"] is not None:
-            del feature["file"]["path"]
-    return content
 
 
 def day_settings(
@@ -68,24 +54,10 @@ def day_settings(
 
 def _without_day(manifest: Manifest) -> dict[str, Any]:
     """Settings of a manifest to lay others over: without what a day has of its own, and with `UNCHANGED` files."""
-    recorded = manifest.settings
-    content: dict[str, Any] = {**recorded, "features": [dict(feature) for feature in recorded["features"]]}
-    for feature in content["features"]:
-        if feature["file"] is not None:
-            feature["file"] = {**feature["file"], "path": UNCHANGED}
+    content = without_files(manifest.settings, manifest.labels)
     for name in ("events", "impressions"):
         if content[name] is not None:
             content[name] = {key: value for key, value in content[name].items() if key not in ("since", "until")}
-    events, shown = content["events"], content["impressions"]
-    if events["item_features"] is not None:
-        events["item_features"] = {**events["item_features"], "files": [UNCHANGED]}
-    # Defaults that say something where they are written out.
-    if any(feature["name"] == "category" for feature in content["features"]) and events["category_id"] is not None:
-        del events["category_id"]
-    if shown is not None and shown["labels"] is not None:
-        del shown["label"]
-        # The first label is the main one, and a manifest sorts the keys of its settings.
-        shown["labels"] = {name: shown["labels"][name] for name in manifest.labels}
     return content
 
 

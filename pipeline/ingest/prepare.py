@@ -17,7 +17,6 @@ from pipeline.ingest import definition
 from pipeline.ingest.chain import ITEM_VALUES, Base, write_batches
 from pipeline.ingest.columns import FEATURE_KEY, event_columns, feature_column, impression_columns, label_column
 from pipeline.ingest.counts import check, check_keys, check_zones, counts_of, nothing_left, notices
-from pipeline.ingest.day_settings import recorded
 from pipeline.ingest.definition import LATEST, UNKNOWN_LABEL
 from pipeline.ingest.dictionaries import (
     BYTES_PER_FEATURE,
@@ -29,6 +28,7 @@ from pipeline.ingest.engine import Engine
 from pipeline.ingest.features import Features, FeatureTable
 from pipeline.ingest.item_days import BYTES_PER_ITEM_OF_DAYS, ItemDay, build_beside, build_day
 from pipeline.ingest.layers import Gathered, gather, keep_layers, layer_of
+from pipeline.ingest.recorded import recorded
 from pipeline.ingest.shards import ShardBuilder, WrittenShard
 from pipeline.ingest.sources import FeatureFiles, LogFiles, feature_files, log_files
 from pipeline.progress import stage

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar, assert_never
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,10 +24,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import is_refusal
-from pipeline.hashing import hash_values
-from pipeline.ingest import times, values
+from pipeline.ingest import conversion, times, values
 from pipeline.ingest.columns import FEATURE_KEY, USER_NUMBER, Column, feature_column
-from pipeline.ingest.sets import encoded_sets
 from pipeline.ingest.sources import LogFiles, fields, first_line, lines_of, plain_text
 from pipeline.ingest.text import ByteStream
 from pipeline.ingest.text_codes import TextCodes
@@ -184,33 +182,9 @@ def _typed(
 
 
 def _converted(files: LogFiles, column: Column, raw: pa.Array, tally: Tally) -> pa.Array:
-    def scalars(raw: pa.Array) -> pa.Array:
-        converted = _scalars(files, column, raw, tally)
-        return hash_values(converted) if column.hashed else converted
-
-    return encoded_sets(raw, column.separator, scalars) if column.several else scalars(raw)
-
-
-def _scalars(files: LogFiles, column: Column, raw: pa.Array, tally: Tally) -> pa.Array:
-    match column.kind:
-        case "integer":
-            return values.integers(raw)
-        case "text":
-            return values.texts(raw)
-        case "number":
-            return values.numbers(raw, negative=column.negative)
-        case "label":
-            return values.labels(raw)
-        case "split":
-            return values.splits(raw)
-        case "hour" | "weekday":
-            raise AssertionError("made from the line's time")
-        case "time":
-            seconds, forms = times.times(raw, files.unit, files.zone)
-            tally.update(forms)
-            return seconds
-        case _:
-            assert_never(column.kind)
+    typed, forms = conversion.converted(column, raw, files.unit, files.zone)
+    tally.update(forms)
+    return typed
 
 
 def _inside(time: pa.Array, since: int | None, until: int | None) -> pa.Array:

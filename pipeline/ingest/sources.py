@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.ingest.columns import Column, file_columns, id_columns, roles
+from pipeline.ingest.conversion import inner_type, reads
 from pipeline.ingest.text import SEPARATOR, ByteStream, PlainText
-from pipeline.ingest.values import fits
 from pipeline.paths import input_files
 from schemas.errors import UserError
 from schemas.features import UNCHANGED, FeatureFile, FeatureSettings
@@ -169,7 +169,7 @@ def _parquet_files(files: LogFiles, skip_corrupt: bool) -> LogFiles:
         _require(files, path, schema.names)
         for column in (*(Column(name, name, "text") for name in files.keep), *files.columns):
             actual = schema.field(column.source).type
-            if not _reads(column, actual, files.unit):
+            if not reads(column, actual, files.unit):
                 raise UserError(
                     f"{files.role}: {path}: column {column.source} is of the type {actual}, which cannot be read as "
                     f"{_wanted(column, actual, files.unit)}"
@@ -185,21 +185,6 @@ def _parquet_files(files: LogFiles, skip_corrupt: bool) -> LogFiles:
     return replace(files, paths=tuple(good), skipped=tuple(skipped))
 
 
-def _reads(column: Column, actual: pa.DataType, unit: TimestampUnit) -> bool:
-    """Whether a Parquet column of type ``actual`` can be read."""
-    if column.several and column.separator is None:
-        inner = _inner(actual)
-        return pa.types.is_null(actual) if inner is None else fits(column.kind, inner, unit)
-    return fits("text" if column.several else column.kind, actual, unit)
-
-
-def _inner(actual: pa.DataType) -> pa.DataType | None:
-    """Type of a list's values; None: it is no list."""
-    types = pa.types
-    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
-    return actual.value_type if any(is_list(actual) for is_list in lists) else None
-
-
 def _wanted(column: Column, actual: pa.DataType, unit: TimestampUnit) -> str:
     """What a column should be read as, and which setting reads it, for a message."""
     kind = f"{unit} times" if column.kind == "time" else f"{column.kind}s"
@@ -207,7 +192,7 @@ def _wanted(column: Column, actual: pa.DataType, unit: TimestampUnit) -> str:
         return f"lists of {kind}; set the feature's separator if texts have several values"
     # Only columns of features are renamed so.
     is_feature = column.name.startswith("f_") and not column.several and column.kind != "number"
-    return kind + ("; declare the feature with kind=ids" if _inner(actual) is not None and is_feature else "")
+    return kind + ("; declare the feature with kind=ids" if inner_type(actual) is not None and is_feature else "")
 
 
 def _without_optional(files: LogFiles, names: Iterable[str]) -> LogFiles:
