@@ -33,8 +33,8 @@ ROOMS = {
         ("files", "errors", "hashing", "paths", "progress", "reporting", "upload", "versions"),
         ("stream", "ingest"),
         ("runs", "synth", "inspect"),
-        ("evaluate",),
-        ("train",),
+        ("evaluate", "serve"),
+        ("train", "export"),
         ("experiment", "online", "planning"),
     ),
 }
