@@ -15,6 +15,7 @@ from embeddings.intervals import INTERVAL_BUCKETS
 from schemas.errors import UserError
 from schemas.manifest import Manifest
 from schemas.model import Feature, ModelSettings
+from schemas.served import ServedData, ServedStream
 from schemas.shards import FeatureRecord, Kind, Side
 from schemas.stream import StreamSettings
 
@@ -93,8 +94,8 @@ class DataSizes:
     """What the data declare beside item, position and interval."""
 
     @classmethod
-    def of(cls, manifest: Manifest, stream: StreamSettings) -> Self:
-        """Read the sizes of a prepared data set off its manifest and the settings of its stream."""
+    def of(cls, manifest: Manifest | ServedData, stream: StreamSettings | ServedStream) -> Self:
+        """Read the sizes of a prepared data set off its manifest, or an exported model's, and its stream."""
         sequences = stream.sequences
         return cls(
             items=manifest.largest_item,

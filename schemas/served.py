@@ -33,9 +33,6 @@ RowPrecision = Literal["fp32", "bf16", "int8"]
 ROW_BYTES: dict[RowPrecision, int] = {"fp32": 4, "bf16": 2, "int8": 1}
 """Bytes of a float of a row."""
 
-TableUse = Literal["all", "search"]
-"""``search``: a coarser copy of another table, read by the search alone."""
-
 FOLDERS = ("", "rows", "dictionaries")
 """Where files are, in the folder; the first one is the folder itself."""
 
@@ -59,7 +56,8 @@ class ServedTable(_Record):
     feature: str
     sequence: str | None
     """The sequence whose cross feature it holds; None for the other features."""
-    use: TableUse = "all"
+    search: bool = False
+    """A coarser copy of another table, which the search alone reads."""
     rows: int
     """R, the unknown id's row 0 included."""
     dim: int

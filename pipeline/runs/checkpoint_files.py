@@ -252,7 +252,7 @@ class SafeLoadPlanner(DefaultLoadPlanner):
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """What a checkpoint has, and which files it is in."""
 
     folder: Path
@@ -260,12 +260,16 @@ class _Stored:
     shapes: dict[str, tuple[int, ...] | None]
     """By key; None for what is not a tensor."""
     delta: Checkpoint | None = None
-    full: "_Stored | None" = None
+    full: "Stored | None" = None
     """The full checkpoint that a delta stands on, where the tables are."""
 
 
-def _stored(checkpoint: Path) -> _Stored:
-    """What there is to load; all ranks must call it."""
+def stored_in(checkpoint: Path) -> Stored:
+    """Return what there is to load; all ranks must call it.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
     # Read once, for all ranks: one that could not read it would leave the others in the collectives of a load.
     delta = from_first_rank(lambda: delta_in(checkpoint))
     full = None
@@ -280,13 +284,13 @@ def _stored(checkpoint: Path) -> _Stored:
     return replace(of_delta, shapes=tables | of_delta.shapes, delta=delta, full=full)
 
 
-def _of_folder(folder: Path) -> _Stored:
+def _of_folder(folder: Path) -> Stored:
     metadata = parse_metadata(folder, from_first_rank(lambda: read_bytes(folder / METADATA)))
     shapes = {
         key: tuple(kind.size) if isinstance(kind, TensorStorageMetadata) else None
         for key, kind in metadata.state_dict_metadata.items()
     }
-    return _Stored(folder, metadata, shapes)
+    return Stored(folder, metadata, shapes)
 
 
 def keys_in(checkpoint: Path) -> dict[str, tuple[int, ...] | None]:
@@ -297,7 +301,7 @@ def keys_in(checkpoint: Path) -> dict[str, tuple[int, ...] | None]:
     Raises:
         UserError: the checkpoint is damaged.
     """
-    return _stored(checkpoint).shapes
+    return stored_in(checkpoint).shapes
 
 
 def load(state: dict[str, Any], checkpoint: Path) -> None:
@@ -310,7 +314,7 @@ def load(state: dict[str, Any], checkpoint: Path) -> None:
     Raises:
         UserError: the checkpoint has other keys or shapes, all of which are named; it is damaged.
     """
-    stored = _stored(checkpoint)
+    stored = stored_in(checkpoint)
     # Top-level parts that the caller did not ask for do not count as differences.
     saved = {key: shape for key, shape in stored.shapes.items() if key.split(".")[0] in state}
     refuse_differences(checkpoint, saved, shapes_of(state))
@@ -370,10 +374,10 @@ def load_values(values: dict[str, Any], checkpoint: Path) -> None:
     Raises:
         UserError: the checkpoint is damaged.
     """
-    _load(values, _stored(checkpoint))
+    _load(values, stored_in(checkpoint))
 
 
-def _load(state: dict[str, Any], stored: _Stored) -> None:
+def _load(state: dict[str, Any], stored: Stored) -> None:
     if stored.delta is None or stored.full is None:
         _load_from(state, stored)
         return
@@ -391,7 +395,7 @@ def _load(state: dict[str, Any], stored: _Stored) -> None:
         set_element(state, paths[key], value)
 
 
-def _load_from(state: dict[str, Any], stored: _Stored) -> None:
+def _load_from(state: dict[str, Any], stored: Stored) -> None:
     """Load from torch's files of a folder."""
     reader = CheckpointReader(stored.folder, stored.metadata)
     try:

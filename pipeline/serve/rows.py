@@ -7,7 +7,7 @@ import ctypes
 import mmap
 import zlib
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,6 +19,16 @@ from schemas.served import REMEDY, ServedManifest, ServedTable, file_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 """Types of rows by their precision."""
+
+
+class TableKey(NamedTuple):
+    """What a table of an exported model is found by."""
+
+    set: str
+    feature: str
+    sequence: str | None
+    search: bool = False
+    """The coarser copy that the search alone reads."""
 
 
 class StoredRows:
@@ -80,6 +90,11 @@ class StoredRows:
             rows *= self.scale_R.index_select(0, flat)[:, None]
         return rows.view(*id_X.shape, self.table.dim)
 
+    def all_rows(self) -> Tensor:
+        """Return all rows, float32 (R, D), a copy; for small tables. Errors are those of `rows`."""
+        self.verify()
+        return self.rows(torch.arange(len(self)))
+
     def check(self, id_X: Tensor) -> None:
         """Verify the blocks of these rows, those that have not been verified yet.
 
@@ -117,6 +132,14 @@ class StoredRows:
         if crc32 != self._crc32_B[block]:
             raise UserError(f"{self._path}: rows {first} to {last - 1} differ from their checksum; {REMEDY}")
         self._verified_B[block] = True
+
+
+def open_tables(folder: Path, manifest: ServedManifest) -> dict[TableKey, StoredRows]:
+    """Open all tables of an exported model; no rows are read. Errors are those of `StoredRows`."""
+    return {
+        TableKey(table.set, table.feature, table.sequence, table.search): StoredRows(folder, manifest, table)
+        for table in manifest.tables
+    }
 
 
 def _mapped(path: Path, size: int) -> NDArray[np.uint8]:
