@@ -1,10 +1,13 @@
 """Starts the processes of tests: the ranks of a group on this host, or a single command.
 
-They are forked from a server that has imported what they need, so that starting them is cheap. Whatever waits for
-them waits up to `PATIENCE_S`: how long something takes on a loaded machine says nothing about whether it works.
+They are forked from a server that has imported what they need (tests/preloaded.py), so that starting them is cheap.
+Whatever waits for them waits up to `PATIENCE_S`: how long something takes on a loaded machine says nothing about
+whether it works.
 """
 
+import contextlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
@@ -21,20 +24,9 @@ import torch
 
 from embeddings.distributed.process_group import leave, process_group, rank_environment
 
+ROOT = Path(__file__).parents[1]
 PATIENCE_S = 600.0
 """Seconds until what does not end is taken to hang."""
-PRELOADED = [
-    "torch",
-    "torchrec",
-    "embeddings.models",
-    "embeddings.sharding",
-    "pipeline.train.run",
-    "pipeline.train.reporting",
-    "torch._dynamo",
-    "numba",
-    "jobs.ranks",
-    "tests.launcher",
-]
 
 
 def free_port() -> int:
@@ -91,7 +83,9 @@ def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list
 
 def _started(target: Callable[..., None], arguments: tuple[Any, ...]) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["tests.preloaded"])
+    with contextlib.chdir(ROOT):  # where the server finds what it loads, wherever this test has gone
+        multiprocessing.forkserver.ensure_running()
     process = context.Process(target=target, args=arguments)
     process.start()
     return process
