@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
-from torchrec.streamable import Pipelineable
 
 if TYPE_CHECKING:
     from pyarrow import StringArray
@@ -168,7 +167,7 @@ class History(_Tensors):
 
 
 @dataclass(frozen=True)
-class Batch(_Tensors, Pipelineable):
+class Batch(_Tensors):
     """Targets, and for each sequence of the settings the histories that they point into."""
 
     histories: dict[str, History]

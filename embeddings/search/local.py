@@ -11,14 +11,13 @@ inherent features together, d = dim of one feature, L = rows looked up, B = bits
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from embeddings.batch import Batch, History, Selection, gather_or_zeros
-from embeddings.distributed.row_wise import row_wise_tables
 from embeddings.features import IndexedRows, Rows, behavior_row, pooled_bags, target_row
 from embeddings.layers.projections import Signature
 from embeddings.layers.scoring import DotProduct
@@ -26,8 +25,11 @@ from embeddings.search.score_parts import PairRows, of_bags, pair_rows, score_pa
 from embeddings.search.topk.api import top_k
 from embeddings.search.topk.inputs import PartKind, TopKInputs
 from embeddings.sizes import FeatureSides
-from embeddings.tables.collections import CrossRows, SmallRows, Tables
 from schemas.model import Feature
+
+if TYPE_CHECKING:
+    # Those who have the rows at hand need no TorchRec.
+    from embeddings.tables.collections import CrossRows, SmallRows, Tables
 
 CHUNK_PAIRS = {"cpu": 1 << 13, "cuda": 1 << 18}
 """How many pairs' rows are in memory at once in `search_by_score`: on a CPU, as many as its caches hold."""
@@ -51,22 +53,25 @@ class LocalRows:
     """float32: rows of the targets' inherent features, side by side."""
     behaviors: Mapping[str, Mapping[Feature, IndexedRows]]
     """By sequence and inherent feature: the rows of its behaviours, index (M,)."""
-    target_cross: CrossRows
+    target_cross: "CrossRows"
     """All rows of the targets' cross tables."""
-    history_cross: CrossRows
+    history_cross: "CrossRows"
     """All rows of the behaviours' cross tables; of a feature with several values, one for each bag they have."""
     cross_pairs: Mapping[str, Mapping[Feature, PairRows]]
     """By sequence and cross feature: how pairs find their row."""
     sides: FeatureSides
     """The features, by what they belong to."""
+    scale_R: Tensor | None = None
+    """float32: what each item row is multiplied by where these are int8, which a search by a dot product alone reads;
+    None: they are floats."""
 
     @classmethod
     @torch.no_grad()
     def look_up(
         cls,
         batch: Batch,
-        tables: Tables,
-        small: SmallRows,
+        tables: "Tables",
+        small: "SmallRows",
         target_set: str,
         history_set: str,
         lengths: Mapping[str, int],
@@ -81,6 +86,8 @@ class LocalRows:
             history_set: the set of tables that behaviours are looked up in.
             lengths: N by sequence.
         """
+        from embeddings.distributed.row_wise import row_wise_tables
+
         # All sequences share the tables, so all their behaviours are one lookup. Equal ids travel once.
         histories, sides = [batch.histories[sequence] for sequence in tables.sequences], tables.sides
 
@@ -119,20 +126,37 @@ class LocalRows:
             for number, sequence in enumerate(tables.sequences)
         }
         target_TD = torch.cat([of.gathered().float() for of in of_targets.values()], dim=1)
-        cross: dict[str, dict[Feature, Tensor]] = {sequence: {} for sequence in tables.sequences}
-        pairs: dict[str, dict[Feature, PairRows]] = {sequence: {} for sequence in tables.sequences}
-        for sequence, history in zip(tables.sequences, histories, strict=True):
+        cross = small.cross[target_set], small.cross[history_set]
+        return cls.of(batch, lengths, sides, target_TD, behaviors, *cross)
+
+    @classmethod
+    def of(
+        cls,
+        batch: Batch,
+        lengths: Mapping[str, int],
+        sides: FeatureSides,
+        target_TD: Tensor,
+        behaviors: Mapping[str, Mapping[Feature, IndexedRows]],
+        target_cross: "CrossRows",
+        history_cross: "CrossRows",
+        scale_R: Tensor | None = None,
+    ) -> Self:
+        """Take rows that are at hand; arguments as the fields, but ``history_cross`` has rows of ids, not of bags."""
+        cross: dict[str, dict[Feature, Tensor]] = {sequence: {} for sequence in behaviors}
+        pairs: dict[str, dict[Feature, PairRows]] = {sequence: {} for sequence in behaviors}
+        for sequence in behaviors:
+            history = batch.histories[sequence]
             for feature in sides.cross_of(scored=True):
-                table_Rd, found_by = small.cross[history_set][sequence][feature], pair_rows(feature, batch, history)
+                table_Rd, found_by = history_cross[sequence][feature], pair_rows(feature, batch, history)
                 if feature in sides.bags:
                     assert found_by.column_M is not None
                     table_Rd, found_by = of_bags(batch.bags[feature], found_by.column_M, table_Rd)
                 cross[sequence][feature], pairs[sequence][feature] = table_Rd, found_by
         of_target = {
             sequence: {feature: of[feature] for feature in sides.cross_of(scored=True)}
-            for sequence, of in small.cross[target_set].items()
+            for sequence, of in target_cross.items()
         }
-        return cls(batch, lengths, target_TD, behaviors, of_target, cross, pairs, sides)
+        return cls(batch, lengths, target_TD, behaviors, of_target, cross, pairs, sides, scale_R)
 
     def targets(self, sequence: str) -> Rows:
         """The targets' rows as scores make queries of them, seen from a sequence; see `search_rows`."""
@@ -205,6 +229,7 @@ def search_by_dot_product(
             parts=score_parts(by_feature, tables, pairs),
             additive_W=weight_W,
             longest=rows.lengths[sequence],
+            scale_R=rows.scale_R,
         )
         score_TK, index_TK = top_k(inputs)
         valid_TK, log_count_TK = index_TK >= 0, None

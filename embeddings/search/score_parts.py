@@ -5,16 +5,19 @@ D = dim of the inherent features together.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from embeddings.batch import Bags, Batch, History
-from embeddings.distributed.row_wise import RowWiseTable
 from embeddings.features import Rows, pooled_bags
 from embeddings.search.topk.inputs import PartKind, ScorePart
 from schemas.model import Feature
+
+if TYPE_CHECKING:
+    # Those who search without shards need no TorchRec.
+    from embeddings.distributed.row_wise import RowWiseTable
 
 
 class PairRows(NamedTuple):
@@ -51,7 +54,7 @@ def of_bags(bags: Bags, column_M: Tensor, rows_Rd: Tensor) -> tuple[Tensor, Pair
 
 
 def behavior_tables(
-    tables: Mapping[Feature, RowWiseTable],
+    tables: "Mapping[Feature, RowWiseTable]",
     small: Mapping[Feature, Tensor],
     columns: Mapping[str, Mapping[Feature, Tensor | None]],
     bags: Mapping[Feature, Bags],

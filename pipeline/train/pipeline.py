@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 from torchrec.distributed.train_pipeline import TrainPipelineBase
+from torchrec.streamable import Pipelineable
 
 from embeddings.batch import Batch
 from embeddings.features import RowHook
@@ -20,6 +21,9 @@ from embeddings.model import CtrModel
 from embeddings.search.sharded import SearchChannel, SearchHandle
 from pipeline.train.optimizer import DenseOptimizer
 from schemas.errors import UserError
+
+# It has the methods that TorchRec's pipelines want; said here, so that those who answer requests need no TorchRec.
+Pipelineable.register(Batch)
 
 
 class StepOutput(NamedTuple):
