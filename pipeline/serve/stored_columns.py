@@ -1,0 +1,292 @@
+"""Which columns of a log a store of histories has, and the values that it keeps of them.
+
+Values stay raw, of the types that the settings of ``dare prepare`` say: an id that is text is kept as text, whoever
+sent it as a number. What `pipeline.ingest.values` refuses is refused here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.ingest.columns import Column, feature_column
+from pipeline.ingest.conversion import converted, reads
+from pipeline.ingest.sets import decoded_sets
+from pipeline.ingest.values import WrongValueError
+from schemas.errors import RequestError, UserError
+from schemas.prepare import PrepareSettings, TimestampUnit
+from schemas.settings import Settings
+from schemas.shards import RawType
+
+UserId = int | str
+Value = int | float | str | list[int] | list[str] | None
+"""A raw value; a list is that of a feature of several values, sorted, each once."""
+
+Values = NDArray[Any] | list[Any]
+"""Values of a column of some events; an array, where they are integers or numbers and none is missing."""
+
+PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "datetime": 1, "mmdd": 1}
+"""Units in a second of the times that are kept: of dates, whole seconds are."""
+
+_YEAR = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class StoredColumn(Settings):
+    """A column whose values are kept."""
+
+    name: str
+    """Its name in the log."""
+    kind: Literal["integer", "text", "number"]
+    several: bool = False
+    """Values are lists."""
+
+    @property
+    def column(self) -> Column:
+        """How it is read of a log."""
+        return Column(self.name, feature_column(self.name), self.kind, several=self.several)
+
+    def values(self, converted: pa.Array) -> Values:
+        """What is kept of a column that was read."""
+        if self.kind != "text" and not self.several and not converted.null_count:
+            numbers: NDArray[Any] = converted.to_numpy()
+            return numbers
+        kept: list[Any] = (decoded_sets(converted) if self.several else converted).to_pylist()
+        if self.several and self.kind == "integer":
+            return [None if each is None else [int(value) for value in each] for each in kept]
+        return kept
+
+
+class StoredColumns(Settings):
+    """The columns of a store, by their names in the log of behaviours."""
+
+    user: str
+    user_type: RawType
+    item: str
+    timestamp: str
+    timestamp_unit: TimestampUnit = "s"
+    timestamp_zone: str | None = None
+    behaviors: tuple[StoredColumn, ...]
+    """What each event has beside its time: the item first, then the features of behaviours."""
+    users: tuple[StoredColumn, ...] = ()
+    """Features of users: one value each, the last one that is known."""
+
+    @classmethod
+    def of_settings(cls, settings: PrepareSettings) -> Self:
+        """The columns that ``dare prepare`` reads of the log of behaviours by these settings; not those of items.
+
+        Raises:
+            UserError: a column is of behaviours and of users.
+        """
+        events = settings.events
+        behaviors = {events.item_id: StoredColumn(name=events.item_id, kind=events.item_type)}
+        users: dict[str, StoredColumn] = {}
+        for feature in settings.declared_features:
+            if feature.column is None or feature.file is not None or feature.of not in ("behavior", "user"):
+                continue
+            own = feature.column in (events.user_id, events.timestamp)
+            if own or (feature.of == "user" and feature.column in behaviors):
+                raise UserError(f"features: column {feature.column} is of {feature.name} and of the log itself")
+            several = feature.kind == "ids" and feature.separator is None
+            # A text in which a separator stands between values stays one text.
+            kind = "text" if feature.separator is not None else "number" if feature.kind == "number" else feature.type
+            column = StoredColumn(name=feature.column, kind=kind, several=several)
+            into = behaviors if feature.of == "behavior" else users
+            into[feature.column] = _both(into.get(feature.column, column), column)
+        for name in users.keys() & behaviors.keys():
+            raise UserError(f"features: column {name} is of behaviours and of users; a history has it once")
+        return cls(
+            user=events.user_id,
+            user_type=events.user_type,
+            item=events.item_id,
+            timestamp=events.timestamp,
+            timestamp_unit=events.timestamp_unit,
+            timestamp_zone=events.timestamp_zone,
+            behaviors=tuple(behaviors.values()),
+            users=tuple(users.values()),
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all columns of a history, the time among them and the user not."""
+        return (self.timestamp, *(column.name for column in (*self.behaviors, *self.users)))
+
+    @property
+    def source_columns(self) -> tuple[Column, ...]:
+        """What is read of files of a log: the user as ``user``, the second as ``second``, all others by their names."""
+        read = [
+            Column(self.user, "user", self.user_type, "correct the file, or set events.user_type=text if ids are text"),
+            Column(
+                self.timestamp,
+                "second",
+                "time",
+                "correct the file, or set events.timestamp_unit if times are of another kind",
+            ),
+        ]
+        if PER_SECOND[self.timestamp_unit] > 1:
+            read.append(Column(self.timestamp, "moment", "integer"))
+        return (*read, *(each.column for each in (*self.behaviors, *self.users)))
+
+    def user_id(self, raw: object) -> UserId:
+        """The id of a user, of the type that the log has.
+
+        Raises:
+            RequestError: it is none.
+        """
+        kept = as_list(self._values(StoredColumn(name=self.user, kind=self.user_type), [raw]))[0]
+        if kept is None:
+            raise RequestError(f"column {self.user}: the id of a user is missing")
+        _refuse_negative(self.user, [kept])
+        assert isinstance(kept, int | str)
+        return kept
+
+    def events(self, raw: Mapping[str, Any]) -> "Events":
+        """Events of one user, as they are kept, of what a request has: lists of equal length; of the user, one value.
+
+        The user's own column may be there as well and is not looked at; columns of features may be left out, and are
+        missing then.
+
+        Raises:
+            RequestError: a column that is missing or unknown, a value that no rule reads; names column and position.
+        """
+        known = {self.user, *self.names}
+        for name in raw:
+            if name not in known:
+                raise RequestError(f"events: unknown column {name}; known are {', '.join(self.names)}")
+        behaviors, count = {}, 0
+        if any(name in raw for name in (self.timestamp, *(column.name for column in self.behaviors))):
+            for name in (self.timestamp, self.item):
+                if name not in raw:
+                    raise RequestError(f"events: column {name} is missing")
+            lists = {name: _as_list(name, raw[name]) for name in self._event_names if name in raw}
+            count = len(lists[self.timestamp])
+            for name, each in lists.items():
+                if len(each) != count:
+                    raise RequestError(
+                        f"events: column {name} has {len(each):,} values and {self.timestamp} {count:,}; every column "
+                        "has one for each event"
+                    )
+            behaviors = {name: each for name, each in lists.items() if name != self.timestamp}
+        moment = self._moments(_as_list(self.timestamp, raw.get(self.timestamp, [])))
+        kept: dict[str, Values] = {
+            column.name: self._values(column, behaviors[column.name]) if column.name in behaviors else [None] * count
+            for column in self.behaviors
+        }
+        for position, item in enumerate(kept[self.item] if isinstance(kept[self.item], list) else ()):
+            if item is None:
+                raise RequestError(f"events: column {self.item}, position {position}: an event needs an item")
+        _refuse_negative(self.item, kept[self.item])
+        users = {}
+        for column in self.users:
+            if raw.get(column.name) is not None:
+                if isinstance(raw[column.name], list | tuple) != column.several:
+                    what = "a list of values" if column.several else "one value, not a list"
+                    raise RequestError(f"events: column {column.name} is of the user: give {what}")
+                users[column.name] = as_list(self._values(column, [raw[column.name]]))[0]
+        latest = int(self.seconds(moment).max()) if count else None
+        return Events(moment, kept, {name: (latest, value) for name, value in users.items() if value is not None})
+
+    def seconds(self, moment_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Whole seconds since 1970 of times as they are kept."""
+        per_second = PER_SECOND[self.timestamp_unit]
+        return moment_N if per_second == 1 else np.floor_divide(moment_N, per_second)
+
+    def timestamps(self, moments: list[int]) -> list[Any]:
+        """Raw timestamps that are read as these moments: numbers of the log's unit, or texts of ISO 8601 in UTC."""
+        if self.timestamp_unit == "mmdd":
+            days = [_YEAR + timedelta(seconds=moment) for moment in moments]
+            return [day.month * 100 + day.day for day in days]
+        if self.timestamp_unit == "datetime":
+            return [(_YEAR + timedelta(seconds=moment)).strftime("%Y-%m-%dT%H:%M:%SZ").zfill(20) for moment in moments]
+        return moments
+
+    @property
+    def _event_names(self) -> tuple[str, ...]:
+        return (self.timestamp, *(column.name for column in self.behaviors))
+
+    def _moments(self, raw: list[Any]) -> NDArray[np.int64]:
+        second, *others = (each for each in self.source_columns if each.source == self.timestamp)
+        moments: list[Any] = self._read(second, raw).to_pylist()
+        for position, moment in enumerate(moments):
+            if moment is None:
+                raise RequestError(f"events: column {self.timestamp}, position {position}: an event needs a time")
+        # A part of a second is kept where the unit has one.
+        for column in others:
+            moments = self._read(column, raw).to_pylist()
+        return np.array(moments, np.int64)
+
+    def _values(self, column: StoredColumn, raw: list[Any]) -> Values:
+        return column.values(self._read(column.column, raw))
+
+    def _read(self, column: Column, raw: list[Any]) -> pa.Array:
+        array = _array(column.source, raw)
+        if not reads(column, array.type, self.timestamp_unit):
+            kind = f"times of the unit {self.timestamp_unit}" if column.kind == "time" else f"{column.kind}s"
+            first = next(value for value in raw if value is not None)
+            raise RequestError(
+                f"events: column {column.source}: {first!r:.100}: {'lists of ' * column.several}{kind} are expected"
+            )
+        try:
+            return converted(column, array, self.timestamp_unit, self.timestamp_zone)[0]
+        except WrongValueError as wrong:
+            raise RequestError(f"events: column {column.source}, position {wrong.index}: {wrong}") from None
+
+
+@dataclass
+class Events:
+    """Events of one user in their order of arrival, as they are kept."""
+
+    moment: NDArray[np.int64]
+    """(E,) their times, in the log's unit; whole seconds where times are dates."""
+    behaviors: Mapping[str, Values]
+    """Column -> (E,) values."""
+    user: Mapping[str, tuple[int | None, Value]] = field(default_factory=dict)
+    """Column -> what is known of the user, and since which second; None: now."""
+
+    def __len__(self) -> int:
+        return len(self.moment)
+
+
+def _both(former: StoredColumn, column: StoredColumn) -> StoredColumn:
+    """One column for two features of the same one: the kind that loses nothing that the other one needs."""
+    if former.several != column.several:
+        raise UserError(f"features: column {column.name} has lists by one feature and single values by another one")
+    kinds = {former.kind, column.kind}
+    kind = next(each for each in ("text", "integer", "number") if each in kinds)
+    return column.model_copy(update={"kind": kind})
+
+
+def _as_list(name: str, raw: object) -> list[Any]:
+    if isinstance(raw, str | bytes | Mapping) or not hasattr(raw, "__iter__"):
+        raise RequestError(f"events: column {name}: {raw!r:.100} is no list; give a value of each event")
+    return raw.tolist() if hasattr(raw, "tolist") else list(raw)
+
+
+def _array(name: str, raw: list[Any]) -> pa.Array:
+    try:
+        return pa.array(raw)
+    except (pa.ArrowException, OverflowError, TypeError, ValueError):
+        first = next((value for value in raw if value is not None), None)
+        for position, value in enumerate(raw):
+            try:
+                pa.array([first, value])
+            except (pa.ArrowException, OverflowError, TypeError, ValueError):
+                raise RequestError(
+                    f"events: column {name}, position {position}: {value!r:.100}: all values of a column are integers "
+                    "of 64 bits, or texts, or numbers, or lists of them"
+                ) from None
+        raise RequestError(f"events: column {name}: its values are of different kinds") from None
+
+
+def as_list(values: Values) -> list[Any]:
+    """Values of a column as Python has them."""
+    return values.tolist() if isinstance(values, np.ndarray) else list(values)
+
+
+def _refuse_negative(name: str, kept: Values) -> None:
+    for position, value in enumerate(as_list(kept)):
+        if isinstance(value, int) and value < 0:
+            raise RequestError(f"events: column {name}, position {position}: {value} is negative; ids are 0 or more")
