@@ -14,7 +14,7 @@ from typing import ClassVar
 import lmdb
 
 from pipeline.errors import REFUSALS
-from pipeline.serve.store import DESCRIPTION, Change, HistoryStore
+from pipeline.serve.history_store import DESCRIPTION, Change, HistoryStore
 from pipeline.serve.stored_columns import StoredColumns
 from schemas.errors import UserError
 
@@ -26,7 +26,7 @@ _READERS = 1_024
 
 
 class LmdbStore(HistoryStore):
-    """Histories in a folder; arguments beside it are those of `open_store`."""
+    """Histories in a folder; arguments beside it are those of `pipeline.serve.store.open_store`."""
 
     def __init__(self, path: Path, columns: StoredColumns | None, keep: int | None, *, read_only: bool = False) -> None:
         if not (path / _DATA).is_file():

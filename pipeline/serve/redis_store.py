@@ -16,7 +16,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from pipeline.serve.store import DESCRIPTION, Change, HistoryStore, printable_url
+from pipeline.serve.history_store import DESCRIPTION, Change, HistoryStore, printable_url
 from pipeline.serve.stored_columns import StoredColumns
 from schemas.errors import StoreError, UserError
 
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class RedisStore(HistoryStore):
-    """Histories in a server of Redis; arguments are those of `open_store`."""
+    """Histories in a server of Redis; arguments are those of `pipeline.serve.store.open_store`."""
 
     def __init__(self, url: str, columns: StoredColumns | None, keep: int | None) -> None:
         self._shown = printable_url(url)

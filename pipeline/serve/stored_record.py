@@ -22,7 +22,7 @@ from pipeline.serve.stored_columns import Events, StoredColumn, StoredColumns, U
 from schemas.errors import UserError
 
 VERSION = 1
-"""Of the format; the first byte of a record."""
+"""The first byte of a record, which says its format."""
 MOST_TIES = 1_000
 """Dropped events of the last dropped second that are remembered one by one."""
 
