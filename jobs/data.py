@@ -36,7 +36,11 @@ def prepare(
     ] = None,
     engine: Annotated[Literal["duckdb", "spark"] | None, typer.Option(help="What computes it.")] = None,
     extend: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Add a day to the chain that this data set ends.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Add a day to the chain that this data set ends; without --events, impressions that are to be scored.",
+        ),
     ] = None,
     dictionaries: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Use this data set's ids and encodings as they are.")
@@ -101,7 +105,13 @@ def prepare(
             "are rarer than items.min_count" if manifest.dictionaries_of is None else "have none in those dictionaries"
         )
         print(f"items: {counts.items_below_min_count:,} {why}: they have no row of their own")
-    if manifest.chain is not None:
+    if manifest.chain is not None and manifest.without_events:
+        print(
+            f"impressions alone, {'with' if manifest.labeled else 'without'} labels, to be scored after day "
+            f"{manifest.chain.number - 1} of the chain: {manifest.chain.new_items:,} new items, "
+            f"{manifest.chain.new_users:,} new users; no day can follow"
+        )
+    elif manifest.chain is not None:
         print(_day(manifest.chain))
     for feature in manifest.features:
         rare = f", {feature.below_min_count:,} below min_count" if feature.below_min_count else ""

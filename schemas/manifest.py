@@ -239,9 +239,10 @@ class Manifest(_Record):
     """Places of items in the table are others than their ids: they stand in `schemas.shards.ITEM_FEATURES`, column
     ``item``, and ``item_rows`` is the largest one."""
     chain: Chain | None = None
-    """The days that this data set continues; None: no day can follow."""
+    """The days that this data set continues; None: no day can follow, see `without_events` too."""
     dictionaries_of: str | None = None
-    """SHA-256 of the manifest of the data set whose dictionaries this one uses, without adding to them."""
+    """SHA-256 of the manifest of the data set whose dictionaries this one uses, without adding to them; with a chain
+    that is the day before."""
     behaviors: tuple[str, ...] | None = None
     """In versions 1 and 2: behaviour types by dense id from 1, or None where the data has none."""
     scenes: tuple[str, ...] | None = None
@@ -289,6 +290,11 @@ class Manifest(_Record):
     def features_of(self, side: Side) -> tuple[FeatureRecord, ...]:
         """The features of items, of behaviours, of users or of impressions."""
         return tuple(feature for feature in self.declared if feature.of == side)
+
+    @property
+    def without_events(self) -> bool:
+        """It has the impressions alone of a day of a chain, there to be scored: no day can follow."""
+        return self.chain is not None and self.dictionaries_of is not None
 
     @property
     def largest_item(self) -> int:

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from schemas.features import BESIDE, FeatureFile, FeatureName, FeatureSettings, Rows
+from schemas.features import BESIDE, UNCHANGED, FeatureFile, FeatureName, FeatureSettings, Rows
 from schemas.settings import Seed, Settings
 from schemas.shards import RawType
 from schemas.text_format import TextFormat
@@ -321,6 +321,11 @@ class PrepareSettings(Settings):
     def labels(self) -> dict[str, str]:
         """Name -> column of the impressions' labels, the main one first; empty: there are none."""
         return {} if self.impressions is None else self.impressions.named_labels
+
+    @property
+    def without_events(self) -> bool:
+        """There are impressions alone, to be scored with the histories that a chain of days has already."""
+        return self.events.files == (UNCHANGED,)
 
     @property
     def weighted(self) -> bool:

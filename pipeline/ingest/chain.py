@@ -5,7 +5,7 @@ Everything that is read of it is verified first. Nothing of it changes.
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -37,7 +37,10 @@ class Base:
     fingerprint: str
     """SHA-256 of its manifest."""
     closed: bool
-    """Its dictionaries are used as they are (``--dictionaries``); else the next day is made (``--extend``)."""
+    """Its dictionaries are used as they are; else the day adds to them."""
+    followed: bool
+    """What is made follows it in time, with its histories (``--extend``); else it stands beside it
+    (``--dictionaries``)."""
     _verified: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
@@ -62,7 +65,17 @@ class Base:
             raise UserError(
                 f"{option} {folder}: no day can follow it; begin a chain with `dare prepare history.keep=NUMBER`"
             )
-        return cls(folder, manifest, data_set_fingerprint(folder), closed)
+        if not closed and manifest.without_events:
+            day = manifest.chain.number if manifest.chain is not None else 0
+            raise UserError(
+                f"{option} {folder}: it has impressions alone, to be scored, and no events, so no day can follow it; "
+                f"extend day {day - 1} of the chain, which it was made from"
+            )
+        return cls(folder, manifest, data_set_fingerprint(folder), closed, followed=not closed)
+
+    def to_score(self) -> "Base":
+        """Return this data set as what impressions alone follow: nothing is added to its dictionaries."""
+        return replace(self, closed=True)
 
     @property
     def day(self) -> int:
@@ -100,7 +113,11 @@ class Base:
         folder, new = (str(each) if isinstance(each, RemotePath) else os.path.realpath(each) for each in paths)
         if f"{new}/".startswith(f"{folder.rstrip('/')}/"):
             raise UserError(f"--out {out} is in {self.folder}, which stays as it is; choose another folder")
+        if settings.without_events and not self.followed:
+            raise UserError(f"--dictionaries {self.folder}: it has no histories to score with; name --events")
         if self.closed:
+            if self.followed:
+                return
             if settings.history.keep is not None:
                 raise UserError("--dictionaries and history.keep: no day can follow such a data set; give one of them")
             self._check_features(settings)
@@ -126,15 +143,17 @@ class Base:
         Raises:
             UserError: it does not.
         """
-        if self.closed:
+        if not self.followed:
             return
         chain = self.manifest.chain
         assert chain is not None
         if first <= chain.last_timestamp:
+            since = chain.last_timestamp + 1
+            keys = f"impressions.since={since}" if self.closed else f"events.since={since} (and impressions.since)"
             raise UserError(
                 f"--extend {self.folder}: its last event or impression is of {_moment(chain.last_timestamp)}, and the "
                 f"day's first of {_moment(first)}: days follow each other, so it must be later; if single lines are "
-                f"late, leave them out with events.since={chain.last_timestamp + 1} (and impressions.since)"
+                f"late, leave them out with {keys}"
             )
 
     def _check_features(self, settings: PrepareSettings) -> None:

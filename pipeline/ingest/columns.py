@@ -138,13 +138,14 @@ def impression_columns(settings: PrepareSettings) -> tuple[Column, ...]:
                 continue
         if source is not None:
             columns.append(_feature(each, source, "impressions", settings))
+    # What is scored alone need not say what became of it.
+    optional = settings.without_events
     for number, (name, source) in enumerate(settings.labels.items()):
-        columns.append(Column(source, label_column(number, name), "label"))
+        columns.append(Column(source, label_column(number, name), "label", optional=optional))
     if log.weight is not None:
-        columns.append(
-            Column(log.weight, "weight", "number", "weights are 0 or more; correct the file", negative=False)
-        )
-    if log.split is not None:
+        remedy = "weights are 0 or more; correct the file"
+        columns.append(Column(log.weight, "weight", "number", remedy, negative=False, optional=optional))
+    if log.split is not None and not settings.without_events:
         columns.append(Column(log.split, "split", "split"))
     return tuple(columns)
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.ingest.columns import FEATURE_KEY
@@ -14,16 +15,18 @@ from pipeline.ingest.sources import LogFiles
 from schemas.errors import UserError
 from schemas.features import FeatureSettings
 from schemas.manifest import LEFT_OUT, Counts, Manifest, TargetCounts
-from schemas.prepare import Log, PrepareSettings
+from schemas.prepare import ImpressionSplit, Log, PrepareSettings
 from schemas.shards import SPLITS, FeatureRecord
 
 
 def check(files: LogFiles, read: Tally, faults: pa.Table) -> dict[str, int]:
-    """Counts of a log.
+    """Counts of a log: its lines, and the first and last moment if it has any.
 
     Raises:
         UserError: no lines, or lines with a fault.
     """
+    if not files.paths:
+        return {"lines": 0}
     counted = faults.to_pylist()[0]
     role = files.role
     names = ", ".join(str(path) for path in files.paths[:3]) + (", ..." if len(files.paths) > 3 else "")
@@ -94,6 +97,23 @@ def check_zones(logs: list[tuple[Log, LogFiles, Tally]]) -> None:
                 f"{files.role}: times without an offset beside ones in {' and '.join(absolute)} that say what moment "
                 f"they are; set {files.role}.timestamp_zone, UTC or the zone of those clocks"
             )
+
+
+def cuts(counts: pa.Table, split: ImpressionSplit) -> tuple[int, int]:
+    """Timestamps at which validation and test begin, so that about the wanted share of impressions lies behind each.
+
+    Args:
+        counts: `definition.timestamp_counts` of the impressions.
+        split: says the shares.
+    """
+    timestamps = counts["timestamp"].to_numpy()
+    before = np.cumsum(counts["lines"].to_numpy())
+    bounds = []
+    for held_out in (split.test_fraction + split.validation_fraction, split.test_fraction):
+        # All impressions of a second are on one side of the cut, so shares are met only about.
+        position = int(np.searchsorted(before, before[-1] * (1 - held_out), side="right"))
+        bounds.append(int(timestamps[position]) if position < len(timestamps) else int(timestamps[-1]) + 1)
+    return bounds[0], bounds[1]
 
 
 def lines_kept(read: Tally) -> int:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ibis.expr.types as ir
 import numpy as np
@@ -16,7 +15,8 @@ from pipeline.files import output_folder
 from pipeline.ingest import definition
 from pipeline.ingest.chain import ITEM_VALUES, Base, write_batches
 from pipeline.ingest.columns import FEATURE_KEY, event_columns, feature_column, impression_columns, label_column
-from pipeline.ingest.counts import check, check_keys, check_zones, counts_of, nothing_left, notices
+from pipeline.ingest.counts import check, check_keys, check_zones, counts_of, cuts, nothing_left, notices
+from pipeline.ingest.day_settings import without_missing_labels
 from pipeline.ingest.definition import LATEST, UNKNOWN_LABEL
 from pipeline.ingest.dictionaries import (
     BYTES_PER_FEATURE,
@@ -27,7 +27,7 @@ from pipeline.ingest.dictionaries import (
 from pipeline.ingest.engine import Engine
 from pipeline.ingest.features import Features, FeatureTable
 from pipeline.ingest.item_days import BYTES_PER_ITEM_OF_DAYS, ItemDay, build_beside, build_day
-from pipeline.ingest.layers import Gathered, gather, keep_layers, layer_of
+from pipeline.ingest.layers import Gathered, KeptLayers, gather, keep_layers, layer_of
 from pipeline.ingest.recorded import recorded
 from pipeline.ingest.shards import ShardBuilder, WrittenShard
 from pipeline.ingest.sources import FeatureFiles, LogFiles, feature_files, log_files
@@ -95,11 +95,17 @@ def prepare(settings: PrepareSettings, out: Path, *, overwrite: bool = False, ba
         )
     # Names, formats, columns and types of all files first: no engine starts on a log that cannot be right.
     skip = settings.on_corrupt == "skip"
+    if settings.without_events:
+        if base is None:
+            raise UserError("events.files: unchanged: stands for the events of --extend alone; name files")
+        base = base.to_score()
     events = log_files("events", settings.events, event_columns(settings), skip_corrupt=skip)
     impressions = None
     if settings.impressions is not None:
         columns = impression_columns(settings)
         impressions = log_files("impressions", settings.impressions, columns, skip_corrupt=skip)
+        if settings.without_events:
+            settings = without_missing_labels(settings, impressions)
     features = feature_files(settings)
     if base is not None:
         base.check(settings, out, [events, *([] if impressions is None else [impressions])])
@@ -130,6 +136,8 @@ class _Preparation:
         self._settings, self._engine, self._folder, self._work = settings, engine, folder, work
         self._base = base
         self._day = 0 if base is None or base.closed else base.day
+        # Beside what is closed nothing is kept for later days.
+        self._keep = None if base is not None and base.closed else settings.history.keep
 
     def run(
         self, event_files: LogFiles, impression_files: LogFiles | None, feature_files: list[FeatureFiles]
@@ -148,7 +156,7 @@ class _Preparation:
         with stage("read events") as running:
             events, read = engine.load(event_files, running.reach_share, coded=coded)
         counted = check(event_files, read, engine.fetch(definition.faults(events)))
-        logs, lines, cuts, shown, spans = [events], [counted["lines"]], None, None, [counted]
+        logs, lines, moments, shown, spans = [events], [counted["lines"]], None, None, [counted]
         if impression_files is not None and settings.impressions is not None:
             with stage("read impressions") as running:
                 impressions, shown = engine.load(impression_files, running.reach_share, coded=coded)
@@ -157,11 +165,13 @@ class _Preparation:
             lines.append(of_shown["lines"])
             spans.append(of_shown)
             shown.update({name: number for name, number in of_shown.items() if name.startswith(UNKNOWN_LABEL)})
-            cuts = self._cuts(impressions)
+            moments = self._cuts(impressions)
             logs.append(impressions)
         else:
             check_zones([(settings.events, event_files, read)])
+        spans = [each for each in spans if each["lines"]]
         span = min(each["first"] for each in spans), max(each["last"] for each in spans)
+        counted = {"first": span[0], "last": span[1]} | counted
         if self._base is not None:
             self._base.check_later(span[0])
 
@@ -190,11 +200,11 @@ class _Preparation:
                 line=len(logs) > 1,
             ),
             self._folder,
-            settings.history.keep,
+            self._keep,
             self._day,
         )
         with stage("sort and write shards", sum(lines), "lines") as running:
-            sorted_lines = self._lines(features, logs, users, cuts, counted["lines"], gathered)
+            sorted_lines = self._lines(features, logs, users, moments, counted["lines"], gathered)
             written, tally = engine.write_shards(
                 sorted_lines, definition.line_order(sorted_lines), order, builder, running.advance
             )
@@ -222,7 +232,7 @@ class _Preparation:
         features: Features,
         logs: list[ir.Table],
         users: ir.Table | None,
-        cuts: tuple[int, int] | None,
+        moments: tuple[int, int] | None,
         events: int,
         gathered: Gathered | None,
     ) -> ir.Table:
@@ -230,7 +240,7 @@ class _Preparation:
         settings, carried = self._settings, None
         if gathered is not None:
             carried, events = gathered.lines, events + gathered.behaviors
-        shards = -(-events // settings.shards.behaviors_per_shard)
+        shards = max(1, -(-events // settings.shards.behaviors_per_shard))
         if shards > MOST_SHARDS:
             raise UserError(
                 f"shards.behaviors_per_shard={settings.shards.behaviors_per_shard} makes {shards:,} shards of "
@@ -241,14 +251,14 @@ class _Preparation:
             if self._day and "split" in logs[1].columns:
                 # What a later day brings is there to be learnt, all of it.
                 logs = [logs[0], logs[1].drop("split")]
-            logs = [logs[0], definition.shown(logs[1], cuts, labels)]
+            logs = [logs[0], definition.shown(logs[1], moments, labels)]
         ids = None if settings.items.hash_buckets else self._engine.open_ids(self._work / ITEM_IDS)
         lines = definition.lines([features.on_lines(log) for log in logs], ids, users, carried)
         return definition.in_shards(lines, seed=settings.seed, shards=shards)
 
     def _gathered(self, logs: list[ir.Table]) -> Gathered | None:
         """What the days before know of the users of this one; None: there are none."""
-        if self._base is None or self._base.closed:
+        if self._base is None or not self._base.followed:
             return None
         with stage("gather histories"):
             touched = definition.touched(logs, self._settings.seed)
@@ -266,28 +276,33 @@ class _Preparation:
 
     def _cuts(self, impressions: ir.Table) -> tuple[int, int] | None:
         """Timestamps at which validation and test begin; None: a column says so, or there is nothing to train on."""
-        split, log = self._settings.split, self._settings.impressions
+        settings = self._settings
+        split, log = settings.split, settings.impressions
         assert log is not None
         if self._day:
             return LATEST + 1, LATEST + 1
-        if log.split is not None or not self._settings.labels:
+        if settings.without_events:
+            # Nobody learns from what is there to be scored.
+            return 0, 0
+        if log.split is not None or not settings.labels:
             return None
         if isinstance(split, DateSplit):
             return split.validation_from, split.test_from
         # At moments that hold out the wanted shares.
-        return _cuts(self._engine.fetch(definition.timestamp_counts(impressions)), split)
+        assert isinstance(split, ImpressionSplit), "settings are validated"
+        return cuts(self._engine.fetch(definition.timestamp_counts(impressions)), split)
 
     def _dictionary(self, features: Features, logs: list[ir.Table], tables: list[FeatureTable], now: int) -> Dictionary:
         """Write the dictionary of items, with what belongs to them; ``now`` is the last moment of the logs."""
         engine, settings, base = self._engine, self._settings, self._base
         items, raw = features.belonging("item", logs, tables)
-        if settings.history.keep is not None:
+        if self._keep is not None:
             self._write_item_values(features, raw)
         if (texts := engine.texts("item_id")) is not None:
             items = engine.materialize("items_named", definition.decoded(items, {"key": texts}), lambda _: None)
         of_items, kind, seed = features.of("item"), settings.events.item_type, settings.seed
         numbered = settings.items.hash_buckets is None
-        of_days = base is not None or (settings.history.keep is not None and numbered)
+        of_days = base is not None or (self._keep is not None and numbered)
         # Before the arrays are made: the engine must give the memory back first.
         of_each = BYTES_PER_ITEM + BYTES_PER_FEATURE * (len(of_items) - 1) + BYTES_PER_ITEM_OF_DAYS * of_days
         features.reserve(items, "key", of_each, kept=True)
@@ -321,16 +336,20 @@ class _Preparation:
         self, dictionary: Dictionary, span: tuple[int, int], own: Layer, new_users: int
     ) -> tuple[Chain | None, tuple[File, ...]]:
         """What the days that follow must know, None where none can; and the files that they go on from."""
-        keep, base = self._settings.history.keep, self._base
-        if keep is None:
+        keep, base = self._keep, self._base
+        layers, rows = KeptLayers((), ()), dictionary.rows
+        if keep is not None:
+            folder, manifest = (None, None) if base is None else (base.folder, base.manifest)
+            layers = keep_layers(folder, manifest, own, self._folder, keep)
+        elif base is not None and base.followed and base.manifest.chain is not None:
+            rows = base.manifest.chain.rows
+        else:
             return None, ()
-        folder, manifest = (None, None) if base is None else (base.folder, base.manifest)
-        layers = keep_layers(folder, manifest, own, self._folder, keep)
         chain = Chain(
             days=() if base is None else base.days,
             first_timestamp=span[0],
             last_timestamp=span[1],
-            rows=dictionary.rows,
+            rows=rows,
             new_items=dictionary.new_items,
             new_users=new_users,
             evicted=dictionary.evicted,
@@ -413,19 +432,6 @@ def _engine_class(settings: PrepareSettings) -> Callable[[Path, int, int | None]
     from pipeline.ingest.duckdb_engine import DuckDBEngine
 
     return DuckDBEngine
-
-
-def _cuts(counts: pa.Table, split: Any) -> tuple[int, int]:
-    """Timestamps at which validation and test begin, so that about the wanted share of impressions lies behind each."""
-    assert isinstance(split, ImpressionSplit), "settings are validated"
-    timestamps = counts["timestamp"].to_numpy()
-    before = np.cumsum(counts["lines"].to_numpy())
-    bounds = []
-    for held_out in (split.test_fraction + split.validation_fraction, split.test_fraction):
-        # All impressions of a second are on one side of the cut, so shares are met only about.
-        position = int(np.searchsorted(before, before[-1] * (1 - held_out), side="right"))
-        bounds.append(int(timestamps[position]) if position < len(timestamps) else int(timestamps[-1]) + 1)
-    return bounds[0], bounds[1]
 
 
 def _sources(inputs: list[LogFiles]) -> tuple[Source, ...]:

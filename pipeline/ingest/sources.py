@@ -100,6 +100,9 @@ def log_files(role: str, log: Log, columns: tuple[Column, ...] | None = None, *,
     Raises:
         UserError: a file or column is missing, named twice, of another type, or corrupt (unless ``skip_corrupt``).
     """
+    if log.files == (UNCHANGED,):
+        # No file, so that no line comes.
+        return LogFiles(role, (), "parquet", columns or (), {})
     return _files(role, log, id_columns(log) if columns is None else columns, skip_corrupt)
 
 

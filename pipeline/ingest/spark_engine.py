@@ -102,7 +102,9 @@ class SparkEngine:
                     {"file": [index], "tally": [json.dumps(tally)], "fault": pa.array([fault], pa.string())}
                 )
 
-        tasks = self._session.range(0, len(files.paths), 1, len(files.paths))
+        if not files.paths:
+            pq.write_table(schema_of(files).empty_table(), folder / "part-none.parquet")
+        tasks = self._session.range(0, len(files.paths), 1, max(1, len(files.paths)))
         frame = tasks.mapInArrow(read, "file bigint, tally string, fault string")
         parts = sorted(self._explained(frame.toArrow).to_pylist(), key=lambda part: part["file"])
         if fault := next((part["fault"] for part in parts if part["fault"]), None):

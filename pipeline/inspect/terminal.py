@@ -78,7 +78,7 @@ def _chain(chain: Chain | None) -> list[Sequence[str]]:
         ("  new items", f"{chain.new_items:,}", ""),
         ("  new users", f"{chain.new_users:,}", ""),
         *table,
-        ("layers of histories", f"{len(chain.layers):,}", f"of days {layers}" if layers else ""),
+        ("layers of histories", f"{len(chain.layers):,}", f"of days {layers}" if layers else "no day can follow"),
     ]
 
 

@@ -39,6 +39,11 @@ class Day:
                 f"{folder}: no day can follow this data set; prepare the first day with history.keep, and each further "
                 "one with --extend"
             )
+        if data_set.manifest.without_events:
+            raise UserError(
+                f"{folder}: it has impressions alone, to be scored, and is no day to learn from; prepare the day with "
+                "its events"
+            )
         if not folder.name or folder.name.startswith("."):
             raise UserError(f"{folder}: a day's folder needs a name of its own, which its run will have too")
         return cls(folder, data_set.manifest, data_set.fingerprint)

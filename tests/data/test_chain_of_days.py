@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from pipeline.ingest.chain import Base
 from pipeline.ingest.day_settings import day_settings
 from pipeline.ingest.prepare import prepare
+from schemas.errors import UserError
 from schemas.manifest import Manifest
 from schemas.prepare import PrepareSettings
-from schemas.shards import ITEM_FEATURES, FeatureRecord
+from schemas.shards import ITEM_FEATURES, UNLABELED, FeatureRecord, Split
 
 DAY = 100
 """Seconds of a day here."""
@@ -178,7 +179,7 @@ class Raw:
         # What is missing is like the mean.
         return {"city": self._values["city"](row["user_city"]), "age": row["user_age"] * age.deviation + age.mean}
 
-    def targets(self) -> list[Target]:
+    def targets(self, split: int = Split.TRAIN) -> list[Target]:
         found = []
         for user, row in self.users().items():
             behaviors = [
@@ -188,7 +189,7 @@ class Raw:
             for at, end in enumerate(row["target_history_end"]):
                 time = row["target_timestamp"][at]
                 assert end == sum(before < time for before, _ in behaviors), "the history is what is strictly earlier"
-                assert row["target_split"][at] == 0
+                assert row["target_split"][at] == split
                 slot = self._values["slot"](row["target_slot"][at]) if "target_slot" in row else ""
                 item = self.item(row["target_item"][at])
                 found.append(Target(user, time, item, row["target_label"][at], slot, behaviors[:end]))
@@ -225,10 +226,12 @@ def check(
 
     log = paths("all", [row for day in events for row in day], [row for day in impressions for row in day])
     prepare(PrepareSettings.model_validate(given_settings(*log, None, **more)), folder / "whole")
-    whole = Raw(folder / "whole")
-    expected: dict[int, list[Target]] = defaultdict(list)
-    for target in whole.targets():
-        expected[target.time // DAY].append(target)
+    expected = by_day(Raw(folder / "whole"))
+    of_impressions = expected
+    if not shown:
+        log = log[0], write(folder / "all-shown.csv", [row for day in impressions for row in day], text=text)
+        prepare(PrepareSettings.model_validate(given_settings(*log, None, **more)), folder / "impressions")
+        of_impressions = by_day(Raw(folder / "impressions"))
     known: dict[str, dict[str, str]] = {}
     had_event: set[str] = set()
     for number in range(days):
@@ -237,6 +240,25 @@ def check(
             settings = PrepareSettings.model_validate(given_settings(*log, keep, **more))
             manifest = prepare(settings, folder / "d0")
         else:
+            labeled = number % 2 == 0
+            scored = score(folder, number, impressions[number], text=text, labeled=labeled)
+            met = {row.item_id for rows in events[:number] for row in rows}
+            slots = {row.slot for rows in impressions[:number] for row in rows} if shown else set()
+            check_scored(
+                scored,
+                [
+                    each._replace(
+                        item=(each.item[0], each.item[1] if each.item[0] in met else ""),
+                        label=each.label if labeled else UNLABELED,
+                        slot=each.slot if each.slot in slots else "",
+                        history=history,
+                    )
+                    for each in of_impressions[number]
+                    if len(history := [row for row in each.history if row[0] < number * DAY]) >= min_history
+                ],
+                keep,
+            )
+            check_users(scored, known)
             base = Base.open(folder / f"d{number - 1}", closed=False)
             values = {"events": {"files": [log[0]]}} | ({"impressions": {"files": [log[1]]}} if shown else {})
             manifest = prepare(day_settings(base, values=values), folder / f"d{number}", base=base)
@@ -265,6 +287,40 @@ def check(
         check_users(day, known)
         shutil.rmtree(folder / f"d{number - 1}", ignore_errors=True)
         check_layers(manifest, events[: number + 1], keep)
+
+
+def by_day(whole: Raw) -> dict[int, list[Target]]:
+    found: dict[int, list[Target]] = defaultdict(list)
+    for target in whole.targets():
+        found[target.time // DAY].append(target)
+    return found
+
+
+def score(folder: Path, number: int, impressions: list[Impression], *, text: bool, labeled: bool) -> Raw:
+    """A day's impressions alone, with the histories of the day before."""
+    named = [row._replace(user_id=f"u{row.user_id}", item_id=f"i{row.item_id}") if text else row for row in impressions]
+    columns = [name for name in Impression._fields if labeled or name != "label"]
+    with (folder / "tomorrow.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row._asdict() for row in named)
+    base = Base.open(folder / f"d{number - 1}", closed=False)
+    values = {"impressions": {"files": [str(folder / "tomorrow.csv")], "category_id": None}}
+    manifest = prepare(day_settings(base, values=values), folder / f"s{number}", base=base)
+    assert manifest.labeled is labeled
+    assert manifest.dictionaries_of == base.fingerprint
+    assert manifest.item_rows == base.manifest.item_rows
+    with pytest.raises(UserError, match=f"extend day {number - 1} of the chain"):
+        Base.open(folder / f"s{number}", closed=False)
+    return Raw(folder / f"s{number}")
+
+
+def check_scored(day: Raw, wanted: list[Target], keep: int) -> None:
+    got = day.targets(Split.TEST)
+    assert Counter(each[:5] for each in got) == Counter(each[:5] for each in wanted)
+    history = {(each.user, each.time): each.history for each in wanted}
+    for target in got:
+        assert same_histories(target.history, history[target.user, target.time], keep)
 
 
 def check_users(day: Raw, known: dict[str, dict[str, str]]) -> None:

@@ -79,6 +79,37 @@ def test_a_day_must_be_later_than_the_last(chain: Path, dare: Dare) -> None:
     assert Manifest.read(chain / "d1").counts.events_left_out == {"outside_time": 1}
 
 
+def test_impressions_alone(chain: Path, dare: Dare) -> None:
+    """They are scored on a day before: there must be one, earlier than they are, and what is meant must be clear."""
+    for name, moment in (("late", DAY), ("early", 502)):
+        (chain / f"{name}.csv").write_text(f"user_id,item_id,category_id,timestamp\n1,2,0,{moment}\n")
+    before = content(chain)
+    for arguments, expected in (
+        (["--extend", chain / "d0"], "name the day's --events, or --impressions to score them alone"),
+        (
+            ["--extend", chain / "d0", "--events", chain / "e1.csv", "--impressions", chain / "late.csv"],
+            "its targets are events, so a day has no impressions",
+        ),
+        (["--extend", chain / "d0", "--impressions", chain / "early.csv"], "leave them out with impressions.since=504"),
+        (
+            ["--extend", chain / "d0", "--impressions", chain / "late.csv", "impressions.labels={a: a, b: item_id}"],
+            "late.csv: no column a; give all labels, or none",
+        ),
+        (
+            ["--dictionaries", chain / "d0", "--impressions", chain / "late.csv", "--events", "unchanged:"],
+            "it has no histories to score with; name --events",
+        ),
+        (
+            ["--impressions", chain / "late.csv", "--events", "unchanged:"],
+            "unchanged: stands for the events of --extend alone",
+        ),
+    ):
+        code, message = dare("prepare", *arguments, "--out", chain / "out")
+        assert code == 1
+        assert expected in message
+        assert content(chain) == before
+
+
 def test_the_same_day_twice(chain: Path, dare: Dare) -> None:
     shutil.copy(chain / "e0.csv", chain / "renamed.csv")
     assert "renamed.csv is in day 0 of the chain already" in refuse(dare, chain, log="renamed.csv")

@@ -18,6 +18,7 @@ from pipeline.evaluate.open_run import evaluate_run
 from pipeline.evaluate.score import score_run
 from pipeline.ingest.prepare import prepare
 from schemas.errors import UserError
+from schemas.manifest import Manifest
 from schemas.prepare import PrepareSettings
 from tests.launcher import run_ranks
 from tests.runs import Run, run_dare, small_settings
@@ -66,7 +67,8 @@ def prepared(folder: Path, name: str, shown: list[Path] | None = None, **more: A
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
-    return Run(1, small_settings("epochs=1"), prepared(folder, "data"), folder / "run").finish().folder
+    data = prepared(folder, "data", history={"keep": 100})
+    return Run(1, small_settings("epochs=1"), data, folder / "run").finish().folder
 
 
 @pytest.fixture(autouse=True)
@@ -171,6 +173,42 @@ def test_new_impressions_without_labels(folder: Path, run: Path, tmp_path: Path)
     code, _, errors = run_dare(folder, "train", "--data", data, "--run", tmp_path / "run2")
     assert code == 1
     assert "no targets to stream in split train" in errors
+
+
+def test_tomorrow_is_scored_before_its_events_are_there(folder: Path, run: Path, tmp_path: Path) -> None:
+    """The scores are those of the day that is prepared later, whose events come after its impressions."""
+    shown = pd.DataFrame(
+        {"user_id": [100, 101, 101, 555, 102], "item_id": [1, 2, 999_999, 3, 4], "category_id": [1, 2, 3, 3, 4]}
+    ).assign(timestamp=[500, 501, 502, 503, 504])
+    shown.to_csv(tmp_path / "tomorrow.csv", index=False)
+    shown.assign(label=[0, 1, 0, 1, 1]).to_csv(tmp_path / "shown.csv", index=False)
+    (tmp_path / "events.csv").write_text("user_id,item_id,category_id,timestamp\n100,5,0,600\n101,6,1,601\n")
+    extend = ("prepare", "--extend", folder / "data")
+    names = (str(tmp_path / "tomorrow.csv"),)
+    code, said, errors = run_dare(tmp_path, *extend, "--impressions", names[0], "--out", tmp_path / "tomorrow")
+    assert code == 0, errors
+    assert "impressions alone, without labels, to be scored after day 0 of the chain: 1 new items, 1 new users" in said
+    manifest = Manifest.read(tmp_path / "tomorrow")
+    assert not manifest.labeled
+    assert manifest.counts.impressions_left_out == {"no_events": 1}
+    assert not list((tmp_path / "tomorrow").glob("history-*"))
+    table = scored(run, tmp_path / "tomorrow", tmp_path / "scores", impressions=names)
+    assert table["item_id"].tolist() == [1, 2, 999_999, 4]
+    mine = pq.read_table(tmp_path / "scores" / "impressions-00000.parquet").to_pandas()
+    assert mine["score"].notna().tolist() == [True, True, True, False, True]
+    logs = ("--events", tmp_path / "events.csv", "--impressions", tmp_path / "shown.csv")
+    code, _, errors = run_dare(tmp_path, *extend, *logs, "--out", tmp_path / "day")
+    assert code == 0, errors
+    later = scored(run, tmp_path / "day", tmp_path / "later", split="train")
+    pd.testing.assert_series_equal(later["logit"], table["logit"])
+    assert later["label"].tolist() == [0, 1, 0, 1]
+    # And labels may be there: then it can be measured.
+    names = ("--impressions", tmp_path / "shown.csv")
+    code, said, errors = run_dare(tmp_path, *extend, *names, "--out", tmp_path / "labeled")
+    assert code == 0, errors
+    assert "impressions alone, with labels" in said
+    evaluation = evaluate_run(run, "test", "best", tmp_path / "labeled", CPU)["label"]
+    assert evaluation.auc == roc_auc_score(later["label"], later["logit"])
 
 
 def test_a_column_that_would_clash(folder: Path, run: Path, tmp_path: Path) -> None:
