@@ -148,8 +148,7 @@ class _Part:
 
 def _parts(tables: Mapping[str, Any], delta: Checkpoint) -> list[tuple[str, _Part]]:
     """Parts of tensors that are here, by key, with each file of a delta that may have rows of them."""
-    names = sorted(file.path for file in delta.files or () if _ROWS_FILE.fullmatch(file.path))
-    files = [RowsFile(inside(delta.path, name)) for name in names]
+    files = _rows_files(delta)
     parts = list[tuple[str, _Part]]()
     for key, value in tables.items():
         table = str(table_of(key))
@@ -161,6 +160,22 @@ def _parts(tables: Mapping[str, Any], delta: Checkpoint) -> list[tuple[str, _Par
                 if begin < first + len(tensor) and first < end:
                     parts.append((key, _Part(file, key, tensor, first, columns, shape)))
     return parts
+
+
+def rows_files(delta: Checkpoint, table: str, rows: int) -> list[RowsFile]:
+    """Return the files of a delta that have the changed rows of a table; ``rows``: how many rows the table has.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    files = _rows_files(delta)
+    _check_covered(delta, files, table, rows)
+    return [file for file in files if table in file.ranges]
+
+
+def _rows_files(delta: Checkpoint) -> list[RowsFile]:
+    names = sorted(file.path for file in delta.files or () if _ROWS_FILE.fullmatch(file.path))
+    return [RowsFile(inside(delta.path, name)) for name in names]
 
 
 def _check_covered(delta: Checkpoint, files: list[RowsFile], table: str, rows: int) -> None:
