@@ -14,6 +14,7 @@ from jobs.experiment import experiment
 from jobs.online import online
 from jobs.planning import plan
 from jobs.runs import compare, models, runs
+from jobs.store import append, load, show
 from jobs.training import evaluate, score, train
 from pipeline.paths import local_path, location
 from pipeline.versions import versions
@@ -28,6 +29,7 @@ REMOTE: dict[Callable[..., None], set[str]] = {
     score: {"data", "run", "out"},
     compare: {"runs"},
     runs: {"folder"},
+    load: {"data"},
 }
 """Parameters of commands that take URLs, beside those whose values are texts."""
 
@@ -82,6 +84,10 @@ for command in (
     models,
 ):
     app.command()(on_paths(command))
+store = typer.Typer(no_args_is_help=True, help="Keep the histories of users: load a log, append events, show a user.")
+for of_store in (load, append, show):
+    store.command()(on_paths(of_store))
+app.add_typer(store, name="store")
 # Extensions declare a `typer.Typer` in this group. It is loaded at once, because the help lists it: its module must be
 # light, and load what its commands need when they are called.
 for extension in sorted(entry_points(group="dare.commands"), key=lambda point: point.name):

@@ -131,15 +131,34 @@ class StoredColumns(Settings):
         return (*read, *(each.column for each in (*self.behaviors, *self.users)))
 
     def user_id(self, raw: object) -> UserId:
-        """The id of a user, of the type that the log has.
+        """The id of a user, which is of the type that the log has: a user 1 and a user "1" are not the same.
 
         Raises:
             RequestError: it is none.
         """
-        kept = as_list(self._values(StoredColumn(name=self.user, kind=self.user_type), [raw]))[0]
-        if kept is None:
-            raise RequestError(f"column {self.user}: the id of a user is missing")
-        _refuse_negative(self.user, [kept])
+        number = raw.item() if isinstance(raw, np.integer) else raw
+        kind = int if self.user_type == "integer" else str
+        if not isinstance(number, kind) or isinstance(number, bool):
+            raise RequestError(f"user {raw!r:.100}: ids of users are {self.user_type}s here")
+        return self._user(number)
+
+    def parse_user(self, text: str) -> UserId:
+        """The id of a user that somebody has typed.
+
+        Raises:
+            RequestError: it is none.
+        """
+        return self._user(text)
+
+    def _user(self, raw: int | str) -> UserId:
+        column = Column(self.user, "user", self.user_type)
+        try:
+            kept = converted(column, pa.array([raw]), self.timestamp_unit, None)[0][0].as_py()
+        except (WrongValueError, pa.ArrowException, OverflowError) as wrong:
+            said = wrong if isinstance(wrong, WrongValueError) else f"{raw!r:.100} is no integer of 64 bits, or no text"
+            raise RequestError(f"user: {said}") from None
+        if kept is None or (isinstance(kept, int) and kept < 0):
+            raise RequestError(f"user {raw!r}: an id is a text that is not empty, or an integer of 0 or more")
         assert isinstance(kept, int | str)
         return kept
 

@@ -1,0 +1,184 @@
+"""A log of behaviours into a store of histories, in bounded memory: each user is written once.
+
+Lines are read as ``dare prepare`` reads them and laid into parts by their users, on the disk of temporary files; then a
+part after the other is brought into order. Nothing is written before the whole log has been read.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.files import about
+from pipeline.hashing import hash_values
+from pipeline.ingest.columns import feature_column
+from pipeline.ingest.counts import check_zones
+from pipeline.ingest.reading import FILTERED, OUTSIDE_TIME, READ, Tally, read_file, schema_of
+from pipeline.ingest.sources import LogFiles, log_files
+from pipeline.progress import stage
+from pipeline.serve.history_store import HistoryStore
+from pipeline.serve.stored_columns import Events, StoredColumns, UserId, Value, Values, as_list
+from pipeline.upload import scratch_folder
+from schemas.errors import UserError
+from schemas.prepare import PrepareSettings
+
+_PART_BYTES = 32 << 20
+"""Bytes of the log's files that a part is made of, about."""
+_MOST_PARTS = 256
+"""Parts of which each has an open file."""
+_EVENTS = 200_000
+"""Events that are written together."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What became of the lines of a log."""
+
+    read: int
+    filtered: int
+    """Have none of the values in ``keep``."""
+    outside_time: int
+    """Are not from ``since`` to ``until``."""
+    users: int
+    new: int
+    """Are in the store, and were not there."""
+    known: int
+    """Were there already."""
+    not_kept: int
+    """Are older than the last N of their user."""
+    seconds: float
+
+
+def load_log(store: HistoryStore, settings: PrepareSettings) -> Loaded:
+    """Add the events of a log to a store. The same log again changes nothing.
+
+    A line that comes twice in the log is two events, as in a data set.
+
+    Args:
+        store: whose columns are those of the settings.
+        settings: which files, and how they are read.
+
+    Raises:
+        UserError: a file or a line that cannot be read; then the store is as it was.
+        StoreError: the store is down; what was written until then stays, and the same command goes on.
+        OSError: the disk is full.
+    """
+    began = time.monotonic()
+    columns = store.columns
+    files = log_files("events", settings.events, columns.source_columns, skip_corrupt=settings.on_corrupt == "skip")
+    tally: Tally = Counter()
+    with scratch_folder() as folder:
+        parts = _parted(files, columns, folder, tally)
+        check_zones([(settings.events, files, tally)])
+        lines = tally[READ] - tally[FILTERED] - tally[OUTSIDE_TIME]
+        users = new = known = not_kept = 0
+        with stage("write the store", lines, "events") as progress:
+            for part in parts:
+                for histories in _histories(part, columns):
+                    appended = store.merge(histories, repeats=True)
+                    users += len(histories)
+                    new, known, not_kept = new + appended, known + appended.known, not_kept + appended.not_kept
+                    progress.advance(sum(len(events) for _, events in histories))
+                part.unlink()
+    return Loaded(
+        tally[READ],
+        tally[FILTERED],
+        tally[OUTSIDE_TIME],
+        users,
+        new,
+        known,
+        not_kept,
+        time.monotonic() - began,
+    )
+
+
+def _parted(files: LogFiles, columns: StoredColumns, folder: Path, tally: Tally) -> list[Path]:
+    """Write the lines of a log into files, all those of a user into one of them, in the order of the log."""
+    total = sum(path.stat().st_size for path in files.paths)
+    count = min(_MOST_PARTS, 1 + total // _PART_BYTES)
+    parts = [folder / f"{number}.arrows" for number in range(count)]
+    schema = schema_of(files)
+    with ExitStack() as opened, stage("read the log", total) as progress, about(folder):
+        writers = [opened.enter_context(pa.ipc.new_stream(str(part), schema)) for part in parts]
+        for index, path in enumerate(files.paths):
+            for batch in read_file(files, index, tally, progress.advance):
+                _require(batch, columns, path)
+                if count == 1:
+                    writers[0].write_batch(batch)
+                    continue
+                part_B = hash_values(batch["user"]).to_numpy() % count
+                order = np.argsort(part_B, kind="stable")
+                ends = np.searchsorted(part_B[order], np.arange(count), side="right")
+                batch = batch.take(pa.array(order))
+                for writer, start, end in zip(writers, [0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+                    if end > start:
+                        writer.write_batch(batch.slice(start, end - start))
+    return parts
+
+
+def _require(batch: pa.RecordBatch, columns: StoredColumns, path: Path) -> None:
+    """Make sure that each line says who did what and when."""
+    named = {"user": columns.user, feature_column(columns.item): columns.item, "second": columns.timestamp}
+    for name, source in named.items():
+        values = batch[name]
+        if values.null_count:
+            raise UserError(f"events: {path}: {values.null_count:,} lines have no {source}; correct or remove them")
+        if name != "second" and pa.types.is_integer(values.type) and len(values) and pc.min(values).as_py() < 0:
+            raise UserError(f"events: {path}: lines have a negative {source}; ids are 0 or more")
+
+
+def _histories(part: Path, columns: StoredColumns) -> Iterator[list[tuple[UserId, Events]]]:
+    """Users of a part with all their events, some users at a time."""
+    with pa.OSFile(str(part)) as file, pa.ipc.open_stream(file) as reader:
+        table = reader.read_all().combine_chunks()
+    if not len(table):
+        return
+    user_B = table["user"].combine_chunks()
+    number_B = (user_B.dictionary_encode().indices if pa.types.is_string(user_B.type) else user_B).to_numpy()
+    order = np.argsort(number_B, kind="stable")
+    start_U = np.flatnonzero(np.diff(number_B[order], prepend=-1))
+    end_U = np.append(start_U[1:], len(order))
+    first = 0
+    while first < len(start_U):
+        # As many users as fit, but at least one.
+        last = max(first + 1, int(np.searchsorted(end_U, start_U[first] + _EVENTS, side="right")))
+        start, end = int(start_U[first]), int(end_U[last - 1])
+        lines = table.take(pa.array(order[start:end])).combine_chunks()
+        yield _of_users(lines, columns, start_U[first:last] - start, end_U[first:last] - start)
+        first = last
+
+
+def _of_users(
+    lines: pa.Table, columns: StoredColumns, start_U: NDArray[np.int64], end_U: NDArray[np.int64]
+) -> list[tuple[UserId, Events]]:
+    def column(name: str) -> pa.Array:
+        return lines[name].combine_chunks()
+
+    second_E = column("second").to_numpy()
+    moment_E = column("moment").to_numpy() if "moment" in lines.column_names else second_E
+    behaviors = {each.name: each.values(column(each.column.name)) for each in columns.behaviors}
+    users = {each.name: each.values(column(each.column.name)) for each in columns.users}
+    ids = column("user").take(pa.array(start_U)).to_pylist()
+    histories = []
+    for user, start, end in zip(ids, start_U.tolist(), end_U.tolist(), strict=True):
+        known = {name: _last_known(values[start:end], second_E[start:end]) for name, values in users.items()}
+        events = Events(
+            moment_E[start:end],
+            {name: values[start:end] for name, values in behaviors.items()},
+            {name: last for name, last in known.items() if last is not None},
+        )
+        histories.append((user, events))
+    return histories
+
+
+def _last_known(values: Values, second_E: NDArray[np.int64]) -> tuple[int, Value] | None:
+    """The last value that is there, by time, and when that was; the largest text of several of that second."""
+    known = [(int(second), value) for second, value in zip(second_E, as_list(values), strict=True) if value is not None]
+    return max(known, key=lambda each: (each[0], str(each[1])), default=None)
