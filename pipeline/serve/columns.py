@@ -28,7 +28,7 @@ class RequestColumn:
     """A raw column that a history or a candidate may have."""
 
     name: str
-    """As in the log, or in the file that a feature has of its own; ``user.FEATURE`` or ``item.FEATURE`` where a column
+    """What requests call it: as the log does, or the file that a feature has of its own; ``user.FEATURE`` or ``item.FEATURE`` where a column
     of the log has that name and is something else."""
     of: Of
     """Whose it is: ``user`` has one value a request, ``behavior`` a list, ``candidate`` a value each."""
@@ -41,9 +41,9 @@ class RequestColumn:
     read: Column
     """How its values are read."""
     unit: TimestampUnit
-    """Of its log's times."""
+    """The unit of its log's times."""
     zone: str | None
-    """Of those of its log's times that carry none."""
+    """The zone of those of its log's times that carry none."""
     feature: str | None = None
     """The feature that it is; one column may be several features, each a `RequestColumn`."""
 
@@ -60,7 +60,7 @@ class RequestColumns:
     """Columns of histories and of candidates."""
 
     settings: PrepareSettings
-    """Of the data set."""
+    """What the data set was prepared with."""
     history: tuple[RequestColumn, ...]
     candidate: tuple[RequestColumn, ...]
 
