@@ -1,5 +1,6 @@
 """Data sets that tests share, which nobody changes; the device of all tests; and what every test leaves as it was."""
 
+import gc
 import logging
 import os
 import random
@@ -24,6 +25,12 @@ os.environ["DEVICE"] = "cpu"
 hypothesis.settings.register_profile("repeated", derandomize=True)
 hypothesis.settings.register_profile("explore", print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeated"))
+
+
+def pytest_collection_finish() -> None:
+    """Take what is loaded out of what garbage collections look at: each end of a process group collects all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
