@@ -19,7 +19,7 @@ PROCESSES ?= $(if $(filter cuda,$(DEVICE)),$(shell nvidia-smi -L | head -2 | wc 
 # Processes that run tests: two a core, because many wait for processes of their own most of the time.
 WORKERS ?= $(shell cores=$$(nproc); echo $$((cores > 4 ? 8 : 2 * cores)))
 
-.PHONY: demo test test-slow test-spark test-ceph test-slurm setup lint types docs examples format bench check-gpu clean
+.PHONY: demo test test-slow test-spark test-ceph test-redis test-slurm setup lint types docs examples format bench check-gpu clean
 
 demo: $(JOURNEY)/manifest.json  ## prepare real histories, train TWIN, DARE and DARE with all features, compare
 	$(BIN)/dare inspect $(JOURNEY)
@@ -42,6 +42,9 @@ test-spark: $(READY)  ## the distributed engine; needs Java 17
 
 test-ceph: $(READY)  ## remote paths on Ceph's S3 gateway; needs Debian's radosgw ceph-mon ceph-osd
 	$(BIN)/python -m pytest -m "ceph and not spark" -rs
+
+test-redis: $(READY)  ## stores of histories in Redis; needs Debian's redis-server
+	$(BIN)/python -m pytest -m redis -rs
 
 test-slurm: $(READY)  ## jobs on a real Slurm of one host; needs root and Debian's slurm-wlm munge slurmdbd mariadb-server
 	$(BIN)/python -m pytest -m slurm -rs

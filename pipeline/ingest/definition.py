@@ -10,6 +10,7 @@ import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 
 from pipeline.ingest.columns import FEATURE_KEY, USER_NUMBER, feature_column
+from pipeline.ingest.times import LATEST
 from schemas.shards import SPLITS, UNLABELED, FeatureRecord
 
 USER_KEY_RANGE = 2**31 - 1
@@ -22,8 +23,6 @@ EVENT = -2
 """The label of a line that is a behaviour."""
 USER_ORDER = "user_order"
 """Column of numbers of users that sort as users do, where lines have codes of them."""
-LATEST = 253_402_300_799
-"""The last second of the year 9999."""
 NO_NUMBER = float("-inf")
 """What stands for a missing number in lines: engines sort nulls as they like, and logs have no infinite numbers."""
 

@@ -17,7 +17,7 @@ from pipeline.ingest.chain import ITEM_VALUES, Base, write_batches
 from pipeline.ingest.columns import FEATURE_KEY, event_columns, feature_column, impression_columns, label_column
 from pipeline.ingest.counts import check, check_keys, check_zones, counts_of, cuts, nothing_left, notices
 from pipeline.ingest.day_settings import without_missing_labels
-from pipeline.ingest.definition import LATEST, UNKNOWN_LABEL
+from pipeline.ingest.definition import UNKNOWN_LABEL
 from pipeline.ingest.dictionaries import (
     BYTES_PER_FEATURE,
     BYTES_PER_ITEM,
@@ -31,6 +31,7 @@ from pipeline.ingest.layers import Gathered, KeptLayers, gather, keep_layers, la
 from pipeline.ingest.recorded import recorded
 from pipeline.ingest.shards import ShardBuilder, WrittenShard
 from pipeline.ingest.sources import FeatureFiles, LogFiles, feature_files, log_files
+from pipeline.ingest.times import LATEST
 from pipeline.progress import stage
 from schemas.errors import UserError
 from schemas.manifest import (

@@ -19,6 +19,8 @@ _TIME = (
 )
 _ZONED = "[0-9]:[0-9]{2}.*(?:Z|UTC|[+-][0-9]{2}(?::?[0-9]{2})?)$"
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+LATEST = 253_402_300_799
+"""The last second of the year 9999; times that are earlier than 1970 or later than it are no times of a log."""
 _LAST_DAY = np.array([0, 31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31])
 """Number of days of each month, in a year without a leap day."""
 

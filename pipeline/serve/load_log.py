@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from pipeline.files import about
 from pipeline.hashing import hash_values
 from pipeline.ingest.columns import feature_column
-from pipeline.ingest.counts import check_zones
+from pipeline.ingest.counts import check, check_zones
 from pipeline.ingest.reading import FILTERED, OUTSIDE_TIME, READ, Tally, read_file, schema_of
 from pipeline.ingest.sources import LogFiles, log_files
+from pipeline.ingest.times import LATEST
 from pipeline.progress import stage
 from pipeline.serve.history_store import HistoryStore
 from pipeline.serve.stored_columns import Events, StoredColumns, UserId, Value, Values, as_list
 from pipeline.upload import scratch_folder
-from schemas.errors import UserError
 from schemas.prepare import PrepareSettings
 
 _PART_BYTES = 32 << 20
@@ -102,36 +102,48 @@ def load_log(store: HistoryStore, settings: PrepareSettings) -> Loaded:
 def _parted(files: LogFiles, columns: StoredColumns, folder: Path, tally: Tally) -> list[Path]:
     """Write the lines of a log into files, all those of a user into one of them, in the order of the log."""
     total = sum(path.stat().st_size for path in files.paths)
-    count = min(_MOST_PARTS, 1 + total // _PART_BYTES)
-    parts = [folder / f"{number}.arrows" for number in range(count)]
+    parts = [folder / f"{number}.arrows" for number in range(min(_MOST_PARTS, 1 + total // _PART_BYTES))]
     schema = schema_of(files)
+    faults: Counter[str] = Counter()
+    first, last = LATEST, 0
     with ExitStack() as opened, stage("read the log", total) as progress, about(folder):
         writers = [opened.enter_context(pa.ipc.new_stream(str(part), schema)) for part in parts]
-        for index, path in enumerate(files.paths):
+        for index in range(len(files.paths)):
             for batch in read_file(files, index, tally, progress.advance):
-                _require(batch, columns, path)
-                if count == 1:
-                    writers[0].write_batch(batch)
-                    continue
-                part_B = hash_values(batch["user"]).to_numpy() % count
-                order = np.argsort(part_B, kind="stable")
-                ends = np.searchsorted(part_B[order], np.arange(count), side="right")
-                batch = batch.take(pa.array(order))
-                for writer, start, end in zip(writers, [0, *ends[:-1].tolist()], ends.tolist(), strict=True):
-                    if end > start:
-                        writer.write_batch(batch.slice(start, end - start))
+                faults += _faults(batch, columns)
+                bounds = pc.min_max(batch["second"])
+                first, last = min(first, bounds["min"].as_py() or 0), max(last, bounds["max"].as_py() or 0)
+                if not faults.keys() - {"lines"}:
+                    _divide(batch, writers)
+    counted = {"lines": 0, "impossible_timestamp": 0, **faults, "first": first, "last": last}
+    check(files, tally, pa.table({name: [number] for name, number in counted.items()}))
     return parts
 
 
-def _require(batch: pa.RecordBatch, columns: StoredColumns, path: Path) -> None:
-    """Make sure that each line says who did what and when."""
-    named = {"user": columns.user, feature_column(columns.item): columns.item, "second": columns.timestamp}
-    for name, source in named.items():
-        values = batch[name]
-        if values.null_count:
-            raise UserError(f"events: {path}: {values.null_count:,} lines have no {source}; correct or remove them")
-        if name != "second" and pa.types.is_integer(values.type) and len(values) and pc.min(values).as_py() < 0:
-            raise UserError(f"events: {path}: lines have a negative {source}; ids are 0 or more")
+def _divide(batch: pa.RecordBatch, writers: list[pa.RecordBatchStreamWriter]) -> None:
+    """Write each line to the writer of its user."""
+    if len(writers) == 1:
+        writers[0].write_batch(batch)
+        return
+    part_B = hash_values(batch["user"]).to_numpy() % len(writers)
+    order = np.argsort(part_B, kind="stable")
+    ends = np.searchsorted(part_B[order], np.arange(len(writers)), side="right").tolist()
+    batch = batch.take(pa.array(order))
+    for writer, start, end in zip(writers, [0, *ends[:-1]], ends, strict=True):
+        if end > start:
+            writer.write_batch(batch.slice(start, end - start))
+
+
+def _faults(batch: pa.RecordBatch, columns: StoredColumns) -> Counter[str]:
+    """How many ``lines`` there are, and how many have a fault, as `pipeline.ingest.counts.check` calls it."""
+    found = Counter(lines=len(batch))
+    for name in ("user", feature_column(columns.item), "second"):
+        found[f"null_{name}"] = batch[name].null_count
+        if name != "second" and pa.types.is_integer(batch[name].type):
+            found[f"negative_{name}"] = pc.sum(pc.less(batch[name], 0)).as_py() or 0
+    outside = pc.or_(pc.less(batch["second"], 0), pc.greater(batch["second"], LATEST))
+    found["impossible_timestamp"] = pc.sum(outside).as_py() or 0
+    return found
 
 
 def _histories(part: Path, columns: StoredColumns) -> Iterator[list[tuple[UserId, Events]]]:

@@ -132,4 +132,8 @@ class RedisStore(HistoryStore):
                 raise UserError(
                     f"{self._shown}: no store of histories: keys of this prefix hold something else; choose another one"
                 ) from None
+            if isinstance(error, redis.AuthenticationError) or "authenticat" in reason.lower():
+                raise StoreError(
+                    f"{self._shown}: the store wants a password, or another one; give redis://USER:PASSWORD@HOST:PORT/0"
+                ) from None
             raise StoreError(f"{self._shown}: the store is down, or refuses: {reason:.300}") from None

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.ingest.columns import Column, feature_column
 from pipeline.ingest.conversion import converted, reads
 from pipeline.ingest.sets import decoded_sets
+from pipeline.ingest.times import LATEST
 from pipeline.ingest.values import WrongValueError
 from schemas.errors import RequestError, UserError
 from schemas.prepare import PrepareSettings, TimestampUnit
@@ -54,10 +55,14 @@ class StoredColumn(Settings):
         if self.kind != "text" and not self.several and not converted.null_count:
             numbers: NDArray[Any] = converted.to_numpy()
             return numbers
-        kept: list[Any] = (decoded_sets(converted) if self.several else converted).to_pylist()
-        if self.several and self.kind == "integer":
-            return [None if each is None else [int(value) for value in each] for each in kept]
-        return kept
+        kept: list[Any] = converted.to_pylist()
+        if not self.several:
+            return kept
+        lists = decoded_sets(converted).to_pylist()
+        if self.kind == "integer":
+            lists = [[int(value) for value in each] for each in lists]
+        # A place without a set is one with an empty list by now.
+        return [None if text is None else each for text, each in zip(kept, lists, strict=True)]
 
 
 class StoredColumns(Settings):
@@ -232,6 +237,11 @@ class StoredColumns(Settings):
         for position, moment in enumerate(moments):
             if moment is None:
                 raise RequestError(f"events: column {self.timestamp}, position {position}: an event needs a time")
+            if not 0 <= moment <= LATEST:
+                raise RequestError(
+                    f"events: column {self.timestamp}, position {position}: {raw[position]!r:.100} is before 1970 or "
+                    f"after 9999; times are of the unit {self.timestamp_unit}"
+                )
         # A part of a second is kept where the unit has one.
         for column in others:
             moments = self._read(column, raw).to_pylist()
