@@ -92,7 +92,7 @@ class Behaviors:
     features_M: Mapping[str, NDArray[Any]]
     """Features of behaviours, as a model sees them."""
     brought: Mapping[str, pa.Array]
-    """Raw values of items' features that are given beside the behaviours, (M,) each."""
+    """Raw values of items' features that are given beside the behaviours, (M,) each; none where all items are known."""
 
 
 class HistoryReader:
@@ -117,12 +117,15 @@ class HistoryReader:
         self._lists = {column.name for column in columns.history if column.of == "behavior"}
         self._required = {column.name for column in columns.history if column.required}
 
-    def read(self, history: Mapping[str, Any], request: Request) -> tuple[Behaviors, dict[str, NDArray[Any]]]:
+    def read(
+        self, history: Mapping[str, Any], request: Request, *, filtered: bool = False
+    ) -> tuple[Behaviors, dict[str, NDArray[Any]]]:
         """Read a history.
 
         Args:
             history: raw column -> list of N values, and of what belongs to the user one value.
             request: that it is part of.
+            filtered: all behaviours count, and no column of those that ``events.keep`` names need be there.
 
         Returns:
             The behaviours, and the features of the user, (1,) each, as a model sees them.
@@ -130,15 +133,12 @@ class HistoryReader:
         Raises:
             RequestError: a column or value is missing, unknown or wrong.
         """
-        lists = self._arrays(history)
+        filters = {column.name for column in self._of("filter")}
+        lists = self._arrays(history, filters if filtered else set())
         counted = self._counted(lists, request)
         item_M = item_ids(self._words, self._item, *counted.of(self._item))
         features_M, sort_by = self._features(counted, request)
-        brought = {
-            column.feature: counted.typed(column)
-            for column in self._of("feature")
-            if column.of == "behavior" and column.used and column.name in lists and self._side(column) == "item"
-        }
+        brought = {} if item_M.all() else self._brought(counted)
         features_U = self._user(history, counted, request)
         order_M = _order(counted.seconds_M, item_M, sort_by)
         behaviors = Behaviors(
@@ -146,13 +146,13 @@ class HistoryReader:
             counted.seconds_M[order_M],
             item_M[order_M],
             {name: column_M[order_M] for name, column_M in features_M.items()},
-            {str(name): column.take(pa.array(order_M)) for name, column in brought.items()},
+            {name: column.take(pa.array(order_M)) for name, column in brought.items()},
         )
         return behaviors, features_U
 
     def seconds(self, history: Mapping[str, Any]) -> I64:
         """Seconds since 1970 of the behaviours that are given, (N,), in their order there; errors as of `read`."""
-        raw = self._arrays(history)[self._time.name]
+        raw = self._arrays(history, self._required - {self._time.name})[self._time.name]
         return Request().seconds(self._time, raw, f"history.{self._time.name}", place_of(self._time.name))
 
     def _of(self, role: str) -> list[RequestColumn]:
@@ -162,12 +162,12 @@ class HistoryReader:
         assert column.feature is not None
         return self._words.record(column.feature).of
 
-    def _arrays(self, history: Mapping[str, Any]) -> dict[str, pa.Array]:
+    def _arrays(self, history: Mapping[str, Any], not_required: set[str]) -> dict[str, pa.Array]:
         """The columns of behaviours, all of one length; where none is given, empty ones of those that are required."""
         if not isinstance(history, Mapping):
             raise RequestError(f"history is {said(history)}; give lists of values by column")
         given = self._lists & history.keys()
-        check_names("history", frozenset(history), self._names, self._required if given else set())
+        check_names("history", frozenset(history), self._names, self._required - not_required if given else set())
         for name in given:
             if not is_listed(history[name]):
                 raise RequestError(f"history.{name} is {said(history[name])}; give a list, with a value a behaviour")
@@ -189,6 +189,8 @@ class HistoryReader:
         given = _Counted(lists, np.arange(len(lists[self._item.name])), np.zeros(0, np.int64))
         # Before all other columns are read: what is filtered may hold whatever it likes.
         for column in self._of("filter"):
+            if column.name not in lists:
+                continue
             kept = pc.is_in(given.typed(column), pa.array(self._keep[column.read.source], pa.string()))
             given = given.where(kept.to_numpy(zero_copy_only=False))
         seconds_M = request.seconds(self._time, *given.of(self._time))
@@ -214,6 +216,14 @@ class HistoryReader:
                 features_M[name] = self._words.encoded(record, shown, None)
                 sort_by[name] = partial(_sortable, features_M[name], shown, None)
         return features_M, sort_by
+
+    def _brought(self, counted: "_Counted") -> dict[str, pa.Array]:
+        """Features of items that are given beside the behaviours."""
+        return {
+            str(column.feature): counted.typed(column)
+            for column in self._of("feature")
+            if column.of == "behavior" and column.used and column.name in counted.lists and self._side(column) == "item"
+        }
 
     def _user(self, history: Mapping[str, Any], counted: "_Counted", request: Request) -> dict[str, NDArray[Any]]:
         """Features of the user that the model reads, (1,) each."""

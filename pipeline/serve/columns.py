@@ -28,8 +28,8 @@ class RequestColumn:
     """A raw column that a history or a candidate may have."""
 
     name: str
-    """What requests call it: as the log does, or the file that a feature has of its own; ``user.FEATURE`` or ``item.FEATURE`` where a column
-    of the log has that name and is something else."""
+    """What requests call it: as the log does, or the file that a feature has of its own; ``user.FEATURE`` or
+    ``item.FEATURE`` where a column of the log has that name and is something else."""
     of: Of
     """Whose it is: ``user`` has one value a request, ``behavior`` a list, ``candidate`` a value each."""
     role: Role

@@ -80,13 +80,16 @@ class RequestEncoder:
                 for name, sequence in stream.sequences.items()
             }
 
-    def encode(self, history: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> EncodedRequest:
+    def encode(
+        self, history: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], *, filtered: bool = False
+    ) -> EncodedRequest:
         """Encode a history and T candidates.
 
         Args:
             history: raw column -> list of values, one a behaviour, in any order; what belongs to the user is one value.
                 Without any list there are no behaviours.
             candidates: raw column -> value, of each.
+            filtered: all behaviours count, and no column of those that ``events.keep`` names need be there.
 
         Returns:
             A batch of T targets whose labels are -1. A behaviour that is not strictly earlier than a target is not in
@@ -96,7 +99,7 @@ class RequestEncoder:
             RequestError: a column or value is missing, unknown or wrong.
         """
         request = Request()
-        behaviors, features_U = self._history.read(history, request)
+        behaviors, features_U = self._history.read(history, request, filtered=filtered)
         item_T, seconds_T, features_T = self._targets(candidates, request)
         histories, given = {}, {}
         for name, sequence in self._sequences.items():
@@ -138,11 +141,12 @@ class RequestEncoder:
         for column in self.columns.candidate:
             if column.feature is None or not column.used or (column.name not in columns and not column.required):
                 continue
-            record, array = self._words.record(column.feature), typed(column, *given(column), set())
-            if record.of == "item":
-                brought[record.name] = array
-            else:
+            record = self._words.record(column.feature)
+            if record.of != "item":
+                array = typed(column, *given(column), set())
                 features_T[record.name] = self._words.encoded(record, array, request.bags_of(record))
+            elif not item_T.all():
+                brought[record.name] = typed(column, *given(column), set())
         for record in self._read:
             clock = self._clocks.get(record.name)
             if clock is not None and record.target:

@@ -5,6 +5,7 @@ N = values of a column.
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from itertools import chain
 from numbers import Integral, Real
 from typing import Any
 from uuid import UUID
@@ -44,25 +45,29 @@ def arrow_array(values: Any, name: str, place: Place) -> pa.Array:
         return values
     if not is_listed(values) or (isinstance(values, np.ndarray) and values.ndim != 1):
         raise RequestError(f"{name} is {said(values)}; give a list of values")
+    kinds = _types(values)
+    if UUID in kinds:
+        values = [str(value) if isinstance(value, UUID) else value for value in values]
     try:
-        array = _array(values)
+        # Arrow would take truth for numbers, and texts for bytes.
+        mixed = len(kinds) > 1 and any(issubclass(kind, bool | np.bool_ | bytes) for kind in kinds)
+        array = None if mixed else pa.array(values)
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        index, why = _first_odd(values)
-        raise RequestError(f"{place(index)} is {said(values[index])}, {why}") from None
-    if pa.types.is_binary(array.type) and any(isinstance(value, str) for value in values):
-        # Arrow would take texts for bytes.
+        array = None
+    if array is None:
         index, why = _first_odd(values)
         raise RequestError(f"{place(index)} is {said(values[index])}, {why}")
     return array
 
 
-def _array(values: Any) -> pa.Array:
-    try:
-        return pa.array(values)
-    except (pa.ArrowException, TypeError):
-        if not any(isinstance(value, UUID) for value in values):
-            raise
-        return pa.array([str(value) if isinstance(value, UUID) else value for value in values])
+def _types(values: Any) -> set[type]:
+    """Types of values, or of those in lists, that are there; nothing of arrays, which have one type."""
+    if isinstance(values, np.ndarray) and values.dtype != np.object_:
+        return set()
+    kinds = set(map(type, values)) - {type(None)}
+    if kinds and kinds <= {list, tuple}:
+        kinds = set(map(type, chain.from_iterable(each for each in values if each is not None))) - {type(None)}
+    return kinds
 
 
 def typed(column: RequestColumn, values: Any, name: str, place: Place, forms: set[str]) -> pa.Array:
@@ -157,7 +162,7 @@ def _first_odd(values: Any) -> tuple[int, str]:
         if value is None:
             continue
         try:
-            _array([value])
+            pa.array([value])
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             return index, "which is no value that a log can have"
         kind = _kind(value)

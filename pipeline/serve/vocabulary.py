@@ -88,7 +88,8 @@ class Vocabulary:
             raw: (X,) raw ids, or their hashes where items are hashed.
         """
         if self.data.items_hashed:
-            return (raw.to_numpy() % self.data.items + 1).astype(np.int32)
+            row_X: I32 = (raw.to_numpy() % self.data.items + 1).astype(np.int32)
+            return row_X
         return self.words["item"].ids(raw)
 
     def rows_of_items(self, item_X: I32) -> I32:
