@@ -13,6 +13,7 @@ from schemas.documents import inside, json_document, read_json
 from schemas.errors import UserError
 from schemas.manifest import File
 from schemas.model import ModelSettings
+from schemas.programs import Programs
 from schemas.shards import FeatureRecord, RawType
 from schemas.storage import sha256
 from schemas.stream import HistorySequence
@@ -101,7 +102,8 @@ class ServedData(_Record):
     features: tuple[FeatureRecord, ...]
     """Every feature that it declares."""
     read: tuple[str, ...]
-    """Names of those that the model reads; dictionaries and bags of these are in the folder."""
+    """Names of those that the model reads, or that sequences are cut by. Dictionaries and sets of ids of these are in
+    the folder, and those of all features of behaviours, by which behaviours of one moment are ordered."""
     labels: tuple[str, ...]
     """Names of the targets' labels, the main one first."""
     user_type: RawType
@@ -137,20 +139,6 @@ class ServedStream(_Record):
     """By name; None: one named ``history``, of everything."""
 
 
-class ServedProgram(_Record):
-    """A part of the model's computation, written by torch.export."""
-
-    name: str
-    file: str
-    """``*.pt2``, an exported program."""
-    compiled_file: str | None = None
-    """``*.aoti.pt2``, the same compiled by AOTInductor for machines like the one that has exported it."""
-    inputs: tuple[str, ...] = ()
-    """Names of the tensors that it takes, in order."""
-    outputs: tuple[str, ...] = ()
-    """Names of the tensors that it returns, in order."""
-
-
 class ServedManifest(_Record):
     """What is in an exported model's folder; `MODEL` holds it."""
 
@@ -171,7 +159,8 @@ class ServedManifest(_Record):
     stream: ServedStream
     data: ServedData
     tables: tuple[ServedTable, ...]
-    programs: tuple[ServedProgram, ...]
+    programs: Programs
+    """What is computed of the rows."""
     files: tuple[File, ...]
     """All files of the folder but this one, ``path`` relative to the folder."""
 
@@ -240,8 +229,8 @@ class ServedManifest(_Record):
             for name, size in wanted.items():
                 if sizes.get(name) != size:
                     raise UserError(f"{path}: files: {name} must be {size} bytes, by its table; {REMEDY}")
-        for program in self.programs:
-            for name in filter(None, (program.file, program.compiled_file)):
+        for program in self.programs.programs.values():
+            for name in filter(None, (program.path, program.compiled)):
                 if name not in sizes:
                     raise UserError(f"{path}: programs: {name} does not stand in files; {REMEDY}")
 

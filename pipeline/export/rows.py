@@ -20,14 +20,17 @@ LARGEST = 127
 """The largest int8 of a row: that of its entry farthest from 0."""
 
 
-def write_rows(folder: Path, table: ServedTable, rows: Iterable[Tensor]) -> list[File]:
+Stored = tuple[Tensor, Tensor | None]
+"""Rows as they are stored, float32, bfloat16 or int8 (X, D), and for int8 what each is multiplied by, float32 (X,)."""
+
+
+def write_rows(folder: Path, table: ServedTable, windows: Iterable[Stored]) -> list[File]:
     """Write the files of a table.
 
     Args:
         folder: of the exported model.
         table: what its rows are.
-        rows: float32 (X, D) each, all rows of the table in order; a multiple of the table's ``block_rows`` at a time
-            but for the last ones.
+        windows: all rows of the table in order; a multiple of its ``block_rows`` at a time but for the last ones.
 
     Returns:
         The records of the files.
@@ -42,11 +45,10 @@ def write_rows(folder: Path, table: ServedTable, rows: Iterable[Tensor]) -> list
     }
     try:
         written = 0
-        for rows_XD in rows:
+        for stored_XD, scale_X in windows:
             assert written % table.block_rows == 0, "rows come in whole blocks"
-            stored_XD, scale_X = in_precision(rows_XD, table.precision)
             _check_finite(table, written, stored_XD if scale_X is None else scale_X)
-            for first in range(0, len(rows_XD), table.block_rows):
+            for first in range(0, len(stored_XD), table.block_rows):
                 block = slice(first, first + table.block_rows)
                 content = _bytes_of(stored_XD[block])
                 files[table.row_file].write(content)
@@ -56,7 +58,7 @@ def write_rows(folder: Path, table: ServedTable, rows: Iterable[Tensor]) -> list
                     files[table.scale_file].write(content)
                     crc32 = zlib.crc32(content, crc32)
                 files[table.checksum_file].write(memoryview(crc32.to_bytes(4, "little")))
-            written += len(rows_XD)
+            written += len(stored_XD)
         assert written == table.rows, f"{table.name}: {written} rows, not {table.rows}"
         return [file.finished() for file in files.values()]
     finally:
@@ -64,7 +66,7 @@ def write_rows(folder: Path, table: ServedTable, rows: Iterable[Tensor]) -> list
             file.close()
 
 
-def in_precision(rows_XD: Tensor, precision: RowPrecision) -> tuple[Tensor, Tensor | None]:
+def in_precision(rows_XD: Tensor, precision: RowPrecision) -> Stored:
     """Return rows as they are stored, and for int8 the scale of each.
 
     bf16 is the nearest one, of two equally near ones the even. int8 is the nearest multiple of the row's scale, which
@@ -73,9 +75,6 @@ def in_precision(rows_XD: Tensor, precision: RowPrecision) -> tuple[Tensor, Tens
     Args:
         rows_XD: float32.
         precision: of the rows.
-
-    Returns:
-        (X, D) float32, bfloat16 or int8, and float32 (X,) for int8.
     """
     if precision == "fp32":
         return rows_XD, None

@@ -102,6 +102,11 @@ class RowsFile:
     ranges: dict[str, tuple[int, int]]
     """By table, which of its rows the writer knew of: the first one, and the one after the last."""
 
+    def count(self, table: str) -> int:
+        """Return how many rows of a table are there."""
+        index = self._tensors.get(f"rows.{table}")
+        return 0 if index is None else index.shape[0]
+
     def chunks(self, table: str, keys: Sequence[str], first: int, last: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Read rows of a table in order, some at a time.
 

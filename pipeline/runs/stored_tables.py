@@ -9,6 +9,7 @@ X = rows that are read at a time, D = dim, N = rows that a delta has.
 
 import io
 import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -68,24 +69,41 @@ class StoredTables:
         Raises:
             UserError: a file is missing or damaged, or not all rows are there.
         """
-        key = self._keys[name]
         rows, dim = self.shapes[name]
-        pieces = _pieces(self._tables, key)
-        changes = (
-            []
-            if self._stored.delta is None
-            else [_Changes(file, name, key) for file in rows_files(self._stored.delta, name, rows)]
-        )
-        for first in range(0, rows, count):
+        pieces = _pieces(self._tables, self._keys[name])
+        for first, changes in zip(range(0, rows, count), self.changes(name, count), strict=True):
             window = torch.empty(min(count, rows - first), dim)
-            covered = 0
-            for piece in pieces:
-                covered += piece.read(window, first)
-            if covered != window.numel():
+            if sum(piece.read(window, first) for piece in pieces) != window.numel():
                 raise UserError(f"{self._tables.folder}: no file has all of table {name}; use another checkpoint")
-            for changed in changes:
-                changed.put(window, first)
+            for row_N, values in changes:
+                window[row_N] = values
             yield window
+
+    def changes(self, name: str, count: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Read what a delta has of a table, for each so many rows of it; nothing of a full checkpoint.
+
+        Args:
+            name: of the table.
+            count: rows at a time, but for the last ones.
+
+        Returns:
+            For each of these windows, which of its rows have changed, int64 (N,) from 0, and what they are, float32
+            (N, D).
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        delta, (rows, dim) = self._stored.delta, self.shapes[name]
+        files = [] if delta is None else rows_files(delta, name, rows)
+        of_files = [_Changes(file, name, self._keys[name], dim) for file in files]
+        for first in range(0, rows, count):
+            yield [change for of_file in of_files for change in of_file.take(first, min(first + count, rows))]
+
+    def changed(self, name: str) -> bool:
+        """Whether a delta has rows of a table; errors are those of `changes`."""
+        delta = self._stored.delta
+        files = [] if delta is None else rows_files(delta, name, self.shapes[name][0])
+        return any(file.count(name) for file in files)
 
     def dense(self) -> dict[str, Tensor]:
         """Return all that the model has beside its tables, by the names of its state.
@@ -99,36 +117,35 @@ class StoredTables:
             for key, kind in kinds.items()
             if key.startswith(MODEL) and table_of(key) is None and isinstance(kind, TensorStorageMetadata)
         }
-        load_values(dict(values), self._stored.folder)
+        with warnings.catch_warnings():
+            # That it loads in a single process is what is meant.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load_values(dict(values), self._stored.folder)
         return {key.removeprefix(MODEL): value for key, value in values.items()}
 
 
 class _Changes:
     """What a file of a delta has of a table: rows in order, taken as windows come to them."""
 
-    def __init__(self, file: RowsFile, name: str, key: str) -> None:
-        first, last = file.ranges.get(name, (0, 0))
-        self._file, self._key = file, key
-        self._chunks = file.chunks(name, [key], first, last) if first < last else iter(())
-        self._row_N, self._values = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    def __init__(self, file: RowsFile, name: str, key: str, dim: int) -> None:
+        self._file, self._key, self._dim = file, key, dim
+        self._chunks = file.chunks(name, [key], *file.ranges[name])
+        self._row_N, self._values = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dim)
 
-    def put(self, window: Tensor, first: int) -> None:
-        """Put the rows that lie in a window (X, D), the first of which has the number ``first``, over what is there."""
-        last = first + len(window)
+    def take(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows up to, not including, the row ``last`` that were not taken before, counted from ``first``."""
         while True:
             here = int(torch.searchsorted(self._row_N, last))
             if here:
-                if self._values.shape[1:] != window.shape[1:]:
-                    shape = tuple(self._values.shape[1:])
-                    raise UserError(f"{self._file} has rows of {self._key} of shape {shape}, not {window.shape[1]}")
-                window[self._row_N[:here] - first] = self._values[:here].float()
+                yield self._row_N[:here] - first, self._values[:here].float()
                 self._row_N, self._values = self._row_N[here:], self._values[here:]
-            if len(self._row_N):
-                return
-            found = next(self._chunks, None)
+            found = None if len(self._row_N) else next(self._chunks, None)
             if found is None:
                 return
             self._row_N, (self._values,) = found
+            if self._values.shape[1:] != (self._dim,):
+                shape = tuple(self._values.shape[1:])
+                raise UserError(f"{self._file} has rows of {self._key} that are {shape}, not {self._dim}")
 
 
 @dataclass(frozen=True)

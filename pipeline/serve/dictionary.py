@@ -3,7 +3,7 @@
 Entries are sorted by the hash of their raw value. Hashes are spread evenly, so an entry's hash says about where it is:
 entry i also says at which entry the values begin whose hash is the i-th N-th part of all hashes, or more.
 
-N = entries, X = values that are asked for.
+N = entries, X = values that are asked for, E = entries that may be theirs, S = those whose hash is the value's.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ class Dictionary:
     def __init__(self, table: pa.Table) -> None:
         self.kind: RawType = "text" if table.schema.field("raw_id").type == pa.string() else "integer"
         """What its raw values are."""
-        raw, *columns = (table[name].combine_chunks() for name in ("raw_id", "id", "hash", "first"))
+        raw, *columns = (_one(table[name]) for name in ("raw_id", "id", "hash", "first"))
         self._raw: pa.Array = raw
         self._id_N, self._hash_N, self._first_N = (column.to_numpy() for column in columns)
 
@@ -110,20 +110,26 @@ class Dictionary:
         hash_X = _hashes(asked)
         # Where the entries of like hashes begin, and where those that follow do.
         part_X = _part(hash_X, len(self._raw)).astype(np.int64)
-        entry_X = self._first_N.take(part_X)
-        end_X = np.where(part_X + 1 < len(self._raw), self._first_N.take(part_X + 1, mode="clip"), len(self._raw))
-        open_O = np.flatnonzero((entry_X < end_X) & ~_missing(asked))
-        while len(open_O):
-            entry_O = entry_X[open_O]
-            equal_O = self._hash_N.take(entry_O) == hash_X[open_O]
-            if self.kind == "text" and equal_O.any():
-                # An integer's hash is its own alone; two texts may share one.
-                entries, texts = pa.array(entry_O[equal_O]), pa.array(open_O[equal_O])
-                equal_O[equal_O] = pc.equal(self._raw.take(entries), asked.take(texts)).to_numpy(zero_copy_only=False)
-            id_X[open_O[equal_O]] = self._id_N.take(entry_O[equal_O])
-            entry_X[open_O] += 1
-            open_O = open_O[~equal_O & (entry_O + 1 < end_X[open_O])]
+        first_X = self._first_N.take(part_X)
+        last_X = np.where(part_X + 1 < len(self._raw), self._first_N.take(part_X + 1, mode="clip"), len(self._raw))
+        # All of these are looked at together: about two for each value.
+        entries_X = np.where(_missing(asked), 0, last_X - first_X)
+        value_E = np.repeat(np.arange(len(asked)), entries_X)
+        entry_E = np.arange(len(value_E)) + np.repeat(first_X - (np.cumsum(entries_X) - entries_X), entries_X)
+        alike_S = np.flatnonzero(self._hash_N.take(entry_E) == hash_X.take(value_E))
+        value_S, entry_S = value_E.take(alike_S), entry_E.take(alike_S)
+        if self.kind == "text":
+            # An integer's hash is its own alone; two texts may share one.
+            same_S = pc.equal(self._raw.take(pa.array(entry_S)), asked.take(pa.array(value_S)))
+            same_S = same_S.to_numpy(zero_copy_only=False)
+            value_S, entry_S = value_S[same_S], entry_S[same_S]
+        id_X[value_S] = self._id_N.take(entry_S)
         return id_X
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array, on the map where the file has it as one."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _hashes(values: pa.Array) -> U64:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.export.rows import write_rows
+from pipeline.export.rows import in_precision, write_rows
 from pipeline.serve.rows import StoredRows
 from schemas.errors import UserError
 from schemas.model import ModelSettings
+from schemas.programs import Programs
 from schemas.served import RowPrecision, ServedData, ServedManifest, ServedStream, ServedTable
 
 ROWS, DIM, BLOCK = 37, 8, 4
@@ -33,7 +34,7 @@ def table_of(precision: RowPrecision, rows: int = ROWS) -> ServedTable:
 def export(folder: Path, precision: RowPrecision, rows_RD: Tensor) -> ServedManifest:
     """A folder of one table and its manifest."""
     table = table_of(precision, len(rows_RD))
-    files = write_rows(folder, table, rows_RD.split(2 * BLOCK))
+    files = write_rows(folder, table, (in_precision(rows, precision) for rows in rows_RD.split(2 * BLOCK)))
     manifest = ServedManifest(
         version="0",
         run="run",
@@ -58,7 +59,14 @@ def export(folder: Path, precision: RowPrecision, rows_RD: Tensor) -> ServedMani
             settings={},
         ),
         tables=(table,),
-        programs=(),
+        programs=Programs(
+            search="none",
+            target_attention="attention",
+            history_attention="attention",
+            target_representation="attention",
+            history_representation="attention",
+            programs={},
+        ),
         files=tuple(files),
     )
     manifest.write(folder)
