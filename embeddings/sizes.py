@@ -5,7 +5,7 @@ N = longest window of a sequence, X = figures of a batch.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -15,9 +15,12 @@ from embeddings.intervals import INTERVAL_BUCKETS
 from schemas.errors import UserError
 from schemas.manifest import Manifest
 from schemas.model import Feature, ModelSettings
-from schemas.served import ServedData, ServedStream
 from schemas.shards import FeatureRecord, Kind, Side
 from schemas.stream import StreamSettings
+
+if TYPE_CHECKING:
+    # Training need not load it.
+    from schemas.served import ServedData, ServedStream
 
 BUILT_IN: tuple[Feature, ...] = ("item", "position", "interval")
 """Features that every data set has."""
@@ -94,7 +97,7 @@ class DataSizes:
     """What the data declare beside item, position and interval."""
 
     @classmethod
-    def of(cls, manifest: Manifest | ServedData, stream: StreamSettings | ServedStream) -> Self:
+    def of(cls, manifest: "Manifest | ServedData", stream: "StreamSettings | ServedStream") -> Self:
         """Read the sizes of a prepared data set off its manifest, or an exported model's, and its stream."""
         sequences = stream.sequences
         return cls(
