@@ -44,24 +44,23 @@ def load(
     json: Json = False,
 ) -> None:
     """Add a log of behaviours to a store of histories, or make one of it."""
+    from pipeline.serve.history_store import printable_url
     from pipeline.serve.load_log import load_log
-    from pipeline.serve.store import open_store
-    from pipeline.serve.stored_columns import StoredColumns
 
     settings = _settings(events, overrides or [], model, data, preset, config or [])
-    with open_store(store, StoredColumns.of_settings(settings), keep) as opened:
-        loaded = load_log(opened, settings)
-        left_out = f"{loaded.filtered:,} filtered, {loaded.outside_time:,} outside time"
-        print(
-            f"{printable(opened.url)}: {loaded.read:,} events read, {left_out}; {loaded.new:,} new, {loaded.known:,} "
-            f"there already, {loaded.not_kept:,} not kept: older than the last {opened.keep:,} of their user"
-        )
-        print(
-            f"{loaded.users:,} users of the log, {len(opened):,} in the store; {loaded.seconds:.1f} s "
-            f"({loaded.read / loaded.seconds:,.0f} events a second)"
-        )
-        if json:
-            print(json_text.dumps(asdict(loaded) | {"store_users": len(opened), "keep": opened.keep}))
+    loaded = load_log(store, settings, keep)
+    left_out = f"{loaded.filtered:,} filtered, {loaded.outside_time:,} outside time"
+    print(
+        f"{printable(printable_url(store))}: {loaded.read:,} events read, {left_out}; {loaded.new:,} new, "
+        f"{loaded.known:,} there already, {loaded.not_kept:,} not kept: older than the last {loaded.keep:,} of "
+        "their user"
+    )
+    print(
+        f"{loaded.users:,} users of the log, {loaded.store_users:,} in the store; {loaded.seconds:.1f} s "
+        f"({loaded.read / loaded.seconds:,.0f} events a second)"
+    )
+    if json:
+        print(json_text.dumps(asdict(loaded)))
 
 
 def append(

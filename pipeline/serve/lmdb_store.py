@@ -4,6 +4,7 @@ Readers never wait. A writer waits for the one before, in whatever process it is
 the disk when it ends; of one that was killed there is nothing.
 """
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from schemas.errors import UserError
 _DATA = "data.mdb"
 _FIRST_SIZE = 64 << 20
 """Bytes of address space that a new store is mapped into; doubled when it is full."""
+_LEAST_FREE = 1 << 20
+"""A disk with fewer bytes is full."""
 _READERS = 1_024
 """Threads and processes that may read at the same moment."""
 
@@ -216,6 +219,9 @@ class _Mapped:
     def _told(self, error: lmdb.Error) -> Exception:
         """The error of this program that one of LMDB is."""
         code = getattr(error, "code", None) or 0
+        # LMDB calls it so when a part of a page was written. Where the disk is full, that has taken the rest of it.
+        if code == errno.EIO and _free_bytes(self._path) < _LEAST_FREE:
+            code = errno.ENOSPC
         if code in REFUSALS:
             return OSError(code, os.strerror(code), str(self._path))
         if isinstance(error, lmdb.ReadersFullError):
@@ -233,6 +239,11 @@ _DAMAGE = (
     lmdb.PanicError,
     lmdb.IncompatibleError,
 )
+
+
+def _free_bytes(path: Path) -> int:
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

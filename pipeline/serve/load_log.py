@@ -24,7 +24,7 @@ from pipeline.ingest.reading import FILTERED, OUTSIDE_TIME, READ, Tally, read_fi
 from pipeline.ingest.sources import LogFiles, log_files
 from pipeline.ingest.times import LATEST
 from pipeline.progress import stage
-from pipeline.serve.history_store import HistoryStore
+from pipeline.serve.store import is_store, open_store
 from pipeline.serve.stored_columns import Events, StoredColumns, UserId, Value, Values, as_list
 from pipeline.upload import scratch_folder
 from schemas.prepare import PrepareSettings
@@ -53,25 +53,33 @@ class Loaded:
     """Were there already."""
     not_kept: int
     """Are older than the last N of their user."""
+    keep: int
+    """N of the store."""
+    store_users: int
+    """Users in the store."""
     seconds: float
 
 
-def load_log(store: HistoryStore, settings: PrepareSettings) -> Loaded:
-    """Add the events of a log to a store. The same log again changes nothing.
+def load_log(url: str, settings: PrepareSettings, keep: int | None = None) -> Loaded:
+    """Add the events of a log to a store, or make one of it. The same log again changes nothing.
 
     A line that comes twice in the log is two events, as in a data set.
 
     Args:
-        store: whose columns are those of the settings.
+        url: of the store.
         settings: which files, and how they are read.
+        keep: the last so many events of each user; see `open_store`.
 
     Raises:
-        UserError: a file or a line that cannot be read; then the store is as it was.
+        UserError: a file or a line that cannot be read, or a store of other columns; then the store is as it was.
         StoreError: the store is down; what was written until then stays, and the same command goes on.
         OSError: the disk is full.
     """
     began = time.monotonic()
-    columns = store.columns
+    columns = StoredColumns.of_settings(settings)
+    # Before the log is read, which may take long. A store that is not there yet is made of a log that was read.
+    if is_store(url):
+        open_store(url, columns, keep).close()
     files = log_files("events", settings.events, columns.source_columns, skip_corrupt=settings.on_corrupt == "skip")
     tally: Tally = Counter()
     with scratch_folder() as folder:
@@ -79,7 +87,7 @@ def load_log(store: HistoryStore, settings: PrepareSettings) -> Loaded:
         check_zones([(settings.events, files, tally)])
         lines = tally[READ] - tally[FILTERED] - tally[OUTSIDE_TIME]
         users = new = known = not_kept = 0
-        with stage("write the store", lines, "events") as progress:
+        with open_store(url, columns, keep) as store, stage("write the store", lines, "events") as progress:
             for part in parts:
                 for histories in _histories(part, columns):
                     appended = store.merge(histories, repeats=True)
@@ -87,6 +95,7 @@ def load_log(store: HistoryStore, settings: PrepareSettings) -> Loaded:
                     new, known, not_kept = new + appended, known + appended.known, not_kept + appended.not_kept
                     progress.advance(sum(len(events) for _, events in histories))
                 part.unlink()
+            kept, store_users = store.keep, len(store)
     return Loaded(
         tally[READ],
         tally[FILTERED],
@@ -95,6 +104,8 @@ def load_log(store: HistoryStore, settings: PrepareSettings) -> Loaded:
         new,
         known,
         not_kept,
+        kept,
+        store_users,
         time.monotonic() - began,
     )
 

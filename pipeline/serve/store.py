@@ -4,9 +4,9 @@ from pathlib import Path
 
 from pipeline.serve.history_store import HistoryStore, printable_url
 from pipeline.serve.stored_columns import StoredColumns
-from schemas.errors import UserError
+from schemas.errors import StoreError, UserError
 
-__all__ = ["HistoryStore", "open_store"]
+__all__ = ["HistoryStore", "is_store", "open_store"]
 
 
 def open_store(
@@ -40,3 +40,18 @@ def open_store(
     from pipeline.serve.lmdb_store import LmdbStore
 
     return LmdbStore(Path(path), columns, keep, read_only=read_only)
+
+
+def is_store(url: str) -> bool:
+    """Whether a store of histories is at a URL that can be read.
+
+    Raises:
+        StoreError: nobody can say, because its server is down.
+    """
+    try:
+        open_store(url, read_only=True).close()
+    except StoreError:
+        raise
+    except UserError:
+        return False
+    return True
