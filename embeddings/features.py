@@ -115,6 +115,16 @@ class IndexedBehaviors(Rows):
         return IndexedBehaviors(*parts)
 
 
+class RowSource(Protocol):
+    """Rows of targets and behaviours, by whoever has looked them up."""
+
+    def targets(self, name: str, sequence: str, scored: bool = False) -> Rows:
+        """Rows (T, ...) of the targets in set ``name``, seen from a sequence; ``scored``: of scored features alone."""
+
+    def behaviors(self, name: str, sequence: str, selected: Selection, scored: bool = False) -> Rows:
+        """Rows (T, K, ...) of selected behaviours in set ``name``; ``scored``: of scored features alone."""
+
+
 class RowHook(Protocol):
     """Watches how rows are used, and the gradients that come back to them. It must not change any of it."""
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from embeddings.batch import Batch, Branch, Selection
-from embeddings.features import RowHook, Rows
+from embeddings.features import RowHook, Rows, RowSource
 from embeddings.layers.mlp import logits_of, make_prediction
-from embeddings.layers.pooling import Representation, all_inputs, history_inputs, pooled, weighted_sum
+from embeddings.layers.pooling import Numbers, Representation, all_inputs, history_inputs, pooled, weighted_sum
 from embeddings.layers.scoring import DinScore, DotProduct, MappedScore, ScaledDotProduct, attention_weights
 from embeddings.search.local import LocalRows, search_by_dot_product, search_by_score
 from embeddings.search.sharded import SearchChannel, SearchHandle, ShardedTopK, SmallAttentionRows
@@ -298,23 +298,24 @@ class CtrModel(nn.Module):
         attention_rows, representation_rows = self.split_gradients(rows)
 
         # Equation 1 of DARE, over the K that were kept; then ``h = sum_i w_i (e_i * v_t)`` and the prediction.
-        weights = self._attend(attention_rows, branches, self.attention, row_hook)
+        weights = self.attend(attention_rows, branches, self.attention, row_hook)
         if self.pools_on_shards:
             input_TI = self._pool_on_shards(batch, small, branches, weights, row_hook)
         else:
-            input_TI = self._pool_locally(representation_rows, branches, weights, row_hook)
-        context = self.tables.context_rows(batch)
-        seen = partial(all_inputs, batch=batch, sides=self.tables.sides, pool=self.pool_numbers, context=context)
-        logits = logits_of(self.prediction, seen(input_TI, branches, weights))
+            input_TI = self.pool_locally(representation_rows, branches, weights, row_hook)
+        sides, context = self.tables.sides, self.tables.context_rows(batch)
+        seen = partial(all_inputs, pool=self.pool_numbers, context=context)
+        logits = logits_of(self.prediction, seen(input_TI, Numbers.of(batch, branches, sides), weights))
         if not predicts_twice:
             return Prediction(logits)
 
         # The second prediction: the same tables, but the whole history and an MLP of its own.
         assert self.auxiliary is not None
         branches = list(starmap(Branch, everything.items()))
-        weights = self._attend(attention_rows, branches, self.auxiliary_attention, row_hook)
-        input_TI = self._pool_locally(representation_rows, branches, weights, row_hook)
-        return Prediction(logits, logits_of(self.auxiliary, seen(input_TI, branches, weights)))
+        weights = self.attend(attention_rows, branches, self.auxiliary_attention, row_hook)
+        input_TI = self.pool_locally(representation_rows, branches, weights, row_hook)
+        numbers = Numbers.of(batch, branches, sides)
+        return Prediction(logits, logits_of(self.auxiliary, seen(input_TI, numbers, weights)))
 
     def _inputs(self, heads: int, recent: int = 0) -> int:
         # Counted as `_prediction_input` concatenates: the target's inherent rows once, then for each sequence its cross
@@ -352,12 +353,12 @@ class CtrModel(nn.Module):
         return BatchRows(batch, self.tables, small, target_sets, history_sets, branches, looks_up_all)
 
     @record_function("dare/dense")
-    def _attend(
+    def attend(
         self,
-        rows: BatchRows,
+        rows: RowSource,
         branches: Sequence[Branch],
         attention: Callable[[Rows, Rows, Selection], Tensor],
-        row_hook: RowHook | None,
+        row_hook: RowHook | None = None,
     ) -> list[Tensor]:
         """The attention weights of each branch's behaviours, (T, K) or (T, H, K)."""
         weights = list[Tensor]()
@@ -376,12 +377,12 @@ class CtrModel(nn.Module):
         return weights
 
     @record_function("dare/dense")
-    def _pool_locally(
+    def pool_locally(
         self,
-        rows: BatchRows,
+        rows: RowSource,
         branches: Sequence[Branch],
         weights: Sequence[Tensor],
-        row_hook: RowHook | None,
+        row_hook: RowHook | None = None,
     ) -> Tensor:
         """All that a prediction sees, (T, inputs), from representation rows that are on this rank."""
         # In pairs, target and behaviours of each branch: a hook may call the function below with other rows in their

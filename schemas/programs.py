@@ -39,6 +39,8 @@ class CompiledFor(Settings):
 class Programs(Settings):
     """All that an exported model computes after its rows are there, and where its rows come from."""
 
+    features: tuple[str, ...]
+    """Names of the features that the model uses, in the order of its settings."""
     search: SearchKind
     target_attention: str
     """The set of tables of the targets' attention rows."""

@@ -5,6 +5,7 @@ experts, B = rows of a batch, F = their features.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -42,8 +43,7 @@ class MLP(nn.Module):
         """Predict logits, float32 (T,). In training, every rank must call it, even with no targets."""
         norm, *hidden, last = self.layers
         hidden_Th = norm(input_TI)
-        reduced = self.hidden_dtype != torch.float32
-        with torch.autocast(input_TI.device.type, self.hidden_dtype, enabled=reduced):
+        with _computing_in(self.hidden_dtype, input_TI):
             for layer in hidden:
                 hidden_Th = layer(hidden_Th)
         # The last product in float32: logits of 8 bits would be equal for many targets, and the AUC would count ties.
@@ -80,8 +80,7 @@ class Experts(nn.Module):
     def forward(self, input_TI: Tensor) -> list[Tensor]:
         """What each task sees, float32 (T, h). In training, every rank must call it, even with no targets."""
         normal_TI = self.norm(input_TI)
-        reduced = self.hidden_dtype != torch.float32
-        with torch.autocast(input_TI.device.type, self.hidden_dtype, enabled=reduced):
+        with _computing_in(self.hidden_dtype, input_TI):
             outputs = [expert(normal_TI) for expert in self.experts]
         expert_TXh = torch.stack(outputs, dim=1).to(input_TI.dtype)
         return [torch.bmm(gate(normal_TI).softmax(1).unsqueeze(1), expert_TXh).squeeze(1) for gate in self.gates]
@@ -144,6 +143,11 @@ def logits_of(prediction: MLP | TaskHeads, input_TI: Tensor) -> tuple[Tensor, ..
     """The logits of each task, float32 (T,), whether there is one or several; every rank must call it."""
     logits: Tensor | tuple[Tensor, ...] = prediction(input_TI)
     return logits if isinstance(logits, tuple) else (logits,)
+
+
+def _computing_in(dtype: torch.dtype, values: Tensor) -> AbstractContextManager[object]:
+    # None where nothing is to change: an exported program would have a part of its own for what is within.
+    return nullcontext() if dtype == torch.float32 else torch.autocast(values.device.type, dtype)
 
 
 def compute_in(model: nn.Module, compute: Compute) -> None:

@@ -5,6 +5,7 @@ T = targets, K = behaviours of each, H = heads, d = dim of one feature, E = dim 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,13 +60,33 @@ def history_inputs(representation: Representation, target_aware: bool) -> list[T
     return [pooled_TE, pooled_TE * representation.target.concatenated()] if target_aware else [pooled_TE]
 
 
+class Numbers(NamedTuple):
+    """Features of items and behaviours that stay numbers; n of them, or fewer of targets."""
+
+    of_targets: Sequence[Tensor]
+    """(T, n) of those that targets have; empty if there are none."""
+    of_behaviors: Sequence[Tensor]
+    """(T, K, n) for each branch; empty if there are none."""
+
+    @classmethod
+    def of(cls, batch: Batch, branches: Sequence[Branch], sides: FeatureSides) -> "Numbers":
+        """Take the numbers of targets and of the behaviours that are pooled."""
+        if not sides.numbers:
+            return cls((), ())
+        own = [batch.column(feature) for feature in sides.numbers if feature in sides.carried]
+        of_behaviors = []
+        for sequence, chosen in branches:
+            history = batch.histories[sequence]
+            columns = [gather_or_zeros(history.column(feature), chosen.index_TK) for feature in sides.numbers]
+            of_behaviors.append(torch.stack(columns, dim=2))
+        return cls([torch.stack(own, dim=1)] if own else [], of_behaviors)
+
+
 def all_inputs(
     input_TI: Tensor,
-    branches: Sequence[Branch],
+    numbers: Numbers,
     weights: Sequence[Tensor],
     *,
-    batch: Batch,
-    sides: FeatureSides,
     pool: Callable[[Tensor, Tensor], Tensor],
     context: Sequence[Tensor],
 ) -> Tensor:
@@ -73,18 +94,13 @@ def all_inputs(
 
     Args:
         input_TI: what it sees of rows.
-        branches: the behaviours that were pooled.
+        numbers: of targets, and of the behaviours of each branch.
         weights: (T, K) or (T, H, K) for each branch, 0 where there is no behaviour.
-        batch: the targets and their histories.
-        sides: the features; n of those of items and behaviours are numbers.
         pool: takes weights and numbers (T, K, n).
         context: what is known of users and impressions, (T, ...) each.
     """
-    own = [batch.column(feature) for feature in sides.numbers if feature in sides.carried]
-    parts = [torch.stack(own, dim=1)] if own else []
-    for (sequence, chosen), weight_TK in zip(branches, weights, strict=True) if sides.numbers else ():
-        history = batch.histories[sequence]
-        columns = [gather_or_zeros(history.column(feature), chosen.index_TK) for feature in sides.numbers]
-        parts.append(pool(weight_TK, torch.stack(columns, dim=2).to(weight_TK.dtype)))
+    parts = [*numbers.of_targets]
+    for number_TKn, weight_TK in zip(numbers.of_behaviors, weights, strict=bool(numbers.of_behaviors)):
+        parts.append(pool(weight_TK, number_TKn.to(weight_TK.dtype)))
     others = [part.to(input_TI.dtype) for part in (*parts, *context)]
     return torch.cat([input_TI, *others], dim=1) if others else input_TI

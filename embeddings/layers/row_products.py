@@ -29,6 +29,9 @@ def dot(query_Td: Tensor, rows_Ld: Tensor, index_TK: Tensor, in_order: bool = Fa
         index_TK: int64, 0 .. L - 1.
         in_order: whether the index names each row once, in order.
     """
+    if torch.compiler.is_exporting():
+        # One loop, once it is compiled: no row is copied there either.
+        return (embedding(index_TK, rows_Ld) * query_Td.unsqueeze(1)).sum(2)
     score_TK: Tensor = _Dot.apply(query_Td, rows_Ld, index_TK, in_order)
     return score_TK
 
@@ -42,6 +45,8 @@ def weighted_sum(weight_TK: Tensor, rows_Ld: Tensor, index_TK: Tensor, in_order:
         index_TK: int64, 0 .. L - 1.
         in_order: whether the index names each row once, in order.
     """
+    if torch.compiler.is_exporting():
+        return (embedding(index_TK, rows_Ld) * weight_TK.unsqueeze(2)).sum(1)
     sum_Td: Tensor = _WeightedSum.apply(weight_TK, rows_Ld, index_TK, in_order)
     return sum_Td
 

@@ -167,7 +167,7 @@ def _indexed_product(query: Rows, behaviors: IndexedBehaviors) -> Tensor:
         {feature: rows.rows_Ld.shape[1] for feature, rows in behaviors.inherent_features.items()}
     )
     parts = [
-        row_products.dot(queries[feature].expand(len(rows.index_X), -1), *rows)
+        row_products.dot(queries[feature].expand(rows.index_X.shape[0], -1), *rows)
         for feature, rows in behaviors.features.items()
     ]
     return sum(parts[1:], start=parts[0])
@@ -175,7 +175,7 @@ def _indexed_product(query: Rows, behaviors: IndexedBehaviors) -> Tensor:
 
 def _dot(rows_TKD: Tensor, query_TD: Tensor) -> Tensor:
     # A cross feature has one query for all targets, which `expand` repeats without copying.
-    return torch.bmm(rows_TKD, query_TD.expand(len(rows_TKD), -1).unsqueeze(2)).squeeze(2)
+    return torch.bmm(rows_TKD, query_TD.expand(rows_TKD.shape[0], -1).unsqueeze(2)).squeeze(2)
 
 
 def attention_weights(score_TK: Tensor, valid_TK: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ inherent features together, d = dim of one feature, L = rows looked up, B = bits
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from torch.nn.functional import embedding
 
 from embeddings.batch import Batch, History, Selection, gather_or_zeros
 from embeddings.features import IndexedRows, Rows, behavior_row, pooled_bags, target_row
-from embeddings.layers.projections import Signature
-from embeddings.layers.scoring import DotProduct
 from embeddings.search.score_parts import PairRows, of_bags, pair_rows, score_parts, search_rows
 from embeddings.search.topk.api import top_k
 from embeddings.search.topk.inputs import PartKind, TopKInputs
@@ -37,6 +35,13 @@ CHUNK_PAIRS = {"cpu": 1 << 13, "cuda": 1 << 18}
 ClusterWeights = Callable[[Tensor, History], Tensor]
 """Takes a sequence's item rows (M, d) and its windows. Returns, float32 (W,), the logarithm of how many behaviours each
 pair's behaviour stands for; -inf where another behaviour stands for it."""
+
+
+class Queries(Protocol):
+    """A score that is a dot product of rows, as `embeddings.layers.scoring.DotProduct` is."""
+
+    def queries(self, target: Rows) -> Rows:
+        """Make the queries that the behaviours' rows are multiplied by, with the dims of those rows."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,7 @@ class LocalRows:
 
 @torch.no_grad()
 def search_by_dot_product(
-    rows: LocalRows, scoring: DotProduct, retrieved: Mapping[str, int], cluster_weights: ClusterWeights | None = None
+    rows: LocalRows, scoring: Queries, retrieved: Mapping[str, int], cluster_weights: ClusterWeights | None = None
 ) -> dict[str, Selection]:
     """Keep the K best behaviours of each target in each sequence, by a score that is a dot product of rows.
 
@@ -309,12 +314,15 @@ def select_best(score_W: Tensor, history: History, k: int) -> Selection:
 
 
 @torch.no_grad()
-def search_by_signature(rows: LocalRows, signature: Signature, retrieved: Mapping[str, int]) -> dict[str, Selection]:
+def search_by_signature(
+    rows: LocalRows, signature: Callable[[Tensor], Tensor], retrieved: Mapping[str, int]
+) -> dict[str, Selection]:
     """Keep the K behaviours of each target whose signatures have the least Hamming distance (ETA, arXiv 2108.04468).
 
     Args:
         rows: of all targets and behaviours.
-        signature: of their inherent features' rows.
+        signature: takes inherent features' rows, (X, D), returns bits, (X, B); see
+            `embeddings.layers.projections.Signature`.
         retrieved: K by sequence.
 
     Returns:

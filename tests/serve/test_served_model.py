@@ -1,0 +1,56 @@
+"""Exported models answer as those that were trained: every model, kind of feature and shape of request."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from embeddings.batch import Batch
+from embeddings.model import CtrModel
+from embeddings.models import MODELS
+from pipeline.serve.model import ServedModel
+from tests.served_models import exported, of_one_user, served
+from tests.tolerance import largest, rounding, summands
+from tests.toy_model import MANY, ONE, TWO, batch_of, model_of, settings_of
+
+RECENT = {**TWO, "recent": {"content": 3}}
+TASKS = {"tasks": [{"name": "label"}, {"name": "buy", "after": "label"}], "mixture": {"experts": 2, "hidden": (8,)}}
+SHAPES = {"one sequence": ONE, "latest behaviours too": RECENT, "features of every kind": {**MANY, **TASKS}}
+SIZES = ({}, {"targets": 1}, {"longest": 0}, {"longest": 3}, {"targets": 0})
+"""Of batches: as usual, one target, empty histories, histories shorter than K, no targets."""
+
+
+def assert_answers_alike(model: CtrModel, served: ServedModel, batch: Batch, more: float = 0) -> None:
+    model.eval()
+    with torch.no_grad():
+        expected = model(batch).logits
+    answer = served.answer(batch)
+    allowed = partial(rounding, summands(model, batch))
+    assert len(answer.logits) == len(expected)
+    for ours, theirs in zip(answer.logits, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, atol=allowed(1 + largest(theirs)) + more, rtol=0)
+    for (_, chosen), weight_TK in zip(answer.branches, answer.weights, strict=True):
+        assert weight_TK.shape == chosen.index_TK.shape == chosen.valid_TK.shape
+        assert not weight_TK[~chosen.valid_TK].any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_answers_as_it_was_trained(name: str, shape: str) -> None:
+    model = model_of(settings_of(name, **SHAPES[shape]))
+    answering = served(model)
+    for seed, size in enumerate(SIZES):
+        batch = batch_of(model.settings, seed, **size)
+        assert_answers_alike(model, answering, batch)
+        if size.get("targets") != 0:
+            assert_answers_alike(model, answering, of_one_user(batch))
+
+
+@pytest.mark.parametrize("name", ["dare", "sdim", "twin-v2", "twin-mlp-1", "eta", "sim-soft"])
+def test_programs_that_were_written_answer_alike(name: str, tmp_path: Path) -> None:
+    model = model_of(settings_of(name, **SHAPES["features of every kind"]))
+    answering = exported(model, tmp_path)
+    for seed, size in enumerate(SIZES):
+        assert_answers_alike(model, answering, batch_of(model.settings, seed, **size))
