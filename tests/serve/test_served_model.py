@@ -48,9 +48,13 @@ def test_every_model_answers_as_it_was_trained(name: str, shape: str) -> None:
             assert_answers_alike(model, answering, of_one_user(batch))
 
 
-@pytest.mark.parametrize("name", ["dare", "sdim", "twin-v2", "twin-mlp-1", "eta", "sim-soft"])
-def test_programs_that_were_written_answer_alike(name: str, tmp_path: Path) -> None:
-    model = model_of(settings_of(name, **SHAPES["features of every kind"]))
+# Of each program, and of each way to search that has one, a model.
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("dare", "features of every kind"), *((name, "one sequence") for name in ("sdim", "twin-mlp-1", "eta"))],
+)
+def test_programs_that_were_written_answer_alike(name: str, shape: str, tmp_path: Path) -> None:
+    model = model_of(settings_of(name, **SHAPES[shape]))
     answering = exported(model, tmp_path)
     for seed, size in enumerate(SIZES):
         assert_answers_alike(model, answering, batch_of(model.settings, seed, **size))
