@@ -78,11 +78,11 @@ def append(
     with open_store(store) as opened:
         appended = opened.append(opened.columns.parse_user(user), content)
         print(
-            f"user {printable(user)}: {appended:,} new, {appended.known:,} there already, {appended.not_kept:,} not "
-            f"kept: older than the last {opened.keep:,}"
+            f"user {printable(user)}: {appended:,} new, {appended.known:,} there already, {appended.filtered:,} "
+            f"filtered, {appended.not_kept:,} not kept: older than the last {opened.keep:,}"
         )
         if json:
-            print(json_text.dumps({"new": appended, "known": appended.known, "not_kept": appended.not_kept}))
+            print(json_text.dumps({"new": int(appended), **vars(appended)}))
 
 
 def show(store: StoreUrl, user: OfUser, json: Json = False) -> None:

@@ -46,13 +46,16 @@ class Appended(int):
     """Were there already."""
     not_kept: int
     """Are older than the last N of their user, and so not taken."""
+    filtered: int
+    """Have none of the values in ``events.keep``, and are no events here."""
 
     @classmethod
-    def of(cls, results: Sequence[Merged]) -> Self:
+    def of(cls, results: Sequence[Merged], filtered: int) -> Self:
         """The sums over users."""
         appended = cls(sum(each.new for each in results))
         appended.known = sum(each.known for each in results)
         appended.not_kept = sum(each.not_kept for each in results)
+        appended.filtered = filtered
         return appended
 
 
@@ -117,7 +120,7 @@ class HistoryStore(ABC):
             return None if after == content or (content is None and not _says_anything(results[key].record)) else after
 
         self._change(sorted(of_key), change)
-        return Appended.of(list(results.values()))
+        return Appended.of(list(results.values()), sum(events.filtered for _, events in parts))
 
     def history(self, user: object) -> dict[str, Any]:
         """The events of a user in order of time, as `append` takes them; users' features are there where known.

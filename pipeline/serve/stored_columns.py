@@ -4,7 +4,7 @@ Values stay raw, of the types that the settings of ``dare prepare`` say: an id t
 sent it as a number. What `pipeline.ingest.values` refuses is refused here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self
@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import Field
 
 from pipeline.ingest.columns import Column, feature_column
 from pipeline.ingest.conversion import converted, reads
@@ -78,6 +79,8 @@ class StoredColumns(Settings):
     """What each event has beside its time: the item first, then the features of behaviours."""
     users: tuple[StoredColumn, ...] = ()
     """Features of users: one value each, the last one that is known."""
+    keep: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Column -> values: only events with one of these values count, see ``events.keep``."""
 
     @classmethod
     def of_settings(cls, settings: PrepareSettings) -> Self:
@@ -112,6 +115,7 @@ class StoredColumns(Settings):
             timestamp_zone=events.timestamp_zone,
             behaviors=tuple(behaviors.values()),
             users=tuple(users.values()),
+            keep=events.keep,
         )
 
     @property
@@ -176,13 +180,15 @@ class StoredColumns(Settings):
         Raises:
             RequestError: a column that is missing or unknown, a value that no rule reads; names column and position.
         """
-        known = {self.user, *self.names}
+        known = dict.fromkeys([*self.names, *self.keep])
         for name in raw:
-            if name not in known:
-                raise RequestError(f"events: unknown column {name}; known are {', '.join(self.names)}")
-        behaviors, count = {}, 0
-        if any(name in raw for name in (self.timestamp, *(column.name for column in self.behaviors))):
-            for name in (self.timestamp, self.item):
+            if name not in known and name != self.user:
+                raise RequestError(f"events: unknown column {name}; known are {', '.join(known)}")
+        behaviors: dict[str, list[Any]] = {}
+        position: list[int] = []
+        count = filtered = 0
+        if any(name in raw for name in self._event_names):
+            for name in (self.timestamp, self.item, *self.keep):
                 if name not in raw:
                     raise RequestError(f"events: column {name} is missing")
             lists = {name: _as_list(name, raw[name]) for name in self._event_names if name in raw}
@@ -193,25 +199,33 @@ class StoredColumns(Settings):
                         f"events: column {name} has {len(each):,} values and {self.timestamp} {count:,}; every column "
                         "has one for each event"
                     )
-            behaviors = {name: each for name, each in lists.items() if name != self.timestamp}
-        moment = self._moments(_as_list(self.timestamp, raw.get(self.timestamp, [])))
+            position = self._inside(lists, count)
+            behaviors = {name: [each[index] for index in position] for name, each in lists.items()}
+            filtered, count = count - len(position), len(position)
+        moment = self._moments(behaviors.get(self.timestamp, []), position)
         kept: dict[str, Values] = {
-            column.name: self._values(column, behaviors[column.name]) if column.name in behaviors else [None] * count
+            column.name: self._values(column, behaviors[column.name], position)
+            if column.name in behaviors
+            else [None] * count
             for column in self.behaviors
         }
-        for position, item in enumerate(kept[self.item] if isinstance(kept[self.item], list) else ()):
+        for index, item in zip(position, as_list(kept[self.item]), strict=True):
             if item is None:
-                raise RequestError(f"events: column {self.item}, position {position}: an event needs an item")
-        _refuse_negative(self.item, kept[self.item])
+                raise RequestError(f"events: column {self.item}, position {index}: an event needs an item")
+            if isinstance(item, int) and item < 0:
+                raise RequestError(
+                    f"events: column {self.item}, position {index}: {item} is negative; ids are 0 or more"
+                )
         users = {}
         for column in self.users:
             if raw.get(column.name) is not None:
                 if isinstance(raw[column.name], list | tuple) != column.several:
                     what = "a list of values" if column.several else "one value, not a list"
                     raise RequestError(f"events: column {column.name} is of the user: give {what}")
-                users[column.name] = as_list(self._values(column, [raw[column.name]]))[0]
+                users[column.name] = as_list(self._values(column, [raw[column.name]], [0]))[0]
         latest = int(self.seconds(moment).max()) if count else None
-        return Events(moment, kept, {name: (latest, value) for name, value in users.items() if value is not None})
+        of_user = {name: (latest, value) for name, value in users.items() if value is not None}
+        return Events(moment, kept, of_user, filtered)
 
     def seconds(self, moment_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """Whole seconds since 1970 of times as they are kept."""
@@ -229,29 +243,41 @@ class StoredColumns(Settings):
 
     @property
     def _event_names(self) -> tuple[str, ...]:
-        return (self.timestamp, *(column.name for column in self.behaviors))
+        """Names of the columns of which each event has a value."""
+        return tuple(dict.fromkeys([self.timestamp, *(column.name for column in self.behaviors), *self.keep]))
 
-    def _moments(self, raw: list[Any]) -> NDArray[np.int64]:
+    def _inside(self, lists: Mapping[str, list[Any]], count: int) -> list[int]:
+        """Positions of the events that have one of the values that count, in each column of ``keep``."""
+        inside = list(range(count))
+        for name, allowed in self.keep.items():
+            texts = self._read(Column(name, name, "text"), lists[name], range(count)).to_pylist()
+            inside = [position for position in inside if texts[position] in allowed]
+        return inside
+
+    def _moments(self, raw: list[Any], position: Sequence[int]) -> NDArray[np.int64]:
         second, *others = (each for each in self.source_columns if each.source == self.timestamp)
-        moments: list[Any] = self._read(second, raw).to_pylist()
-        for position, moment in enumerate(moments):
+        moments: list[Any] = self._read(second, raw, position).to_pylist()
+        for index, moment in enumerate(moments):
             if moment is None:
-                raise RequestError(f"events: column {self.timestamp}, position {position}: an event needs a time")
+                raise RequestError(
+                    f"events: column {self.timestamp}, position {position[index]}: an event needs a time"
+                )
             if not 0 <= moment <= LATEST:
                 raise RequestError(
-                    f"events: column {self.timestamp}, position {position}: {raw[position]!r:.100} is before 1970 or "
-                    f"after 9999; times are of the unit {self.timestamp_unit}"
+                    f"events: column {self.timestamp}, position {position[index]}: {raw[index]!r:.100} is before 1970 "
+                    f"or after 9999; times are of the unit {self.timestamp_unit}"
                 )
         # A part of a second is kept where the unit has one.
         for column in others:
-            moments = self._read(column, raw).to_pylist()
+            moments = self._read(column, raw, position).to_pylist()
         return np.array(moments, np.int64)
 
-    def _values(self, column: StoredColumn, raw: list[Any]) -> Values:
-        return column.values(self._read(column.column, raw))
+    def _values(self, column: StoredColumn, raw: list[Any], position: Sequence[int]) -> Values:
+        return column.values(self._read(column.column, raw, position))
 
-    def _read(self, column: Column, raw: list[Any]) -> pa.Array:
-        array = _array(column.source, raw)
+    def _read(self, column: Column, raw: list[Any], position: Sequence[int]) -> pa.Array:
+        """Convert raw values, which stand at these positions of the request."""
+        array = _array(column.source, raw, position)
         if not reads(column, array.type, self.timestamp_unit):
             kind = f"times of the unit {self.timestamp_unit}" if column.kind == "time" else f"{column.kind}s"
             first = next(value for value in raw if value is not None)
@@ -261,7 +287,8 @@ class StoredColumns(Settings):
         try:
             return converted(column, array, self.timestamp_unit, self.timestamp_zone)[0]
         except WrongValueError as wrong:
-            raise RequestError(f"events: column {column.source}, position {wrong.index}: {wrong}") from None
+            where = f"events: column {column.source}, position {position[wrong.index]}"
+            raise RequestError(f"{where}: {wrong}") from None
 
 
 @dataclass
@@ -274,6 +301,8 @@ class Events:
     """Column -> (E,) values."""
     user: Mapping[str, tuple[int | None, Value]] = field(default_factory=dict)
     """Column -> what is known of the user, and since which second; None: now."""
+    filtered: int = 0
+    """How many others have no value that counts; they are not among these."""
 
     def __len__(self) -> int:
         return len(self.moment)
@@ -294,18 +323,18 @@ def _as_list(name: str, raw: object) -> list[Any]:
     return raw.tolist() if hasattr(raw, "tolist") else list(raw)
 
 
-def _array(name: str, raw: list[Any]) -> pa.Array:
+def _array(name: str, raw: list[Any], position: Sequence[int]) -> pa.Array:
     try:
         return pa.array(raw)
     except (pa.ArrowException, OverflowError, TypeError, ValueError):
         first = next((value for value in raw if value is not None), None)
-        for position, value in enumerate(raw):
+        for index, value in enumerate(raw):
             try:
                 pa.array([first, value])
             except (pa.ArrowException, OverflowError, TypeError, ValueError):
                 raise RequestError(
-                    f"events: column {name}, position {position}: {value!r:.100}: all values of a column are integers "
-                    "of 64 bits, or texts, or numbers, or lists of them"
+                    f"events: column {name}, position {position[index]}: {value!r:.100}: all values of a column are "
+                    "integers of 64 bits, or texts, or numbers, or lists of them"
                 ) from None
         raise RequestError(f"events: column {name}: its values are of different kinds") from None
 
@@ -313,9 +342,3 @@ def _array(name: str, raw: list[Any]) -> pa.Array:
 def as_list(values: Values) -> list[Any]:
     """Values of a column as Python has them."""
     return values.tolist() if isinstance(values, np.ndarray) else list(values)
-
-
-def _refuse_negative(name: str, kept: Values) -> None:
-    for position, value in enumerate(as_list(kept)):
-        if isinstance(value, int) and value < 0:
-            raise RequestError(f"events: column {name}, position {position}: {value} is negative; ids are 0 or more")

@@ -20,6 +20,7 @@ import pytest
 from pipeline.errors import error_line
 from pipeline.serve import load_log
 from pipeline.serve.store import open_store
+from schemas.errors import RequestError
 from tests.data.conftest import Dare
 from tests.launcher import start, wait
 from tests.serve.stores import PlainStore
@@ -125,6 +126,21 @@ def test_a_log_of_all_kinds(dare: Dare, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(load_log, "_EVENTS", 20)
     assert dare("store", "load", "--store", tmp_path / "two", "--events", log, *options)[0] == 0
     assert contents(tmp_path / "two") == first
+    with open_store(str(tmp_path / "two")) as store:
+        # What is filtered may hold whatever it likes.
+        bought = {
+            "at": [1_000, 5_000, 1_000],
+            "thing": [None, 2, 3],
+            "what": ["bot", "buy", None],
+            "tags": [[], ["a"], []],
+        }
+        appended = store.append("new", bought)
+        assert (appended, appended.filtered) == (1, 2)
+        assert store.history("new")["thing"] == [2]
+        with pytest.raises(RequestError, match="events: column thing, position 1: an event needs an item"):
+            store.append("new", bought | {"thing": [1, None, 3]})
+        with pytest.raises(RequestError, match="events: column what is missing"):
+            store.append("new", {"at": [5], "thing": [7]})
 
 
 def test_a_text_log_has_the_histories_of_the_data_set_that_is_made_of_it(dare: Dare, tmp_path: Path) -> None:
@@ -158,8 +174,8 @@ def test_events_by_hand(dare: Dare, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert dare("store", "load", *store, "--events", tmp_path / "log.csv", "--keep", 3, none)[0] == 0
     (tmp_path / "more.json").write_text('{"timestamp": [15, 20, 5], "item_id": [8, 6, 9]}')
     code, told = dare("store", "append", *store, "--user", 1, "--events", tmp_path / "more.json", "--json")
-    assert (code, json.loads(told.splitlines()[-1])) == (0, {"new": 1, "known": 1, "not_kept": 1})
-    assert told.startswith("user 1: 1 new, 1 there already, 1 not kept: older than the last 3\n")
+    assert (code, json.loads(told.splitlines()[-1])) == (0, {"new": 1, "known": 1, "not_kept": 1, "filtered": 0})
+    assert told.startswith("user 1: 1 new, 1 there already, 0 filtered, 1 not kept: older than the last 3\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO('{"timestamp": [40], "item_id": [1]}'))
     assert dare("store", "append", *store, "--user", 3, "--events", "-")[0] == 0
     code, told = dare("store", "show", *store, "--user", 1, "--json")
