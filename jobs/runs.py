@@ -28,7 +28,7 @@ def runs(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with runs in it, at any depth.")],
     json: Json = False,
 ) -> None:
-    """List runs: state, step, best validation AUC, test AUC, samples/s, torchx job."""
+    """List runs: state, step, AUCs (of days before they were learnt, validation, test), samples/s, torchx job."""
     from pipeline.reporting.text_table import table_lines, terminal_width
     from pipeline.runs.listing import find_runs, run_state
     from schemas.documents import one_notice
@@ -43,6 +43,7 @@ def runs(
             "model",
             "state",
             "step",
+            "AUC before",
             "best validation AUC",
             "test AUC",
             "samples/s",
@@ -50,10 +51,11 @@ def runs(
             "torchx job",
         ]
         rows = [_row(run, folder) for run in states]
-        # Most runs are of no torchx job, and begin on no other: a column of nothing would push others out of the line.
-        shown = [number for number in range(len(header)) if number < 7 or any(row[number] for row in rows)]
+        # Most runs are no days, of no torchx job, and begin on no other: a column of nothing would push others out of
+        # the line.
+        shown = [number for number in range(len(header)) if number not in (4, 8, 9) or any(row[number] for row in rows)]
         table = [[row[number] for number in shown] for row in rows]
-        left = [place for place, number in enumerate(shown) if number in (0, 1, 2, 7, 8)]
+        left = [place for place, number in enumerate(shown) if number in (0, 1, 2, 8, 9)]
         print("\n".join(table_lines([header[number] for number in shown], table, left=left, width=terminal_width())))
     # Below the table, for those that somebody should look after.
     for run in states:
@@ -77,7 +79,8 @@ def _row(run: "RunState", folder: Path) -> list[str]:
     test = _auc(run.test_auc, known=run.state == "finished")
     speed = "" if run.samples_per_s is None else f"{run.samples_per_s:,.0f}"
     source = "" if run.source is None else location(run.source).name
-    return [name, run.model or "", run.state, step, validation, test, speed, source, run.app or ""]
+    before = _auc(run.auc_before, known=False)
+    return [name, run.model or "", run.state, step, before, validation, test, speed, source, run.app or ""]
 
 
 def _auc(value: float | None, *, known: bool) -> str:

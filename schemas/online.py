@@ -10,6 +10,9 @@ from schemas.errors import UserError
 from schemas.settings import Settings, load_settings
 from schemas.train import MAY_CHANGE, TrainSettings, differing
 
+WHOLE = "all"
+"""The segment of all targets."""
+
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 """One name, or a list of them."""
 

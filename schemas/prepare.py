@@ -170,7 +170,7 @@ class PaperSplit(Settings):
     kind: Literal["paper"] = "paper"
     min_behaviors: Stride = 210
     """Users with fewer behaviours are left out."""
-    min_history: Stride = 1
+    min_history: Count = 1
     """A target needs this many strictly earlier behaviours."""
     train_targets: Count = 19
     train_stride: Stride = 5
@@ -184,7 +184,7 @@ class TimestampSplit(Settings):
     kind: Literal["by_timestamp"] = "by_timestamp"
     min_behaviors: Stride = 1
     """Users with fewer behaviours are left out."""
-    min_history: Stride = 200
+    min_history: Count = 200
     """A target needs this many strictly earlier behaviours; users without a target are left out."""
     test_groups: Count = 12
     """The last timestamps of a user, for test."""

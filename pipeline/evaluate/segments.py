@@ -18,11 +18,10 @@ from pipeline.evaluate.evaluate import MAIN, predictions, tasks_of
 from pipeline.evaluate.metrics import Evaluation, Metrics
 from pipeline.stream.data_set import DataSet
 from pipeline.stream.history_stream import HistoryStream
+from schemas.online import WHOLE
 from schemas.shards import UNLABELED
 from schemas.stream import StreamSettings
 
-WHOLE = "all"
-"""The segment of all targets."""
 LENGTHS = {"history 0": 0, "history 1-9": 1, "history 10-99": 10, "history 100-999": 100, "history 1000+": 1000}
 """Segments by the number of behaviours before the target, each with its smallest one."""
 SEGMENTS = (WHOLE, "new items", "old items", "items without a row", "new users", "old users", *LENGTHS)

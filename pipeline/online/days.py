@@ -219,8 +219,13 @@ def described(manifest: Manifest) -> dict[str, object]:
     }
 
 
+LOOKS = 3
+"""A fault of a folder is told of when it is the same at so many looks: what is being copied changes meanwhile."""
+_State = tuple[tuple[str, int, int], ...]
+
+
 class Arrivals:
-    """Data sets that come into a folder one after the other. A folder without a manifest is not there yet.
+    """Data sets that come into a folder one after the other. One that is not whole is not there yet.
 
     Args:
         folder: where they come.
@@ -231,6 +236,8 @@ class Arrivals:
             raise UserError(f"--follow {folder}: no such folder")
         self._folder = folder
         self._opened: dict[tuple[Path, int, int], Day] = {}
+        self._faults: dict[Path, tuple[str, int]] = {}
+        self._verified: dict[Path, tuple[_State, str | None]] = {}
         self._told: set[str] = set()
 
     def next(self, learnt: Sequence[LearntDay], first: str | None) -> Day | None:
@@ -263,7 +270,29 @@ class Arrivals:
         for day in following:
             if any(day.name == other.name for other in learnt):
                 raise UserError(f"{day.folder}: a day of this name is learnt already; give the folder another name")
-        return following[0] if following else None
+        return following[0] if following and self._is_whole(following[0]) else None
+
+    def _is_whole(self, day: Day) -> bool:
+        """Whether all files of a day are what its manifest says: copies may have their size before their content."""
+        try:
+            # A fault is looked for again when a file has changed.
+            state = tuple(
+                (path.name, entry.st_size, entry.st_mtime_ns)
+                for path in sorted(day.folder.iterdir())
+                for entry in [path.stat()]
+            )
+            known = self._verified.get(day.folder)
+            if known is None or known[0] != state:
+                known = state, None
+                try:
+                    day.manifest.verify(day.folder)
+                except UserError as error:
+                    known = state, str(error)
+                self._verified[day.folder] = known
+        except OSError as error:
+            known = (), f"{day.folder}: cannot be read ({error.strerror})"
+        self._look(day.folder, known[1])
+        return known[1] is None
 
     def _whole(self) -> list[Day]:
         """All data sets that are whole."""
@@ -284,12 +313,26 @@ class Arrivals:
             except FileNotFoundError:
                 # It is being renamed or removed at this moment.
                 continue
+            except OSError as error:
+                self._look(folder, f"{folder}: cannot be read ({error.strerror})")
+                continue
             except UserError as error:
                 # Perhaps it is being copied, the manifest first: it is looked at again.
-                self._tell(f"not taken as it is: {error}")
+                self._look(folder, str(error))
                 continue
             days.append(self._opened[key])
         return days
+
+    def _look(self, folder: Path, fault: str | None) -> None:
+        """Tell of a fault that stays; None: there is none."""
+        if fault is None:
+            self._faults.pop(folder, None)
+            return
+        former, looks = self._faults.get(folder, ("", 0))
+        looks = looks + 1 if former == fault else 1
+        self._faults[folder] = fault, looks
+        if looks == LOOKS:
+            self._tell(f"not taken as it is: {fault}; the run waits until it is whole")
 
     def _tell(self, line: str) -> None:
         if line not in self._told:

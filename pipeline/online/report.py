@@ -4,18 +4,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from pipeline.errors import printable
-from pipeline.evaluate.segments import LENGTHS, WHOLE
+from pipeline.evaluate.segments import LENGTHS
 from pipeline.reporting.plots import panels, png, style, whole_numbers
 from pipeline.train.event_file import EventWriter, ahead_of_clock
-from schemas.online import LearntDay
+from schemas.online import WHOLE, LearntDay
 
 METRICS = {"auc": ("AUC", "AUC"), "normalized_entropy": ("NE", "normalised entropy")}
 """Metrics of the picture, with their short names and their names for people."""
 PICTURED = (WHOLE, "old items", "new items", "old users", "new users", *LENGTHS)
 """Segments of the picture."""
+LEAST_TARGETS, LEAST_OF_A_LABEL = 100, 10
+"""Targets, and targets of each label, that a segment of a day has in the picture: of fewer, a metric says little, and
+stretches the scale."""
 
 _COLUMNS = ("day", "targets", "AUC", "new items", "new users", "NE", "calib.", "seconds")
 _WIDTHS = (14, 9, 6, 9, 9, 6, 6, 7)
@@ -49,6 +52,12 @@ def metric(day: LearntDay, segment: str, name: str, task: str | None = None) -> 
     if not day.before:
         return None
     return day.before[task or next(iter(day.before))][segment][name]
+
+
+def is_pictured(day: LearntDay, segment: str) -> bool:
+    """Whether a segment of a day has so many targets that its metrics are drawn."""
+    samples, positives = (metric(day, segment, name) or 0 for name in ("samples", "positives"))
+    return samples >= LEAST_TARGETS and LEAST_OF_A_LABEL <= positives <= samples - LEAST_OF_A_LABEL
 
 
 def _aligned(cells: Sequence[str]) -> str:
@@ -97,7 +106,7 @@ class DayCurves:
 
 
 def draw(learnt: Sequence[LearntDay], file: Path) -> None:
-    """Draw AUC and normalised entropy by day, of all targets and by segment.
+    """Draw AUC and normalised entropy by day, of all targets and by segment, see `is_pictured`.
 
     Args:
         learnt: days that are done.
@@ -108,7 +117,11 @@ def draw(learnt: Sequence[LearntDay], file: Path) -> None:
     )
     for axis, (name, (_, shown)) in zip(axes, METRICS.items(), strict=True):
         for index, segment in enumerate(PICTURED):
-            points = [(day.number, value) for day in learnt if (value := metric(day, segment, name)) is not None]
+            points = [
+                (day.number, value)
+                for day in learnt
+                if (value := metric(day, segment, name)) is not None and (segment == WHOLE or is_pictured(day, segment))
+            ]
             if points:
                 width = 2.4 if segment == WHOLE else 1.0
                 axis.plot(
@@ -119,5 +132,7 @@ def draw(learnt: Sequence[LearntDay], file: Path) -> None:
         whole_numbers(axis.xaxis)
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+        title = f"segments of {LEAST_TARGETS} targets a day and more, {LEAST_OF_A_LABEL} of each label"
+        small: dict[str, Any] = {"ncols": 5, "frameon": False, "fontsize": 8, "title_fontsize": 8}
+        figure.legend(handles, labels, title=title, loc="outside lower center", **small)
     png(figure, file)

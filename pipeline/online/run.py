@@ -32,8 +32,6 @@ from schemas.online import LearntDay, OnlineSettings
 _LOGGER = logging.getLogger("dare.online")
 """Shown by the first rank alone."""
 
-BEFORE = "before.json"
-"""File in a day's run: the metrics of the model that had not learnt the day."""
 LOOK_EVERY_S = 1.0
 """Seconds between two looks for the next day."""
 
@@ -103,7 +101,7 @@ def learn_days(
             # The model of the day, before that of the next one is made.
             gc.collect()
             if curves is not None:
-                before = read_json(run.path / BEFORE)["tasks"]
+                before = read_json(run.before_file)["tasks"]
                 done = day.record().model_copy(update={"before": before, "seconds": time.monotonic() - began})
                 queue.done(done)
                 curves.add(done)
@@ -126,7 +124,7 @@ def _train_day(
                 "data_set": {"name": day.name, "fingerprint": day.fingerprint},
                 "tasks": tasks,
             }
-            write_whole(run.path / BEFORE, json_document(json.dumps(document, indent=1) + "\n"))
+            write_whole(run.before_file, json_document(json.dumps(document, indent=1) + "\n"))
 
     path = None if source is None else source.path
     return train(settings.train, day.folder, run.path, device, source=path, before=before, stop=stop) is not None

@@ -7,8 +7,9 @@ from typing import Literal
 
 from pipeline.runs.checkpoint import steps_in
 from pipeline.runs.run_folder import LOCK, RunFolder, read_step_log
-from schemas.documents import is_named
+from schemas.documents import is_named, read_json
 from schemas.errors import UserError
+from schemas.online import WHOLE
 from schemas.storage import RemotePath
 
 State = Literal["running", "finished", "stopped", "failed", "died", "damaged"]
@@ -36,6 +37,8 @@ class RunState:
     """Step of the last checkpoint, from which the same command goes on."""
     validations: int | None = None
     """Validations so far, those included in which the AUC is not defined."""
+    auc_before: float | None = None
+    """AUC of a day of `dare online` on all its targets, before it was learnt."""
     best_validation_auc: float | None = None
     test_auc: float | None = None
     samples_per_s: float | None = None
@@ -110,6 +113,7 @@ def _read(run: RunFolder, running: bool) -> RunState:
         ended_early=bool(test.get("ended_early")),
         checkpoint_step=checkpoint_step,
         validations=len(validations),
+        auc_before=_auc_before(run),
         best_validation_auc=max((auc for auc in validations if auc is not None), default=None),
         test_auc=test.get("auc"),
         samples_per_s=progress.get("samples_per_s") or None,
@@ -119,6 +123,17 @@ def _read(run: RunFolder, running: bool) -> RunState:
         source=(run.source() or {}).get("run"),
         error=last.get("error") if state == "failed" else None,
     )
+
+
+def _auc_before(run: RunFolder) -> float | None:
+    """Return the main task's AUC on a whole day before it was learnt; None: none was measured, or it is undefined."""
+    if not is_named(run.before_file):
+        return None
+    tasks = read_json(run.before_file, {"tasks": dict | None})["tasks"]
+    if not tasks:
+        return None
+    auc: float | None = next(iter(tasks.values()))[WHOLE]["auc"]
+    return auc
 
 
 def _validation_aucs(run: RunFolder) -> list[float | None]:

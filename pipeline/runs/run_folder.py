@@ -109,6 +109,11 @@ class RunFolder:
         """File of the best checkpoint's metrics on the test split; JSON. It is there only while the run is finished."""
         return self.path / "test.json"
 
+    @property
+    def before_file(self) -> Path:
+        """File of what the model was measured on before it learnt, of a day of `dare online`; JSON."""
+        return self.path / "before.json"
+
     def settings(self) -> TrainSettings:
         """Return the settings of the run.
 

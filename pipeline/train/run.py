@@ -146,7 +146,8 @@ def train(
             beginning = _beginning(resumed, streams["train"])
             _LOGGER.info("%s: %s, %d steps on %s", folder, beginning, trainer.steps, processes)
             without = [split for split in SPLITS if split not in streams]
-            if without:
+            # What is measured before it is learnt is a day, whose targets are all for training.
+            if without and before is None:
                 _LOGGER.info("%s: no targets for %s: %s", data, " and ".join(without), _without(without))
             if resumed is None:
                 _tell_unused_features(settings, data_set)

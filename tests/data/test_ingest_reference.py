@@ -156,7 +156,7 @@ def test_paper_split(tmp_path: Path, rows: list[Event], stride: int, train: int,
     test=st.integers(0, 3),
     validation=st.integers(0, 3),
     per_group=st.integers(1, 3),
-    min_history=st.integers(1, 10),
+    min_history=st.integers(0, 10),
 )
 def test_by_timestamp(
     tmp_path: Path, rows: list[Event], test: int, validation: int, per_group: int, min_history: int

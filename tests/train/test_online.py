@@ -96,8 +96,19 @@ def test_curves_and_figure(days: list[Path], undisturbed: dict[int, Online]) -> 
     assert points == {day["number"]: pytest.approx(day["before"]["label"]["all"]["auc"]) for day in learnt[1:]}
     table = [report.header(), *(report.line(LearntDay.model_validate(day)) for day in learnt)]
     assert {len(line) for line in table} == {80}, "a terminal's columns"
+    assert not report.is_pictured(LearntDay.model_validate(learnt[1]), "new items"), "too few for a picture"
     # On day 2 no item is new.
     assert {point.step for point in events.Scalars("online/new items/normalized_entropy")} == {1}
+
+
+@pytest.mark.parametrize(
+    ("samples", "positives", "drawn"), [(100, 10, True), (99, 50, False), (100, 9, False), (100, 91, False)]
+)
+def test_segments_of_few_targets_are_not_drawn(samples: int, positives: int, drawn: bool) -> None:
+    metrics: dict[str, float | int | None] = {"auc": 0.5, "samples": samples, "positives": positives}
+    moments = {"first_timestamp": 0, "last_timestamp": 1, "targets": samples}
+    day = LearntDay(name="d1", number=1, fingerprint="", chain="", before={"label": {"new items": metrics}}, **moments)
+    assert report.is_pictured(day, "new items") is drawn
 
 
 def scored(run: str, data: str, out: str) -> None:
@@ -249,6 +260,35 @@ def test_a_folder_that_is_followed_and_goes_away(days: list[Path], tmp_path: Pat
         arrivals.next([], None)
 
 
+def test_a_folder_that_is_being_copied(days: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever comes first, and in whatever order, it is waited for; a fault that stays is told of once."""
+    inbox = tmp_path / "inbox"
+    shutil.copytree(days[0], inbox / "d0")
+    arrivals = Arrivals(inbox)
+
+    def looks(count: int) -> list[str]:
+        caplog.clear()
+        assert all(arrivals.next([], None) is None for _ in range(count))
+        return [record.message for record in caplog.records]
+
+    # Its file of targets grows, or has its size before its content; so has the manifest.
+    for name in ("shard-00000.parquet", "manifest.json", "row_groups.parquet", "items.parquet"):
+        path, content = inbox / "d0" / name, (days[0] / name).read_bytes()
+        for size in (0, 20, len(content) // 2):
+            path.write_bytes(content[:size])
+            assert looks(2) == []
+        path.write_bytes(bytes(len(content)))
+        (told,) = looks(5)
+        assert "not taken as it is: " in told
+        assert name in told
+        path.unlink()
+        looks(1)
+        path.write_bytes(content)
+    day = arrivals.next([], None)
+    assert day is not None
+    assert day.name == "d0"
+
+
 def test_what_is_refused_is_one_line(days: list[Path], tmp_path: Path, undisturbed: dict[int, Online]) -> None:
     folder = tmp_path / "new"
     assert "days: none are given" in complaint(online_settings([]), folder)
@@ -298,6 +338,13 @@ def test_the_command(days: list[Path], tmp_path: Path, undisturbed: dict[int, On
     assert lines[0].split()[:3] == ["day", "targets", "AUC"]
     learnt = json.loads(lines[-1])["days"]
     assert [line.split()[0] for line in lines[1:4]] == ["d0", "d1", "d2"]
+    assert "no targets for validation" not in error, "as on every day"
+    code, said, _ = run_dare(tmp_path, "runs", run / "days", "--json")
+    listed = json.loads(said.splitlines()[-1])["runs"]
+    assert [each["auc_before"] for each in listed] == [
+        None if day["before"] is None else day["before"]["label"]["all"]["auc"] for day in learnt
+    ]
+    assert "AUC before" in said
     assert lines[2].split()[2] == f"{learnt[1]['before']['label']['all']['auc']:.4f}"
     code, said, error = run_dare(tmp_path, "online", file, "--run", run, "train.seed=1", "train.modle=twin")
     assert (code, error) == (
