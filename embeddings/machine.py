@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 
-from embeddings.workload import mean_load
 from schemas.errors import UserError
 from schemas.manifest import Manifest
 from schemas.stream import StreamSettings
@@ -65,6 +64,9 @@ def check_stream(settings: StreamSettings, manifest: Manifest) -> None:
         raise UserError(
             f"stream.shuffle_memory: {_gib(settings.shuffle_memory)} is more than this machine has, {_gib(memory)}"
         )
+    # With it comes torch, whose two seconds a command that prepares data need not wait for.
+    from embeddings.workload import mean_load
+
     # No batch has more targets than its split.
     counts = manifest.counts
     targets = min(settings.batch_size, max(counts.train.targets, counts.validation.targets, counts.test.targets))

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,13 @@ def kill_in_the_middle_of_a_write(rank: int, of: int, at: int) -> None:
 
 def run_dare(folder: Path, *arguments: object) -> tuple[int | None, str, str]:
     """`dare` in a process of its own, with files in ``folder``: exit code, standard output, standard error."""
-    files = folder / "stdout", folder / "stderr"
-    (code,) = wait([start(_dare, [str(argument) for argument in arguments], *files)])
-    return code, files[0].read_text(), files[1].read_text()
+    (code,) = wait([start_dare(folder, *arguments)])
+    return code, (folder / "stdout").read_text(), (folder / "stderr").read_text()
+
+
+def start_dare(folder: Path, *arguments: object) -> BaseProcess:
+    """`dare` in a process of its own, which can be killed, with its output in ``folder``."""
+    return start(_dare, [str(argument) for argument in arguments], folder / "stdout", folder / "stderr")
 
 
 def _dare(arguments: list[str], output: Path, errors: Path) -> None:

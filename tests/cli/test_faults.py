@@ -90,6 +90,7 @@ def test_a_fault_of_a_rank(ranks: int, where: int, data: Path, tmp_path: Path) -
     assert "\n" not in state.error
 
 
+@pytest.mark.slow
 def test_a_fault_under_torchrun(data: Path, tmp_path: Path) -> None:
     script = tmp_path / "faulty.py"
     script.write_text(

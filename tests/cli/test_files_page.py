@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from schemas.prepare import PRESETS, PrepareSettings
 from schemas.settings import load_settings
 from schemas.shards import history_schema, shard_schema
 from tests.plans import plan_settings
-from tests.runs import Run, small_settings
+from tests.runs import Run, run_dare, small_settings
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs/files.md").read_text()
@@ -95,8 +93,8 @@ def test_tags_of_tensorboard(run: Path) -> None:
 
 
 def test_scores_results_and_plans(run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jobs.cli", "score", "--run", run, "--out", tmp_path / "scores"]
-    subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True, capture_output=True)
+    code, _, errors = run_dare(tmp_path, "score", "--run", run, "--out", tmp_path / "scores")
+    assert code == 0, errors
     for file in (tmp_path / "scores").glob("*.parquet"):
         assert not missing(pq.read_schema(file).names)
     assert not missing(SCHEMA.names)

@@ -41,8 +41,10 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "deep/er").mkdir(parents=True)
     Run(2, settings, data, folder / "deep/er/finished", with_variable, ("TORCHX_JOB_ID", "slurm://torchx/17")).finish()
     Run(1, settings, data, folder / "stopped", slow_steps, (5,)).finish()
-    killed = Run(1, small_settings("epochs=50"), data, folder / "died")
-    killed.wait_for_step(6)
+    # Two checkpoints have been begun in step 10: the first one is whole.
+    marks = tmp_path_factory.mktemp("marks")
+    killed = Run(1, small_settings("epochs=50"), data, folder / "died", pause, (10, marks))
+    killed.wait_for_pause(marks)
     killed.kill()
     return folder
 
@@ -154,7 +156,7 @@ def test_a_running_run_is_shown_and_not_disturbed(data: Path, tmp_path: Path) ->
     run = Run(1, small_settings("epochs=20"), data, tmp_path / "run", slow_steps)
     try:
         run.wait_for_step(10)
-        for _ in range(100):
+        for _ in range(20):
             state = run_state(run.folder)
             assert state.state == "running", state
         assert state.checkpoint_step

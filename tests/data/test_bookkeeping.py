@@ -3,8 +3,6 @@
 import json
 import logging
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from schemas.errors import UserError
 from schemas.manifest import Counts
 from schemas.prepare import PrepareSettings
 from schemas.shards import ITEM_FEATURES, RECORDS_OF_A_FILE, Split
+from tests.examples import examples
+from tests.runs import run_dare
 
 SINCE, UNTIL = 5, 25
 
@@ -31,7 +31,9 @@ lines = st.lists(
     max_size=60,
 )
 
-quick = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=examples(8, 60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def write(path: Path, rows: list[Row]) -> None:
@@ -165,36 +167,36 @@ def test_the_command_line_leaves_the_split_of_impressions_to_a_settings_file(tmp
     write(tmp_path / "events.csv", [(1, item, 6 + item, "pv", True) for item in range(1, 5)])
     write(tmp_path / "shown.csv", [(1, 1, time, "pv", time % 2 == 0) for time in range(8, 25)])
     (tmp_path / "my.yaml").write_text("split: {kind: by_date, validation_from: 15, test_from: 1970-01-01T00:00:20Z}")
-    command = [sys.executable, "-m", "jobs.cli", "prepare", "--events", "events.csv", "--impressions", "shown.csv"]
+    command = ["prepare", "--events", tmp_path / "events.csv", "--impressions", tmp_path / "shown.csv"]
     for more, said in (
         ([], "13 train, 2 validation, 2 test"),
-        (["--config", "my.yaml"], "7 train, 5 validation, 5 test"),
+        (["--config", tmp_path / "my.yaml"], "7 train, 5 validation, 5 test"),
     ):
-        result = subprocess.run(
-            [*command, "--out", f"out{len(more)}", *more], cwd=tmp_path, capture_output=True, text=True, check=True
-        )
-        assert said in result.stdout
+        code, told, errors = run_dare(tmp_path, *command, "--out", tmp_path / f"out{len(more)}", *more)
+        assert code == 0, errors
+        assert said in told
 
 
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     good = [(user, item, 6 + item, "pv", True) for user in range(3) for item in range(1, 6)]
     write(tmp_path / "events.csv", good + [(7, 1, 9, "buy", True)] * 20 + [(8, 1, 2, "pv", True)] * 5)
-    command = [sys.executable, "-m", "jobs.cli", "prepare", "--out", "out", "--json", "--events", "events.csv"]
     # Named three times, counted once.
-    command += ["--events", "./events.csv", "--events", "event*.csv", "events.keep={kind: [pv]}", "events.since=5"]
+    command = ["prepare", "--out", tmp_path / "out", "--json", "events.keep={kind: [pv]}", "events.since=5"]
+    for name in ("events.csv", "./events.csv", "event*.csv"):
+        command += ["--events", f"{tmp_path}/{name}"]
     command += ["split.min_behaviors=1", "split.negatives=0", "split.train_targets=2", "split.train_stride=1"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "events: 40 read, 15 kept, 20 filtered, 5 outside time; 0 repeat another one" in result.stdout
+    code, output, errors = run_dare(tmp_path, *command)
+    assert code == 0, errors
+    assert "events: 40 read, 15 kept, 20 filtered, 5 outside time; 0 repeat another one" in output
     assert (
         "more than half of the events are left out, 25 of 40: 20 none of the values in events.keep, 5 not from "
         "events.since to events.until"
-    ) in result.stderr
-    assert "named more than once; read once" in result.stderr
-    told = json.loads(result.stdout.splitlines()[-1])
+    ) in errors
+    assert "named more than once; read once" in errors
+    told = json.loads(output.splitlines()[-1])
     assert (told["events_read"], told["events_left_out"]) == (40, {"filtered": 20, "outside_time": 5})
-    shown = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "inspect", "out"], cwd=tmp_path, capture_output=True, text=True, check=True
-    ).stdout
+    code, shown, errors = run_dare(tmp_path, "inspect", tmp_path / "out")
+    assert code == 0, errors
     for line in ("events read +40", "filtered +20", "outside time +5", "kept +15"):
         assert re.search(line, shown), shown
 
