@@ -30,11 +30,13 @@ demo: $(JOURNEY)/manifest.json  ## prepare real histories, train TWIN, DARE and 
 	done
 	$(BIN)/dare compare runs/completejourney-twin runs/completejourney-dare runs/completejourney-dare-features
 
+# Bytecode is kept whatever the environment says: otherwise each of many processes compiles all modules again.
 test: $(READY)  ## all quick tests, a file at a time on each of some processes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-test-slow: $(READY)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+# Properties are tried with examples that are others each time; dear ones with more than in `test` (tests/examples.py).
+test-slow: $(READY)  ## the tests that take minutes, and more examples of properties
+	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -m "(slow or hypothesis) and not ceph and not spark and not slurm"
 
 test-spark: $(READY)  ## the distributed engine; needs Java 17
 	$(BIN)/pip install --quiet --no-deps -r requirements/spark.txt

@@ -27,8 +27,13 @@ hypothesis.settings.register_profile("explore", print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeated"))
 
 
+# All that is loaded while tests are collected stays: to look for garbage in it again and again takes seconds.
+gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Take what is loaded out of what garbage collections look at: each end of a process group collects all of it."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 

@@ -3,8 +3,10 @@
 Nothing is begun here that a fork would lose or share: no thread of our own, no process group, no open file.
 """
 
-# ruff: noqa: F401
+# ruff: noqa: F401, E402
 import gc
+
+gc.disable()
 
 import hypothesis
 import numba.core.registry
@@ -32,5 +34,6 @@ numba.core.registry.cpu_target.typing_context.refresh()
 numba.core.registry.cpu_target.target_context.refresh()
 
 # What is loaded stays: collecting garbage need not look at it again, and forks keep sharing its pages.
+gc.enable()
 gc.collect()
 gc.freeze()

@@ -19,6 +19,7 @@ from schemas.errors import UserError
 from schemas.manifest import Manifest
 from schemas.prepare import PrepareSettings
 from schemas.shards import ITEM_FEATURES, UNLABELED, FeatureRecord, Split
+from tests.examples import examples
 
 DAY = 100
 """Seconds of a day here."""
@@ -344,7 +345,7 @@ def check_layers(manifest: Manifest, events: list[list[Event]], keep: int) -> No
 
 
 options = settings(
-    max_examples=4,
+    max_examples=examples(2, 12),
     deadline=None,
     suppress_health_check=list(HealthCheck),
     # An example takes a second: to make it smaller would take minutes.
@@ -369,7 +370,7 @@ def test_days_are_the_whole_log(
 
 
 @pytest.mark.slow
-@settings(options, max_examples=3)
+@settings(options, max_examples=examples(2, 8))
 @given(data=st.data(), text=st.booleans(), shown=st.booleans(), keep=st.sampled_from([2, 4, 100]))
 def test_thirty_days_are_the_whole_log(tmp_path: Path, data: st.DataObject, text: bool, shown: bool, keep: int) -> None:
     check(tmp_path / "run", 30, data, text=text, shown=shown, keep=keep, min_history=1)

@@ -20,6 +20,7 @@ from schemas.manifest import Manifest
 from schemas.prepare import Eviction, PrepareSettings
 from schemas.row_layout import RowLayout
 from schemas.shards import ITEM_FEATURES
+from tests.examples import examples
 
 DAY = 86_400
 Row = dict[str, Any]
@@ -49,7 +50,9 @@ days = st.lists(
     min_size=2,
     max_size=4,
 )
-quick = settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=examples(2, 20), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def write_day(folder: Path, number: int, events: list[Row], shown: list[Row], text: bool) -> dict[str, Any]:

@@ -1,10 +1,6 @@
 """Bad input of `dare prepare --extend`: one clear line, nothing half-written, the day before as it was; odd input."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +12,7 @@ from schemas.shards import ITEM_FEATURES
 from schemas.storage import sha256
 from tests.data.conftest import Dare
 from tests.datasets import manifest_of, write_manifest
+from tests.runs import run_dare, start_dare
 
 DAY = 86_400
 SPLIT = ["split.kind=paper", "split.min_behaviors=1", "split.negatives=1", "split.train_targets=2"]
@@ -246,21 +243,22 @@ def test_a_day_without_targets_is_one_that_others_follow(chain: Path, dare: Dare
     assert Manifest.read(chain / "d2").counts.behaviors == 2
 
 
-def test_a_killed_day_leaves_the_one_before(chain: Path) -> None:
+def test_a_killed_day_leaves_the_one_before(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     write(chain / "large.csv", (line for k in range(400) for line in lines_of(1, range(k, k + 5), 2000)))
     before = content(chain)
-    command = [sys.executable, "-m", "jobs.cli", "prepare", "--extend", str(chain / "d0"), "--out", str(chain / "d1")]
-    command += ["--events", str(chain / "large.csv")]
+    said = tmp_path_factory.mktemp("said")
+    command = ["prepare", "--extend", chain / "d0", "--out", chain / "d1", "--events", chain / "large.csv"]
     for delay in (0.0, 0.2):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (chain / ".d1.partial").exists():
+        process = start_dare(said, *command)
+        while process.is_alive() and not (chain / ".d1.partial").exists():
             time.sleep(0.01)
         time.sleep(delay)
-        assert process.poll() is None, "it was slow enough to be killed"
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        assert process.is_alive(), "it was slow enough to be killed"
+        process.kill()
+        process.join()
         assert not (chain / "d1").exists()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    code, _, errors = run_dare(said, *command)
+    assert code == 0, errors
     Manifest.read(chain / "d1").verify(chain / "d1")
     after = {name: sum for name, sum in content(chain).items() if not name.startswith("d1/")}
     assert after == before

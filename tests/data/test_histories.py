@@ -21,6 +21,7 @@ from pipeline.ingest.layers import gather, keep_layers
 from schemas.errors import UserError
 from schemas.manifest import Chain, Layer, Manifest
 from schemas.shards import FeatureRecord, RawType, layer_schema
+from tests.examples import examples
 
 FEATURES = (
     FeatureRecord(name="action", of="behavior", kind="id", encoding="dictionary", type="text", rows=9),
@@ -175,7 +176,7 @@ def days_of(users: list[User]) -> st.SearchStrategy[list[Day]]:
     return st.lists(day, min_size=1, max_size=8).map(timed)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(10, 60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), kind=st.sampled_from(["integer", "text"]), keep=st.integers(1, 9))
 def test_what_is_gathered(
     engine: DuckDBEngine,

@@ -20,6 +20,7 @@ from pipeline.ingest.prepare import prepare
 from schemas.manifest import Manifest
 from schemas.prepare import PrepareSettings
 from schemas.shards import ITEM_FEATURES
+from tests.examples import examples
 
 Row = dict[str, Any]
 
@@ -60,7 +61,9 @@ rows = st.lists(
     min_size=2,
     max_size=40,
 ).filter(lambda rows: any(row["weight"] > 0 for row in rows))  # others are refused
-quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=examples(4, 30), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 TYPES = pa.schema(
     {

@@ -15,6 +15,7 @@ from pipeline.ingest.prepare import prepare
 from schemas.manifest import Manifest
 from schemas.prepare import PrepareSettings
 from schemas.shards import ITEM_FEATURES, SPLITS
+from tests.examples import examples
 
 Event = tuple[int, int, int, int]
 """user, item, category, timestamp."""
@@ -105,7 +106,9 @@ def feasible(rows: list[Event]) -> bool:
     return all({item for _, item, *_ in mine} != items for mine in by_user(rows).values())
 
 
-quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=examples(10, 60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @quick

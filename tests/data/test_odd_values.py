@@ -21,6 +21,7 @@ from pipeline.ingest.reading import Tally, read_file
 from pipeline.ingest.sources import LogFiles, log_files
 from schemas.errors import UserError
 from schemas.prepare import PrepareSettings
+from tests.examples import examples
 
 MISSING, REFUSED = None, "refused"
 NOON = int(datetime(2017, 11, 25, 12, tzinfo=UTC).timestamp())
@@ -261,7 +262,9 @@ def test_declared_types_mean_what_their_texts_mean(engine: Engine, tmp_path: Pat
     assert not wrong, "\n".join(wrong)
 
 
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=examples(25, 200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def column_of(path: Path, column: str, **more: Any) -> list[Any]:

@@ -22,6 +22,7 @@ from schemas.shards import ITEM_FEATURES, SPLITS, Split
 from schemas.stream import StreamSettings
 from tests.data.test_stream import assert_equal
 from tests.datasets import random_users, reseal, rewrite_shard, write_dataset
+from tests.examples import examples
 from tests.featured import KINDS, LABELS, WORDS, Encoder, Log, write_featured
 
 SETTINGS = StreamSettings(batch_size=8, history_length=6, shuffle_memory=5000)
@@ -236,7 +237,7 @@ def test_users_named_by_text_are_sampled_whole_and_whatever_their_order(tmp_path
     assert 20 < len(found[0]) < 60
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(8, 60))
 @given(seed=st.integers(0, 1000), other=st.integers(0, 1000), split=st.sampled_from(Split))
 def test_another_data_sets_ids(tmp_path_factory: pytest.TempPathFactory, seed: int, other: int, split: Split) -> None:
     folder = tmp_path_factory.mktemp("translated")

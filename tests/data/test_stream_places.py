@@ -18,6 +18,7 @@ from schemas.row_layout import LEAST_ROWS, RowLayout
 from schemas.shards import ITEM_FEATURES, Split
 from schemas.stream import NegativeSettings
 from tests.data.test_stream_features import change_arrow, check, read, with_column
+from tests.examples import examples
 from tests.featured import Encoder, Log, write_featured
 
 
@@ -52,7 +53,7 @@ def test_items_lie_at_their_places(tmp_path: Path, largest: int, split: Split) -
         assert names == [items[key] for key in zip(users, batch.timestamp_T.tolist(), strict=True)]
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=examples(5, 40))
 @given(seed=st.integers(0, 1000), placed=st.sampled_from([(True, True), (False, True), (True, False)]))
 def test_ids_become_the_places_of_the_other_data_set(
     tmp_path_factory: pytest.TempPathFactory, seed: int, placed: tuple[bool, bool]

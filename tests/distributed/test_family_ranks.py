@@ -45,10 +45,15 @@ ON_THREE = [("dare", "many"), ("dare", "many by id"), ("twin-projection", "many 
 
 QUICK = ("dare", "twin", "sdim", "sim-soft", "din", "twin-projection")
 """With many features, these stand for the others but in `make test-slow`."""
+OF_ANOTHER_SIZE = {
+    *("dare-no-tr", "twin-no-tr", "twin-mlp-1", "din-short"),
+    *(f"twin-projection-{of}" for of in ("no-item", "position", "category", "item", "small")),
+}
+"""Models that differ from others in what is projected or how large it is: what ranks exchange is the same."""
 
 
 def is_slow(name: str, kind: str) -> bool:
-    return kind == "many" and name not in QUICK
+    return name not in QUICK if kind == "many" else name in OF_ANOTHER_SIZE
 
 
 def train_all(cases: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -84,7 +89,9 @@ def data(few_users: Path) -> Path:
     return few_users
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in OF_ANOTHER_SIZE else []) for name in MODELS]
+)
 def test_training_goes_on_from_a_checkpoint_exactly(name: str, data: Path, tmp_path: Path) -> None:
     settings = small_settings(f"model={name}", "checkpoint.every=6", "checkpoint.keep=9", *same_tables(name))
     with process_group(CPU):

@@ -101,7 +101,7 @@ def search_all() -> dict[str, int]:
     return {name: searched(name) for name in CASES}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, 3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 4))])
 def test_any_number_of_ranks_finds_what_one_process_finds(ranks: int) -> None:
     for counts in run_ranks(ranks, search_all):
         assert min(counts.values()) > 50, counts

@@ -32,6 +32,7 @@ from pipeline.runs.run_folder import RunFolder
 from schemas.documents import _notice, json_document
 from schemas.errors import UserError
 from schemas.train import TrainSettings
+from tests.examples import examples
 from tests.launcher import run_ranks
 from tests.runs import Run, slow_steps, small_settings
 from tests.trainers import CPU
@@ -104,7 +105,7 @@ def expected(undisturbed: dict[int, Run]) -> list[Any]:
     return [read(undisturbed[1].folder) for read in READERS]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(12, 200))
 @given(name=st.integers(0), place=st.integers(0), bit=st.integers(0, 7))
 def test_any_bit_of_a_run(undisturbed: dict[int, Run], expected: list[Any], name: int, place: int, bit: int) -> None:
     run = undisturbed[1].folder

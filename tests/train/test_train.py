@@ -53,7 +53,6 @@ def test_killed_runs_go_on_exactly(ranks: int, data: Path, tmp_path: Path, undis
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_again_and_again(ranks: int, data: Path, tmp_path: Path, undisturbed: dict[int, Run]) -> None:
     folder, draw = tmp_path / "run", random.Random(ranks)
