@@ -14,6 +14,7 @@ from jobs.experiment import experiment
 from jobs.online import online
 from jobs.planning import plan
 from jobs.runs import compare, models, runs
+from jobs.serving import export
 from jobs.store import append, load, show
 from jobs.training import evaluate, score, train
 from pipeline.paths import local_path, location
@@ -27,6 +28,7 @@ REMOTE: dict[Callable[..., None], set[str]] = {
     train: {"data", "run", "score"},
     evaluate: {"data", "run"},
     score: {"data", "run", "out"},
+    export: {"data", "run"},
     compare: {"runs"},
     runs: {"folder"},
     load: {"data"},
@@ -78,6 +80,7 @@ for command in (
     online,
     evaluate,
     score,
+    export,
     compare,
     experiment,
     runs,

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ _LOGGER = logging.getLogger("dare.evaluate")
 """Shown by the first rank alone."""
 
 
-def choose_checkpoint(run: RunFolder, which: str) -> Checkpoint:
+def choose_checkpoint(run: RunFolder, which: str, *, alone: bool = False) -> Checkpoint:
     """Return a checkpoint of a run, all of whose files have been compared with their checksums.
 
     All ranks must call it, and get the same one. While a run goes on, its older checkpoints are removed: if that of
@@ -36,13 +37,14 @@ def choose_checkpoint(run: RunFolder, which: str) -> Checkpoint:
     Args:
         run: folder of the run.
         which: ``best``, ``last``, or a step. Where no checkpoint was validated, the last one is the best.
+        alone: of a delta, not also the files of the full checkpoint that it stands on.
 
     Raises:
         UserError: the run has no such checkpoint, or it is damaged.
     """
     while True:
         checkpoint = from_first_rank(lambda: _named(run, which))
-        damage = damage_of(checkpoint)
+        damage = damage_of(replace(checkpoint, base=None) if alone else checkpoint)
         if damage is None:
             return checkpoint
         if is_there(checkpoint):

@@ -11,6 +11,7 @@ import pytest
 
 from embeddings.sizes import DataSizes
 from pipeline.experiment.results import SCHEMA
+from pipeline.export.export import export_run
 from pipeline.ingest.prepare import prepare
 from pipeline.planning.dry_run import dry_run
 from pipeline.planning.text import as_dict
@@ -102,6 +103,16 @@ def test_scores_results_and_plans(run: Path, tmp_path: Path) -> None:
     document = as_dict(dry_run(plan_settings(), sizes))
     assert not missing(list(document))
     assert not missing(list(document["tables"][0]))
+
+
+def test_an_exported_model(run: Path, tmp_path: Path) -> None:
+    export_run(run, tmp_path / "model", compile=False)
+    document = json.loads((tmp_path / "model/model.json").read_text())
+    # Settings of a model have a page of their own.
+    document.pop("model")
+    assert not missing(keys(document))
+    columns = pa.ipc.open_file(tmp_path / "model/dictionaries/item.arrow").schema.names
+    assert not missing(columns)
 
 
 def test_messages_of_the_first_log_are_those_of_the_program() -> None:

@@ -60,6 +60,7 @@ def export(folder: Path, precision: RowPrecision, rows_RD: Tensor) -> ServedMani
         ),
         tables=(table,),
         programs=Programs(
+            features=(),
             search="none",
             target_attention="attention",
             history_attention="attention",
