@@ -14,6 +14,7 @@ from jobs.experiment import experiment
 from jobs.online import online
 from jobs.planning import plan
 from jobs.runs import compare, models, runs
+from jobs.serve import serve
 from jobs.serving import export
 from jobs.store import append, load, show
 from jobs.training import evaluate, score, train
@@ -81,6 +82,7 @@ for command in (
     evaluate,
     score,
     export,
+    serve,
     compare,
     experiment,
     runs,

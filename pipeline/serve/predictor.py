@@ -6,7 +6,7 @@ C = candidates, L = labels.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +24,12 @@ from schemas.errors import RequestError
 from schemas.prepare import PrepareSettings
 from schemas.served import ServedManifest
 
-if TYPE_CHECKING:
-    # Who gives histories needs none.
-    from pipeline.serve.history_store import HistoryStore
+
+class Histories(Protocol):
+    """What knows the histories of users: a `HistoryStore`."""
+
+    def history(self, user: object) -> dict[str, Any]:
+        """The events of a user, as `HistoryStore.history` has them."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,13 @@ class Predictor:
         manifest: ServedManifest,
         model: ServedModel,
         encoder: RequestEncoder,
-        store: "HistoryStore | None" = None,
+        store: Histories | None = None,
     ) -> None:
         self._folder, self._manifest, self._model = folder, manifest, model
         self._encoder, self._store = encoder, store
 
     @classmethod
-    def load(cls, folder: Path | str, store: "HistoryStore | None" = None) -> Self:
+    def load(cls, folder: Path | str, store: Histories | None = None) -> Self:
         """Open an exported model. Rows are mapped into memory, and verified as they are read.
 
         Args:

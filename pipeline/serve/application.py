@@ -1,0 +1,288 @@
+"""The routes of the server: what is asked, who works on it, and how it is told what went wrong."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipeline.errors import description, is_refusal, refusal_reason
+from pipeline.serve import bodies
+from pipeline.serve.answers import Answers
+from pipeline.serve.metrics import Metrics
+from pipeline.serve.swap import RefusedError
+from pipeline.serve.workers import BusyError, LateError, Workers
+from pipeline.versions import versions
+from schemas.errors import RequestError, StoreError, UserError
+from schemas.serving import ServeSettings
+
+_LOGGER = logging.getLogger("dare.serve")
+
+B = TypeVar("B", bound=bodies.Body)
+
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
+"""The page may load nothing, and ask nobody but this server."""
+RELOAD_S = 24 * 3600.0
+"""Seconds that loading a model may take: it is read as a whole before it answers."""
+
+
+class FailedError(Exception):
+    """A request is answered with an error."""
+
+    def __init__(self, status: int, kind: str, line: str, headers: Mapping[str, str] | None = None) -> None:
+        """Remember the answer: its status, the kind of error for the metrics, one line for the sender."""
+        super().__init__(line)
+        self.status, self.kind, self.line, self.headers = status, kind, line, headers
+
+
+def application(answers: Answers, settings: ServeSettings, metrics: Metrics) -> ASGIApp:
+    """The server as an ASGI application.
+
+    Args:
+        answers: what is answered; requests are refused with 503 until the models are loaded.
+        settings: limits.
+        metrics: are counted up.
+    """
+    models = answers.models
+    app = FastAPI(
+        title="dare serve",
+        description="Scores candidates by a user's history.",
+        version=versions()["dare"],
+        # Their pages load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+    )
+    workers = Workers(settings.threads, settings.queue)
+    loader = Workers(1, 0)
+
+    async def answer(
+        request: Request,
+        kind: type[B],
+        work: Callable[[B], bodies.Body],
+        threads: Workers = workers,
+        seconds: float = settings.timeout,
+    ) -> Response:
+        """Read a body, work on it in a thread, and send what comes out."""
+        if not models.ready:
+            raise FailedError(503, "loading", "the model is being loaded; try again", {"Retry-After": "1"})
+        until = time.monotonic() + seconds
+        body = await _read(request, settings)
+        try:
+            content = await threads.run(
+                lambda: work(bodies.parsed(kind, body)).model_dump_json().encode(), until - time.monotonic()
+            )
+        except BusyError:
+            raise FailedError(503, "busy", "too many requests at once; try again", {"Retry-After": "1"}) from None
+        except LateError:
+            raise FailedError(504, "timeout", f"not answered within {seconds:g} seconds") from None
+        return Response(content, media_type="application/json")
+
+    route = _Routes(app)
+
+    @route.post("/score", bodies.ScoreRequest, bodies.Scores, "Score candidates for a user.")
+    async def score(request: Request) -> Response:
+        def work(body: bodies.ScoreRequest) -> bodies.Body:
+            scores = answers.score(body)
+            metrics.candidates.inc(len(body.candidates))
+            return scores
+
+        return await answer(request, bodies.ScoreRequest, work)
+
+    @route.post("/explain", bodies.ExplainRequest, bodies.Explanations, "Show what a candidate's score rests on.")
+    async def explain(request: Request) -> Response:
+        return await answer(request, bodies.ExplainRequest, answers.explain)
+
+    @route.post("/append", bodies.AppendRequest, bodies.Appended, "Add events of a user to the store.")
+    async def append(request: Request) -> Response:
+        def work(body: bodies.AppendRequest) -> bodies.Body:
+            appended = answers.append(body)
+            metrics.events.inc(appended.appended)
+            return appended
+
+        return await answer(request, bodies.AppendRequest, work)
+
+    @route.post("/history", bodies.HistoryRequest, bodies.History, "Show the events of a user that the store has.")
+    async def history(request: Request) -> Response:
+        return await answer(request, bodies.HistoryRequest, answers.history)
+
+    @route.post("/times", bodies.TimesRequest, bodies.Times, "Place the events of a history in time.")
+    async def times(request: Request) -> Response:
+        return await answer(request, bodies.TimesRequest, answers.times)
+
+    @route.post("/users", bodies.UsersRequest, bodies.Users, "List users of the store.")
+    async def users(request: Request) -> Response:
+        return await answer(request, bodies.UsersRequest, answers.users)
+
+    @route.post("/reload", bodies.ReloadRequest, bodies.Reloaded, "Load a model again, or another one in its place.")
+    async def reload(request: Request) -> Response:
+        def work(body: bodies.ReloadRequest) -> bodies.Body:
+            try:
+                name, now = models.replace(body.name, body.path)
+            except UserError:
+                metrics.reloads.labels("refused").inc()
+                raise
+            metrics.reloads.labels("loaded").inc()
+            return bodies.Reloaded(name=name, model=now.version)
+
+        return await answer(request, bodies.ReloadRequest, work, loader, RELOAD_S)
+
+    @app.get("/models", response_model=bodies.Described, summary="Describe what the models take.")
+    async def described() -> Response:
+        if not models.ready:
+            raise FailedError(503, "loading", "the model is being loaded; try again", {"Retry-After": "1"})
+        return _json(answers.described())
+
+    @app.get("/health", response_model=bodies.Health, summary="Say whether requests are answered.")
+    async def health() -> Response:
+        return _json(answers.health(), 200 if models.ready else 503)
+
+    @app.get("/metrics", summary="Metrics in Prometheus' text format.", response_class=Response)
+    async def measured() -> Response:
+        metrics.answering({name: model.version for name, model in models.all().items()})
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    page = files("pipeline.serve").joinpath("page.html").read_bytes()
+
+    @app.get("/", summary="A page that shows histories, candidates and what was retrieved.", response_class=Response)
+    async def shown() -> Response:
+        headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
+        return Response(page, media_type="text/html; charset=utf-8", headers=headers)
+
+    async def told(request: Request, error: Exception) -> Response:
+        failed = _failure(error)
+        metrics.errors.labels(failed.kind).inc()
+        return _json(bodies.Failure(error=failed.line), failed.status, failed.headers)
+
+    for kind in (FailedError, UserError, HTTPException, RequestValidationError, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, told)
+    return _Measured(app, metrics)
+
+
+class _Routes:
+    """Declares routes that take a JSON body, which is parsed on a thread, and by hand: FastAPI would do it at once."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    def post(
+        self, path: str, body: type[bodies.Body], answer: type[bodies.Body], summary: str
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        schema = body.model_json_schema()
+        return self._app.post(
+            path,
+            summary=summary,
+            response_model=answer,
+            responses={code: {"model": bodies.Failure, "description": text} for code, text in FAILURES.items()},
+            openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
+        )
+
+
+FAILURES: dict[int | str, str] = {
+    400: "The request is not one that can be answered.",
+    413: "The body is too large.",
+    503: "Too much to do, the store is down, or the model is being loaded.",
+    504: "It took too long.",
+    500: "A fault of the server; its log has the trace.",
+}
+
+
+async def _read(request: Request, settings: ServeSettings) -> bytes:
+    """The body of a request.
+
+    Raises:
+        FailedError: it is not JSON by its header, too large, or too slow.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        # A page of another site could send any other type without asking the browser's user.
+        raise FailedError(415, "request", "the body must be of Content-Type: application/json")
+    too_large = FailedError(413, "too_large", f"the body has more than {settings.max_body} bytes")
+    if request.headers.get("content-length", "0").isdecimal():
+        length = int(request.headers.get("content-length", "0")[:20])
+        if length > settings.max_body:
+            raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(settings.timeout):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > settings.max_body:
+                    raise too_large
+    except TimeoutError:
+        raise FailedError(408, "slow", f"the body did not arrive within {settings.timeout:g} seconds") from None
+    return bytes(body)
+
+
+def _failure(error: Exception) -> FailedError:
+    """How an exception is answered; a fault is logged with its trace, and the sender is given its number alone."""
+    match error:
+        case FailedError():
+            return error
+        case RequestError():
+            return FailedError(400, "request", description(error))
+        case UnicodeEncodeError():
+            return FailedError(400, "request", "a text has half a character (a lone surrogate)")
+        case StoreError():
+            _LOGGER.warning("%s", description(error))
+            return FailedError(503, "store", description(error), {"Retry-After": "1"})
+        case RefusedError():
+            return FailedError(409, "refused", description(error))
+        case HTTPException():
+            return FailedError(error.status_code, "request", error.detail.lower(), error.headers)
+        case ClientDisconnect():
+            return FailedError(400, "disconnected", "the sender is gone")
+        case OSError() if is_refusal(error):
+            # The disk below the store is full or broken; what was not appended can be sent again.
+            _LOGGER.error("%s", description(error))
+            return FailedError(
+                503, "store", f"the store does not take it: {refusal_reason(error)}", {"Retry-After": "1"}
+            )
+    number = secrets.token_hex(4)
+    _LOGGER.error("fault %s: %s", number, description(error), exc_info=error)
+    return FailedError(500, "fault", f"the server has a fault; its log says more at {number}")
+
+
+def _json(body: bodies.Body, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(body.model_dump_json(), status, dict(headers or {}), "application/json")
+
+
+class _Measured:
+    """Counts requests, and swallows what has been told already."""
+
+    def __init__(self, app: FastAPI, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, status = time.perf_counter(), 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        with self._metrics.in_flight.track_inprogress():
+            try:
+                await self._app(scope, receive, watched)
+            except Exception:
+                # Starlette raises a fault again after it was answered and logged.
+                if status != 500:
+                    raise
+            finally:
+                # A path that there is not could be any text.
+                route = getattr(scope.get("route"), "path", "other")
+                self._metrics.requests.labels(route, str(status)).inc()
+                self._metrics.seconds.labels(route).observe(time.perf_counter() - begun)
