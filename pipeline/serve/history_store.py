@@ -123,7 +123,7 @@ class HistoryStore(ABC):
         return Appended.of(list(results.values()), sum(events.filtered for _, events in parts))
 
     def history(self, user: object) -> dict[str, Any]:
-        """The events of a user in order of time, as `append` takes them; users' features are there where known.
+        """The events of a user in order of time, as `append` takes them, with the id and what is known of the user.
 
         Equal timestamps are in their order of arrival. A user who is unknown has no events: all lists are empty.
 
@@ -132,10 +132,12 @@ class HistoryStore(ABC):
             StoreError: the store is down.
             UserError: the record is damaged, or of another version.
         """
-        key = user_key(self.columns.user_id(user))
+        parsed = self.columns.user_id(user)
+        key = user_key(parsed)
         content = self._read(key)
         record = Record() if content is None else decoded(key, content, self.columns)
         return {
+            self.columns.user: parsed,
             self.columns.timestamp: self.columns.timestamps(record.moment.tolist()),
             **{column.name: as_list(record.behaviors.get(column.name, [])) for column in self.columns.behaviors},
             **{name: value for name, (_, value) in record.user.items()},

@@ -4,12 +4,14 @@ Lines are read as ``dare prepare`` reads them and laid into parts by their users
 part after the other is brought into order. Nothing is written before the whole log has been read.
 """
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,15 +20,17 @@ from numpy.typing import NDArray
 
 from pipeline.files import about
 from pipeline.hashing import hash_values
-from pipeline.ingest.columns import feature_column
+from pipeline.ingest.columns import FEATURE_KEY, feature_column
 from pipeline.ingest.counts import check, check_zones
 from pipeline.ingest.reading import FILTERED, OUTSIDE_TIME, READ, Tally, read_file, schema_of
-from pipeline.ingest.sources import LogFiles, log_files
+from pipeline.ingest.sources import LogFiles, feature_files, log_files
 from pipeline.ingest.times import LATEST
 from pipeline.progress import stage
+from pipeline.serve.history_store import HistoryStore
 from pipeline.serve.store import is_store, open_store
 from pipeline.serve.stored_columns import Events, StoredColumns, UserId, Value, Values, as_list
 from pipeline.upload import scratch_folder
+from schemas.errors import UserError
 from schemas.prepare import PrepareSettings
 
 _PART_BYTES = 32 << 20
@@ -35,6 +39,11 @@ _MOST_PARTS = 256
 """Parts of which each has an open file."""
 _EVENTS = 200_000
 """Events that are written together."""
+_USERS = 10_000
+"""Users of whom a file says something that are written together."""
+_NO_TIMES = np.zeros(0, np.int64)
+
+_LOGGER = logging.getLogger("dare.store")
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ def load_log(url: str, settings: PrepareSettings, keep: int | None = None) -> Lo
                     new, known, not_kept = new + appended, known + appended.known, not_kept + appended.not_kept
                     progress.advance(sum(len(events) for _, events in histories))
                 part.unlink()
+            _load_users(store, settings)
             kept, store_users = store.keep, len(store)
     return Loaded(
         tally[READ],
@@ -108,6 +118,52 @@ def load_log(url: str, settings: PrepareSettings, keep: int | None = None) -> Lo
         store_users,
         time.monotonic() - began,
     )
+
+
+def _load_users(store: HistoryStore, settings: PrepareSettings) -> None:
+    """Add what files of their own say of users; of a user with several lines, the largest value, as in a data set."""
+    columns = {each.file_feature: each for each in store.columns.users if each.file_feature is not None}
+    read = [each for each in feature_files(settings) if each.features[0].of == "user"]
+    for name in sorted(columns.keys() - {feature.name for each in read for feature in each.features}):
+        _LOGGER.info("feature %s of users is in a file of its own, which is not given: it stays as it is", name)
+    for each in read:
+        (key,) = (column for column in each.files.columns if column.name == FEATURE_KEY)
+        files = replace(each.files, columns=(key, *(columns[feature.name].column for feature in each.features)))
+        batches = [batch for index in range(len(files.paths)) for batch in read_file(files, index, Counter(), _ignored)]
+        names = [feature_column(columns[feature.name].name) for feature in each.features]
+        largest = (
+            pa.Table.from_batches(batches, schema_of(files))
+            .group_by(FEATURE_KEY)
+            .aggregate([(name, "max") for name in names])
+        )
+        if largest[FEATURE_KEY].null_count:
+            raise UserError(f"users: {files.paths[0]}: lines have no {key.source}; correct or remove them")
+        if pa.types.is_integer(key.type) and len(largest) and pc.min(largest[FEATURE_KEY]).as_py() < 0:
+            raise UserError(f"users: {files.paths[0]}: lines have a negative {key.source}; ids are 0 or more")
+        for start in range(0, len(largest), _USERS):
+            lines = largest.slice(start, _USERS).combine_chunks()
+            said = {
+                columns[feature.name].name: as_list(columns[feature.name].values(lines[f"{name}_max"].combine_chunks()))
+                for feature, name in zip(each.features, names, strict=True)
+            }
+            store.merge(
+                [
+                    (user, Events(_NO_TIMES, _no_events(store.columns), _known(said, number)))
+                    for number, user in enumerate(lines[FEATURE_KEY].to_pylist())
+                ]
+            )
+
+
+def _known(said: dict[str, list[Any]], number: int) -> dict[str, tuple[int | None, Value]]:
+    return {name: (None, values[number]) for name, values in said.items() if values[number] is not None}
+
+
+def _no_events(columns: StoredColumns) -> dict[str, Values]:
+    return {column.name: [] for column in columns.behaviors}
+
+
+def _ignored(_: int) -> None:
+    """Files of users are read quickly, and are no progress of the log."""
 
 
 def _parted(files: LogFiles, columns: StoredColumns, folder: Path, tally: Tally) -> list[Path]:
@@ -187,7 +243,7 @@ def _of_users(
     second_E = column("second").to_numpy()
     moment_E = column("moment").to_numpy() if "moment" in lines.column_names else second_E
     behaviors = {each.name: each.values(column(each.column.name)) for each in columns.behaviors}
-    users = {each.name: each.values(column(each.column.name)) for each in columns.users}
+    users = {each.name: each.values(column(each.column.name)) for each in columns.users if each.file_feature is None}
     ids = column("user").take(pa.array(start_U)).to_pylist()
     histories = []
     for user, start, end in zip(ids, start_U.tolist(), end_U.tolist(), strict=True):

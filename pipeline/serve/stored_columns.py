@@ -4,6 +4,7 @@ Values stay raw, of the types that the settings of ``dare prepare`` say: an id t
 sent it as a number. What `pipeline.ingest.values` refuses is refused here.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -14,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline.ingest.columns import Column, feature_column
+from pipeline.ingest.columns import Column, event_columns, feature_column
 from pipeline.ingest.conversion import converted, reads
 from pipeline.ingest.sets import decoded_sets
 from pipeline.ingest.times import LATEST
@@ -41,15 +42,19 @@ class StoredColumn(Settings):
     """A column whose values are kept."""
 
     name: str
-    """Its name in the log."""
+    """Its name in histories."""
     kind: Literal["integer", "text", "number"]
     several: bool = False
     """Values are lists."""
+    source: str | None = None
+    """Its name in the log, or in the file that the feature has of its own, where that is another one."""
+    file_feature: str | None = None
+    """The feature with a file of its own that it is; None: it is in the log."""
 
     @property
     def column(self) -> Column:
         """How it is read of a log."""
-        return Column(self.name, feature_column(self.name), self.kind, several=self.several)
+        return Column(self.source or self.name, feature_column(self.name), self.kind, several=self.several)
 
     def values(self, converted: pa.Array) -> Values:
         """What is kept of a column that was read."""
@@ -84,28 +89,34 @@ class StoredColumns(Settings):
 
     @classmethod
     def of_settings(cls, settings: PrepareSettings) -> Self:
-        """The columns that ``dare prepare`` reads of the log of behaviours by these settings; not those of items.
+        """The columns that ``dare prepare`` reads by these settings: of behaviours and users, not of items.
 
         Raises:
-            UserError: a column is of behaviours and of users.
+            UserError: a column has lists by one feature and single values by another one.
         """
         events = settings.events
         behaviors = {events.item_id: StoredColumn(name=events.item_id, kind=events.item_type)}
         users: dict[str, StoredColumn] = {}
+        names = _sources(settings)
         for feature in settings.declared_features:
-            if feature.column is None or feature.file is not None or feature.of not in ("behavior", "user"):
+            source = feature.column
+            # The user and the time are there anyway.
+            if source is None or feature.of not in ("behavior", "user") or source in (events.user_id, events.timestamp):
                 continue
-            own = feature.column in (events.user_id, events.timestamp)
-            if own or (feature.of == "user" and feature.column in behaviors):
-                raise UserError(f"features: column {feature.column} is of {feature.name} and of the log itself")
-            several = feature.kind == "ids" and feature.separator is None
-            # A text in which a separator stands between values stays one text.
-            kind = "text" if feature.separator is not None else "number" if feature.kind == "number" else feature.type
-            column = StoredColumn(name=feature.column, kind=kind, several=several)
+            column = StoredColumn(
+                name=f"user.{feature.name}" if feature.of == "user" and names[source] > 1 else source,
+                # A text in which a separator stands between values stays one text.
+                kind="text"
+                if feature.separator is not None
+                else "number"
+                if feature.kind == "number"
+                else feature.type,
+                several=feature.kind == "ids" and feature.separator is None,
+                source=source,
+                file_feature=None if feature.file is None else feature.name,
+            )
             into = behaviors if feature.of == "behavior" else users
-            into[feature.column] = _both(into.get(feature.column, column), column)
-        for name in users.keys() & behaviors.keys():
-            raise UserError(f"features: column {name} is of behaviours and of users; a history has it once")
+            into[column.name] = _both(into.get(column.name, column), column)
         return cls(
             user=events.user_id,
             user_type=events.user_type,
@@ -137,7 +148,7 @@ class StoredColumns(Settings):
         ]
         if PER_SECOND[self.timestamp_unit] > 1:
             read.append(Column(self.timestamp, "moment", "integer"))
-        return (*read, *(each.column for each in (*self.behaviors, *self.users)))
+        return (*read, *(each.column for each in (*self.behaviors, *self.users) if each.file_feature is None))
 
     def user_id(self, raw: object) -> UserId:
         """The id of a user, which is of the type that the log has: a user 1 and a user "1" are not the same.
@@ -306,6 +317,20 @@ class Events:
 
     def __len__(self) -> int:
         return len(self.moment)
+
+
+def _sources(settings: PrepareSettings) -> Counter[str]:
+    """How many things a name of a raw column stands for, users' features in the log being one; see `RequestColumns`."""
+    of_users = {feature_column(each.name) for each in settings.declared_features if each.of == "user"}
+    log = [column for column in event_columns(settings) if column.kind not in ("hour", "weekday")]
+    files = [each for each in settings.declared_features if each.file is not None and each.of in ("user", "item")]
+    return Counter(
+        [
+            *{column.source for column in log if column.name not in of_users}.union(settings.events.keep),
+            *{column.source for column in log if column.name in of_users},
+            *(each.column for each in files if each.column is not None),
+        ]
+    )
 
 
 def _both(former: StoredColumn, column: StoredColumn) -> StoredColumn:

@@ -76,8 +76,8 @@ def test_a_store_says_itself_what_it_has(new_url: NewUrl) -> None:
     with open_store(url, read_only=True) as store:
         assert (store.columns, store.keep) == (COLUMNS, 5)
         empty = {name: [None] for name in ("kind", "price", "tags", "sizes")}
-        assert store.history(1) == {"time": [3], "item": [4], **empty, "city": "Rome"}
-        assert store.history(2) == {name: [] for name in ("time", "item", *empty)}
+        assert store.history(1) == {"user": 1, "time": [3], "item": [4], **empty, "city": "Rome"}
+        assert store.history(2) == {"user": 2, **{name: [] for name in ("time", "item", *empty)}}
     with open_store(url, COLUMNS) as first, open_store(url, COLUMNS) as second:
         first.append(1, {"time": [9], "item": [9]})
         assert second.history(1)["item"] == [4, 9]

@@ -143,6 +143,29 @@ def test_a_log_of_all_kinds(dare: Dare, tmp_path: Path, monkeypatch: pytest.Monk
             store.append("new", {"at": [5], "thing": [7]})
 
 
+def test_what_files_say_of_users(dare: Dare, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user_id,item_id,city,timestamp\n1,5,Rome,10\n1,6,,20\n2,7,Oslo,30\n")
+    (tmp_path / "users.csv").write_text("user_id,city,age\n1,A,30\n3,C,50\n1,B,20\n2,,\n")
+    features = [
+        {"name": "town", "of": "user", "column": "city"},
+        {"name": "origin", "of": "user", "column": "city", "file": "beside:users.csv"},
+        {"name": "age", "of": "user", "column": "age", "kind": "number", "buckets": 2, "file": "beside:users.csv"},
+    ]
+    (tmp_path / "log.yaml").write_text(json.dumps({"events": {"category_id": None}, "features": features}))
+    options = ("--events", tmp_path / "log.csv", "--config", tmp_path / "log.yaml")
+    for _ in range(2):
+        assert dare("store", "load", "--store", tmp_path / "store", *options)[0] == 0
+        with open_store(str(tmp_path / "store")) as store:
+            first = {"user_id": 1, "timestamp": [10, 20], "item_id": [5, 6]}
+            # The name is that of two things; a request calls them so too.
+            assert store.history(1) == first | {"user.town": "Rome", "user.origin": "B", "age": 30.0}
+            assert store.history(2) == {"user_id": 2, "timestamp": [30], "item_id": [7], "user.town": "Oslo"}
+            assert store.history(3) == {"user_id": 3, "timestamp": [], "item_id": [], "user.origin": "C", "age": 50.0}
+    (tmp_path / "users.csv").write_text("user_id,city,age\n,A,30\n")
+    code, message = dare("store", "load", "--store", tmp_path / "store", *options)
+    assert (code, message.endswith("users.csv: lines have no user_id; correct or remove them")) == (1, True)
+
+
 def test_a_text_log_has_the_histories_of_the_data_set_that_is_made_of_it(dare: Dare, tmp_path: Path) -> None:
     draw = random.Random(3)
     rows = [
@@ -162,7 +185,7 @@ def test_a_text_log_has_the_histories_of_the_data_set_that_is_made_of_it(dare: D
         assert store.users() == sorted(prepared)
         for user, seconds in prepared.items():
             history = store.history(user)
-            assert list(history) == ["timestamp", "item_id"]
+            assert list(history) == ["user_id", "timestamp", "item_id"]
             assert store.columns.events(history).moment.tolist() == seconds, "what a store gives it takes again"
         assert store.append(0, store.history(0)) == 0
 
@@ -180,7 +203,7 @@ def test_events_by_hand(dare: Dare, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert dare("store", "append", *store, "--user", 3, "--events", "-")[0] == 0
     code, told = dare("store", "show", *store, "--user", 1, "--json")
     assert code == 0
-    assert json.loads(told.splitlines()[-1]) == {"timestamp": [10, 15, 20], "item_id": [5, 8, 6]}
+    assert json.loads(told.splitlines()[-1]) == {"user_id": 1, "timestamp": [10, 15, 20], "item_id": [5, 8, 6]}
     assert told.startswith("user 1: 3 events of at most 3; ")
     assert dare("store", "show", *store, "--user", 9)[1] == "user 9: 0 events of at most 3; 0 bytes\n"
 
@@ -259,7 +282,7 @@ def as_nobody(url: str, told: Path) -> None:
         told.unlink()
         raise AssertionError("this user may write there")
     with open_store(url, read_only=True) as store:
-        assert store.history(1) == {"timestamp": [10], "item_id": [5]}
+        assert store.history(1) == {"user_id": 1, "timestamp": [10], "item_id": [5]}
     with pytest.raises(OSError, match=r"Permission denied") as error:
         open_store(url)
     assert error_line(error.value) == f"{url}: Permission denied"
