@@ -267,8 +267,9 @@ def test_no_space_left(dare: Dare, tmp_path: Path, small_disk: Path) -> None:
     keep = ("--keep", 1_000_000, "events.category_id=null")
     assert dare("store", "load", *store, "--events", tmp_path / "log.csv", *keep)[0] == 0
     before = contents(small_disk / "store")
-    items = list(range(0, 300_000_000, 1_000))
-    (tmp_path / "more.json").write_text(json.dumps({"timestamp": items, "item_id": items}))
+    (small_disk / "other").write_bytes(bytes(500_000))
+    items = [number * 2**40 for number in range(60_000)]
+    (tmp_path / "more.json").write_text(json.dumps({"timestamp": list(range(60_000)), "item_id": items}))
     code, message = dare("store", "append", *store, "--user", 1, "--events", tmp_path / "more.json")
     assert (code, message) == (1, f"dare: {small_disk / 'store'}: no space left")
     assert contents(small_disk / "store") == before, "nothing by half"
