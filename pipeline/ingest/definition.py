@@ -45,15 +45,15 @@ def decoded(table: ir.Table, texts: Mapping[str, ir.Table | None]) -> ir.Table:
 
 
 def user_order(texts: ir.Table, seed: int) -> ir.Table:
-    """(code, text, `USER_ORDER`) of users: a number of each in the order of lines, see `line_order`."""
+    """(code, text, `USER_ORDER`, user_key) of users: a number of each in the order of lines, see `line_order`."""
     keyed = texts.mutate(user_key=_user_key(texts["code"], seed))
     number = ibis.row_number().over(order_by=[keyed["user_key"], keyed["text"]])
-    return keyed.mutate(**{USER_ORDER: number}).select("code", "text", USER_ORDER)
+    return keyed.mutate(**{USER_ORDER: number}).select("code", "text", USER_ORDER, "user_key")
 
 
 def with_order(users: ir.Table | None, order: ir.Table) -> ir.Table:
-    """(key, `USER_ORDER`, columns) of every user, from (key, columns), where there are some, and `user_order`."""
-    numbered = order.select("code", USER_ORDER)
+    """(key, `USER_ORDER`, user_key, columns) of every user, from (key, columns), if any has some, and `user_order`."""
+    numbered = order.select("code", USER_ORDER, "user_key")
     return numbered.rename(key="code") if users is None else users.inner_join(numbered, [("key", "code")]).drop("code")
 
 
@@ -303,8 +303,8 @@ def lines(
     Args:
         logs: events and, where there are some, impressions as `shown` makes them, both `encoded`.
         item_ids: (raw_id, id); None: items are buckets already.
-        users: (key, columns) of every user, `encoded`, with `USER_ORDER` where users have codes; None: there are
-            neither.
+        users: (key, columns) of every user, `encoded`, with `USER_ORDER` and user_key where users have codes; None:
+            there are neither.
         carried: (user_id, where it is text `USER_NUMBER`, timestamp, item, columns of behaviours' features) of the
             users' behaviours on earlier days, of which the logs know nothing; None: this is no later day of a chain.
 
@@ -383,7 +383,8 @@ def in_shards(lines: ir.Table, *, seed: int, shards: int) -> ir.Table:
     """Lines with ``user_key`` and ``shard``, without `USER_NUMBER`; with `USER_ORDER` no other id of a user is left."""
     # Shards are ranges of user keys: lines that are sorted by user key are sorted by shard.
     number = USER_NUMBER if USER_NUMBER in lines.columns else "user_id"
-    table = lines.mutate(user_key=_user_key(lines[number], seed))
+    # Where users have codes, the keys are known.
+    table = lines if "user_key" in lines.columns else lines.mutate(user_key=_user_key(lines[number], seed))
     table = table.drop(USER_NUMBER) if number == USER_NUMBER else table
     table = table.mutate(shard=((table["user_key"].cast("int64") * shards).floordiv(USER_KEY_RANGE)).cast("int32"))
     return table.drop("user_id") if USER_ORDER in table.columns else table

@@ -1,4 +1,4 @@
-"""The embedded engine: DuckDB, out of core in a folder on disk."""
+"""The embedded engine: DuckDB, in memory as far as the limit goes, and beyond it in a folder on disk."""
 
 import errno
 import os
@@ -27,6 +27,8 @@ R = TypeVar("R")
 
 _OUTSIDE = 450 << 20
 """Bytes that the process takes beside DuckDB's own buffers and the dictionaries: libraries, the shard at work."""
+_CODING = 150 << 20
+"""Bytes that it takes besides where texts get codes: for the compiler of what hashes them, and to remember texts."""
 _LEAST = 150 << 20
 """Bytes below which DuckDB cannot sort."""
 _BATCH = 200_000
@@ -39,7 +41,7 @@ class DuckDBEngine:
     """An `Engine` in this process, which spills to disk what does not fit in memory.
 
     Args:
-        folder: for the database and what is spilled; must exist.
+        folder: for texts and for what is spilled; must exist.
         memory_limit: bytes of the whole process.
         threads: None: one for each core.
     """
@@ -55,8 +57,9 @@ class DuckDBEngine:
         }
         if threads is not None:
             settings["threads"] = threads
-        self._memory_limit = memory_limit
-        self._ibis = self._explained(lambda: ibis.duckdb.connect(folder / "ingest.duckdb", **settings))
+        self._memory_limit, self._outside = memory_limit, _OUTSIDE
+        # No file: nothing of it is to outlive this process, and writing all of it takes longer than spilling some.
+        self._ibis = self._explained(lambda: ibis.duckdb.connect(**settings))
         self._connection: duckdb.DuckDBPyConnection = self._ibis.con
         self._codes = TextCodes(folder)
 
@@ -93,6 +96,10 @@ class DuckDBEngine:
                 failure.append(error)
                 raise
 
+        columns = {text_column(files, column.name) for column in files.columns if column.coded} - {USER_NUMBER}
+        if coded and columns and self._outside == _OUTSIDE:
+            self._outside += _CODING
+            self.reserve(0)
         name = f"{files.role}{files.number or ''}_read"
         stream = pa.RecordBatchReader.from_batches(schema_of(files, coded=coded), batches())
         self._connection.register(f"{name}_stream", stream)
@@ -104,7 +111,6 @@ class DuckDBEngine:
             raise
         finally:
             self._connection.unregister(f"{name}_stream")
-        columns = {text_column(files, column.name) for column in files.columns if column.coded} - {USER_NUMBER}
         if coded and not self._explained(lambda: self._keep_texts(sorted(columns))):
             # Once more, with a code of its own for each text.
             self._connection.execute(f"DROP TABLE {name}")
@@ -168,7 +174,7 @@ class DuckDBEngine:
         Raises:
             UserError: DuckDB cannot work with the rest; says how large the limit must be.
         """
-        rest = self._memory_limit - _OUTSIDE - memory
+        rest = self._memory_limit - self._outside - memory
         if rest < _LEAST:
             needed = -(-(self._memory_limit - rest + _LEAST) >> 20)
             raise UserError(f"memory_limit is too small for the dictionaries of this input; set at least {needed}MiB")
@@ -219,7 +225,7 @@ class DuckDBEngine:
         return self._explained(write)
 
     def close(self) -> None:
-        """Close the database; its files stay until their folder is removed."""
+        """Close the database; files of what was spilled stay until their folder is removed."""
         self._ibis.disconnect()
 
     def _explained(self, run: Callable[[], R]) -> R:

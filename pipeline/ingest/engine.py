@@ -21,7 +21,7 @@ class Engine(Protocol):
     """Runs Ibis expressions over logs that may be larger than memory."""
 
     def load(self, files: LogFiles, report: ReportShare, *, coded: bool) -> tuple[ir.Table, Tally]:
-        """Read a log to its end and keep it on disk, with the columns of `pipeline.ingest.reading.schema_of`.
+        """Read a log to its end and keep it, with the columns of `pipeline.ingest.reading.schema_of`.
 
         Args:
             files: the log.
@@ -53,7 +53,7 @@ class Engine(Protocol):
         ...
 
     def materialize(self, name: str, table: ir.Table, report: ReportShare) -> ir.Table:
-        """Compute ``table`` once and keep the result on disk under ``name``."""
+        """Compute ``table`` once and keep the result under ``name``."""
         ...
 
     def reserve(self, memory: int) -> None:

@@ -41,7 +41,6 @@ _BLOCK = 8 << 20
 """Bytes of text that are parsed at a time."""
 _ROWS = 200_000
 """Rows of Parquet that are read at a time."""
-_DICTIONARY = pa.dictionary(pa.int32(), pa.string())
 
 T = TypeVar("T")
 
@@ -107,10 +106,12 @@ def _batches(
 ) -> Iterator[pa.RecordBatch]:
     """Some columns of a file, by their names in it: text as it stands, Parquet in its types.
 
-    Columns of text in ``dictionaries`` come dictionary-encoded.
+    Columns of Parquet in ``dictionaries`` come dictionary-encoded.
     """
-    read = _text_batches if files.format == "text" else _parquet_batches
-    return ahead(read(files, files.paths[index], columns, report, dictionaries))
+    path = files.paths[index]
+    if files.format == "text":
+        return ahead(_text_batches(files, path, columns, report))
+    return ahead(_parquet_batches(files, path, columns, report, dictionaries))
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
@@ -123,7 +124,7 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _dictionaries(files: LogFiles) -> list[str]:
-    """Columns of a file, by their names in it, whose texts come again and again: each is to be looked at once."""
+    """Columns of a Parquet file, by their names in it, whose texts come again and again: each is looked at once."""
     others = set(files.keep)
     for column in files.columns:
         # Nearly every line of a piece has a user or an item of its own.
@@ -143,11 +144,13 @@ def _typed(
     """Columns by their new names and types; lines that the settings leave out are counted and gone."""
 
     def converted(column: Column, codes: TextCodes | None) -> pa.Array:
+        # Whoever parses text looks at that.
+        utf8 = files.format == "text"
         raw = batch.column(column.source)
         try:
             if codes is None or not column.coded:
                 return _converted(files, column, raw, tally)
-            texts = _converted(files, column, raw, tally) if column.several else values.repeated_texts(raw)
+            texts = _converted(files, column, raw, tally) if column.several else values.repeated_texts(raw, utf8=utf8)
             return codes.code(text_column(files, column.name), texts)
         except WrongValueError as wrong:
             where = _where(files, files.paths[index], int(record_N[wrong.index]))
@@ -196,7 +199,7 @@ def _inside(time: pa.Array, since: int | None, until: int | None) -> pa.Array:
 
 
 def _text_batches(
-    files: LogFiles, path: Path, columns: tuple[str, ...], report: ReportBytes, dictionaries: Collection[str]
+    files: LogFiles, path: Path, columns: tuple[str, ...], report: ReportBytes
 ) -> Iterator[pa.RecordBatch]:
     # Columns that are not wanted may share a name, or have none: all go by their numbers here.
     numbers = [str(index) for index in range(len(files.text_columns))]
@@ -218,9 +221,7 @@ def _text_batches(
                 ),
                 pyarrow.csv.ConvertOptions(
                     check_utf8=True,
-                    column_types={
-                        index: _DICTIONARY if name in dictionaries else pa.string() for index, name in needed.items()
-                    },
+                    column_types=dict.fromkeys(needed, pa.string()),
                     include_columns=list(needed),
                     strings_can_be_null=False,
                 ),

@@ -19,7 +19,7 @@ from pipeline.ingest.dictionaries import Dictionary
 from pipeline.ingest.encodings import encode_numbers
 from pipeline.ingest.histories import HistoryWriter, own_histories
 from pipeline.ingest.lines import I64, Lines, whole_users
-from pipeline.ingest.reading import Tally
+from pipeline.ingest.reading import Tally, ahead
 from pipeline.ingest.targets import ChosenLines, choose_targets, count_left_out, draw_negatives
 from schemas import shards
 from schemas.prepare import ImpressionSplit, ShardLayout, SplitSettings
@@ -80,7 +80,7 @@ class ShardBuilder:
         tally = Tally()
         kind: RawType = "text" if self.schema.field("user_id").type == pa.string() else "integer"
         kept = shards.layer_schema(self.features, user_type=kind)
-        for number, lines_of_shard in _by_shard(whole_users(batches)):
+        for number, lines_of_shard in _by_shard(ahead(whole_users(batches))):
             written = WrittenShard(f"shard-{number:05d}.parquet")
             with HistoryWriter(self.folder / f"history-{self.day:05d}-{number:05d}.arrow", kept) as history:
                 self._write_file(written, self._tables(lines_of_shard, written, history, tally, progress))
@@ -182,7 +182,8 @@ class ShardBuilder:
     def _write_file(self, written: WrittenShard, tables: Iterable[pa.Table]) -> None:
         writer = None
         try:
-            for group in _groups(tables, self.layout.users_per_row_group):
+            # The next one is made while this one is compressed.
+            for group in ahead(_groups(tables, self.layout.users_per_row_group)):
                 # Only when there is something to write: users without targets may fill a whole shard.
                 if writer is None:
                     writer = pq.ParquetWriter(self.folder / written.name, self.schema, **shard_encoding(self.schema))

@@ -143,9 +143,11 @@ def _count_repeated(lines: Lines) -> Tally:
     start_R = np.flatnonzero(~same_L)
     if not len(start_R):
         return Tally()
-    label_L = _label(lines)
+    if lines.label_L is None:
+        count_R = np.add.reduceat(lines.is_own_L.astype(np.int64), start_R)
+        return Tally({"events repeated": int(np.maximum(count_R - 1, 0).sum())})
     by_label = {
-        label: np.add.reduceat((lines.is_own_L & (label_L == label)).astype(np.int64), start_R)
+        label: np.add.reduceat((lines.is_own_L & (lines.label_L == label)).astype(np.int64), start_R)
         for label in (EVENT, UNLABELED, 0, 1)
     }
     more = {label: int(np.maximum(count_R - 1, 0).sum()) for label, count_R in by_label.items()}

@@ -3,29 +3,25 @@
 A text's code is its hash of 63 bits, the same in every log. Texts whose hashes are equal get codes of their own; no two
 texts of a column ever share one.
 
-N = values, W = words of 8 bytes.
+N = values, S = slots of the memory, W = words of 8 bytes that a slot has.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.hashing import U64, hash_texts
 from pipeline.ingest.definition import USER_KEY_RANGE
 
 SCHEMA = pa.schema([pa.field("code", pa.int64()), pa.field("text", pa.string())])
 """What files of texts have, a line for each text."""
 
 _SLOTS = 1 << 20
-"""Texts that are remembered at most."""
-_WORDS = 5
-"""Words of a remembered text; longer ones are not remembered."""
-_PIECE = 1 << 18
-"""Texts that are hashed at a time."""
+"""Texts that are remembered at most; a power of two."""
+_WORDS = 7
+"""Words of a remembered text; longer ones are not remembered. With what else a slot has, it fills a cache line."""
 
 
 class TextCodes:
@@ -44,10 +40,7 @@ class TextCodes:
 
     def forget(self) -> None:
         """Take all texts for new ones from now on."""
-        # What stands in a slot: 1 + column and length of a text, and its words. 0: nothing.
-        self._place_S = np.zeros(_SLOTS, np.int64)
-        self._words_WS = np.zeros((_WORDS, _SLOTS), np.uint64)
-        self._taker_S = np.zeros(_SLOTS, np.int32)
+        self._memory_SW = np.zeros((_SLOTS, 1 + _WORDS), np.uint64)
 
     def code(self, column: str, values: pa.Array, *, written: bool = False) -> pa.Array:
         """Codes of texts, int64; nulls stay.
@@ -59,9 +52,14 @@ class TextCodes:
         """
         if isinstance(values, pa.DictionaryArray):
             return self.code(column, values.dictionary, written=written).take(values.indices)
-        starts = range(0, len(values), _PIECE)
-        pieces = [self._code(column, values[start : start + _PIECE], written=written) for start in starts]
-        return pa.concat_arrays(pieces) if pieces else pa.nulls(0, pa.int64())
+        missing_N = values.is_null().to_numpy(zero_copy_only=False) if values.null_count else None
+        code_N, new = self._coded(column, values, missing_N, written=written)
+        codes = self._with_moved(column, values, pa.array(code_N, mask=missing_N))
+        if len(new):
+            if column not in self._writers:
+                self._writers[column] = pa.ipc.new_stream(str(self._path(column)), SCHEMA)
+            self._writers[column].write_batch(pa.record_batch([codes.take(new), values.take(new)], schema=SCHEMA))
+        return codes
 
     def move(self, column: str, text: str, code: int) -> None:
         """Give a text that has a code, as another one of its column has, the next one."""
@@ -80,50 +78,30 @@ class TextCodes:
     def _path(self, column: str) -> Path:
         return self._folder / f"texts_{column}.arrows"
 
-    def _code(self, column: str, values: pa.Array, *, written: bool) -> pa.Array:
-        number = self._columns.setdefault(column, len(self._columns))
-        words_WN = np.zeros((_WORDS, len(values)), np.uint64)
-        hash_N = hash_texts(values, words_WN)
-        code_N = (hash_N >> np.uint64(1)).astype(np.int64)
-        missing_N = values.is_null().to_numpy(zero_copy_only=False)
-        codes = self._with_moved(column, values, pa.array(code_N, mask=missing_N))
-        if written:
-            return codes
-        new = self._not_remembered(number, values, missing_N, hash_N, words_WN)
-        if len(new):
-            if column not in self._writers:
-                self._writers[column] = pa.ipc.new_stream(str(self._path(column)), SCHEMA)
-            self._writers[column].write_batch(pa.record_batch([codes.take(new), values.take(new)], schema=SCHEMA))
-        return codes
+    def _coded(
+        self, column: str, values: pa.Array, missing_N: NDArray[np.bool_] | None, *, written: bool
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Codes by hash alone, and, unless all are ``written``, indices of texts that may not have been written yet."""
+        # Imported only here: it takes a while, and logs without texts have no use for it.
+        from pipeline.ingest.text_kernel import hash_into, remember, words_of
 
-    def _not_remembered(
-        self, number: int, values: pa.Array, missing_N: NDArray[np.bool_], hash_N: U64, words_WN: U64
-    ) -> NDArray[np.int64]:
-        """Indices of texts that may not have been written yet, each of these at least once; they are remembered."""
-        slot_N = (hash_N & np.uint64(_SLOTS - 1)).astype(np.int64)
-        length_N = pc.fill_null(pc.binary_length(values), 0).to_numpy().astype(np.int64)
-        place_N = (number << 32) + length_N + 1
-        fits_N = length_N <= 8 * _WORDS
-        # Of texts of one length, words behind its end are equal.
-        words = [*zip(words_WN, self._words_WS, strict=True)][: -(-int(length_N.max()) // 8)]
-
-        def differs(index: Any) -> NDArray[np.bool_]:
-            slot = slot_N[index]
-            same: NDArray[np.bool_] = (self._place_S[slot] == place_N[index]) & fits_N[index]
-            for word_N, word_S in words:
-                same &= word_S[slot] == word_N[index]
-            return ~same
-
-        new = np.flatnonzero(differs(slice(None)) & ~missing_N)
-        # Of several texts in one slot one takes it, as a whole.
-        fitting = new[fits_N[new]]
-        self._taker_S[slot_N[fitting]] = fitting
-        taking = fitting[self._taker_S[slot_N[fitting]] == fitting]
-        slot = slot_N[taking]
-        self._place_S[slot] = place_N[taking]
-        for word_N, word_S in words:
-            word_S[slot] = word_N[taking]
-        return np.concatenate([taking, new[differs(new)]])
+        if not len(values):
+            return np.zeros(0, np.int64), np.zeros(0, np.int32)
+        _, offsets, buffer = values.buffers()
+        offset_N = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1]
+        content = np.frombuffer(b"" if buffer is None else buffer, np.uint8)
+        # Of both kinds numba would compile one more.
+        offset_N.flags.writeable = content.flags.writeable = False
+        words = words_of(content)
+        hash_N, new_N = np.empty(len(values), np.uint64), np.empty(len(values), np.int32)
+        hash_into(hash_N, content, words, offset_N)
+        new = 0
+        if not written:
+            # Lengths of texts are below 2^32.
+            place = np.uint64((1 + self._columns.setdefault(column, len(self._columns))) << 32)
+            missing = np.zeros(0, bool) if missing_N is None else missing_N
+            new = remember(self._memory_SW, place, content, words, offset_N, missing, hash_N, new_N)
+        return (hash_N >> np.uint64(1)).view(np.int64), new_N[:new]
 
     def _with_moved(self, column: str, values: pa.Array, codes: pa.Array) -> pa.Array:
         moved = self._moved.get(column)

@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 from schemas.prepare import TimestampUnit
 from schemas.shards import SPLITS
 
+_POINT, _SLASH, _NINE = np.frombuffer(b"./9", np.uint8)
+
 Kind = Literal["integer", "text", "number", "time", "hour", "weekday", "label", "split"]
 
 LONGEST_TEXT = 1 << 16
@@ -98,11 +100,15 @@ def integers(values: pa.Array) -> pa.Array:
     return cast(whole, _is_int64, "does not fit an integer of 64 bits", said=values)
 
 
-def texts(values: pa.Array) -> pa.Array:
+def texts(values: pa.Array, *, utf8: bool = False) -> pa.Array:
     """Text as it stands, every character of it; integers by their digits, booleans as ``true`` and ``false``.
 
     Binary values of a fixed width of 16 bytes are UUIDs (``8-4-4-4-12`` digits in small letters), all others are
     hexadecimal digits in small letters.
+
+    Args:
+        values: of any type that can be read as text.
+        utf8: texts have been checked to be UTF-8.
 
     Raises:
         WrongValueError: a text longer than `LONGEST_TEXT`, or one that is no UTF-8.
@@ -112,17 +118,19 @@ def texts(values: pa.Array) -> pa.Array:
         values = binary_texts(values)
     elif not is_text(values.type):
         values = values.cast(pa.string())
-    else:
+    elif not utf8:
         _require_utf8(values)
     values = missing_as_null(values)
-    require(values, pc.less_equal(pc.binary_length(values), LONGEST_TEXT), lambda _: "is longer than 64 KiB")
+    length = pc.binary_length(values)
+    if (pc.max(length).as_py() or 0) > LONGEST_TEXT:
+        require(values, pc.less_equal(length, LONGEST_TEXT), lambda _: "is longer than 64 KiB")
     return values
 
 
-def repeated_texts(values: pa.Array) -> pa.Array:
+def repeated_texts(values: pa.Array, *, utf8: bool = False) -> pa.Array:
     """`texts`, of which dictionary-encoded ones stay so."""
     if not pa.types.is_dictionary(values.type):
-        return texts(values)
+        return texts(values, utf8=utf8)
     try:
         return pa.DictionaryArray.from_arrays(values.indices, texts(values.dictionary))
     except WrongValueError:
@@ -143,7 +151,9 @@ def numbers(values: pa.Array, *, negative: bool = True) -> pa.Array:
     values = plain(values)
     number = missing_as_null(values) if is_text(values.type) else values
     if is_text(values.type):
-        require(number, pc.match_substring_regex(number, _NUMBER), lambda _: "is not a number")
+        # Of digits and points alone Arrow reads what the rules do; the rules are asked about all else.
+        if not _has_digits_and_points_alone(number):
+            require(number, pc.match_substring_regex(number, _NUMBER), lambda _: "is not a number")
         number = cast(number, _is_float, "is not a number", kind=pa.float64())
     number = pc.add(number.cast(pa.float64(), safe=False), 0.0)
     number = pc.if_else(pc.is_nan(number), pa.scalar(None, pa.float64()), number)
@@ -284,6 +294,18 @@ def missing_as_null(values: pa.Array) -> pa.Array:
     """Texts, with nulls in the place of empty ones."""
     shortest = pc.min(pc.binary_length(values)).as_py()
     return pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values) if shortest == 0 else values
+
+
+def _has_digits_and_points_alone(values: pa.Array) -> bool:
+    """Whether no text has another character."""
+    _, offsets, content = values.buffers()
+    if content is None or not len(values):
+        return True
+    offset = np.frombuffer(offsets, np.int32)
+    first, end = int(offset[values.offset]), int(offset[values.offset + len(values)])
+    character = np.frombuffer(content, np.uint8)[first:end]
+    # What comes before the point wraps around to a large number; behind it stand the slash and the digits.
+    return not ((character - _POINT > _NINE - _POINT) | (character == _SLASH)).any()
 
 
 def _has_zero_in_front(values: pa.Array) -> bool:

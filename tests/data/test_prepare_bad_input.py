@@ -1,5 +1,6 @@
 """Bad input of `dare prepare`: one clear line, a non-zero exit, nothing lost or half-written; odd input that works."""
 
+import gc
 import gzip
 import json
 import os
@@ -232,6 +233,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if os.geteuid() or mounted.returncode:
         pytest.skip("mounting a small disk needs root")
     yield disk
+    # A file that pyarrow could not write is open until its writer is collected.
+    gc.collect()
     subprocess.run(["umount", str(disk)], check=True)
 
 
