@@ -46,7 +46,9 @@ def top_k(inputs: TopKInputs, implementation: TopKImplementation | None = None) 
         implementation = TopKImplementation(device) if device in ("cpu", "cuda") else TopKImplementation.REFERENCE
     parts = inputs.parts
     # Detached, because the operator has no backward: its results must not seem to have a gradient.
-    score_TK, index_TK = _top_k(
+    # torch's way to an operator in Python leads through its compiler, which takes a second or more to load.
+    search = _top_k if torch.compiler.is_compiling() else _searched
+    score_TK, index_TK = search(
         inputs.rows_RD.detach(),
         inputs.ids_M,
         inputs.start_T,
@@ -68,8 +70,7 @@ def top_k(inputs: TopKInputs, implementation: TopKImplementation | None = None) 
 
 
 # An operator's schema has tensors and numbers alone, so here, and nowhere else, the inputs are spelled out.
-@torch.library.custom_op("dare::top_k", mutates_args=())
-def _top_k(
+def _searched(
     rows_RD: Tensor,
     ids_M: Tensor,
     start_T: Tensor,
@@ -108,6 +109,9 @@ def _top_k(
     from embeddings.search.topk.reference import top_k_reference
 
     return top_k_reference(inputs)
+
+
+_top_k = torch.library.custom_op("dare::top_k", _searched, mutates_args=())
 
 
 @_top_k.register_fake

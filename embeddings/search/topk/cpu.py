@@ -14,6 +14,7 @@ from torch import Tensor
 from embeddings.compiled import in_threads
 from embeddings.search.topk import cpu_kernel
 from embeddings.search.topk.cpu_arguments import PART, SearchWindows, TableRows, Units
+from embeddings.search.topk.cpu_request import is_request, top_k_of_request
 from embeddings.search.topk.inputs import TopKInputs
 
 TARGETS_TOGETHER = 64
@@ -28,6 +29,8 @@ _AS_INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.uint16}
 
 def top_k_cpu(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
     """The search of `embeddings.search.topk.api.top_k`, with as many threads as torch uses; inputs are checked."""
+    if is_request(inputs):
+        return top_k_of_request(inputs)
     rows_RD, scale_R, targets = inputs.rows_RD, inputs.scale_R, len(inputs.start_T)
     # Nothing is cleared: the kernel writes all K columns, filling included.
     score_TK = torch.empty(targets, inputs.k, dtype=torch.float32)
