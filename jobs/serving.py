@@ -55,6 +55,11 @@ def export(
     if delta is not None and (rows is not None or attention_rows is not None or data is not None):
         raise UserError("--delta: data set and precisions are those of the full export; leave the other options out")
 
+    import warnings
+
+    # What torch says of its own insides.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
     from pipeline.export.export import export_delta, export_run
 
     if delta is not None:

@@ -186,3 +186,33 @@ def plan(
     """
     job = launch.Job(name, image, launch.node(None, cpu, 0, memMB), env or {}, mounts or [])
     return job.single("plan", args)
+
+
+def serve(
+    *args: str,
+    port: int = 8080,
+    cpu: int = 2,
+    memMB: int = 4096,
+    image: str = "",
+    name: str = "dare-serve",
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_retries: int = 3,
+) -> specs.AppDef:
+    """Answer requests over HTTP: `dare serve`, one process that listens on a port.
+
+    Args:
+        args: arguments of `dare serve` but for --port, after `--`; a container listens to all without --host
+        port: port that it listens on
+        cpu: cores
+        memMB: memory in MiB
+        image: container image; none: the environment that torchx runs in
+        name: name of the job
+        env: environment, K=V,K2=V2; values may have commas
+        mounts: for containers, type=bind,src=/host,dst=/job[,readonly]
+        max_retries: how often the scheduler starts the job again when it fails
+    """
+    job = launch.Job(name, image, launch.node(None, cpu, 0, memMB), env or {}, mounts or [], max_retries)
+    # Nobody reaches the loopback of a container.
+    host = ["--host", "0.0.0.0"] if image and "--host" not in args else []
+    return job.single("serve", [*args, *host, "--port", str(port)], {"http": port})

@@ -226,9 +226,13 @@ class Job:
         line = " ".join(["-m torch.distributed.run --rdzv-backend=c10d", *meeting, shlex.join(options)])
         return self._app(command, line, self.node.cpu // count.per_node, count.nodes, {"c10d": rdzv_port})
 
-    def single(self, command: str, arguments: Sequence[str]) -> specs.AppDef:
-        """Describe a command that is one process; arguments and errors are those of `ranks`."""
-        return self._app(command, f"-m jobs.cli {shlex.join([command, *arguments])}", self.node.cpu, 1, {})
+    def single(self, command: str, arguments: Sequence[str], ports: Mapping[str, int] | None = None) -> specs.AppDef:
+        """Describe a command that is one process, which listens on some ports, by their names.
+
+        Other arguments, and errors, are those of `ranks`.
+        """
+        line = f"-m jobs.cli {shlex.join([command, *arguments])}"
+        return self._app(command, line, self.node.cpu, 1, dict(ports or {}))
 
     def _app(self, command: str, line: str, cores: int, nodes: int, ports: dict[str, int]) -> specs.AppDef:
         if not NAME.fullmatch(self.name):

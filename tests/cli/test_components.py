@@ -10,6 +10,7 @@ from typing import Any
 import botocore.session
 import kubernetes_validate
 import pytest
+import yaml
 from botocore.validate import ParamValidator
 from torchx import specs
 from torchx.runner import Runner
@@ -23,7 +24,7 @@ from schemas.cluster import ClusterSettings, known_clusters
 from schemas.settings import load_settings
 
 REPOSITORY = Path(__file__).parents[2]
-COMPONENTS = ("train", "online", "evaluate", "prepare", "plan")
+COMPONENTS = ("train", "online", "evaluate", "prepare", "plan", "serve")
 RDMA = ("--devices", "vpc.amazonaws.com/efa=4")
 MOUNTS = "type=bind,src=/data,dst=/data,readonly,type=volume,src=runs,dst=/runs"
 
@@ -433,6 +434,41 @@ def test_kubernetes(runner: Runner) -> None:
         first = "TORCHX_RANK0_HOST" if number == 0 else "VC_TRAIN_0_HOSTS"
         assert f"${{{first}:=localhost}}:29500" in container["command"][-1]
         validate_pod(task["template"])
+
+
+def test_a_server_on_kubernetes(runner: Runner) -> None:
+    from torchx.schedulers.kubernetes_scheduler import sanitize_for_serialization
+
+    arguments = ["--image", "dare:cpu", "--port", "8090", "--", "/models/dare", "--watch"]
+    request = runner.dryrun_component("dare.serve", arguments, "kubernetes", {"queue": "q"}).request
+    job: Any = sanitize_for_serialization(request.resource)
+    (task,) = job["spec"]["tasks"]
+    (container,) = task["template"]["spec"]["containers"]
+    assert container["ports"] == [{"containerPort": 8090, "name": "http"}]
+    assert "serve /models/dare --watch --host 0.0.0.0 --port 8090" in container["command"][-1]
+    validate_pod(task["template"])
+    # On this machine it listens to this machine alone.
+    role = role_of(components.serve("/models/dare"))
+    assert role.args[-1].endswith("serve /models/dare --port 8080")
+
+
+def test_the_deployment_of_the_examples() -> None:
+    documents = list(yaml.safe_load_all((REPOSITORY / "examples/serve_on_kubernetes.yaml").read_text()))
+    assert [document["kind"] for document in documents] == ["Deployment", "Service"]
+    for document in documents:
+        for version in ("1.30", "1.37"):
+            kubernetes_validate.validate(document, version, strict=True)
+    (container,) = documents[0]["spec"]["template"]["spec"]["containers"]
+    for probe in ("startupProbe", "readinessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": "http"}
+    # The command is one that `dare` understands.
+    import typer.main
+
+    from jobs.app import app
+
+    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    given = command.make_context("serve", container["command"][2:], resilient_parsing=True).params
+    assert (given["host"], given["port"], given["watch"]) == ("0.0.0.0", 8080, True)
 
 
 def test_a_pod_that_is_wrong_does_not_pass() -> None:

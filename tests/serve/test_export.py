@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -295,6 +296,25 @@ def test_the_command_line(deltas: Deltas, exported_full: Path, tmp_path: Path) -
         assert code == 1
         assert len(errors.splitlines()) == 1
         assert line in errors
+
+
+def _export_uncompiled(arguments: list[str], output: Path, errors: Path) -> None:
+    from tests.runs import _dare
+
+    os.environ["CXX"] = "no-such-compiler"
+    _dare(arguments, output, errors)
+
+
+def test_a_machine_without_a_compiler_exports_by_the_command_line(deltas: Deltas, tmp_path: Path) -> None:
+    arguments = ["export", "--run", str(deltas.run), "--out", str(tmp_path / "M"), "--attention-rows", "int8"]
+    assert wait([start(_export_uncompiled, arguments, tmp_path / "out", tmp_path / "err")]) == [0]
+    said = (tmp_path / "out").read_text().splitlines()
+    assert said[-1] == "programs are not compiled: no C++ compiler is at hand"
+    assert re.match(
+        rf"{tmp_path}/M: exported: dare, step \d+ of run, version [0-9a-f]{{12}}; tables: \d+ in fp32", said[0]
+    )
+    assert ", 1 in int8 (" in said[0]
+    assert (tmp_path / "err").read_text() == ""
 
 
 @pytest.mark.usefixtures("programs_made_once")
