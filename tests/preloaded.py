@@ -12,6 +12,7 @@ import hypothesis
 import numba.core.registry
 import pyarrow.dataset
 import pytest
+import sklearn.metrics
 import torch._dynamo
 import torch.distributed.optim
 import torchrec
@@ -27,6 +28,8 @@ import pipeline.online.run
 import pipeline.train.reporting
 import pipeline.train.run
 import tests.days
+import tests.featured
+import tests.toy_model
 import tests.trainers
 
 # What the compiler knows of types and functions is loaded when it is first asked, which takes a second.

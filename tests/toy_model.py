@@ -40,6 +40,12 @@ MANY: dict[str, Any] = {
 }
 """Features of every kind on every side."""
 TWO = {"retrieved": {"ads": 4, "content": 6}, "features": ALL}
+OF_ANOTHER_SIZE = {
+    *("dare-no-tr", "twin-no-tr", "twin-mlp-1", "din-short"),
+    *(f"twin-projection-{of}" for of in ("no-item", "position", "category", "item", "small")),
+}
+"""Models that differ from others in what is projected or how large it is: for features of every kind, on one process,
+they have quick tests of their own; what ranks exchange is the same."""
 ONE = {"retrieved": {"ads": 4}}
 SGD = {"optimizer": "sgd", "learning_rate": 1.0}
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,8 @@ import pytest
 from schemas.manifest import Manifest
 from tests.data.conftest import Dare
 from tests.datasets import manifest_of, write_manifest
+from tests.launcher import wait
+from tests.runs import run_dare, start_dare
 
 HEADER = "user_id,item_id,category_id,timestamp\n"
 GOOD = HEADER + "".join(f"{user},{item},{item % 3},{item}\n" for user in (1, 2) for item in range(10 + user))
@@ -283,32 +284,31 @@ def test_manifest_must_be_there_and_fit(data_set: Path) -> None:
 
 
 def test_a_real_process_prints_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jobs.cli", "prepare", "--events", str(tmp_path / "absent.csv"), "--out", "x"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("dare: events: ")
+    code, told, errors = run_dare(tmp_path, "prepare", "--events", tmp_path / "absent.csv", "--out", tmp_path / "x")
+    assert code == 1
+    assert told == ""
+    assert errors.count("\n") == 1
+    assert errors.startswith("dare: events: ")
 
 
-def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     users, each = 20_000, 30
     times = list(range(each)) * users
     table = pa.table({"user_id": [user for user in range(users) for _ in range(each)], "item_id": times})
     pq.write_table(
         table.append_column("category_id", table["item_id"]).append_column("timestamp", [times]), tmp_path / "e.parquet"
     )
-    command = [sys.executable, "-m", "jobs.cli", "prepare", "--events", "e.parquet", "--out", "out", *LENIENT]
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()}, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while not (tmp_path / ".out.partial").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        assert process.stderr
-        said = process.stderr.read()
-    assert process.returncode == 130, said
+    # Its signals are the usual ones, whatever the tests were started with: in the background a shell ignores SIGINT.
+    output = tmp_path_factory.mktemp("said")
+    process = start_dare(output, "prepare", "--events", tmp_path / "e.parquet", "--out", tmp_path / "out", *LENIENT)
+    while not (tmp_path / ".out.partial").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    assert process.pid
+    os.kill(process.pid, signal.SIGINT)
+    codes = wait([process])
+    said = (output / "stderr").read_text()
+    assert codes == [130], said
     assert said.endswith("dare: interrupted\n")
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["e.parquet"]

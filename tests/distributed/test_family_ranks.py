@@ -13,7 +13,7 @@ from pipeline.runs.checkpoint_writer import CheckpointWriter
 from tests.launcher import run_ranks
 from tests.runs import small_settings
 from tests.tolerance import largest, rounding
-from tests.toy_model import MANY, TWO, assert_trained_alike, settings_of, together, train_on_this_rank
+from tests.toy_model import MANY, OF_ANOTHER_SIZE, TWO, assert_trained_alike, settings_of, together, train_on_this_rank
 from tests.trainers import CPU, Losses, Never, trainer_of
 
 SHAPES = ({"targets": 24}, {"targets": 13}, {"targets": 1}, {"targets": 2, "longest": 1}, {"targets": 24})
@@ -45,11 +45,6 @@ ON_THREE = [("dare", "many"), ("dare", "many by id"), ("twin-projection", "many 
 
 QUICK = ("dare", "twin", "sdim", "sim-soft", "din", "twin-projection")
 """With many features, these stand for the others but in `make test-slow`."""
-OF_ANOTHER_SIZE = {
-    *("dare-no-tr", "twin-no-tr", "twin-mlp-1", "din-short"),
-    *(f"twin-projection-{of}" for of in ("no-item", "position", "category", "item", "small")),
-}
-"""Models that differ from others in what is projected or how large it is: what ranks exchange is the same."""
 
 
 def is_slow(name: str, kind: str) -> bool:

@@ -1,7 +1,9 @@
 """Every model against its slow definition: what it keeps, what it predicts, every gradient; and what defines it."""
 
 import json
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from tests.toy_model import (
     ALL,
     CPU,
     MANY,
+    OF_ANOTHER_SIZE,
     ONE,
     SGD,
     TWO,
@@ -63,6 +66,11 @@ CASES = [
     *((name, shape) for name in DEFINITIONS for shape in SHAPES if (name, shape) != ("sdim", "auxiliary loss")),
     *((name, shape) for name, shape, _ in UNUSUAL),
 ]
+BROAD = ("two sequences, all features", "features of every kind")
+
+
+def some_slow(cases: Iterable[tuple[str, str]], is_slow: Callable[[str, str], bool]) -> list[Any]:
+    return [pytest.param(*case, marks=[pytest.mark.slow] if is_slow(*case) else []) for case in cases]
 
 
 def case_of(name: str, shape: str) -> ModelSettings:
@@ -70,7 +78,12 @@ def case_of(name: str, shape: str) -> ModelSettings:
     return settings_of(name, **(SHAPES[shape] if shape in SHAPES else unusual[name, shape]))
 
 
-@pytest.mark.parametrize(("name", "shape"), CASES)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    some_slow(
+        CASES, lambda name, shape: name in OF_ANOTHER_SIZE and shape not in ("one sequence", "features of every kind")
+    ),
+)
 def test_forward_and_every_gradient_equal_the_definition(name: str, shape: str) -> None:
     settings = case_of(name, shape)
     model, batch = model_of(settings).double(), batch_of(settings, seed=2)
@@ -87,11 +100,16 @@ def test_forward_and_every_gradient_equal_the_definition(name: str, shape: str) 
     assert sum(largest(gradient) > 1e-6 for gradient in expected.values()) > 5
 
 
-BROAD = ("two sequences, all features", "features of every kind")
 SEARCHING = [(name, shape) for shape in BROAD for name in DEFINITIONS if name != "sdim"]
 
 
-@pytest.mark.parametrize(("name", "shape"), [*SEARCHING, *((name, shape) for name, shape, _ in UNUSUAL)])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    some_slow(
+        [*SEARCHING, *((name, shape) for name, shape, _ in UNUSUAL)],
+        lambda name, shape: name in OF_ANOTHER_SIZE and shape == "two sequences, all features",
+    ),
+)
 def test_search_keeps_what_the_definition_keeps(name: str, shape: str) -> None:
     settings = case_of(name, shape)
     model = model_of(settings, seed=3)
@@ -108,7 +126,10 @@ def test_search_keeps_what_the_definition_keeps(name: str, shape: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [*((name, shape) for shape in BROAD for name in MODELS), *((name, shape) for name, shape, _ in UNUSUAL)],
+    some_slow(
+        [*((name, shape) for shape in BROAD for name in MODELS), *((name, shape) for name, shape, _ in UNUSUAL)],
+        lambda name, shape: shape == "two sequences, all features" or name in OF_ANOTHER_SIZE,
+    ),
 )
 def test_one_sharded_process_equals_the_unsharded_model(name: str, shape: str) -> None:
     settings = case_of(name, shape)

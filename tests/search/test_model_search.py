@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from embeddings.search.topk import cpu, cpu_kernel, inputs, reference
 from embeddings.search.topk.api import TopKImplementation, top_k
 from embeddings.search.topk.inputs import PartKind, ScorePart, TopKInputs
+from tests.examples import examples
 from tests.top_k_inputs import DTYPES, assert_same, searches
 
 IMPLEMENTATIONS = [TopKImplementation.REFERENCE, TopKImplementation.CPU]
@@ -71,7 +72,7 @@ def test_the_reference_keeps_the_best_and_the_earlier_of_equals(search: TopKInpu
     worth=st.integers(1, 4000),
     threads=st.sampled_from([1, 3]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(50, 400), deadline=None)
 def test_the_cpu_agrees_with_the_reference(search: TopKInputs, together: int, worth: int, threads: int) -> None:
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
