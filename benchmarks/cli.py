@@ -7,6 +7,7 @@ measures when it is called: this file is read by `dare --help`, which must not w
 import json as json_format
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -228,6 +229,45 @@ def bench_attention_dim(
         print(json_format.dumps([asdict(one) for one in figures]))
 
 
+def bench_serve(
+    model: Annotated[list[str] | None, typer.Option(help="dare or twin; repeatable. Both, if not given.")] = None,
+    length: Annotated[list[int] | None, typer.Option(min=1, help="Behaviours of a history; repeatable.")] = None,
+    attention_dim: Annotated[list[int] | None, typer.Option(min=4, help="K_A; repeatable.")] = None,
+    rows: Annotated[list[str] | None, typer.Option(help="What the search reads: fp32, bf16, int8; repeatable.")] = None,
+    table_rows: Annotated[int, typer.Option(min=2, help="Rows of each item table.")] = 4_000_000,
+    retrieved: Annotated[int, typer.Option(min=1, help="K.")] = 20,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of both sides.")] = 1,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each timing of ours.")] = 200,
+    rounds: Annotated[int, typer.Option(min=1, help="Timings of eager torch; the shortest counts.")] = 3,
+    experiment: Annotated[
+        Path | None, typer.Option(help="Folder of the experiment attention-dims-completejourney: its loss of AUC.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
+) -> None:
+    """Measure answers to requests of 500 candidates against eager torch, after checking that both say the same."""
+    import torch
+
+    from benchmarks.serve import Case, measure
+
+    torch.set_num_threads(threads)
+    cases = [
+        Case(*of_case)  # type: ignore[arg-type]
+        for of_case in product(
+            model or ("dare", "twin"),
+            attention_dim or (128, 64, 32, 16),
+            rows or ("fp32", "bf16", "int8"),
+            length or (200, 2000, 10_000),
+        )
+    ]
+    figures = []
+    for of_case in measure(cases, table_rows, retrieved, requests, rounds, experiment):
+        figures.append(asdict(of_case))
+        if not json:
+            _show(figures[-1], json=False)
+    if json:
+        print(json_format.dumps(figures))
+
+
 def _show(figures: Mapping[str, Any] | Sequence[Mapping[str, Any]], json: bool) -> None:
     """Print the figures of one case, or of several, a line each; or all of them as JSON."""
     if json:
@@ -252,3 +292,4 @@ bench.command("train")(bench_train)
 bench.command("packing")(bench_packing)
 bench.command("warm-start")(bench_warm_start)
 bench.command("attention-dim")(bench_attention_dim)
+bench.command("serve")(bench_serve)
