@@ -45,7 +45,7 @@ class _Shape(NamedTuple):
     """A tensor that a program takes."""
 
     dims: tuple[int | str, ...]
-    """Of a name: any size, the same wherever the name stands."""
+    """Sizes; a name stands for any size, the same one wherever it stands."""
     dtype: torch.dtype = torch.float32
 
 
