@@ -158,7 +158,7 @@ class ServedModel:
         return LocalRows.of(batch, self.sizes.lengths, self._sides, target_TD, behaviors, *cross, scale_R)
 
     def _log_counts(self, rows_Md: Tensor, history: History) -> Tensor:
-        """The weights of clusters; see `embeddings.search.local.ClusterWeights`. Windows that are all alike share them."""
+        """The weights of clusters (`embeddings.search.local.ClusterWeights`); windows that are all alike share them."""
         size, targets = self.settings.cluster_size, len(history.start_T)
         one = replace(history, start_T=history.start_T[:1], end_T=history.end_T[:1])
         if targets > 1 and bool((history.start_T == one.start_T).all() & (history.end_T == one.end_T).all()):
