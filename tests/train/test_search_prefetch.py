@@ -74,7 +74,9 @@ def measured(data: Path) -> None:
     for name in ("dare", "twin", "din"):
         runs = []
         for log_every in (1, 1000):
-            settings = small_settings(f"model={name}", "model.attention.dim=8", f"log_every={log_every}")
+            settings = small_settings(
+                f"model={name}", "model.attention.dim=8", "checkpoint.every=1000", f"log_every={log_every}"
+            )
             runs.append(train_and_save(settings, data, data.parent / f"{name}-{log_every}-{dist.get_world_size()}"))
         assert len(set(runs[0])) > 3
         assert runs[0] == runs[1], name

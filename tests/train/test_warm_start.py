@@ -232,7 +232,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "then", "model", "size", "text"),
     [
-        (2, 1, "dare", "becomes striped", True),
+        pytest.param(2, 1, "dare", "becomes striped", True, marks=slow),
         (2, 3, "dare", "becomes striped", True),
         (1, 2, "twin", "striped", False),
         (1, 1, "sdim", "one stripe", True),
