@@ -149,15 +149,23 @@ def test_settings_that_are_given_again_or_are_of_a_day(chain: Path, dare: Dare) 
 
 
 def test_the_main_label_is_that_of_the_chain(chain: Path, dare: Dare) -> None:
-    """Of several labels the first one is the main one, in whatever order a manifest writes their names."""
+    """Of several labels the first one is the main one, in whatever order manifests or later days write their names."""
+    (chain / "other.yaml").write_text("impressions: {labels: {clicked: none, sold: one}}\n")
+    write(chain / "e2.csv", lines_of(2))
+    write(chain / "e3.csv", lines_of(3))
+    again: dict[int, list[object]] = {
+        2: ["impressions.labels={clicked: none, sold: one}"],
+        3: ["--config", chain / "other.yaml"],
+    }
     shown = chain / "shown.csv"
     labels = {"sold": "one", "clicked": "none"}
-    for day in (0, 1):
+    for day in range(4):
         rows = [f"{user},{item},{day * DAY + 50 * item},1,0\n" for user in (1, 2, 3) for item in range(10)]
         shown.write_text("user_id,item_id,timestamp,one,none\n" + "".join(rows))
         settings = ["split.kind=impressions", "split.min_history=1", "history.keep=50", "events.category_id=null"]
         given = f"impressions.labels={{{', '.join(f'{name}: {column}' for name, column in labels.items())}}}"
-        begun = ("--extend", chain / "c0") if day else (given, "impressions.category_id=null", *settings)
+        former = chain / f"c{day - 1}"
+        begun = ("--extend", former, *again.get(day, [])) if day else (given, "impressions.category_id=null", *settings)
         log = ("--events", chain / f"e{day}.csv", "--impressions", shown)
         assert dare("prepare", *log, "--out", chain / f"c{day}", *begun)[0] == 0
         manifest = Manifest.read(chain / f"c{day}")
