@@ -356,5 +356,9 @@ def test_engines_write_the_same_days(tmp_path: Path, text: bool) -> None:
             else:
                 former = tmp_path / f"{engine}{day - 1}"
                 extend(former, out, values | {"engine": engine}, features=chosen["features"])
-        files = {path.name: path.read_bytes() for path in sorted((tmp_path / f"duckdb{day}").iterdir())}
-        assert files == {path.name: path.read_bytes() for path in sorted((tmp_path / f"spark{day}").iterdir())}
+                # The day's impressions alone, which are scored.
+                shown = {"impressions": values["impressions"], "engine": engine}
+                extend(former, tmp_path / f"{engine}{day + 1}", shown)
+    for number in range(3):
+        files = {path.name: path.read_bytes() for path in sorted((tmp_path / f"duckdb{number}").iterdir())}
+        assert files == {path.name: path.read_bytes() for path in sorted((tmp_path / f"spark{number}").iterdir())}

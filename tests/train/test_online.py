@@ -44,19 +44,21 @@ def undisturbed(days: list[Path], tmp_path_factory: pytest.TempPathFactory) -> d
     return {ranks: Online(ranks, online_settings(days), folder / str(ranks)).finish() for ranks in (1, 2)}
 
 
-def killed_and_finished(ranks: int, kills: int, days: list[Path], folder: Path, undisturbed: Online) -> None:
+def killed_and_finished(
+    ranks: int, kills: int, days: list[Path], folder: Path, undisturbed: Online, *overrides: str
+) -> None:
     """Kill an online run before random changes of its folder, and let it go on."""
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     rng = random.Random(seed)
     for _ in range(kills):
-        run = Online(ranks, online_settings(days), folder, die_at=rng.randrange(1, undisturbed.changes))
+        run = Online(ranks, online_settings(days, *overrides), folder, die_at=rng.randrange(1, undisturbed.changes))
         (code,) = wait(run.processes[:1])
         run.kill()
         if code == 0:  # what was left had fewer changes than that
             break
         assert code == -9, run.said()
-    Online(ranks, online_settings(days), folder).finish()
+    Online(ranks, online_settings(days, *overrides), folder).finish()
     assert end_state(folder) == end_state(undisturbed.folder)
 
 
@@ -72,6 +74,26 @@ def test_killed_runs_end_as_undisturbed_ones(
 def test_killed_again_and_again(ranks: int, days: list[Path], tmp_path: Path, undisturbed: dict[int, Online]) -> None:
     for number in range(6):
         killed_and_finished(ranks, 5, days, tmp_path / str(number), undisturbed[ranks])
+
+
+DELTAS = ("checkpoint.every=3", "checkpoint.delta_every=1")
+ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.attention.optimizer=adagrad", "model.representation.optimizer=sgd"],
+        pytest.param(["deterministic=true", "model.representation.optimizer=adam"], marks=ON_CUDA),
+        pytest.param(["deterministic=true", "model.representation.precision=fp16"], marks=ON_CUDA),
+        pytest.param(["deterministic=true", "model.representation.memory=host"], marks=ON_CUDA),
+    ],
+)
+def test_tables_of_any_kind_with_deltas(overrides: list[str], days: list[Path], tmp_path: Path) -> None:
+    settings = (*DELTAS, *overrides)
+    undisturbed = Online(1, online_settings(days, *settings), tmp_path / "undisturbed").finish()
+    killed_and_finished(1, 3, days, tmp_path / "run", undisturbed, *settings)
 
 
 def test_what_is_done_is_not_done_again(days: list[Path], tmp_path: Path, undisturbed: dict[int, Online]) -> None:
