@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from embeddings.batch import Batch
 from embeddings.distributed.process_group import process_group
 from embeddings.initialization import initialize
 from embeddings.loss import click_loss
@@ -74,8 +75,8 @@ def compare(data: Path) -> dict[str, int]:
     with HistoryStream(
         data, "train", stream, seed=0, shuffle=True, rank=dist.get_rank(), world=dist.get_world_size()
     ) as batches:
-        batch = next(iter(batches))
-    history = batch.histories["history"]
+        # As many targets with a history as without.
+        batch = min(batches, key=lambda batch: abs(2 * without_history(batch) - len(batch)))
     for name in KINDS:
         plain = model_with_weights(
             settings_of(name, retrieved={"history": 4}, features=["item", "category", "position"]), sizes
@@ -92,7 +93,12 @@ def compare(data: Path) -> dict[str, int]:
         assert torch.isfinite(loss), name
         loss.backward()
         assert all(torch.isfinite(each.grad).all() for each in sharded.parameters() if each.grad is not None)
-    return {"targets": len(batch), "without": int((history.start_T == history.end_T).sum())}
+    return {"targets": len(batch), "without": without_history(batch)}
+
+
+def without_history(batch: Batch) -> int:
+    history = batch.histories["history"]
+    return int((history.start_T == history.end_T).sum())
 
 
 def model_with_weights(settings: ModelSettings, sizes: DataSizes) -> torch.nn.Module:
@@ -112,7 +118,6 @@ def test_every_model_predicts_for_users_without_events(folder: Path, ranks: int)
     else:
         found = run_ranks(ranks, compare, folder / "data")
     targets, without = (sum(each[name] for each in found) for name in ("targets", "without"))
-    assert targets == 12 * ranks
     assert 0 < without < targets
 
 
