@@ -5,6 +5,7 @@ from typing import Any
 
 from schemas.features import UNCHANGED
 from schemas.prepare import PrepareSettings
+from schemas.settings import validated
 
 
 def recorded(settings: PrepareSettings) -> dict[str, Any]:
@@ -30,7 +31,8 @@ def without_files(recorded: Mapping[str, Any], labels: Sequence[str]) -> dict[st
     """
     content: dict[str, Any] = {**recorded, "features": [dict(feature) for feature in recorded["features"]]}
     for feature in content["features"]:
-        if feature["file"] is not None:
+        # Earlier versions did not say which features have files.
+        if feature.get("file") is not None:
             feature["file"] = {**feature["file"], "path": UNCHANGED}
     for name in ("events", "impressions"):
         if content[name] is not None:
@@ -48,9 +50,13 @@ def without_files(recorded: Mapping[str, Any], labels: Sequence[str]) -> dict[st
 
 
 def settings_of(recorded: Mapping[str, Any], labels: Sequence[str]) -> PrepareSettings:
-    """The settings that a manifest has recorded, where all files are `UNCHANGED`; arguments as of `without_files`."""
+    """The settings that a manifest has recorded, where all files are `UNCHANGED`; arguments as of `without_files`.
+
+    Raises:
+        UserError: another version of this program has written them, and this one does not know what they say.
+    """
     content = without_files(recorded, labels)
     for name in ("events", "impressions"):
         if content[name] is not None:
             content[name]["files"] = [UNCHANGED]
-    return PrepareSettings.model_validate(content)
+    return validated(PrepareSettings, content)

@@ -59,6 +59,13 @@ def test_tutorial(tmp_path: Path) -> None:
     # The second example scores a batch with the run that the tutorial leaves behind.
     lines = run(tmp_path, sys.executable, str(REPOSITORY / "examples/score_a_batch.py"), "runs/dare").splitlines()
     assert sum(bool(re.fullmatch(r"user \d+, item \d+: 0\.\d{4}", line)) for line in lines) == 4
+    # And the third one asks what is exported of that run.
+    run(tmp_path, "dare", "export", "--run", "runs/dare", "--out", "models/dare")
+    example = str(REPOSITORY / "examples/answer_in_python.py")
+    *best, first, second, third = run(tmp_path, sys.executable, example, "models/dare", "purchases.csv").splitlines()
+    assert len(best) == 5
+    assert all(re.fullmatch(r"customer \d+, product \d+: 0\.\d{4}", line) for line in best)
+    assert all("% of the attention: {'product':" in line for line in (first, second, third))
 
 
 @pytest.mark.examples

@@ -1,4 +1,4 @@
-"""A run on features of every kind whose checkpoints are full ones and deltas; the command line in a test's process."""
+"""A run whose checkpoints are full ones and deltas; a model made of a raw log; the command line in a test's process."""
 
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from tests.data.conftest import dare
 from tests.exported import FEATURES, Deltas
 from tests.featured import Log, write_featured
 from tests.runs import Run, small_settings
+from tests.served import exported, raw_log
 
-__all__ = ["dare"]
+__all__ = ["dare", "exported", "raw_log"]
 
 
 @pytest.fixture(scope="session")
