@@ -30,9 +30,10 @@ demo: $(JOURNEY)/manifest.json  ## prepare real histories, train TWIN, DARE and 
 	done
 	$(BIN)/dare compare runs/completejourney-twin runs/completejourney-dare runs/completejourney-dare-features
 
-# Bytecode is kept whatever the environment says: otherwise each of many processes compiles all modules again.
+# One thread each, because there are more processes than cores. Bytecode is kept whatever the environment says: otherwise
+# each process compiles all modules again.
 test: $(READY)  ## all quick tests, a file at a time on each of some processes
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # Properties are tried with examples that are others each time; dear ones with more than in `test` (tests/examples.py).
 test-slow: $(READY)  ## the tests that take minutes, and more examples of properties
