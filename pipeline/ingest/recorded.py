@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from schemas.errors import UserError
 from schemas.features import UNCHANGED
 from schemas.prepare import PrepareSettings
 from schemas.settings import validated
@@ -28,7 +29,15 @@ def without_files(recorded: Mapping[str, Any], labels: Sequence[str]) -> dict[st
     Args:
         recorded: what `recorded` has returned.
         labels: of the manifest: it sorts the keys of its settings, and the first label is the main one.
+
+    Raises:
+        UserError: an earlier version of this program has recorded them, and did not say how raw values are read.
     """
+    if "features" not in recorded:
+        raise UserError(
+            "the data set was prepared by an earlier version of this program, which did not record how raw values are "
+            "read; prepare the log again"
+        )
     content: dict[str, Any] = {**recorded, "features": [dict(feature) for feature in recorded["features"]]}
     for feature in content["features"]:
         # Earlier versions did not say which features have files.

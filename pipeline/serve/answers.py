@@ -1,5 +1,6 @@
 """What the server computes for each kind of request."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -7,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 from pipeline.serve import bodies
 from pipeline.serve.bodies import UserId
 from pipeline.serve.swap import Models
-from schemas.errors import RequestError
+from schemas.errors import RequestError, StoreError
 from schemas.serving import ServeSettings
 
 if TYPE_CHECKING:
     from pipeline.serve.history_store import HistoryStore
     from pipeline.serve.predictor import Predictor
+
+
+ASK_AGAIN_S = 1.0
+"""Seconds after which a store that was down is asked again."""
 
 
 class StoreOnDemand:
@@ -23,6 +28,8 @@ class StoreOnDemand:
         self._open_store = open_store
         self._opened: HistoryStore | None = None
         self._opening = Lock()
+        self._down: StoreError | None = None
+        self._ask_again = 0.0
 
     def opened(self) -> "HistoryStore":
         """The store.
@@ -32,7 +39,14 @@ class StoreOnDemand:
         """
         with self._opening:
             if self._opened is None:
-                self._opened = self._open_store()
+                # Requests that wait here while it does not answer shall not each wait for it in turn.
+                if self._down is not None and time.monotonic() < self._ask_again:
+                    raise self._down
+                try:
+                    self._opened = self._open_store()
+                except StoreError as error:
+                    self._down, self._ask_again = StoreError(str(error)), time.monotonic() + ASK_AGAIN_S
+                    raise
             return self._opened
 
     def history(self, user: object) -> dict[str, Any]:
