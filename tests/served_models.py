@@ -29,8 +29,10 @@ class HeldRows:
     scale_R: Tensor | None = None
 
     def rows(self, id_X: Tensor) -> Tensor:
-        rows = self.table_RD[id_X.long()].float()
-        return rows if self.scale_R is None else rows * self.scale_R[id_X.long()].unsqueeze(-1)
+        rows = self.table_RD.index_select(0, id_X.flatten()).float()
+        if self.scale_R is not None:
+            rows *= self.scale_R.index_select(0, id_X.flatten())[:, None]
+        return rows.view(*id_X.shape, -1)
 
     def all_rows(self) -> Tensor:
         return self.rows(torch.arange(len(self.table_RD)))

@@ -1,5 +1,9 @@
 """Exported models answer as those that were trained: every model, kind of feature and shape of request."""
 
+import shutil
+import subprocess
+import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +14,8 @@ from embeddings.batch import Batch
 from embeddings.model import CtrModel
 from embeddings.models import MODELS
 from pipeline.serve.model import ServedModel
-from tests.served_models import exported, of_one_user, served
+from pipeline.serve.rows import TableKey
+from tests.served_models import exported, of_one_user, quantized, served, tables_of
 from tests.tolerance import largest, rounding, summands
 from tests.toy_model import MANY, ONE, TWO, batch_of, model_of, settings_of
 
@@ -58,3 +63,34 @@ def test_programs_that_were_written_answer_alike(name: str, shape: str, tmp_path
     answering = exported(model, tmp_path)
     for seed, size in enumerate(SIZES):
         assert_answers_alike(model, answering, batch_of(model.settings, seed, **size))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_machine_code_answers_alike_and_nothing_is_pickled(tmp_path: Path) -> None:
+    model = model_of(settings_of("twin-no-tr", features=("item",)))
+    answering = exported(model, tmp_path, compile=True)
+    # Of sums that the compiler orders anew.
+    assert_answers_alike(model, answering, batch_of(model.settings, 1), more=1e-5)
+    for path in tmp_path.iterdir():
+        with zipfile.ZipFile(path) as archive:
+            assert not [name for name in archive.namelist() if archive.read(name)[:1] == b"\x80"], path
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_coarse_rows_are_searched_and_what_they_find_is_scored_by_the_full_ones(shared: bool) -> None:
+    model = model_of(settings_of("twin" if shared else "dare", retrieved={"ads": 12}))
+    tables, key = tables_of(model), TableKey("shared" if shared else "attention", "item", None)
+    tables[key._replace(search=True)] = quantized(tables[key].table_RD)
+    answering, batch = served(model, tables), of_one_user(batch_of(model.settings, 3))
+    # K is N: the search keeps all of a window, in an order of its own, so that its rounding changes no logit.
+    assert_answers_alike(model, answering, batch)
+    seen = answering._local_rows(batch, in_place=True)
+    assert seen.scale_R is not None
+    assert seen.behaviors["ads"]["item"].rows_Ld.dtype == torch.int8
+
+
+def test_answering_loads_neither_the_training_program_nor_a_compiler() -> None:
+    code = "import sys, pipeline.serve.model; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    for name in ("torchrec", "fbgemm_gpu", "petastorm", "torch._dynamo", "torch._inductor", "sympy"):
+        assert name not in loaded, name
