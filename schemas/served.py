@@ -182,7 +182,8 @@ class ServedManifest(_Record):
 
     def write(self, folder: Path) -> None:
         """Write the manifest into ``folder``, as its last file. Equal manifests give equal bytes."""
-        content = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+        # Keys are not sorted: the order of sequences is that of the branches which the programs were made for.
+        content = json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
         (folder / MODEL).write_text(json_document(content))
 
     @classmethod
