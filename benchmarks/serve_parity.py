@@ -59,6 +59,7 @@ class RawLog:
     def __init__(self, files: LogFiles) -> None:
         batches = [(index, batch) for index in range(len(files.paths)) for batch in raw_batches(files, index)]
         self.table = pa.Table.from_batches([batch for _, batch in batches])
+        self._values: dict[str, list[Any]] = {}
         index_N = np.concatenate([np.full(len(batch), index) for index, batch in batches])
         record_N = np.concatenate([np.arange(1, 1 + int((index_N == each).sum())) for each in range(len(files.paths))])
         user, second = (self._column(files, name) for name in ("user_id", "timestamp"))
@@ -76,8 +77,10 @@ class RawLog:
 
     def values(self, column: str, index: Any) -> list[Any]:
         """Raw values of some lines."""
-        values: list[Any] = self.table[column].take(pa.array(index, pa.int64())).to_pylist()
-        return values
+        if column not in self._values:
+            self._values[column] = self.table[column].to_pylist()
+        values = self._values[column]
+        return [values[each] for each in index]
 
 
 def users_of_files(settings: PrepareSettings, columns: Sequence[RequestColumn]) -> dict[Any, dict[str, Any]]:
@@ -114,17 +117,18 @@ def requests(
     log = shown or events
     names = [each.name for each in candidate if each.required and each.name in log.table.column_names]
     item = next(each.name for each in candidate if each.role == "item")
+    of_target = {name: scores[name].tolist() for name in scores.columns}
     for user, index in scores.groupby("user_id").indices.items():
         raw: dict[str, Any] = {name: events.values(name, events.by_user.get(user, [])) for name in lists}
         candidates, rows = [], []
         for row in map(int, index):
-            line = scores.iloc[row]
             if shown is None:
-                values = {name: log.values(name, log.by_moment[user, line["timestamp"]]) for name in names}
+                lines = log.by_moment[user, of_target["timestamp"][row]]
                 # Negatives have what is their positive's, but for the item.
-                values[item] = [line["item_id"].item()] if hasattr(line["item_id"], "item") else [line["item_id"]]
+                values = {name: log.values(name, lines) for name in names} | {item: [of_target["item_id"][row]]}
             else:
-                values = {name: log.values(name, [shown.by_line[line["file"], line["line"]]]) for name in names}
+                place = shown.by_line[of_target["file"][row], of_target["line"][row]]
+                values = {name: log.values(name, [place]) for name in names}
             if all(len(set(map(repr, each))) == 1 for each in values.values()):
                 candidates.append({name: each[0] for name, each in values.items()})
                 rows.append(row)
