@@ -268,6 +268,54 @@ def bench_serve(
         print(json_format.dumps(figures))
 
 
+def bench_serve_http(
+    models: Annotated[
+        list[Path], typer.Argument(metavar="M...", help="Exported models; the first one answers, a soak swaps them.")
+    ],
+    length: Annotated[int, typer.Option(min=0, help="Behaviours of a history.")] = 2000,
+    candidates: Annotated[int, typer.Option(min=1, help="Candidates of a request.")] = 500,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of the timing of HTTP's own cost.")] = 300,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of the highest load, and of half of it.")] = 20,
+    soak: Annotated[
+        float, typer.Option(min=0, help="Minutes of half the highest load with swaps and a kill; 0: none.")
+    ] = 0,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+) -> None:
+    """Measure `dare serve` over HTTP: what HTTP costs, answers under load, and a soak with swaps and a kill."""
+    from benchmarks.serve_http import measure
+
+    figures = {
+        name: asdict(part) for name, part in measure(models, length, candidates, requests, seconds, soak).items()
+    }
+    if json:
+        print(json_format.dumps(figures))
+        return
+    for name, part in figures.items():
+        _show({"part": name, **part}, json=False)
+
+
+def bench_serve_quality(
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="M...", help="Exports of one checkpoint; the first one is what searches are held to."),
+    ],
+    run: Annotated[Path, typer.Option(help="The run that they were exported from.")],
+    data: Annotated[Path | None, typer.Option(help="Data set; if not given, the one of the run.")] = None,
+    targets: Annotated[int | None, typer.Option(min=1, help="About how many test targets; all, if not given.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="End with one JSON list.")] = False,
+) -> None:
+    """Compare exported models with their checkpoint on the test split: probabilities, AUC, what searches keep."""
+    import torch
+
+    from benchmarks.serve_quality import measure
+    from jobs.ranks import on_all_ranks
+
+    def work(device: torch.device) -> None:
+        _show([asdict(one) for one in measure(run, models, data, targets, device)], json)
+
+    on_all_ranks(work)
+
+
 def _show(figures: Mapping[str, Any] | Sequence[Mapping[str, Any]], json: bool) -> None:
     """Print the figures of one case, or of several, a line each; or all of them as JSON."""
     if json:
@@ -293,3 +341,5 @@ bench.command("packing")(bench_packing)
 bench.command("warm-start")(bench_warm_start)
 bench.command("attention-dim")(bench_attention_dim)
 bench.command("serve")(bench_serve)
+bench.command("serve-http")(bench_serve_http)
+bench.command("serve-quality")(bench_serve_quality)
