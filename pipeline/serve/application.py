@@ -32,6 +32,8 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 )
 """The page may load nothing, and ask nobody but this server."""
+LONGEST_LINE = 1_000
+"""Letters of what is said about a request."""
 RELOAD_S = 24 * 3600.0
 """Seconds that loading a model may take: it is read as a whole before it answers."""
 
@@ -229,7 +231,8 @@ def _failure(error: Exception) -> FailedError:
         case FailedError():
             return error
         case RequestError():
-            return FailedError(400, "request", description(error))
+            # A sender may have put a whole body into a name.
+            return FailedError(400, "request", description(error)[:LONGEST_LINE])
         case UnicodeEncodeError():
             return FailedError(400, "request", "a text has half a character (a lone surrogate)")
         case StoreError():
@@ -278,8 +281,8 @@ class _Measured:
             try:
                 await self._app(scope, receive, watched)
             except Exception:
-                # Starlette raises a fault again after it was answered and logged.
-                if status != 500:
+                # Starlette raises again what it has no class of, after it was answered, and logged if it is a fault.
+                if not status:
                     raise
             finally:
                 # A path that there is not could be any text.

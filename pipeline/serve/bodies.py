@@ -239,10 +239,10 @@ def parsed(kind: type[B], body: bytes) -> B:
     """Read a request.
 
     Raises:
-        RequestError: it is no JSON, has a number that is none, an unknown key or a value of another type.
+        RequestError: it is no JSON, has a number that is none, a key twice, an unknown one, or a value of another type.
     """
     try:
-        content = json.loads(body.decode(), parse_constant=_refused)
+        content = json.loads(body.decode(), parse_constant=_refused, object_pairs_hook=_object)
         if not isinstance(content, dict):
             raise RequestError("the body is no JSON object")
         return validated(kind, content)
@@ -260,6 +260,16 @@ def parsed(kind: type[B], body: bytes) -> B:
     except ValueError as error:
         # An integer of thousands of digits.
         raise RequestError(f"the body is not JSON: {error}") from None
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, each of whose keys must be there once: which of two was meant, nobody can know."""
+    made = dict(members)
+    if len(made) < len(members):
+        keys = [key for key, _ in members]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RequestError(f"the body has the key {twice!r:.100} twice in one object")
+    return made
 
 
 def _refused(name: str) -> None:

@@ -7,10 +7,12 @@ on their way be answered, and end it.
 import asyncio
 import errno
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ import uvicorn
 from pipeline.errors import description, printable, refusal_reason
 from pipeline.serve.answers import Answers, StoreOnDemand
 from pipeline.serve.application import application
+from pipeline.serve.connection import Connection
 from pipeline.serve.metrics import Metrics
 from pipeline.serve.predictor import Predictor
 from pipeline.serve.swap import Models
@@ -127,7 +130,8 @@ class ServerOfModels:
             lifespan="off",
             ws="none",
             loop="asyncio",
-            http="h11",
+            http=Connection,
+            timeout_keep_alive=ceil(settings.timeout),
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=int(settings.timeout + GRACE_S) + 1,
@@ -146,6 +150,9 @@ class ServerOfModels:
         Raises:
             UserError: a model cannot be loaded, or the store is none.
         """
+        # A connection is an open file, and the usual limit of 1,024 is soon reached by those that wait.
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         worker = Thread(target=self._load_and_look, name="load", daemon=True)
         worker.start()
         try:

@@ -175,7 +175,13 @@ class Models:
             raise RequestError("path: this server loads no other folders; start it with --models DIR")
         if "\0" in path:
             raise RequestError("path: no path has a character of code 0")
-        folder = (self._root / path).resolve()
+        try:
+            folder = (self._root / path).resolve()
+            # What no disk may name is no export either.
+            folder.exists()
+        except (OSError, RuntimeError) as error:
+            # A name that is too long, or links that lead in a circle.
+            raise RequestError(f"path: {printable(path):.100} cannot be read: {description(error):.100}") from None
         if not folder.is_relative_to(self._root):
             raise RequestError(f"path: {printable(path)} is not below the folder of --models")
         if not (found := exports(folder)) or (found[0].folder != folder):

@@ -12,6 +12,7 @@ import pytest
 import requests
 
 from pipeline.serve.predictor import Predictor
+from tests.launcher import PATIENCE_S
 from tests.served import Exported
 from tests.servers import Server, break_down, count, hold
 
@@ -101,6 +102,9 @@ def test_an_explanation_names_the_behaviours(server: Server, exported: Exported)
         ("/explain", '{"user": 1, "candidate": []}', 400, "candidate: "),
         ("/users", '{"count": 0}', 400, "count: "),
         ("/reload", '{"path": "other"}', 400, "start it with --models"),
+        ("/history", '{"user": 1, "user": 2}', 400, "key 'user' twice"),
+        ("/score", '{"candidates": [{"product": 1, "product": 2}], "history": {}}', 400, "key 'product' twice"),
+        ("/score", '{"' + "k" * 50_000 + '": 1}', 400, "kkk"),
         ("/nothing", "{}", 404, "not found"),
         ("/health", "{}", 405, "method not allowed"),
     ],
@@ -112,6 +116,7 @@ def test_malformed_requests(server: Server, path: str, body: str | bytes, status
     line = answer.json()["error"]
     assert said in line
     assert "\n" not in line
+    assert len(line) <= 1_000
     assert server.get("/health").json()["status"] == "ready"
 
 
@@ -273,6 +278,49 @@ def test_a_body_that_does_not_arrive(exported: Exported, tmp_path: Path) -> None
                 b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
             )
             assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
+def test_who_sends_no_request_is_not_waited_for(exported: Exported, tmp_path: Path, sent: bytes) -> None:
+    with Server(tmp_path, exported.folder, "--timeout", 0.5) as server:
+        host, _, port = server.ready().address().removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), PATIENCE_S) as connection:
+            connection.sendall(sent)
+            assert connection.recv(100) == b""
+        # One that is used again and again is not ended in between.
+        with requests.Session() as session:
+            assert {session.get(server.address() + "/health").status_code for _ in range(10)} == {200}
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\0\xff\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000,
+        b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nZ\r\n",
+    ],
+)
+def test_what_is_no_http(server: Server, sent: bytes) -> None:
+    host, _, port = server.address().removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), PATIENCE_S) as connection:
+        connection.sendall(sent)
+        answer = b""
+        while part := connection.recv(1_000):
+            answer += part
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert list(json.loads(body)) == ["error"]
+    assert "Traceback" not in server.said()
+
+
+def test_what_the_sender_has_done_wrong_leaves_no_trace_in_the_log(server: Server) -> None:
+    assert server.post("/append", {"user": "\ud800", "events": {}}).status_code == 400
+    assert server.post("/reload", {"path": "\ud800"}).status_code == 400
+    assert server.post("/reload", {"path": "a" * 5_000}).status_code == 400
+    assert "Traceback" not in server.said()
 
 
 @pytest.mark.parametrize("interrupt", [False, True])

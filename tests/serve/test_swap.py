@@ -122,6 +122,7 @@ def test_what_may_not_be_loaded(exported: Exported, tmp_path: Path) -> None:
     shutil.copytree(exported.other, tmp_path / "outside")
     (root / "empty").mkdir()
     (root / "out").symlink_to(tmp_path / "outside")
+    (root / "circle").symlink_to(root / "circle")
     damaged = damage(root / "damaged")
     with Server(tmp_path, root / "now", "--models", root) as server:
         server.ready()
@@ -133,6 +134,9 @@ def test_what_may_not_be_loaded(exported: Exported, tmp_path: Path) -> None:
             ("out", 400, "not below"),
             (str(tmp_path / "outside"), 400, "not below"),
             ("a\0b", 400, "code 0"),
+            ("a" * 5_000, 400, "cannot be read"),
+            ("\ud800", 400, "half a character"),
+            ("circle", 400, "cannot be read"),
         ):
             answer = server.post("/reload", {"path": path})
             assert (answer.status_code, said in answer.json()["error"]) == (status, True), answer.text
@@ -140,7 +144,7 @@ def test_what_may_not_be_loaded(exported: Exported, tmp_path: Path) -> None:
         assert server.get("/health").json()["model"] == version(exported.folder)
         body = {"history": exported.history, "candidates": exported.candidates}
         assert tuple(server.post("/score", body).json()["scores"]) == scores(exported, exported.folder)
-        assert server.metric('dare_reloads_total{outcome="refused"}') == 7
+        assert server.metric('dare_reloads_total{outcome="refused"}') == 9
         assert server.metric('dare_errors_total{kind="refused"}') == 1
         # What was given is loaded again: it is damaged by now.
         damage(root / "now")
