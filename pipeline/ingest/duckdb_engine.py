@@ -62,6 +62,8 @@ class DuckDBEngine:
         self._ibis = self._explained(lambda: ibis.duckdb.connect(**settings))
         self._connection: duckdb.DuckDBPyConnection = self._ibis.con
         self._codes = TextCodes(folder)
+        self._have_texts = set[str]()
+        """Columns that have a table of texts."""
 
     def load(self, files: LogFiles, report: ReportShare, *, coded: bool) -> tuple[ir.Table, Tally]:
         """Read a log to its end into a table of the database, with the columns of `schema_of`.
@@ -137,6 +139,7 @@ class DuckDBEngine:
                 run(f"DROP TABLE {_texts(column, new=True)}")
         for path in paths.values():
             path.unlink()
+        self._have_texts.update(columns)
         if not distinct:
             self._codes.forget()
         return distinct
@@ -157,8 +160,7 @@ class DuckDBEngine:
 
     def texts(self, column: str) -> ir.Table | None:
         """(code, text) of every text of a column that was read; None: it has no texts."""
-        name = _texts(column)
-        return self._ibis.table(name) if name in self._ibis.list_tables() else None
+        return self._ibis.table(_texts(column)) if column in self._have_texts else None
 
     def codes(self, column: str, texts: pa.Array) -> pa.Array:
         """What stands in a column in the place of texts: codes, or themselves where the column has none."""
