@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from schemas.errors import StoppedError, UserError
+from schemas.errors import printable as printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # What this module loads is loaded before an interrupt can be told as a line.
@@ -163,11 +164,6 @@ def _lost_contact_line(error: BaseException) -> str:
         f"rank {dist.get_rank()} of {dist.get_world_size()} has lost another one ({reason}); "
         "what is complete on disk stays; the same command goes on from there"
     )
-
-
-def printable(text: object) -> str:
-    """Return a text for a display: what moves a cursor, ends a line, turns its direction or is no letter, escaped."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
 
 
 def _one_line(text: str) -> str:

@@ -1,6 +1,11 @@
 """Mistakes of the person who uses the program, as opposed to faults of the program itself."""
 
 
+def printable(text: object) -> str:
+    """Return a text for a display: what moves a cursor, ends a line, turns its direction or is no letter, escaped."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
+
+
 class UserError(ValueError):
     """Something that the user can mend: settings, data, files, a cluster that do not fit.
 
@@ -18,6 +23,10 @@ class RequestError(UserError):
 
     Its sender can mend it, where any other `UserError` is for whoever runs the server: a file that is damaged.
     """
+
+    def __init__(self, line: str) -> None:
+        """Say what is wrong in one line, whatever a sender has put into names and values."""
+        super().__init__(printable(line))
 
 
 class StoppedError(UserError):

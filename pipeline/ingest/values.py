@@ -45,7 +45,7 @@ class WrongValueError(ValueError):
 
     def __init__(self, index: int, value: object, reason: str) -> None:
         shown = repr(value)
-        super().__init__(f"{shown if len(shown) <= 100 else shown[:100] + '...'} {reason}")
+        super().__init__(f"{shown if len(shown) <= 60 else shown[:60] + '...'} {reason}")
         self.index = index
 
 

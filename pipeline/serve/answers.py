@@ -98,11 +98,16 @@ class Answers:
                 "server takes"
             )
         model = self.models.one(body.model)
-        found = model.score(self._history(body), body.candidates)
-        if found.ndim == 1:
-            return bodies.Scores(model=model.version, scores=found.tolist())
-        by_label = {label: found[:, number].tolist() for number, label in enumerate(model.labels)}
-        return bodies.Scores(model=model.version, scores=by_label)
+        answer = model.answer(self._history(body), body.candidates)
+        found = answer.scores
+        return bodies.Scores(
+            model=model.version,
+            scores=found.tolist()
+            if found.ndim == 1
+            else {label: found[:, number].tolist() for number, label in enumerate(model.labels)},
+            history=answer.behaviors,
+            unknown_items=answer.unknown_items,
+        )
 
     def explain(self, body: bodies.ExplainRequest) -> bodies.Explanations:
         """Say what each model, or the one that was asked, makes of a candidate."""

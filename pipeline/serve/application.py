@@ -96,6 +96,8 @@ def application(answers: Answers, settings: ServeSettings, metrics: Metrics) -> 
         def work(body: bodies.ScoreRequest) -> bodies.Body:
             scores = answers.score(body)
             metrics.candidates.inc(len(body.candidates))
+            metrics.unknown_items.inc(scores.unknown_items)
+            metrics.without_history.inc(not scores.history)
             return scores
 
         return await answer(request, bodies.ScoreRequest, work)

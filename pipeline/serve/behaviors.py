@@ -167,7 +167,8 @@ class HistoryReader:
         if not isinstance(history, Mapping):
             raise RequestError(f"history is {said(history)}; give lists of values by column")
         given = self._lists & history.keys()
-        check_names("history", frozenset(history), self._names, self._required - not_required if given else set())
+        required = self._required - not_required if given else set()
+        check_names("history", frozenset(history), self._names, required, {self._item.name, self._time.name})
         for name in given:
             if not is_listed(history[name]):
                 raise RequestError(f"history.{name} is {said(history[name])}; give a list, with a value a behaviour")

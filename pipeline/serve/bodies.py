@@ -3,10 +3,12 @@
 import json
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import ConfigDict, Field, StrictInt, StrictStr, model_validator
+from pydantic import ConfigDict, Field, StrictInt, StrictStr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from schemas.errors import RequestError, UserError
-from schemas.settings import Settings, validated
+from pipeline.serve.raw import said
+from schemas.errors import RequestError
+from schemas.settings import Settings
 
 Columns = dict[str, Any]
 """Raw values by column of the event log: lists of equal length for what each event has, one value for what the user
@@ -19,6 +21,12 @@ class Body(Settings):
 
     # Numbers that are written as texts are no numbers.
     model_config = ConfigDict(strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, values: Any) -> Any:
+        """Strict types refuse it anyway, and say what is wanted."""
+        return values
 
 
 class _OfUser(Body):
@@ -62,6 +70,10 @@ class Scores(Body):
     """Version of the model that answered."""
     scores: list[float] | dict[str, list[float]]
     """A number a candidate; by name of the label where the model predicts several."""
+    history: int
+    """Behaviours of the user that were found and count; 0: anybody would get these scores."""
+    unknown_items: int
+    """Candidates whose item the model does not know."""
 
 
 class ExplainRequest(_OfUser):
@@ -245,7 +257,9 @@ def parsed(kind: type[B], body: bytes) -> B:
         content = json.loads(body.decode(), parse_constant=_refused, object_pairs_hook=_object)
         if not isinstance(content, dict):
             raise RequestError("the body is no JSON object")
-        return validated(kind, content)
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise RequestError(_said(kind, error)) from None
     except UnicodeDecodeError:
         raise RequestError("the body is not text of UTF-8") from None
     except json.JSONDecodeError as error:
@@ -255,11 +269,43 @@ def parsed(kind: type[B], body: bytes) -> B:
         raise RequestError("the body is nested too deeply") from None
     except RequestError:
         raise
-    except UserError as error:
-        raise RequestError(str(error)) from None
     except ValueError as error:
         # An integer of thousands of digits.
         raise RequestError(f"the body is not JSON: {error}") from None
+
+
+_WANTED = {
+    "dict_type": "an object",
+    "list_type": "a list",
+    "string_type": "text",
+    "int_type": "an integer",
+}
+"""What pydantic's problems ask for."""
+
+
+def _said(kind: type[Body], error: ValidationError) -> str:
+    """Say in one line what is wrong with a request: the first three places, named as those in a history are."""
+    problems: dict[str, list[ErrorDetails]] = {}
+    for problem in error.errors():
+        name, *inside = problem["loc"] or ("",)
+        # After a name come positions, and which of several types it is that was tried.
+        place = f"{name}{''.join(f'[{part}]' for part in inside if isinstance(part, int))}"
+        problems.setdefault(place, []).append(problem)
+    return "; ".join(_problem(kind, place, each) for place, each in list(problems.items())[:3])
+
+
+def _problem(kind: type[Body], place: str, problems: list[ErrorDetails]) -> str:
+    first = problems[0]
+    if first["type"] == "extra_forbidden":
+        return f"{said(place)}: unknown key; allowed here: {', '.join(sorted(kind.model_fields))}"
+    if first["type"] == "missing":
+        return f"{place}: must be given"
+    if wanted := [_WANTED[each["type"]] for each in problems if each["type"] in _WANTED]:
+        return f"{place}: must be {' or '.join(reversed(wanted))}, not {said(first['input'])}"
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if not place:
+        return message
+    return f"{place}: {message[:1].lower()}{message[1:]}, not {said(first['input'])}"
 
 
 def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -268,7 +314,7 @@ def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(members):
         keys = [key for key, _ in members]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise RequestError(f"the body has the key {twice!r:.100} twice in one object")
+        raise RequestError(f"the body has the key {said(twice)} twice in one object")
     return made
 
 

@@ -37,6 +37,10 @@ class EncodedRequest:
     batch: Batch
     given: Mapping[str, I64]
     """By sequence, the index of each of the batch's behaviours in the history as it was given."""
+    behaviors: int
+    """Behaviours of the history that count, whether they are in a window or not."""
+    unknown_items: int
+    """Candidates whose item the model does not know."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class RequestEncoder:
             bags={each.name: bags.bags() for each in self._read if (bags := request.bags_of(each)) is not None},
             origin="request",
         )
-        return EncodedRequest(batch, given)
+        return EncodedRequest(batch, given, len(behaviors.seconds_M), int(np.count_nonzero(item_T == 0)))
 
     def seconds(self, history: Mapping[str, Any]) -> list[int]:
         """Seconds since 1970 of a history's behaviours, in the order in which they are given; errors as of `encode`."""

@@ -184,6 +184,14 @@ class HistoryStore(ABC):
     def _create(self, description: bytes) -> None:
         """Write the store's description of itself, if there is none."""
 
+    def require_columns(self, columns: StoredColumns) -> None:
+        """Make sure that the store has these columns.
+
+        Raises:
+            UserError: it has others.
+        """
+        _require(self.url, self.columns, columns)
+
     def _agreed(self, columns: StoredColumns | None, keep: int | None) -> StoreSettings:
         """The settings of the store that is there, or those of a new one, which is made."""
         content = self._read(DESCRIPTION)
@@ -208,13 +216,7 @@ class HistoryStore(ABC):
                 "new store to keep another number"
             )
         if columns is not None:
-            for name, mine in columns:
-                if mine != getattr(settings.columns, name):
-                    there = _names(getattr(settings.columns, name))
-                    raise UserError(
-                        f"{self.url}: it has {name}={there}, and {_names(mine)} is wanted; load the log into a "
-                        "new store"
-                    )
+            _require(self.url, settings.columns, columns)
         return settings
 
     def __enter__(self) -> Self:
@@ -228,6 +230,15 @@ def printable_url(url: str) -> str:
     """A URL without the password that may be in it."""
     scheme, separator, rest = url.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def _require(url: str, there: StoredColumns, wanted: StoredColumns) -> None:
+    for name, mine in wanted:
+        if mine != getattr(there, name):
+            raise UserError(
+                f"{url}: it has {name}={_names(getattr(there, name))}, and {_names(mine)} is wanted; load the log "
+                "into a new store"
+            )
 
 
 def _says_anything(record: Record) -> bool:

@@ -60,6 +60,12 @@ class Metrics:
         self.errors = Counter("dare_errors", "Requests that were not answered, by reason.", ["kind"], registry=registry)
         self.in_flight = Gauge("dare_requests_in_flight", "Requests that are not answered yet.", registry=registry)
         self.candidates = Counter("dare_candidates", "Candidates that were scored.", registry=registry)
+        self.unknown_items = Counter(
+            "dare_candidates_unknown", "Candidates that were scored and whose item is unknown.", registry=registry
+        )
+        self.without_history = Counter(
+            "dare_scores_without_history", "Scored requests of users of whom no behaviour is known.", registry=registry
+        )
         self.events = Counter("dare_events_appended", "Events that were new to the store.", registry=registry)
         self.reloads = Counter("dare_reloads", "Models that were asked to load.", ["outcome"], registry=registry)
         self._versions = _Versions()

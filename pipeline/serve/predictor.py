@@ -5,7 +5,9 @@ C = candidates, L = labels.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -16,11 +18,14 @@ from torch import Tensor
 from embeddings.batch import Branch
 from pipeline.serve.columns import RequestColumn
 from pipeline.serve.encoding import EncodedRequest, RequestEncoder
+from pipeline.serve.history_store import HistoryStore
 from pipeline.serve.model import ServedModel
-from pipeline.serve.raw import is_listed
+from pipeline.serve.raw import is_listed, said
 from pipeline.serve.rows import open_tables
+from pipeline.serve.store import open_store
+from pipeline.serve.stored_columns import StoredColumns
 from pipeline.serve.vocabulary import Vocabulary
-from schemas.errors import RequestError
+from schemas.errors import RequestError, UserError
 from schemas.prepare import PrepareSettings
 from schemas.served import ServedManifest
 
@@ -30,6 +35,18 @@ class Histories(Protocol):
 
     def history(self, user: object) -> dict[str, Any]:
         """The events of a user, as `HistoryStore.history` has them."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Scores of a request, and what they rest on."""
+
+    scores: NDArray[np.float64]
+    """Probabilities as of `Predictor.score`."""
+    behaviors: int
+    """Behaviours of the history that count; 0: nobody is known by this history, and anybody would get these scores."""
+    unknown_items: int
+    """Candidates whose item the model does not know."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +85,53 @@ class Predictor:
     ) -> None:
         self._folder, self._manifest, self._model = folder, manifest, model
         self._encoder, self._store = encoder, store
+        self._opened: HistoryStore | None = None
 
     @classmethod
-    def load(cls, folder: Path | str, store: Histories | None = None) -> Self:
+    def load(cls, folder: Path | str, store: Histories | Path | str | None = None) -> Self:
         """Open an exported model. Rows are mapped into memory, and verified as they are read.
 
         Args:
             folder: what ``dare export`` has written.
-            store: has the histories of users who are named by their ids; None: every request brings its history.
+            store: has the histories of users who are named by their ids; None: every request brings its history. The
+                path or URL of one is opened to be read, and closed by `close`; one that is open already is left open.
 
         Raises:
-            UserError: no exported model, one of another version, or a file that differs from its checksum.
+            UserError: no exported model, one of another version, or a file that differs from its checksum; no store
+                there, one of other columns than the model's, or something that is none.
+            StoreError: the store is down.
         """
+        if not (store is None or isinstance(store, Path | str) or callable(getattr(store, "history", None))):
+            raise UserError(
+                f"store is {said(store)}; give the path or URL of a store of histories, or what open_store has opened"
+            )
         folder = Path(folder)
         manifest = ServedManifest.read(folder)
         encoder = RequestEncoder(Vocabulary.open(folder, manifest), manifest.stream)
-        return cls(folder, manifest, ServedModel.load(folder), encoder, store)
+        model = ServedModel.load(folder)
+        if not isinstance(store, Path | str):
+            return cls(folder, manifest, model, encoder, store)
+        opened = open_store(str(store), read_only=True)
+        try:
+            opened.require_columns(StoredColumns.of_settings(encoder.columns.settings))
+        except BaseException:
+            opened.close()
+            raise
+        predictor = cls(folder, manifest, model, encoder, opened)
+        predictor._opened = opened
+        return predictor
+
+    def close(self) -> None:
+        """Close the store that `load` has opened by its URL, if there is one."""
+        if self._opened is not None:
+            self._opened.close()
+            self._store = self._opened = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
 
     @property
     def version(self) -> str:
@@ -142,8 +190,16 @@ class Predictor:
             RequestError: a column or value is missing, unknown or wrong; names it.
             UserError: the user is named, and the store is down; rows of the model are damaged.
         """
+        return self.answer(history, candidates).scores
+
+    def answer(self, history: Mapping[str, Any] | str | int, candidates: Sequence[Mapping[str, Any]]) -> Answer:
+        """Score candidates as `score` does, and say how much is known of the user and of the candidates."""
         given, filtered = self._history(history)
         encoded = self._encoder.encode(given, candidates, filtered=filtered)
+        return Answer(self._scores(encoded), encoded.behaviors, encoded.unknown_items)
+
+    def _scores(self, encoded: EncodedRequest) -> NDArray[np.float64]:
+        """Probabilities, (C,) or (C, L)."""
         if not len(encoded.batch):
             return np.zeros((0,) if len(self.labels) == 1 else (0, len(self.labels)))
         # In float64, as `dare score` writes them.
@@ -185,6 +241,11 @@ class Predictor:
         """A history, and whether only behaviours that count are in it."""
         if isinstance(history, Mapping):
             return history, False
+        if isinstance(history, bool) or not isinstance(history, str | Integral):
+            raise RequestError(
+                f"history is {said(history)}; give a mapping of columns to lists of values ({{}} of somebody new), or "
+                "the id of a user in the store"
+            )
         if self._store is None:
             raise RequestError("a user's id is given, and there is no store of histories; give the history itself")
         return self._store.history(history), True

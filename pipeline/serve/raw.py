@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pipeline.ingest.conversion import converted, reads
 from pipeline.ingest.values import WrongValueError
 from pipeline.serve.columns import RequestColumn
-from schemas.errors import RequestError
+from schemas.errors import RequestError, printable
 
 Place = Callable[[int], str]
 """Says where the value of an index stands, for messages: ``history.item_id[3]``."""
@@ -133,6 +133,7 @@ def columns_of(
         )
     names = {column.name for column in known}
     required = {column.name for column in known if column.required}
+    needed = {column.name for column in known if column.role in ("item", "timestamp")}
     given: dict[str, None] = {}
     looked_at: set[frozenset[str]] = set()
     for index, candidate in enumerate(candidates):
@@ -142,17 +143,27 @@ def columns_of(
         if keys in looked_at:
             continue
         looked_at.add(keys)
-        check_names(f"candidates[{index}]", keys, names, required)
+        check_names(f"candidates[{index}]", keys, names, required, needed)
         given |= dict.fromkeys(candidate)
     return {name: [candidate.get(name) for candidate in candidates] for name in given}
 
 
-def check_names(where: str, given: frozenset[str], known: set[str], required: set[str]) -> None:
-    """Refuse unknown columns, and the lack of required ones."""
+def check_names(where: str, given: frozenset[str], known: set[str], required: set[str], needed: set[str]) -> None:
+    """Refuse unknown columns, and the lack of required ones.
+
+    Args:
+        where: they are, for messages.
+        given: names of those that are there.
+        known: names of all that may be there.
+        required: names of those that must be there.
+        needed: names of those all of whose values must be known, too.
+    """
     if unknown := sorted(map(str, given - known)):
-        raise RequestError(f"{where}: no column {unknown[0]!r:.100}; there are {', '.join(sorted(known))}")
+        raise RequestError(f"{where}: no column {said(unknown[0])}; there are {', '.join(sorted(known))}")
     if lacking := sorted(required - given):
-        raise RequestError(f"{where}: column {lacking[0]} is missing")
+        # Left out by mistake, or unknown: nobody could tell.
+        how = "" if lacking[0] in needed else "; give it, with null for a value that is unknown"
+        raise RequestError(f"{where}: column {lacking[0]} is missing{how}")
 
 
 def _first_odd(values: Any) -> tuple[int, str]:
@@ -195,6 +206,10 @@ def _wanted(column: RequestColumn) -> str:
 
 
 def said(value: object) -> str:
-    """A value as a message shows it."""
+    """A value as a message shows it, in one line."""
     said = repr(value)
+    if "\n" in said:
+        # A table, an array; a text's own lines are escaped by now.
+        return f"of type {type(value).__name__}"
+    said = printable(said)
     return said if len(said) <= 60 else f"{said[:60]}..."

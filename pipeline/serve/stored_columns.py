@@ -20,6 +20,7 @@ from pipeline.ingest.conversion import converted, reads
 from pipeline.ingest.sets import decoded_sets
 from pipeline.ingest.times import LATEST
 from pipeline.ingest.values import WrongValueError
+from pipeline.serve.raw import Place, check_names, said
 from schemas.errors import RequestError, UserError
 from schemas.prepare import PrepareSettings, TimestampUnit
 from schemas.settings import Settings
@@ -159,7 +160,7 @@ class StoredColumns(Settings):
         number = raw.item() if isinstance(raw, np.integer) else raw
         kind = int if self.user_type == "integer" else str
         if not isinstance(number, kind) or isinstance(number, bool):
-            raise RequestError(f"user {raw!r:.100}: ids of users are {self.user_type}s here")
+            raise RequestError(f"user is {said(raw)}; ids of users are {self.user_type}s here")
         return self._user(number)
 
     def parse_user(self, text: str) -> UserId:
@@ -174,66 +175,64 @@ class StoredColumns(Settings):
         column = Column(self.user, "user", self.user_type)
         try:
             kept = converted(column, pa.array([raw]), self.timestamp_unit, None)[0][0].as_py()
-        except (WrongValueError, pa.ArrowException, OverflowError) as wrong:
-            said = wrong if isinstance(wrong, WrongValueError) else f"{raw!r:.100} is no integer of 64 bits, or no text"
-            raise RequestError(f"user: {said}") from None
+        except WrongValueError as wrong:
+            raise RequestError(f"user: {wrong}") from None
+        except (pa.ArrowException, OverflowError):
+            raise RequestError(f"user is {said(raw)}, no integer of 64 bits, or no text") from None
         if kept is None or (isinstance(kept, int) and kept < 0):
-            raise RequestError(f"user {raw!r}: an id is a text that is not empty, or an integer of 0 or more")
+            raise RequestError(f"user is {said(raw)}; an id is a text that is not empty, or an integer of 0 or more")
         assert isinstance(kept, int | str)
         return kept
 
     def events(self, raw: Mapping[str, Any]) -> "Events":
         """Events of one user, as they are kept, of what a request has: lists of equal length; of the user, one value.
 
-        The user's own column may be there as well and is not looked at; columns of features may be left out, and are
-        missing then.
+        The user's own column may be there as well and is not looked at. Columns of events must all be there, with None
+        for what is unknown: an event of which a column was left out would be another one when it is sent again. What is
+        known of the user may be left out.
 
         Raises:
             RequestError: a column that is missing or unknown, a value that no rule reads; names column and position.
         """
-        known = dict.fromkeys([*self.names, *self.keep])
-        for name in raw:
-            if name not in known and name != self.user:
-                raise RequestError(f"events: unknown column {name}; known are {', '.join(known)}")
+        listed = {*self._event_names}
+        given = frozenset(raw)
+        required = listed if given & listed else set()
+        check_names("events", given, {self.user, *self.names, *self.keep}, required, {self.item, self.timestamp})
         behaviors: dict[str, list[Any]] = {}
         position: list[int] = []
         count = filtered = 0
-        if any(name in raw for name in self._event_names):
-            for name in (self.timestamp, self.item, *self.keep):
-                if name not in raw:
-                    raise RequestError(f"events: column {name} is missing")
-            lists = {name: _as_list(name, raw[name]) for name in self._event_names if name in raw}
+        if required:
+            lists = {name: _as_list(name, raw[name]) for name in self._event_names}
             count = len(lists[self.timestamp])
             for name, each in lists.items():
                 if len(each) != count:
                     raise RequestError(
-                        f"events: column {name} has {len(each):,} values and {self.timestamp} {count:,}; every column "
-                        "has one for each event"
+                        f"events.{name} has {len(each):,} values, events.{self.timestamp} has {count:,}; give each "
+                        "event a value in both, null where one is missing"
                     )
             position = self._inside(lists, count)
             behaviors = {name: [each[index] for index in position] for name, each in lists.items()}
             filtered, count = count - len(position), len(position)
         moment = self._moments(behaviors.get(self.timestamp, []), position)
         kept: dict[str, Values] = {
-            column.name: self._values(column, behaviors[column.name], position)
+            column.name: self._values(column, behaviors[column.name], _place(column.name, position))
             if column.name in behaviors
-            else [None] * count
+            else []
             for column in self.behaviors
         }
         for index, item in zip(position, as_list(kept[self.item]), strict=True):
             if item is None:
-                raise RequestError(f"events: column {self.item}, position {index}: an event needs an item")
+                raise RequestError(f"events.{self.item}[{index}] is missing; an event needs an item")
             if isinstance(item, int) and item < 0:
-                raise RequestError(
-                    f"events: column {self.item}, position {index}: {item} is negative; ids are 0 or more"
-                )
+                raise RequestError(f"events.{self.item}[{index}] is {item}; ids are 0 or more")
         users = {}
         for column in self.users:
             if raw.get(column.name) is not None:
                 if isinstance(raw[column.name], list | tuple) != column.several:
                     what = "a list of values" if column.several else "one value, not a list"
-                    raise RequestError(f"events: column {column.name} is of the user: give {what}")
-                users[column.name] = as_list(self._values(column, [raw[column.name]], [0]))[0]
+                    raise RequestError(f"events.{column.name} is of the user; give {what}")
+                place = f"events.{column.name}"
+                users[column.name] = as_list(self._values(column, [raw[column.name]], lambda _: place))[0]  # noqa: B023
         latest = int(self.seconds(moment).max()) if count else None
         of_user = {name: (latest, value) for name, value in users.items() if value is not None}
         return Events(moment, kept, of_user, filtered)
@@ -261,45 +260,41 @@ class StoredColumns(Settings):
         """Positions of the events that have one of the values that count, in each column of ``keep``."""
         inside = list(range(count))
         for name, allowed in self.keep.items():
-            texts = self._read(Column(name, name, "text"), lists[name], range(count)).to_pylist()
+            texts = self._read(Column(name, name, "text"), lists[name], _place(name, range(count))).to_pylist()
             inside = [position for position in inside if texts[position] in allowed]
         return inside
 
     def _moments(self, raw: list[Any], position: Sequence[int]) -> NDArray[np.int64]:
+        place = _place(self.timestamp, position)
         second, *others = (each for each in self.source_columns if each.source == self.timestamp)
-        moments: list[Any] = self._read(second, raw, position).to_pylist()
+        moments: list[Any] = self._read(second, raw, place).to_pylist()
         for index, moment in enumerate(moments):
             if moment is None:
-                raise RequestError(
-                    f"events: column {self.timestamp}, position {position[index]}: an event needs a time"
-                )
+                raise RequestError(f"{place(index)} is missing; an event needs a time")
             if not 0 <= moment <= LATEST:
                 raise RequestError(
-                    f"events: column {self.timestamp}, position {position[index]}: {raw[index]!r:.100} is before 1970 "
-                    f"or after 9999; times are of the unit {self.timestamp_unit}"
+                    f"{place(index)} is {said(raw[index])}, a time before 1970 or after 9999; times are of the unit "
+                    f"{self.timestamp_unit}"
                 )
         # A part of a second is kept where the unit has one.
         for column in others:
-            moments = self._read(column, raw, position).to_pylist()
+            moments = self._read(column, raw, place).to_pylist()
         return np.array(moments, np.int64)
 
-    def _values(self, column: StoredColumn, raw: list[Any], position: Sequence[int]) -> Values:
-        return column.values(self._read(column.column, raw, position))
+    def _values(self, column: StoredColumn, raw: list[Any], place: Place) -> Values:
+        return column.values(self._read(column.column, raw, place))
 
-    def _read(self, column: Column, raw: list[Any], position: Sequence[int]) -> pa.Array:
-        """Convert raw values, which stand at these positions of the request."""
-        array = _array(column.source, raw, position)
+    def _read(self, column: Column, raw: list[Any], place: Place) -> pa.Array:
+        """Convert raw values, which stand at these places of the request."""
+        array = _array(raw, place)
         if not reads(column, array.type, self.timestamp_unit):
             kind = f"times of the unit {self.timestamp_unit}" if column.kind == "time" else f"{column.kind}s"
-            first = next(value for value in raw if value is not None)
-            raise RequestError(
-                f"events: column {column.source}: {first!r:.100}: {'lists of ' * column.several}{kind} are expected"
-            )
+            index, first = next((index, value) for index, value in enumerate(raw) if value is not None)
+            raise RequestError(f"{place(index)} is {said(first)}; {'lists of ' * column.several}{kind} are expected")
         try:
             return converted(column, array, self.timestamp_unit, self.timestamp_zone)[0]
         except WrongValueError as wrong:
-            where = f"events: column {column.source}, position {position[wrong.index]}"
-            raise RequestError(f"{where}: {wrong}") from None
+            raise RequestError(f"{place(wrong.index)}: {wrong}") from None
 
 
 @dataclass
@@ -344,11 +339,16 @@ def _both(former: StoredColumn, column: StoredColumn) -> StoredColumn:
 
 def _as_list(name: str, raw: object) -> list[Any]:
     if isinstance(raw, str | bytes | Mapping) or not hasattr(raw, "__iter__"):
-        raise RequestError(f"events: column {name}: {raw!r:.100} is no list; give a value of each event")
+        raise RequestError(f"events.{name} is {said(raw)}; give a list, with a value an event")
     return raw.tolist() if hasattr(raw, "tolist") else list(raw)
 
 
-def _array(name: str, raw: list[Any], position: Sequence[int]) -> pa.Array:
+def _place(name: str, position: Sequence[int]) -> Place:
+    """Say where in a request the values of a column stand."""
+    return lambda index: f"events.{name}[{position[index]}]"
+
+
+def _array(raw: list[Any], place: Place) -> pa.Array:
     try:
         return pa.array(raw)
     except (pa.ArrowException, OverflowError, TypeError, ValueError):
@@ -358,10 +358,10 @@ def _array(name: str, raw: list[Any], position: Sequence[int]) -> pa.Array:
                 pa.array([first, value])
             except (pa.ArrowException, OverflowError, TypeError, ValueError):
                 raise RequestError(
-                    f"events: column {name}, position {position[index]}: {value!r:.100}: all values of a column are "
-                    "integers of 64 bits, or texts, or numbers, or lists of them"
+                    f"{place(index)} is {said(value)}; all values of a column are integers of 64 "
+                    "bits, or texts, or numbers, or lists of them"
                 ) from None
-        raise RequestError(f"events: column {name}: its values are of different kinds") from None
+        raise RequestError(f"{place(0)}: the values of this column are of different kinds") from None
 
 
 def as_list(values: Values) -> list[Any]:

@@ -166,17 +166,61 @@ def test_a_user_of_a_store_has_the_history_that_is_stored(exported: Exported, tm
         )
 
 
+def test_a_store_is_opened_by_its_url(exported: Exported, tmp_path: Path) -> None:
+    url, columns = str(tmp_path / "store"), StoredColumns.of_settings(Predictor.load(exported.folder).settings)
+    with pytest.raises(UserError, match="there is no store of histories; `dare store load` makes one"):
+        Predictor.load(exported.folder, url)
+    wrong: Any = 17
+    with pytest.raises(UserError, match="store is 17; give the path or URL of a store of histories, or what open_"):
+        Predictor.load(exported.folder, wrong)
+    open_store(str(tmp_path / "other"), columns.model_copy(update={"item": "when"})).close()
+    with pytest.raises(UserError, match="it has item=when, and product is wanted"):
+        Predictor.load(exported.folder, tmp_path / "other")
+    with open_store(url, columns) as store:
+        store.append(exported.user, exported.history)
+    for store_of_histories in (url, tmp_path / "store"):
+        with Predictor.load(exported.folder, store_of_histories) as predictor:
+            found = predictor.score(exported.user, exported.candidates)
+            np.testing.assert_array_equal(found, predictor.score(exported.history, exported.candidates))
+        predictor.close()
+        with pytest.raises(RequestError, match="there is no store of histories"):
+            predictor.score(exported.user, exported.candidates)
+    with open_store(url) as store:
+        # Who opens it closes it.
+        with Predictor.load(exported.folder, store) as predictor:
+            assert predictor.answer(exported.user, []).behaviors == len(exported.history["when"])
+        assert store.history(exported.user)["when"]
+
+
+def test_an_answer_says_what_it_rests_on(predictor: Predictor, exported: Exported) -> None:
+    known = [each for each in exported.candidates if each["product"] < 10**9]
+    unknown = known[0] | {"product": 10**12}
+    answer = predictor.answer(exported.history, [*known, unknown])
+    none = predictor.answer({}, known)
+    assert (answer.behaviors, none.behaviors) == (len(exported.history["when"]), 0)
+    assert answer.unknown_items == none.unknown_items + 1
+    np.testing.assert_array_equal(answer.scores, predictor.score(exported.history, [*known, unknown]))
+
+
 def test_wrong_requests_name_the_place(predictor: Predictor, exported: Exported) -> None:
     wrong: list[tuple[Any, Any, str]] = [
         (exported.history | {"product": ["x"] * len(exported.history["when"])}, [], "history.product[0]: 'x' is not"),
         (exported.history, [{"product": 1, "when": 5}], "candidates[0]: column slot is missing"),
         (exported.history, [{"product": -1, "when": 5, "slot": 1}], "candidates[0].product is -1, and raw ids are"),
         ("x", [], "a user's id is given"),
+        (
+            None,
+            [],
+            "history is None; give a mapping of columns to lists of values ({} of somebody new), or the id of a",
+        ),
+        (True, [], "history is True; give a mapping of columns to lists"),
+        (pd.DataFrame(exported.history), [], "history is of type DataFrame; give a mapping"),
     ]
     for history, candidates, said in wrong:
         with pytest.raises(RequestError) as error:
             predictor.score(history, candidates)
         assert str(error.value).startswith(said)
+        assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"no model\.json"):
         Predictor.load(exported.data)
 

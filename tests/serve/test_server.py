@@ -39,7 +39,18 @@ def test_scores_are_those_of_the_predictor(server: Server, exported: Exported) -
     np.testing.assert_array_equal(
         answer.json()["scores"], predictor.score(exported.history, exported.candidates).tolist()
     )
+    assert answer.json()["history"] == count(exported)
     assert server.post("/score", {"history": exported.history, "candidates": []}).json()["scores"] == []
+
+
+def test_scores_of_somebody_unknown_say_so(server: Server, exported: Exported) -> None:
+    names = ("dare_scores_without_history_total", "dare_candidates_unknown_total")
+    before = [server.metric(name) for name in names]
+    known = exported.candidates[0]
+    body = {"user": 10**6, "candidates": [known, known | {"product": 10**12}, known | {"product": 10**12 + 1}]}
+    answer = server.post("/score", body).json()
+    assert (len(answer["scores"]), answer["history"], answer["unknown_items"]) == (3, 0, 2)
+    assert [server.metric(name) for name in names] == [before[0] + 1, before[1] + 2]
 
 
 def test_what_was_appended_is_scored_as_if_it_were_sent(server: Server, exported: Exported) -> None:
@@ -82,21 +93,21 @@ def test_an_explanation_names_the_behaviours(server: Server, exported: Exported)
         ("/score", '{"candidates": -Infinity}', 400, "the body has -Infinity"),
         ("/score", '{"user": ' + "9" * 5000 + "}", 400, "not JSON"),
         ("/score", "[" * 50_000, 400, "nested too deeply"),
-        ("/score", "{}", 400, "candidates: required"),
+        ("/score", "{}", 400, "candidates: must be given"),
         ("/score", '{"candidates": []}', 400, "give history or user"),
         ("/score", '{"candidates": [], "user": 1, "history": {}}', 400, "give history or user"),
-        ("/score", '{"candidates": [], "user": true}', 400, "user"),
-        ("/score", '{"candidates": [], "user": 1.5}', 400, "user"),
-        ("/score", '{"candidates": [], "user": 1, "limit": 3}', 400, "limit: unknown key"),
+        ("/score", '{"candidates": [], "user": true}', 400, "user: must be text or an integer, not True"),
+        ("/score", '{"candidates": [], "user": 1.5}', 400, "user: must be text or an integer, not 1.5"),
+        ("/score", '{"candidates": [], "user": 1, "limit": 3}', 400, "'limit': unknown key"),
         ("/score", '{"candidates": {}, "user": 1}', 400, "candidates: "),
-        ("/score", '{"candidates": [1], "user": 1}', 400, "candidates.0: "),
+        ("/score", '{"candidates": [1], "user": 1}', 400, "candidates[0]: must be an object, not 1"),
         ("/score", '{"candidates": [], "user": 1, "model": "none"}', 400, "there is no none"),
         ("/score", json.dumps({"candidates": [{}] * 51, "user": 1}), 400, "51 are more than the 50"),
         ("/score", json.dumps({"candidates": [], "history": {"a": [1] * 201}}), 400, "a has 201 values"),
         ("/score", " " * 100_001, 413, "more than 100000 bytes"),
         ("/score", json.dumps({"candidates": [], "history": {"a": [1]}}), 400, "history"),
         ("/score", json.dumps({"candidates": [], "user": "\ud800"}), 400, ""),
-        ("/append", '{"user": 1, "events": []}', 400, "events: "),
+        ("/append", '{"user": 1, "events": []}', 400, "events: must be an object, not []"),
         ("/append", '{"user": 1, "events": {"a": [1]}}', 400, ""),
         ("/append", '{"user": null, "events": {}}', 400, "user"),
         ("/explain", '{"user": 1, "candidate": []}', 400, "candidate: "),

@@ -28,6 +28,8 @@ PLAIN = StoredColumns(
     timestamp="time",
     behaviors=(StoredColumn(name="item", kind="integer"),),
 )
+NO_FEATURES: dict[str, Any] = {name: [None] for name in ("kind", "price", "tags", "sizes")}
+"""Of one event."""
 NewUrl = Callable[[], str]
 
 
@@ -72,14 +74,13 @@ def test_a_store_says_itself_what_it_has(new_url: NewUrl) -> None:
     with pytest.raises(UserError, match="there is no store of histories; `dare store load` makes one"):
         open_store(url)
     with open_store(url, COLUMNS, 5) as store:
-        assert store.append(1, {"time": [3], "item": [4], "city": "Rome"}) == 1
+        assert store.append(1, {"time": [3], "item": [4], "city": "Rome"} | NO_FEATURES) == 1
     with open_store(url, read_only=True) as store:
         assert (store.columns, store.keep) == (COLUMNS, 5)
-        empty = {name: [None] for name in ("kind", "price", "tags", "sizes")}
-        assert store.history(1) == {"user": 1, "time": [3], "item": [4], **empty, "city": "Rome"}
-        assert store.history(2) == {"user": 2, **{name: [] for name in ("time", "item", *empty)}}
+        assert store.history(1) == {"user": 1, "time": [3], "item": [4], **NO_FEATURES, "city": "Rome"}
+        assert store.history(2) == {"user": 2, **{name: [] for name in ("time", "item", *NO_FEATURES)}}
     with open_store(url, COLUMNS) as first, open_store(url, COLUMNS) as second:
-        first.append(1, {"time": [9], "item": [9]})
+        first.append(1, {"time": [9], "item": [9]} | NO_FEATURES)
         assert second.history(1)["item"] == [4, 9]
     with pytest.raises(UserError, match="it keeps the last 5 events of a user, not 6; load the log into a new store"):
         open_store(url, COLUMNS, 6)
@@ -98,11 +99,11 @@ def test_users_are_told_apart_and_come_in_order(new_url: NewUrl) -> None:
         short = sorted((user for user in users if len(user.encode()) <= 500), key=str.encode)
         assert store.users(count=4) == short[:4]
         assert store.users("10", 2) == ["10", "2"]
-        with pytest.raises(RequestError, match="user 1: ids of users are texts here"):
+        with pytest.raises(RequestError, match="user is 1; ids of users are texts here"):
             store.append(1, {"time": [1], "item": [1]})
     with (
         open_store(new_url(), COLUMNS, 5) as store,
-        pytest.raises(RequestError, match="user '1': ids of"),
+        pytest.raises(RequestError, match="user is '1'; ids of"),
     ):
         store.history("1")
 
@@ -110,29 +111,54 @@ def test_users_are_told_apart_and_come_in_order(new_url: NewUrl) -> None:
 @pytest.mark.parametrize(
     ("events", "message"),
     [
-        ({"time": [1, 2], "item": [1]}, "events: column item has 1 values and time 2; every column has one for each"),
-        ({"time": [1], "item": [1], "tag": [1]}, "events: unknown column tag; known are time, item, kind, price, tags"),
-        ({"time": [1]}, "events: column item is missing"),
-        ({"time": [1, None], "item": [1, 2]}, "events: column time, position 1: an event needs a time"),
-        ({"time": [1, 2], "item": [1, None]}, "events: column item, position 1: an event needs an item"),
-        ({"time": [1, 2], "item": [1, 1.5]}, "events: column item, position 1: 1.5 is not an integer"),
-        ({"time": [1, "x"], "item": [1, 2]}, "events: column time, position 1: 'x': all values of a column are"),
-        ({"time": [2**63], "item": [1]}, "events: column time, position 0: 9223372036854775808: all values"),
-        ({"time": [-5], "item": [1]}, "events: column time, position 0: -5 is before 1970 or after 9999; times are of"),
-        ({"time": [1], "item": [-1]}, "events: column item, position 0: -1 is negative; ids are 0 or more"),
-        ({"time": 1, "item": [1]}, "events: column time: 1 is no list"),
-        ({"time": "12", "item": [1]}, "events: column time: '12' is no list"),
-        ({"time": [1], "item": [True]}, "events: column item: True: integers are expected"),
-        ({"time": [1], "item": [1], "kind": [["a"]]}, r"events: column kind: \['a'\]: texts are expected"),
-        ({"time": [1], "item": [1], "tags": ["a"]}, "events: column tags: 'a': lists of texts are expected"),
-        ({"time": [1], "item": [1], "price": [1e300]}, "events: column price, position 0: 1e.300 is infinite, or too"),
+        (
+            {"time": [1, 2], "item": [1]},
+            r"events.item has 1 values, events.time has 2; give each event a value in both",
+        ),
+        (
+            {"time": [1], "item": [1], "tag": [1]},
+            "events: no column 'tag'; there are city, item, kind, price, sizes, tags",
+        ),
+        ({"time": [1]}, "events: column item is missing$"),
+        ({"time": [1, None], "item": [1, 2]}, r"events.time\[1\] is missing; an event needs a time"),
+        ({"time": [1, 2], "item": [1, None]}, r"events.item\[1\] is missing; an event needs an item"),
+        ({"time": [1, 2], "item": [1, 1.5]}, r"events.item\[1\]: 1.5 is not an integer"),
+        ({"time": [1, "x"], "item": [1, 2]}, r"events.time\[1\] is 'x'; all values of a column are"),
+        ({"time": [2**63], "item": [1]}, r"events.time\[0\] is 9223372036854775808; all values"),
+        ({"time": [-5], "item": [1]}, r"events.time\[0\] is -5, a time before 1970 or after 9999; times are"),
+        ({"time": [1], "item": [-1]}, r"events.item\[0\] is -1; ids are 0 or more"),
+        ({"time": 1, "item": [1]}, "events.time is 1; give a list"),
+        ({"time": "12", "item": [1]}, "events.time is '12'; give a list"),
+        ({"time": [1], "item": [True]}, r"events.item\[0\] is True; integers are expected"),
+        ({"time": [1], "item": [1], "kind": [["a"]]}, r"events.kind\[0\] is \['a'\]; texts are expected"),
+        ({"time": [1], "item": [1], "tags": ["a"]}, r"events.tags\[0\] is 'a'; lists of texts are expected"),
+        ({"time": [1], "item": [1], "price": [1e300]}, r"events.price\[0\]: 1e.300 is infinite, or too"),
         ({"time": [1], "item": [1], "kind": ["x" * 65_537]}, "is longer than 64 KiB"),
-        ({"city": ["Rome"]}, "events: column city is of the user: give one value, not a list"),
+        ({"city": ["Rome"]}, "events.city is of the user; give one value, not a list"),
     ],
 )
 def test_events_that_are_no_events(tmp_path_factory: pytest.TempPathFactory, events: Any, message: str) -> None:
+    times = events.get("time", ())
+    whole = {
+        name: [None] * len(times) if isinstance(times, list) else [None] for name in NO_FEATURES if "time" in events
+    }
     with pytest.raises(RequestError, match=message):
-        COLUMNS.events(events)
+        COLUMNS.events(whole | events)
+
+
+def test_columns_of_events_are_not_left_out(new_url: NewUrl) -> None:
+    """Left out once and given once, one click would be two."""
+    event = {"time": [3], "item": [4]} | NO_FEATURES
+    with open_store(new_url(), COLUMNS, 5) as store:
+        for name in event:
+            said = f"events: column {name} is missing" + "; give it, with null for a value" * (name in NO_FEATURES)
+            with pytest.raises(RequestError, match=said):
+                store.append(1, {other: values for other, values in event.items() if other != name})
+        assert store.history(1)["item"] == []
+        assert [store.append(1, event) for _ in range(2)] == [1, 0]
+        # What is known of the user comes alone.
+        assert store.append(1, {"city": "Rome"}) == 0
+        assert store.history(1)["city"] == "Rome"
 
 
 def append_some(url: str, process: int) -> None:

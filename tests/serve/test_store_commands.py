@@ -137,10 +137,10 @@ def test_a_log_of_all_kinds(dare: Dare, tmp_path: Path, monkeypatch: pytest.Monk
         appended = store.append("new", bought)
         assert (appended, appended.filtered) == (1, 2)
         assert store.history("new")["thing"] == [2]
-        with pytest.raises(RequestError, match="events: column thing, position 1: an event needs an item"):
+        with pytest.raises(RequestError, match=r"events.thing\[1\] is missing; an event needs an item"):
             store.append("new", bought | {"thing": [1, None, 3]})
         with pytest.raises(RequestError, match="events: column what is missing"):
-            store.append("new", {"at": [5], "thing": [7]})
+            store.append("new", {"at": [5], "thing": [7], "tags": [None]})
 
 
 def test_what_files_say_of_users(dare: Dare, tmp_path: Path) -> None:
