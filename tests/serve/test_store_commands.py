@@ -133,6 +133,7 @@ def test_a_log_of_all_kinds(dare: Dare, tmp_path: Path, monkeypatch: pytest.Monk
             "thing": [None, 2, 3],
             "what": ["bot", "buy", None],
             "tags": [[], ["a"], []],
+            **{"price": [None, 2.5, 7], "words": [None] * 3},
         }
         appended = store.append("new", bought)
         assert (appended, appended.filtered) == (1, 2)
@@ -140,7 +141,7 @@ def test_a_log_of_all_kinds(dare: Dare, tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(RequestError, match=r"events.thing\[1\] is missing; an event needs an item"):
             store.append("new", bought | {"thing": [1, None, 3]})
         with pytest.raises(RequestError, match="events: column what is missing"):
-            store.append("new", {"at": [5], "thing": [7], "tags": [None]})
+            store.append("new", {name: [None] for name in NAMES if name != "what"})
 
 
 def test_what_files_say_of_users(dare: Dare, tmp_path: Path) -> None:
