@@ -4,6 +4,7 @@ T = targets, K = behaviours of a branch, U = distinct behaviours of a sequence, 
 window, C = targets of a chunk, D = dim of the inherent features together, d = dim of one feature, X = any number.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -30,10 +31,13 @@ from embeddings.models.sim import SimHard, SimSoft
 from embeddings.models.twin import TwinHard, TwinV2
 from embeddings.sizes import DataSizes
 from embeddings.tables.specs import CONTEXT
+from pipeline.progress import stage
 from pipeline.serve.inputs import DenseNames, UsedTables
 from pipeline.serve.program import load_compiled, this_machine
 from schemas.model import ModelSettings
 from schemas.programs import Program, ProgramName, Programs, SearchKind
+
+_LOGGER = logging.getLogger("dare.export")
 
 TOLERANCE = 1e-5
 """How far what is compiled may be from the exported program, relative to values of size 1."""
@@ -312,7 +316,11 @@ def write_programs(
         What the manifest says of them.
     """
     modules, record = parts_of(settings, sizes, dense_state)
-    exported = {name: _exported(module) for name, module in modules.items()}
+    with stage("trace programs", len(modules), "programs") as progress:
+        exported = {}
+        for name, module in modules.items():
+            exported[name] = _exported(module)
+            progress.advance()
     # Compiled before they are saved, which takes away the tensors that a compiler tunes its code with.
     why_not = _why_not_compiled(exported, folder) if compile else None
     programs = {name: _saved(program, folder / f"{name}.pt2", modules[name]) for name, program in exported.items()}
@@ -349,16 +357,19 @@ def _why_not_compiled(exported: Mapping[ProgramName, ExportedProgram], folder: P
     """Compile programs, and compare what they compute; None: all is well, else why there is no machine code."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         return "no C++ compiler is at hand"
-    for name, program in exported.items():
-        path = folder / f"{name}.aoti.pt2"
-        content = BytesIO()
-        torch._inductor.aoti_compile_and_package(program, package_path=content)
-        path.write_bytes(content.getvalue())
-        worst = _difference(program, path)
-        if worst > TOLERANCE:
-            for other in exported:
-                (folder / f"{other}.aoti.pt2").unlink(missing_ok=True)
-            return f"what is compiled of {name} differs by {worst:.1e}"
+    _LOGGER.info("compiling %d programs for this processor (a minute or two)", len(exported))
+    with stage("compile programs", len(exported), "programs") as progress:
+        for name, program in exported.items():
+            path = folder / f"{name}.aoti.pt2"
+            content = BytesIO()
+            torch._inductor.aoti_compile_and_package(program, package_path=content)
+            path.write_bytes(content.getvalue())
+            worst = _difference(program, path)
+            if worst > TOLERANCE:
+                for other in exported:
+                    (folder / f"{other}.aoti.pt2").unlink(missing_ok=True)
+                return f"what is compiled of {name} differs by {worst:.1e}"
+            progress.advance()
     return None
 
 

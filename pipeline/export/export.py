@@ -15,6 +15,7 @@ from pipeline.export.data_files import write_data_files
 from pipeline.export.dense import write_programs
 from pipeline.export.rows import Stored, in_precision, write_rows
 from pipeline.files import link_or_copy, output_folder
+from pipeline.progress import stage
 from pipeline.runs.checkpoint import Base, Checkpoint
 from pipeline.runs.checkpoint_files import refuse_differences
 from pipeline.runs.run_folder import RunFolder
@@ -96,8 +97,13 @@ def export_run(
     with output_folder(out, CONTENTS, overwrite=overwrite) as partial:
         programs = write_programs(settings.model, sizes, stored.dense(), partial, compile=compile)
         tables = served_tables(specs, programs, rows, attention_rows)
-        of_rows = [file for table in tables for file in write_rows(partial, table, _windows(stored, table))]
-        told, of_data = write_data_files(partial, data_set, _read_features(settings, programs))
+        of_rows = []
+        with stage("write rows", len(tables), "tables") as progress:
+            for table in tables:
+                of_rows += write_rows(partial, table, _windows(stored, table))
+                progress.advance()
+        with stage("write dictionaries and features of items"):
+            told, of_data = write_data_files(partial, data_set, _read_features(settings, programs))
         manifest = ServedManifest(
             version=_version(checkpoint, rows, attention_rows),
             run=folder.absolute().name,
@@ -155,8 +161,10 @@ def export_delta(
         programs = write_programs(base.model, sizes, stored.dense(), partial, compile=compile)
         files = _program_files(partial, programs)
         changed = [table for table in base.tables if stored.changed(_source(table))]
-        for table in changed:
-            files += write_rows(partial, table, _changed_windows(StoredRows(full, base, table), stored))
+        with stage("write rows", len(changed), "tables") as progress:
+            for table in changed:
+                files += write_rows(partial, table, _changed_windows(StoredRows(full, base, table), stored))
+                progress.advance()
         anew = {file.path for file in files} | set(_program_names(base.programs))
         for file in base.files:
             if file.path not in anew:
