@@ -220,13 +220,13 @@ class ServedManifest(_Record):
         """Refuse a manifest whose tables and programs do not have their files, or tables of impossible sizes."""
         sizes = {file.path: file.bytes for file in self.files}
         for table in self.tables:
-            wanted = {table.row_file: table.rows * table.row_bytes, table.checksum_file: 4 * table.blocks}
-            if table.scale_file is not None:
-                wanted[table.scale_file] = 4 * table.rows
             # Indexing adds no check of its own: what is mapped must have the rows that the manifest says.
             possible = table.rows > 0 and table.dim > 0 and table.block_rows > 0
             if not possible or table.block_rows & (table.block_rows - 1):
                 raise UserError(f"{path}: tables: {table.name} has no rows, no dim or odd blocks; {REMEDY}")
+            wanted = {table.row_file: table.rows * table.row_bytes, table.checksum_file: 4 * table.blocks}
+            if table.scale_file is not None:
+                wanted[table.scale_file] = 4 * table.rows
             for name, size in wanted.items():
                 if sizes.get(name) != size:
                     raise UserError(f"{path}: files: {name} must be {size} bytes, by its table; {REMEDY}")

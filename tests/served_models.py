@@ -32,7 +32,7 @@ class HeldRows:
         rows = self.table_RD.index_select(0, id_X.flatten()).float()
         if self.scale_R is not None:
             rows *= self.scale_R.index_select(0, id_X.flatten())[:, None]
-        return rows.view(*id_X.shape, -1)
+        return rows.view(*id_X.shape, self.table_RD.shape[1])
 
     def all_rows(self) -> Tensor:
         return self.rows(torch.arange(len(self.table_RD)))

@@ -221,7 +221,8 @@ class _Signature(nn.Module):
         self.signature = signature
         self.shapes = {"rows": _Shape(("X", signature.directions.in_features))}
 
-    def forward(self, rows_XD: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        (rows_XD,) = tensors
         return (self.signature(rows_XD),)
 
 

@@ -81,13 +81,17 @@ class ServedModel:
         self._queries, self._score = _Queries(run, cross), _Score(run, cross)
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path, manifest: ServedManifest | None = None) -> Self:
         """Load an exported model. Rows are read when they are asked for.
+
+        Args:
+            folder: of the model.
+            manifest: of the folder; None: it is read.
 
         Raises:
             UserError: the folder is not what `dare export` writes, or a file differs from its checksum.
         """
-        manifest = ServedManifest.read(folder)
+        manifest = manifest or ServedManifest.read(folder)
         programs, run = manifest.programs, dict[ProgramName, Runs]()
         here = programs.compiled_for == this_machine()
         for name, program in programs.programs.items():

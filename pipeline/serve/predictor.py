@@ -27,7 +27,7 @@ from pipeline.serve.stored_columns import StoredColumns
 from pipeline.serve.vocabulary import Vocabulary
 from schemas.errors import RequestError, UserError
 from schemas.prepare import PrepareSettings
-from schemas.served import ServedManifest
+from schemas.served import REMEDY, ServedManifest
 
 
 class Histories(Protocol):
@@ -97,18 +97,27 @@ class Predictor:
                 path or URL of one is opened to be read, and closed by `close`; one that is open already is left open.
 
         Raises:
-            UserError: no exported model, one of another version, or a file that differs from its checksum; no store
-                there, one of other columns than the model's, or something that is none.
+            UserError: no exported model, one of another version, a file that differs from its checksum, or files
+                that do not go together; no store there, one of other columns than the model's, or something that is
+                none.
             StoreError: the store is down.
         """
         if not (store is None or isinstance(store, Path | str) or callable(getattr(store, "history", None))):
             raise UserError(
                 f"store is {said(store)}; give the path or URL of a store of histories, or what open_store has opened"
             )
-        folder = Path(folder)
+        # A link may be pointed to another model at any moment, and a folder replaced: all is of one manifest.
+        folder = Path(folder).resolve()
         manifest = ServedManifest.read(folder)
-        encoder = RequestEncoder(Vocabulary.open(folder, manifest), manifest.stream)
-        model = ServedModel.load(folder)
+        try:
+            encoder = RequestEncoder(Vocabulary.open(folder, manifest), manifest.stream)
+            model = ServedModel.load(folder, manifest)
+        except (UserError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            # Files are whole by their checksums, but not those that the manifest tells of.
+            shown = f"{type(error).__name__}: {error}"
+            raise UserError(f"{folder}: its files do not go together ({shown:.100}); {REMEDY}") from error
         if not isinstance(store, Path | str):
             return cls(folder, manifest, model, encoder, store)
         opened = open_store(str(store), read_only=True)

@@ -1,12 +1,14 @@
 """Programs of an exported model: graphs of torch's operators, or the machine code that was made of them.
 
 A graph is run here operator by operator. torch's own loader would need its compiler (seconds to import), and it looks
-up whatever function a file names; here a file can name operators of torch alone.
+up whatever function a file names; here a file can name operators of torch alone, and of these such that make tensors of
+tensors: none that changes one, or opens a file.
 """
 
 import json
 import platform
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from operator import add, floordiv, mul, sub
 from pathlib import Path
@@ -43,6 +45,10 @@ _OF_SIZES: Mapping[str, Callable[..., Any]] = {
     "_operator.floordiv": floordiv,
 }
 """What a graph may compute of sizes, beside torch's operators."""
+
+_NO_ARCHIVE = (zipfile.BadZipFile, EOFError)
+_OUTSIDE = frozenset(("filename", "source", "storage"))
+"""Names of arguments of torch's operators that reach beyond tensors."""
 
 
 class Runs(Protocol):
@@ -95,7 +101,7 @@ class Graph:
                     for name, entry in config.items()
                 }
             self._read(module, values)
-        except (KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, zlib.error, *_NO_ARCHIVE) as error:
             raise UserError(f"{path}: not a program that this version knows ({error!r:.200}); {REMEDY}") from None
         if len(self._inputs) != len(program.inputs) or len(self._outputs) != len(program.outputs):
             raise UserError(f"{path}: not the program that the manifest describes; {REMEDY}")
@@ -194,7 +200,12 @@ def _function(target: str) -> Callable[..., Any]:
     *place, operator, overload = target.split(".")
     if place != ["torch", "ops", "aten"]:
         raise ValueError(f"{target} is no operator of torch")
-    found: Callable[..., Any] = getattr(getattr(torch.ops.aten, operator), overload)
+    found: torch._ops.OpOverload = getattr(getattr(torch.ops.aten, operator), overload)
+    arguments = {argument.name for argument in found._schema.arguments}
+    # torch has operators that map, make and write files, and some that trust their arguments with its memory.
+    private = operator.startswith("_") and not operator.startswith("__")
+    if private or found._schema.is_mutable or not arguments.isdisjoint(_OUTSIDE):
+        raise ValueError(f"{target} is no function of tensors alone")
     return found
 
 

@@ -1,5 +1,6 @@
 """Exported models answer as those that were trained: every model, kind of feature and shape of request."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,14 @@ import torch
 from embeddings.batch import Batch
 from embeddings.model import CtrModel
 from embeddings.models import MODELS
+from pipeline.export.dense import write_programs
 from pipeline.serve.model import ServedModel
+from pipeline.serve.program import Graph
 from pipeline.serve.rows import TableKey
-from tests.served_models import exported, of_one_user, quantized, served, tables_of
+from schemas.errors import UserError
+from tests.served_models import dense_state, exported, of_one_user, quantized, served, tables_of
 from tests.tolerance import largest, rounding, summands
-from tests.toy_model import MANY, ONE, TWO, batch_of, model_of, settings_of
+from tests.toy_model import MANY, ONE, TWO, batch_of, model_of, settings_of, sizes_of
 
 RECENT = {**TWO, "recent": {"content": 3}}
 TASKS = {"tasks": [{"name": "label"}, {"name": "buy", "after": "label"}], "mixture": {"experts": 2, "hidden": (8,)}}
@@ -63,6 +67,37 @@ def test_programs_that_were_written_answer_alike(name: str, shape: str, tmp_path
     answering = exported(model, tmp_path)
     for seed, size in enumerate(SIZES):
         assert_answers_alike(model, answering, batch_of(model.settings, seed, **size))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "torch.ops.aten.from_file.default",  # makes a file, and maps it to be written to
+        "torch.ops.aten.copy_.default",  # changes a tensor, be it the rows of a table
+        "torch.ops.aten.set_.source_Tensor",
+        "torch.ops.aten._nested_view_from_buffer.default",
+        "torch.ops.prims.add.default",
+        "torch.ops.aten.nothing.default",
+        "torch.ops.aten.add.nothing",
+        "os.system",
+        "",
+    ],
+)
+def test_a_program_names_functions_of_tensors_alone(target: str, tmp_path: Path) -> None:
+    model = model_of(settings_of("dare"))
+    record = write_programs(model.settings, sizes_of(model.settings), dense_state(model), tmp_path, compile=False)
+    program = record.programs["dense"]
+    with zipfile.ZipFile(tmp_path / program.path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    (graph,) = (name for name in content if name.endswith("models/model.json"))
+    document = json.loads(content[graph])
+    document["graph_module"]["graph"]["nodes"][-1]["target"] = target
+    content[graph] = json.dumps(document).encode()
+    with zipfile.ZipFile(tmp_path / "other.pt2", "w") as archive:
+        for name, part in content.items():
+            archive.writestr(name, part)
+    with pytest.raises(UserError, match="not a program that this version knows"):
+        Graph(tmp_path / "other.pt2", program)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
