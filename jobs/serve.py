@@ -72,6 +72,10 @@ def _opener(url: str | None) -> "Callable[[Path], HistoryStore] | None":
     """What opens the store at a URL, or makes one, for an exported model."""
     if url is None:
         return None
+    # It is opened when a model says its columns; that it cannot be is known before anybody is told where to ask.
+    from pipeline.serve.store import check_place
+
+    check_place(url)
 
     def opened(model: Path) -> "HistoryStore":
         from pipeline.serve.store import open_store

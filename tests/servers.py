@@ -97,6 +97,10 @@ class Server:
         """Exit code, once it has ended."""
         return wait([self.process])[0]
 
+    def printed(self) -> str:
+        """Standard output."""
+        return self._output.read_text() if self._output.exists() else ""
+
     def said(self) -> str:
         """Standard error."""
         return self._errors.read_text() if self._errors.exists() else ""
@@ -124,15 +128,49 @@ def hold(folder: Path) -> None:
 
     from pipeline.serve.predictor import Predictor
 
-    score, number = Predictor.score, count()
+    answer, number = Predictor.answer, count()
 
     def held(self: Predictor, *arguments: Any) -> Any:
         (folder / str(next(number))).touch()
         while not (folder / "go").exists():
             time.sleep(0.01)
-        return score(self, *arguments)
+        return answer(self, *arguments)
 
-    Predictor.score = held
+    Predictor.answer = held
+
+
+def hold_warming(folder: Path) -> None:
+    """Sabotage: a model that is loaded waits before its first answer until there is ``folder/go``."""
+    from pipeline.serve.predictor import Predictor
+
+    warm = Predictor.warm
+
+    def held(self: Predictor) -> None:
+        (folder / "warming").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.01)
+        warm(self)
+
+    Predictor.warm = held  # type: ignore[method-assign]
+
+
+def load_in_torch(folder: Path) -> None:
+    """Sabotage: a model after the first one is long in C++ when it is loaded, and writes ``folder/loading`` before."""
+    from itertools import count
+
+    import torch
+
+    from pipeline.serve.predictor import Predictor
+
+    warm, number = Predictor.warm, count()
+
+    def slow(self: Predictor) -> None:
+        if next(number):
+            (folder / "loading").touch()
+            torch.rand(1 << 24).sort()
+        warm(self)
+
+    Predictor.warm = slow  # type: ignore[method-assign]
 
 
 def break_down() -> None:
@@ -142,4 +180,4 @@ def break_down() -> None:
     def broken(self: Predictor, *arguments: Any) -> Any:
         raise ZeroDivisionError("a secret of the server")
 
-    Predictor.score = broken
+    Predictor.answer = broken

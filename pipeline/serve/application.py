@@ -47,13 +47,17 @@ class FailedError(Exception):
         self.status, self.kind, self.line, self.headers = status, kind, line, headers
 
 
-def application(answers: Answers, settings: ServeSettings, metrics: Metrics) -> ASGIApp:
+def application(
+    answers: Answers, settings: ServeSettings, metrics: Metrics, workers: Workers, loader: Workers
+) -> ASGIApp:
     """The server as an ASGI application.
 
     Args:
         answers: what is answered; requests are refused with 503 until the models are loaded.
         settings: limits.
         metrics: are counted up.
+        workers: answer requests.
+        loader: loads models that requests name.
     """
     models = answers.models
     app = FastAPI(
@@ -64,8 +68,6 @@ def application(answers: Answers, settings: ServeSettings, metrics: Metrics) -> 
         docs_url=None,
         redoc_url=None,
     )
-    workers = Workers(settings.threads, settings.queue)
-    loader = Workers(1, 0)
 
     async def answer(
         request: Request,
@@ -277,6 +279,8 @@ class _Measured:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                took = f"total;dur={1000 * (time.perf_counter() - begun):.3f}"
+                message["headers"] = [*message.get("headers", ()), (b"server-timing", took.encode())]
             await send(message)
 
         with self._metrics.in_flight.track_inprogress():

@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from datetime import UTC, datetime
+from typing import Any, Literal, Self
 
 from pipeline.ingest.columns import (
     USER_NUMBER,
@@ -115,6 +116,35 @@ class RequestColumns:
             tuple(of_behaviors(name, column) for name, column in history),
             tuple(of_candidates(name, column) for name, column in candidate),
         )
+
+
+def made_up_request(columns: RequestColumns) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A history of one behaviour and one later candidate, both of an item that is unknown; features are missing."""
+
+    def value(column: RequestColumn, day: int) -> Any:
+        match column.role:
+            case "timestamp":
+                return _day(day, column.unit)
+            case "item":
+                return 0 if column.read.kind == "integer" else "0"
+            case "filter":
+                return columns.settings.events.keep[column.read.source][0]
+        return None
+
+    history = {
+        column.name: [value(column, 1)] for column in columns.history if column.required and column.of == "behavior"
+    }
+    return history, [{column.name: value(column, 2) for column in columns.candidate if column.required}]
+
+
+def _day(day: int, unit: TimestampUnit) -> int | str:
+    """A day of January as a log of this unit writes it: of a late year, for early behaviours may not count."""
+    if unit == "mmdd":
+        return 100 + day
+    moment = datetime(2100, 1, day, tzinfo=UTC)
+    if unit == "datetime":
+        return moment.strftime("%Y-%m-%d %H:%M:%S")
+    return int(moment.timestamp()) * {"s": 1, "ms": 1_000, "us": 1_000_000}[unit]
 
 
 def _of_files(settings: PrepareSettings, *sides: str) -> list[Column]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embeddings.batch import Branch
-from pipeline.serve.columns import RequestColumn
+from pipeline.serve.columns import RequestColumn, made_up_request
 from pipeline.serve.encoding import EncodedRequest, RequestEncoder
 from pipeline.serve.history_store import HistoryStore
 from pipeline.serve.model import ServedModel
@@ -236,6 +236,15 @@ class Predictor:
     def seconds(self, history: Mapping[str, Any]) -> list[int]:
         """Seconds since 1970 of a history's behaviours, in the order in which they are given; errors as of `score`."""
         return self._encoder.seconds(history)
+
+    def warm(self) -> None:
+        """Answer a made-up request, an unknown item for a history of one: what is compiled when it is first used is.
+
+        Raises:
+            RequestError: the data set's columns take no such request.
+            UserError: rows of the model are damaged.
+        """
+        self._scores(self._encoder.encode(*made_up_request(self._encoder.columns)))
 
     def verify(self) -> None:
         """Compare all rows with their checksums; what is read is compared anyway.

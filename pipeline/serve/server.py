@@ -6,10 +6,13 @@ on their way be answered, and end it.
 
 import asyncio
 import errno
+import gc
 import logging
+import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import ceil
@@ -17,15 +20,17 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
+import torch
 import uvicorn
 
-from pipeline.errors import description, printable, refusal_reason
+from pipeline.errors import description, end_at_once, printable, refusal_reason
 from pipeline.serve.answers import Answers, StoreOnDemand
 from pipeline.serve.application import application
 from pipeline.serve.connection import Connection
 from pipeline.serve.metrics import Metrics
 from pipeline.serve.predictor import Predictor
 from pipeline.serve.swap import Models
+from pipeline.serve.workers import Workers
 from schemas.errors import StoreError, UserError
 from schemas.serving import ServeSettings
 
@@ -38,7 +43,7 @@ _LOGGER = logging.getLogger("dare.serve")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_S = 5.0
-"""Seconds that requests are given at the end beyond their time limit."""
+"""Seconds that requests are given at the end beyond their time limit, and then threads that still work."""
 
 
 class _Server(uvicorn.Server):
@@ -46,17 +51,19 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        # uvicorn would raise the signal once more at the end, and the process would die of it.
+        # uvicorn would raise the signal once more at the end, and the process would die of it. Nor is any other one
+        # heard from then on: what is left has time limits, and an interrupt in the midst of it is a trace, or worse.
         def asked(number: int, frame: "FrameType | None") -> None:
             self.force_exit = self.should_exit
             self.should_exit = True
 
-        former = {number: signal.signal(number, asked) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, asked)
         try:
             yield
         finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -119,12 +126,13 @@ class ServerOfModels:
         self._answers = Answers(self._models, settings, self._store)
         self._metrics = Metrics()
         self._settings = settings
+        self._workers, self._loader = Workers(settings.threads, settings.queue), Workers(1, 0)
         self._watch = watch
         self._socket = listening(settings.host, settings.port)
         self._ended = Event()
         self._failed: Exception | None = None
         config = uvicorn.Config(
-            application(self._answers, settings, self._metrics),
+            application(self._answers, settings, self._metrics, self._workers, self._loader),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -145,11 +153,17 @@ class ServerOfModels:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run(self) -> None:
-        """Answer until SIGTERM or SIGINT; what is on its way is answered first.
+        """Answer until SIGTERM or SIGINT; what is on its way is answered first. Later signals are ignored.
+
+        To be called once, at the end of a process: where a thread still works when its time is over, because a model
+        is being loaded or a request came too late, the process ends here, with exit code 0.
 
         Raises:
             UserError: a model cannot be loaded, or the store is none.
         """
+        # Each request may be worked on by several threads of torch.
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // self._settings.threads)))
         # A connection is an open file, and the usual limit of 1,024 is soon reached by those that wait.
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -158,11 +172,28 @@ class ServerOfModels:
         try:
             asyncio.run(self._server.serve(sockets=[self._socket]))
         finally:
-            self._ended.set()
-            if self._store is not None:
-                self._store.close()
+            self._close(worker)
         if self._failed is not None:
             raise self._failed
+
+    def _close(self, worker: Thread) -> None:
+        """Let go of models and store; none may be left when the interpreter ends.
+
+        A thread that comes back from C++ then, from loading or freeing compiled code, is ended by Python in the midst
+        of it, and C++ ends the process with SIGABRT.
+        """
+        self._ended.set()
+        until = time.monotonic() + (0 if self._server.force_exit else GRACE_S)
+        worker.join(max(0, until - time.monotonic()))
+        idle = [each.close(max(0, until - time.monotonic())) for each in (self._workers, self._loader)]
+        if worker.is_alive() or not all(idle):
+            # No thread can be ended from outside, and what it uses may not be closed. Appended events are on the disk.
+            _LOGGER.warning("ended while a model was being loaded or a request worked on")
+            end_at_once(0)
+        if self._store is not None:
+            self._store.close()
+        self._models.close()
+        gc.collect()
 
     def _load_and_look(self) -> None:
         try:
@@ -186,7 +217,7 @@ class ServerOfModels:
                 _LOGGER.error("%s: %s", printable(name), description(error))
         while self._watch and not self._ended.wait(self._settings.watch_every):
             try:
-                for outcome in self._models.look():
-                    self._metrics.reloads.labels("loaded" if outcome is None else "refused").inc()
+                for taken in self._models.look():
+                    self._metrics.reloads.labels("loaded" if taken else "refused").inc()
             except Exception as error:
                 _LOGGER.error("looking for newer models: %s", description(error), exc_info=error)

@@ -211,6 +211,7 @@ class Models:
             new = self._load(seen.folder)
             if verify:
                 new.verify()
+            _warm(slot.name, new)
         except UserError:
             slot.refused.add(seen)
             raise
@@ -219,15 +220,21 @@ class Models:
         _LOGGER.info("%s: version %s answers, loaded in %.1f s", printable(slot.name), new.version, took)
         return new
 
-    def look(self) -> list[UserError | None]:
+    def close(self) -> None:
+        """Let go of all models."""
+        for slot in self._slots.values():
+            slot.current = None
+
+    def look(self) -> list[bool]:
         """Take exports that are newer than what answers, where they have stopped changing since the last look.
 
         Returns:
-            The outcome of each that was tried; what was refused is tried again when something in it has changed.
+            Whether it answers now, of each that was tried; what was refused is tried again when something in it has
+            changed. No error, which would keep the refused model in memory.
         """
         return [outcome for slot in self._slots.values() for outcome in self._look(slot)]
 
-    def _look(self, slot: _Slot) -> Iterator[UserError | None]:
+    def _look(self, slot: _Slot) -> Iterator[bool]:
         found = exports(slot.given)
         with self._loading:
             if found != slot.found:
@@ -249,7 +256,20 @@ class Models:
                     _LOGGER.error(
                         "%s is refused, the model that was there answers on: %s", printable(seen.folder), said
                     )
-                    yield error
+                    yield False
                 else:
-                    yield None
+                    yield True
                     return
+
+
+def _warm(name: str, model: "Predictor") -> None:
+    """Answer a made-up request, so that the first one of a sender is not slow.
+
+    Raises:
+        UserError: rows are damaged.
+    """
+    try:
+        model.warm()
+    except RequestError as error:
+        # What can be asked of it is not known here; that it cannot be asked this is no reason not to answer.
+        _LOGGER.warning("%s: the first request may be slow: %s", printable(name), description(error))

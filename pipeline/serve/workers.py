@@ -2,8 +2,8 @@
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -29,6 +29,7 @@ class Workers:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="answer")
         self._room = threads + queue
         self._taken = 0
+        self._begun: set[Future[Any]] = set()
 
     async def run(self, work: Callable[[], T], seconds: float) -> T:
         """Do a piece of work on a thread and wait for it; to be called on one event loop alone.
@@ -46,6 +47,7 @@ class Workers:
         self._taken += 1
         loop = asyncio.get_running_loop()
         future = self._pool.submit(work)
+        self._begun.add(future)
         # Room is given back when the thread is free, not when its sender is answered: late work is work.
         future.add_done_callback(lambda done: self._give_back(loop, done))
         waiting = asyncio.wrap_future(future)
@@ -61,10 +63,17 @@ class Workers:
         def given() -> None:
             self._taken -= 1
 
+        self._begun.discard(done)
+
         # Late work may end after the loop has.
         if not loop.is_closed():
             loop.call_soon_threadsafe(given)
 
-    def close(self) -> None:
-        """Begin no further work."""
+    def close(self, seconds: float) -> bool:
+        """Begin no further work, and give what has begun some seconds to end.
+
+        Returns:
+            Whether it has: no thread works any more.
+        """
         self._pool.shutdown(wait=False, cancel_futures=True)
+        return not wait(list(self._begun), seconds).not_done

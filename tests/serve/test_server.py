@@ -14,7 +14,7 @@ import requests
 from pipeline.serve.predictor import Predictor
 from tests.launcher import PATIENCE_S
 from tests.served import Exported
-from tests.servers import Server, break_down, count, hold
+from tests.servers import Server, break_down, count, hold, hold_warming
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,9 @@ def test_scores_are_those_of_the_predictor(server: Server, exported: Exported) -
     answer = server.post("/score", {"history": exported.history, "candidates": exported.candidates})
     assert answer.status_code == 200, answer.text
     assert answer.json()["model"] == predictor.version
+    name, _, milliseconds = answer.headers["Server-Timing"].partition(";dur=")
+    assert name == "total"
+    assert 0 < float(milliseconds) < 1000 * answer.elapsed.total_seconds()
     np.testing.assert_array_equal(
         answer.json()["scores"], predictor.score(exported.history, exported.candidates).tolist()
     )
@@ -208,19 +211,25 @@ def test_it_listens_on_loopback_alone(server: Server) -> None:
         (["{model}", "--host", "no.such.host.invalid"], "no.such.host.invalid"),
         (["{model}", "--max-body", "1"], "max_body: "),
         (["{model}", "--store", "ftp://nowhere/0"], "ftp"),
+        (["{model}", "--store", "{file}"], "file"),
+        (["{model}", "--store", "{file}/below"], "file/below: "),
+        (["{model}", "--store", "/proc/below"], "/proc/below: "),
     ],
 )
 def test_what_a_server_cannot_be_started_with(
     exported: Exported, tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     (tmp_path / "empty").mkdir()
-    folders = {"model": exported.folder, "missing": tmp_path / "missing", "empty": tmp_path / "empty"}
+    (tmp_path / "file").touch()
+    folders = {"model": exported.folder} | {name: tmp_path / name for name in ("missing", "empty", "file")}
     server = Server(tmp_path, *[text.format(**folders) for text in arguments])
     assert server.ended() == 1, server.said()
     last = server.said().splitlines()[-1]
     assert last.startswith("dare: ")
     assert said in last
     assert "Traceback" not in server.said()
+    # What needs no model to be seen is seen before anybody is told where to ask.
+    assert bool(server.printed()) == (arguments == ["{empty}"])
 
 
 def test_a_store_that_is_down(exported: Exported, tmp_path: Path) -> None:
@@ -348,6 +357,30 @@ def test_requests_on_their_way_are_answered_before_it_ends(exported: Exported, t
         assert waiting.result().status_code == 200
         assert server.ended() == 0
         assert "Traceback" not in server.said()
+
+
+def test_signals_again_and_again(exported: Exported, tmp_path: Path) -> None:
+    body = {"history": exported.history, "candidates": exported.candidates}
+    with Server(tmp_path, exported.folder, sabotage=hold, given=(tmp_path,)) as server, ThreadPoolExecutor(1) as sender:
+        server.ready()
+        sender.submit(server.post, "/score", body)
+        server.until((tmp_path / "0").exists)
+        # The request is never done: the second one does not wait for it, and those after it are not heard.
+        while server.process.is_alive():
+            server.interrupt()
+            server.process.join(0.01)
+        assert server.ended() == 0, server.said()
+        assert not any(word in server.said() for word in ("Traceback", "Fatal", "terminate"))
+
+
+def test_it_is_ready_when_it_has_answered_once(exported: Exported, tmp_path: Path) -> None:
+    with Server(tmp_path, exported.folder, sabotage=hold_warming, given=(tmp_path,)) as server:
+        server.until((tmp_path / "warming").exists)
+        assert server.get("/health").status_code == 503
+        assert server.post("/score", {}).status_code == 503
+        (tmp_path / "go").touch()
+        server.ready()
+        assert "may be slow" not in server.said()
 
 
 def _accepts(address: str) -> bool:

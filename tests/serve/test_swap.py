@@ -11,7 +11,7 @@ import requests
 
 from pipeline.serve.predictor import Predictor
 from tests.served import Exported
-from tests.servers import Server, hold
+from tests.servers import Server, hold, load_in_torch
 
 WATCHED = ["--watch", "--watch-every", 0.1]
 
@@ -196,6 +196,20 @@ def test_the_newest_whole_export_of_a_watched_folder_answers(exported: Exported,
         # Without the newest one, the one before it answers.
         shutil.rmtree(exports / "wednesday")
         server.until(lambda: answering() == version(exported.folder))
+
+
+def test_a_server_that_ends_while_it_loads(exported: Exported, tmp_path: Path) -> None:
+    link = tmp_path / "current"
+    link.symlink_to(exported.folder)
+    with Server(tmp_path, link, *WATCHED, sabotage=load_in_torch, given=(tmp_path,)) as server:
+        server.ready()
+        (tmp_path / "next").symlink_to(exported.other)
+        (tmp_path / "next").rename(link)
+        server.until((tmp_path / "loading").exists)
+        # A thread that comes back from C++ when the interpreter has ended is an abort of the process.
+        server.interrupt()
+        assert server.ended() == 0, server.said()
+        assert "Fatal" not in server.said()
 
 
 def test_a_server_of_two_models(exported: Exported, tmp_path: Path) -> None:
