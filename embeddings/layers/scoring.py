@@ -121,7 +121,8 @@ class DinScore(nn.Module):
         # two matrices that k meets become one of the target's own, so that each behaviour is multiplied once.
         of_query, of_key, of_difference, of_product = first.weight.chunk(4, dim=1)
         per_target = linear(query_TE, of_query + of_difference).unsqueeze(1)
-        if key_TKE.shape[1] > self.HIDDEN:
+        # A program that is exported has one way for any number of behaviours.
+        if torch.compiler.is_exporting() or key_TKE.shape[1] > self.HIDDEN:
             matrix_TEh = (of_key - of_difference).T + query_TE.unsqueeze(2) * of_product.T
             per_pair = torch.bmm(key_TKE, matrix_TEh)
         else:

@@ -60,7 +60,7 @@ def test_every_model_answers_as_it_was_trained(name: str, shape: str) -> None:
 # Of each program, and of each way to search that has one, a model.
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("dare", "features of every kind"), *((name, "one sequence") for name in ("sdim", "twin-mlp-1", "eta"))],
+    [("dare", "features of every kind"), *((name, "one sequence") for name in ("sdim", "twin-mlp-1", "eta", "din"))],
 )
 def test_programs_that_were_written_answer_alike(name: str, shape: str, tmp_path: Path) -> None:
     model = model_of(settings_of(name, **SHAPES[shape]))

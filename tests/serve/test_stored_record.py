@@ -84,7 +84,7 @@ def test_more_ties_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_known_of_a_user_is_the_last_of_it() -> None:
     record = Record()
     for time, city in ((5, "Rome"), (9, "Oslo"), (7, "Bonn"), (9, "Oslo")):
-        events = COLUMNS.events({"time": [time], "item": [1], "city": city})
+        events = COLUMNS.events({**columns_of([(time, 1, *[None] * 4)]), "city": city})
         record = merged(record, events, COLUMNS, 9, repeats=False).record
         record = decoded(user_key(7), encoded(user_key(7), 7, record, COLUMNS), COLUMNS)
     assert record.user == {"city": (9, "Oslo")}
