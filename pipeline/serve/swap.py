@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import description, printable
 from schemas.errors import RequestError, UserError
+from schemas.served import MODEL
 
 if TYPE_CHECKING:
     from pipeline.serve.predictor import Predictor
 
 _LOGGER = logging.getLogger("dare.serve")
-
-MANIFEST = "model.json"
-"""Written last: a folder without it is not whole."""
 
 
 class Seen(NamedTuple):
@@ -37,7 +35,8 @@ class Seen(NamedTuple):
 def exports(folder: Path) -> list[Seen]:
     """Whole exports: the folder itself (or what it links to), or else those directly in it, the newest one first."""
     found = []
-    for path in [folder] if (folder / MANIFEST).exists() else _entries(folder):
+    # The manifest is written last: a folder without it is not whole.
+    for path in [folder] if (folder / MODEL).exists() else _entries(folder):
         # A folder that is just being written, renamed or removed is none.
         with suppress(OSError):
             files = tuple(
@@ -45,13 +44,13 @@ def exports(folder: Path) -> list[Seen]:
                 for file in sorted(path.rglob("*"))
                 if (status := file.stat())
             )
-            found.append(Seen((path / MANIFEST).stat().st_mtime_ns, path.resolve(), files))
+            found.append(Seen((path / MODEL).stat().st_mtime_ns, path.resolve(), files))
     return sorted(found, reverse=True)
 
 
 def _entries(folder: Path) -> list[Path]:
     with suppress(OSError):
-        return [path for path in folder.iterdir() if not path.name.startswith(".") and (path / MANIFEST).exists()]
+        return [path for path in folder.iterdir() if not path.name.startswith(".") and (path / MODEL).exists()]
     return []
 
 
@@ -185,7 +184,7 @@ class Models:
         if not folder.is_relative_to(self._root):
             raise RequestError(f"path: {printable(path)} is not below the folder of --models")
         if not (found := exports(folder)) or (found[0].folder != folder):
-            raise RequestError(f"path: {printable(path)} is no exported model (no {MANIFEST})")
+            raise RequestError(f"path: {printable(path)} is no exported model (no {MODEL})")
         return found[0]
 
     def _load_newest(self, slot: _Slot, verify: bool = False) -> "Predictor":
