@@ -21,6 +21,7 @@ import pyarrow as pa
 import torch
 
 from embeddings.distributed.process_group import process_group
+from pipeline.evaluate.auc import Ranks, auc
 from pipeline.evaluate.score import PARTS, score_run
 from pipeline.ingest.columns import event_columns, impression_columns, key_of
 from pipeline.ingest.conversion import converted
@@ -155,20 +156,15 @@ def compare(run: Path, model: Path, which: str, split: str, settings: PrepareSet
         int(known.sum()),
         int((~known).sum()),
         float(np.abs(found - expected)[known].max()),
-        auc(label[known], expected[known]),
-        auc(label[known], found[known]),
+        auc_of(label[known], expected[known]),
+        auc_of(label[known], found[known]),
         round(float(np.median(milliseconds)), 3),
     )
 
 
-def auc(label: Any, score: Any) -> float:
-    """The area under the curve of labels that are 0, 1, or missing."""
-    rank = pd.Series(score[pd.notna(label)]).rank().to_numpy()
-    positive = label[pd.notna(label)] == 1
-    positives, negatives = int(positive.sum()), int((~positive).sum())
-    if not positives or not negatives:
-        return float("nan")
-    return float((rank[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+def auc_of(label: Any, score: Any) -> float:
+    """The AUC of labels that are 0, 1, or missing."""
+    return auc(torch.from_numpy(score[label == 1]), torch.from_numpy(score[label == 0]), Ranks(None))
 
 
 def main() -> None:
