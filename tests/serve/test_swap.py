@@ -10,6 +10,7 @@ from pathlib import Path
 import requests
 
 from pipeline.serve.predictor import Predictor
+from schemas.served import ServedManifest
 from tests.served import Exported
 from tests.servers import Server, hold, load_in_torch
 
@@ -60,7 +61,7 @@ def scores(exported: Exported, folder: Path) -> tuple[float, ...]:
 
 
 def version(folder: Path) -> str:
-    return Predictor.load(folder).version
+    return ServedManifest.read(folder).version
 
 
 def damage(folder: Path) -> Path:
