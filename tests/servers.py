@@ -53,6 +53,11 @@ class Server:
         self.until(lambda: self._output.exists() and self._output.read_text().endswith("\n"))
         return self._output.read_text().splitlines()[-1].removeprefix("listening on ")
 
+    def place(self) -> tuple[str, int]:
+        """Host and port, for what is no HTTP."""
+        host, _, port = self.address().removeprefix("http://").partition(":")
+        return host, int(port)
+
     def ready(self) -> Self:
         """Wait until its models answer."""
         self.until(lambda: self.get("/health").status_code == 200)
