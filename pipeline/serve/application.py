@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -69,83 +69,100 @@ def application(
         redoc_url=None,
     )
 
-    async def answer(
-        request: Request,
+    def check_ready() -> None:
+        if not models.ready:
+            raise FailedError(503, "loading", "the model is being loaded; try again", {"Retry-After": "1"})
+
+    def post(
+        path: str,
         kind: type[B],
+        answered: type[bodies.Body],
+        summary: str,
         work: Callable[[B], bodies.Body],
         threads: Workers = workers,
         seconds: float = settings.timeout,
-    ) -> Response:
-        """Read a body, work on it in a thread, and send what comes out."""
-        if not models.ready:
-            raise FailedError(503, "loading", "the model is being loaded; try again", {"Retry-After": "1"})
-        until = time.monotonic() + seconds
-        body = await _read(request, settings)
-        try:
-            content = await threads.run(
-                lambda: work(bodies.parsed(kind, body)).model_dump_json().encode(), until - time.monotonic()
-            )
-        except BusyError:
-            raise FailedError(503, "busy", "too many requests at once; try again", {"Retry-After": "1"}) from None
-        except LateError:
-            raise FailedError(504, "timeout", f"not answered within {seconds:g} seconds") from None
-        return Response(content, media_type="application/json")
+    ) -> None:
+        """Declare a route whose body is read, worked on in a thread, and answered by what comes out.
 
-    route = _Routes(app)
+        The body is parsed on the thread, and by hand: FastAPI would do it on the event loop.
+        """
 
-    @route.post("/score", bodies.ScoreRequest, bodies.Scores, "Score candidates for a user.")
-    async def score(request: Request) -> Response:
-        def work(body: bodies.ScoreRequest) -> bodies.Body:
-            scores = answers.score(body)
-            metrics.candidates.inc(len(body.candidates))
-            metrics.unknown_items.inc(scores.unknown_items)
-            metrics.without_history.inc(not scores.history)
-            return scores
-
-        return await answer(request, bodies.ScoreRequest, work)
-
-    @route.post("/explain", bodies.ExplainRequest, bodies.Explanations, "Show what a candidate's score rests on.")
-    async def explain(request: Request) -> Response:
-        return await answer(request, bodies.ExplainRequest, answers.explain)
-
-    @route.post("/append", bodies.AppendRequest, bodies.Appended, "Add events of a user to the store.")
-    async def append(request: Request) -> Response:
-        def work(body: bodies.AppendRequest) -> bodies.Body:
-            appended = answers.append(body)
-            metrics.events.inc(appended.appended)
-            return appended
-
-        return await answer(request, bodies.AppendRequest, work)
-
-    @route.post("/history", bodies.HistoryRequest, bodies.History, "Show the events of a user that the store has.")
-    async def history(request: Request) -> Response:
-        return await answer(request, bodies.HistoryRequest, answers.history)
-
-    @route.post("/times", bodies.TimesRequest, bodies.Times, "Place the events of a history in time.")
-    async def times(request: Request) -> Response:
-        return await answer(request, bodies.TimesRequest, answers.times)
-
-    @route.post("/users", bodies.UsersRequest, bodies.Users, "List users of the store.")
-    async def users(request: Request) -> Response:
-        return await answer(request, bodies.UsersRequest, answers.users)
-
-    @route.post("/reload", bodies.ReloadRequest, bodies.Reloaded, "Load a model again, or another one in its place.")
-    async def reload(request: Request) -> Response:
-        def work(body: bodies.ReloadRequest) -> bodies.Body:
+        async def answer(request: Request) -> Response:
+            check_ready()
+            until = time.monotonic() + seconds
+            body = await _read(request, settings)
             try:
-                name, now = models.replace(body.name, body.path)
-            except UserError:
-                metrics.reloads.labels("refused").inc()
-                raise
-            metrics.reloads.labels("loaded").inc()
-            return bodies.Reloaded(name=name, model=now.version)
+                content = await threads.run(
+                    lambda: work(bodies.parsed(kind, body)).model_dump_json().encode(), until - time.monotonic()
+                )
+            except BusyError:
+                raise FailedError(503, "busy", "too many requests at once; try again", {"Retry-After": "1"}) from None
+            except LateError:
+                raise FailedError(504, "timeout", f"not answered within {seconds:g} seconds") from None
+            return Response(content, media_type="application/json")
 
-        return await answer(request, bodies.ReloadRequest, work, loader, RELOAD_S)
+        schema = kind.model_json_schema()
+        app.post(
+            path,
+            name=path.removeprefix("/"),
+            summary=summary,
+            response_model=answered,
+            responses={code: {"model": bodies.Failure, "description": text} for code, text in FAILURES.items()},
+            openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
+        )(answer)
+
+    def score(body: bodies.ScoreRequest) -> bodies.Scores:
+        scores = answers.score(body)
+        metrics.candidates.inc(len(body.candidates))
+        metrics.unknown_items.inc(scores.unknown_items)
+        metrics.without_history.inc(not scores.history)
+        return scores
+
+    def append(body: bodies.AppendRequest) -> bodies.Appended:
+        appended = answers.append(body)
+        metrics.events.inc(appended.appended)
+        return appended
+
+    def reload(body: bodies.ReloadRequest) -> bodies.Reloaded:
+        try:
+            name, now = models.replace(body.name, body.path)
+        except UserError:
+            metrics.reloads.labels("refused").inc()
+            raise
+        metrics.reloads.labels("loaded").inc()
+        return bodies.Reloaded(name=name, model=now.version)
+
+    post("/score", bodies.ScoreRequest, bodies.Scores, "Score candidates for a user.", score)
+    post(
+        "/explain",
+        bodies.ExplainRequest,
+        bodies.Explanations,
+        "Show what a candidate's score rests on.",
+        answers.explain,
+    )
+    post("/append", bodies.AppendRequest, bodies.Appended, "Add events of a user to the store.", append)
+    post(
+        "/history",
+        bodies.HistoryRequest,
+        bodies.History,
+        "Show the events of a user that the store has.",
+        answers.history,
+    )
+    post("/times", bodies.TimesRequest, bodies.Times, "Place the events of a history in time.", answers.times)
+    post("/users", bodies.UsersRequest, bodies.Users, "List users of the store.", answers.users)
+    post(
+        "/reload",
+        bodies.ReloadRequest,
+        bodies.Reloaded,
+        "Load a model again, or another one in its place.",
+        reload,
+        loader,
+        RELOAD_S,
+    )
 
     @app.get("/models", response_model=bodies.Described, summary="Describe what the models take.")
     async def described() -> Response:
-        if not models.ready:
-            raise FailedError(503, "loading", "the model is being loaded; try again", {"Retry-After": "1"})
+        check_ready()
         return _json(answers.described())
 
     @app.get("/health", response_model=bodies.Health, summary="Say whether requests are answered.")
@@ -172,25 +189,6 @@ def application(
     for kind in (FailedError, UserError, HTTPException, RequestValidationError, ClientDisconnect, Exception):
         app.add_exception_handler(kind, told)
     return _Measured(app, metrics)
-
-
-class _Routes:
-    """Declares routes that take a JSON body, which is parsed on a thread, and by hand: FastAPI would do it at once."""
-
-    def __init__(self, app: FastAPI) -> None:
-        self._app = app
-
-    def post(
-        self, path: str, body: type[bodies.Body], answer: type[bodies.Body], summary: str
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        schema = body.model_json_schema()
-        return self._app.post(
-            path,
-            summary=summary,
-            response_model=answer,
-            responses={code: {"model": bodies.Failure, "description": text} for code, text in FAILURES.items()},
-            openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
-        )
 
 
 FAILURES: dict[int | str, str] = {
