@@ -11,11 +11,11 @@ import typer
 
 from jobs.data import inspect, prepare, stream, synth
 from jobs.experiment import experiment
+from jobs.export import export
 from jobs.online import online
 from jobs.planning import plan
 from jobs.runs import compare, models, runs
 from jobs.serve import serve
-from jobs.serving import export
 from jobs.store import append, load, show
 from jobs.training import evaluate, score, train
 from pipeline.paths import local_path, location

@@ -1,4 +1,4 @@
-"""Commands that bring a model to those who ask: `dare serve`."""
+"""`dare serve`: the command and its options."""
 
 import os
 from collections.abc import Callable

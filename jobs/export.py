@@ -1,4 +1,4 @@
-"""Commands about answers: `dare export`."""
+"""`dare export`: a folder of a checkpoint that answers requests, and its check."""
 
 from json import dumps
 from pathlib import Path
