@@ -214,5 +214,6 @@ def serve(
     """
     job = launch.Job(name, image, launch.node(None, cpu, 0, memMB), env or {}, mounts or [], max_retries)
     # Nobody reaches the loopback of a container.
-    host = ["--host", "0.0.0.0"] if image and "--host" not in args else []
+    said = any(each.partition("=")[0] == "--host" for each in args)
+    host = ["--host", "0.0.0.0"] if image and not said else []
     return job.single("serve", [*args, *host, "--port", str(port)], {"http": port})

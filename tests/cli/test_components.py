@@ -447,6 +447,9 @@ def test_a_server_on_kubernetes(runner: Runner) -> None:
     assert container["ports"] == [{"containerPort": 8090, "name": "http"}]
     assert "serve /models/dare --watch --host 0.0.0.0 --port 8090" in container["command"][-1]
     validate_pod(task["template"])
+    for given in (("--host", "::1"), ("--host=::1",)):
+        role = role_of(components.serve("/models/dare", *given, image="dare:cpu"))
+        assert role.args[-1].endswith(f"serve /models/dare {' '.join(given)} --port 8080")
     # On this machine it listens to this machine alone.
     role = role_of(components.serve("/models/dare"))
     assert role.args[-1].endswith("serve /models/dare --port 8080")
