@@ -73,16 +73,10 @@ def _opener(url: str | None) -> "Callable[[Path], HistoryStore] | None":
     if url is None:
         return None
     # It is opened when a model says its columns; that it cannot be is known before anybody is told where to ask.
-    from pipeline.serve.store import check_place
+    from pipeline.serve.store import check_place, open_store
 
     check_place(url)
-
-    def opened(model: Path) -> "HistoryStore":
-        from pipeline.serve.store import open_store
-
-        return open_store(url, _stored_columns(model))
-
-    return opened
+    return lambda model: open_store(url, _stored_columns(model))
 
 
 def _stored_columns(model: Path) -> "StoredColumns":
