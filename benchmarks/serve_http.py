@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import requests
 
 from benchmarks.served_clients import CLOSE, USERS, Asked, Clients, Sent, at_once, at_random, errors_of, percentiles
-from benchmarks.served_process import ServedProcess
+from benchmarks.served_process import ServedProcess, session
 from schemas.errors import UserError
 
 WARM_UP = 2
@@ -100,8 +99,7 @@ def measure_http(asked: Asked, server: ServedProcess, count: int) -> HttpFigures
     Raises:
         UserError: the server gives other scores.
     """
-    predictor, client = asked.predictors[0], requests.Session()
-    client.trust_env = False
+    predictor, client = asked.predictors[0], session()
     headers = {"Content-Type": "application/json"}
     ours, theirs, difference = list[float](), list[float](), 0.0
     our_cpu, their_cpu = list[float](), list[float]()

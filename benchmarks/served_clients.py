@@ -12,6 +12,7 @@ import numpy as np
 import requests
 from numpy.typing import NDArray
 
+from benchmarks.served_process import session
 from benchmarks.served_requests import ScoreRequest, draw_requests
 from pipeline.serve.predictor import Predictor
 
@@ -71,9 +72,7 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self._url = f"{url}/score"
-        self._session = requests.Session()
-        # No proxies nor passwords are looked up for each request.
-        self._session.trust_env = False
+        self._session = session()
         self._session.headers["Content-Type"] = "application/json"
         self._used = 0.0
 

@@ -21,6 +21,13 @@ THREADS = len(os.sched_getaffinity(0))
 QUEUE = 64
 
 
+def session() -> requests.Session:
+    """A connection on which no proxies nor passwords are looked up for each request."""
+    made = requests.Session()
+    made.trust_env = False
+    return made
+
+
 class ServedProcess:
     """A server on loopback, as long as the block lasts."""
 
@@ -89,10 +96,9 @@ class ServedProcess:
             time.sleep(0.02)
 
     def _ready(self) -> bool:
-        with requests.Session() as session:
-            session.trust_env = False
+        with session() as client:
             try:
-                return bool(session.get(f"{self.url}/health", timeout=PATIENCE_S).ok)
+                return bool(client.get(f"{self.url}/health", timeout=PATIENCE_S).ok)
             except requests.RequestException:
                 return False
 
@@ -110,10 +116,9 @@ class ServedProcess:
     def reload(self, folder: Path) -> str | None:
         """Let another model below the root answer; what it says where it refuses."""
         path = str(folder.resolve().relative_to(self._root))
-        with requests.Session() as session:
-            session.trust_env = False
+        with session() as client:
             try:
-                answer = session.post(f"{self.url}/reload", json={"path": path}, timeout=PATIENCE_S)
+                answer = client.post(f"{self.url}/reload", json={"path": path}, timeout=PATIENCE_S)
             except requests.RequestException as error:
                 return type(error).__name__
             return None if answer.ok else f"status {answer.status_code}"
