@@ -15,6 +15,7 @@ import pytest
 
 from schemas.shards import Split
 from tests.datasets import random_users, write_dataset
+from tests.disks import mounted_disk
 
 # Before the first test starts a process: two ranks on a machine with one GPU would fail. What needs a GPU says so by
 # itself, and asks torch for it.
@@ -52,6 +53,13 @@ def many_users(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many-users") / "data"
     write_dataset(folder, random_users(150, splits=(*[Split.TRAIN] * 5, Split.VALIDATION, Split.TEST)))
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of a MiB, empty."""
+    with mounted_disk(tmp_path / "disk", 1024) as disk:
+        yield disk
 
 
 @pytest.fixture(autouse=True)

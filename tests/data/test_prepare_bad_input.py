@@ -1,13 +1,10 @@
 """Bad input of `dare prepare`: one clear line, a non-zero exit, nothing lost or half-written; odd input that works."""
 
-import gc
 import gzip
 import json
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -224,19 +221,6 @@ def test_output_is_not_overwritten_unasked(dare: Dare, tmp_path: Path) -> None:
         )
         assert code == 0
     Manifest.read(tmp_path / "out").verify(tmp_path / "out")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
-    if os.geteuid() or mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield disk
-    # A file that pyarrow could not write is open until its writer is collected.
-    gc.collect()
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_no_space_left(dare: Dare, tmp_path: Path, small_disk: Path) -> None:

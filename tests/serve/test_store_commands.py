@@ -5,10 +5,8 @@ import io
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -249,17 +247,6 @@ def test_what_is_refused(dare: Dare, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "no such file" in refused("append", *store, "--user", 1, "--events", tmp_path / "none.json")
     assert "there is no store of histories" in refused("show", "--store", tmp_path / "none", "--user", 1)
     assert "not a store of histories: a folder with other files" in refused("show", "--store", tmp_path, "--user", 1)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
-    if os.geteuid() or mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_no_space_left(dare: Dare, tmp_path: Path, small_disk: Path) -> None:

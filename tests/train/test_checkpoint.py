@@ -1,9 +1,7 @@
 """Checkpoints: resharding, what stays, full disks, damaged ones and ones of another model."""
 
 import json
-import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -168,17 +166,6 @@ def test_the_last_ones_and_the_best_stay(tmp_path: Path) -> None:
     assert best.step == 3
     remove_leftovers(tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
-    if os.geteuid() or mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
