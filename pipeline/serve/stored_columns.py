@@ -20,7 +20,7 @@ from pipeline.ingest.conversion import converted, reads
 from pipeline.ingest.sets import decoded_sets
 from pipeline.ingest.times import LATEST
 from pipeline.ingest.values import WrongValueError
-from pipeline.serve.raw import Place, check_names, said
+from pipeline.serve.raw import Place, arrow_array, check_names, said
 from schemas.errors import RequestError, UserError
 from schemas.prepare import PrepareSettings, TimestampUnit
 from schemas.settings import Settings
@@ -286,7 +286,7 @@ class StoredColumns(Settings):
 
     def _read(self, column: Column, raw: list[Any], place: Place) -> pa.Array:
         """Convert raw values, which stand at these places of the request."""
-        array = _array(raw, place)
+        array = arrow_array(raw, f"events.{column.source}", place)
         if not reads(column, array.type, self.timestamp_unit):
             kind = f"times of the unit {self.timestamp_unit}" if column.kind == "time" else f"{column.kind}s"
             index, first = next((index, value) for index, value in enumerate(raw) if value is not None)
@@ -346,22 +346,6 @@ def _as_list(name: str, raw: object) -> list[Any]:
 def _place(name: str, position: Sequence[int]) -> Place:
     """Say where in a request the values of a column stand."""
     return lambda index: f"events.{name}[{position[index]}]"
-
-
-def _array(raw: list[Any], place: Place) -> pa.Array:
-    try:
-        return pa.array(raw)
-    except (pa.ArrowException, OverflowError, TypeError, ValueError):
-        first = next((value for value in raw if value is not None), None)
-        for index, value in enumerate(raw):
-            try:
-                pa.array([first, value])
-            except (pa.ArrowException, OverflowError, TypeError, ValueError):
-                raise RequestError(
-                    f"{place(index)} is {said(value)}; all values of a column are integers of 64 "
-                    "bits, or texts, or numbers, or lists of them"
-                ) from None
-        raise RequestError(f"{place(0)}: the values of this column are of different kinds") from None
 
 
 def as_list(values: Values) -> list[Any]:

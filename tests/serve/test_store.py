@@ -123,13 +123,18 @@ def test_users_are_told_apart_and_come_in_order(new_url: NewUrl) -> None:
         ({"time": [1, None], "item": [1, 2]}, r"events.time\[1\] is missing; an event needs a time"),
         ({"time": [1, 2], "item": [1, None]}, r"events.item\[1\] is missing; an event needs an item"),
         ({"time": [1, 2], "item": [1, 1.5]}, r"events.item\[1\]: 1.5 is not an integer"),
-        ({"time": [1, "x"], "item": [1, 2]}, r"events.time\[1\] is 'x'; all values of a column are"),
-        ({"time": [2**63], "item": [1]}, r"events.time\[0\] is 9223372036854775808; all values"),
+        ({"time": [1, "x"], "item": [1, 2]}, r"events.time\[1\] is 'x', text where others are a number"),
+        ({"time": [2**63], "item": [1]}, r"events.time\[0\] is 9223372036854775808, which is no value"),
         ({"time": [-5], "item": [1]}, r"events.time\[0\] is -5, a time before 1970 or after 9999; times are"),
         ({"time": [1], "item": [-1]}, r"events.item\[0\] is -1; ids are 0 or more"),
         ({"time": 1, "item": [1]}, "events.time is 1; give a list"),
         ({"time": "12", "item": [1]}, "events.time is '12'; give a list"),
         ({"time": [1], "item": [True]}, r"events.item\[0\] is True; integers are expected"),
+        (
+            {"time": [1, 2], "item": [1, 2], "price": [1.5, True]},
+            r"events.price\[1\] is True, true or false where others are a number",
+        ),
+        ({"time": [1, 2], "item": [1, 2], "kind": ["a", b"b"]}, r"events.kind\[1\] is b'b', bytes where others are"),
         ({"time": [1], "item": [1], "kind": [["a"]]}, r"events.kind\[0\] is \['a'\]; texts are expected"),
         ({"time": [1], "item": [1], "tags": ["a"]}, r"events.tags\[0\] is 'a'; lists of texts are expected"),
         ({"time": [1], "item": [1], "price": [1e300]}, r"events.price\[0\]: 1e.300 is infinite, or too"),
@@ -137,7 +142,7 @@ def test_users_are_told_apart_and_come_in_order(new_url: NewUrl) -> None:
         ({"city": ["Rome"]}, "events.city is of the user; give one value, not a list"),
     ],
 )
-def test_events_that_are_no_events(tmp_path_factory: pytest.TempPathFactory, events: Any, message: str) -> None:
+def test_events_that_are_no_events(events: Any, message: str) -> None:
     times = events.get("time", ())
     whole = {
         name: [None] * len(times) if isinstance(times, list) else [None] for name in NO_FEATURES if "time" in events
