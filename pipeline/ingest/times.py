@@ -18,7 +18,8 @@ _TIME = (
     r" ?(?P<zone>Z|[+-][0-9]{2}(?::?[0-9]{2})?)?(?P<utc>UTC)?$"
 )
 _ZONED = "[0-9]:[0-9]{2}.*(?:Z|UTC|[+-][0-9]{2}(?::?[0-9]{2})?)$"
-_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+"""Units in a second, of times that are numbers."""
 LATEST = 253_402_300_799
 """The last second of the year 9999; times that are earlier than 1970 or later than it are no times of a log."""
 _LAST_DAY = np.array([0, 31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31])
@@ -44,10 +45,10 @@ def times(values: pa.Array, unit: TimestampUnit, zone: str | None) -> tuple[pa.A
     if unit == "mmdd":
         return _days(values), set()
     if unit != "datetime":
-        return _whole_seconds(integers(values), _PER_SECOND[unit]), set()
+        return _whole_seconds(integers(values), PER_SECOND[unit]), set()
     values = plain(values)
     if pa.types.is_timestamp(values.type):
-        instants = _whole_seconds(values.cast(pa.int64()), _PER_SECOND[values.type.unit])
+        instants = _whole_seconds(values.cast(pa.int64()), PER_SECOND[values.type.unit])
         if values.type.tz is not None:
             return instants, {"zoned"}
         return _at(instants, zone, values), {"local"}

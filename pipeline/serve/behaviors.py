@@ -34,8 +34,6 @@ from schemas.shards import FeatureRecord
 I64 = NDArray[np.int64]
 I32 = NDArray[np.int32]
 
-LATEST = 253_402_300_799
-"""The last second of the year 9999."""
 MOST_BEHAVIORS = 10_000_000
 """Behaviours of a request, as many as a window can have."""
 
@@ -66,7 +64,7 @@ class Request:
         forms: set[str] = set()
         array = typed(column, raw, name, place, forms)
         require_all(array, place)
-        require_range(array, LATEST, place, "a time before 1970 or after 9999; is it of another unit?")
+        require_range(array, times.LATEST, place, "a time before 1970 or after 9999; is it of another unit?")
         if "local" in forms and column.zone is None:
             self._local = name
         if "zoned" in forms:
@@ -212,7 +210,7 @@ class HistoryReader:
                 sort_by[record.name] = partial(_sortable, features_M[record.name], raw, bags)
         for name, clock in self._clocks.items():
             record = self._words.record(name)
-            if clock is not None and self._words.knows(record):
+            if self._words.knows(record):
                 shown = times.clock(pa.array(counted.seconds_M), self._time.zone, clock)
                 features_M[name] = self._words.encoded(record, shown, None)
                 sort_by[name] = partial(_sortable, features_M[name], shown, None)

@@ -15,6 +15,7 @@ from pipeline.ingest.columns import (
     impression_columns,
 )
 from pipeline.ingest.recorded import settings_of
+from pipeline.ingest.times import PER_SECOND
 from schemas.prepare import PrepareSettings, TimestampUnit
 from schemas.served import ServedData
 
@@ -144,7 +145,7 @@ def _day(day: int, unit: TimestampUnit) -> int | str:
     moment = datetime(2100, 1, day, tzinfo=UTC)
     if unit == "datetime":
         return moment.strftime("%Y-%m-%d %H:%M:%S")
-    return int(moment.timestamp()) * {"s": 1, "ms": 1_000, "us": 1_000_000}[unit]
+    return int(moment.timestamp()) * PER_SECOND[unit]
 
 
 def _of_files(settings: PrepareSettings, *sides: str) -> list[Column]:

@@ -18,7 +18,7 @@ from pydantic import Field
 from pipeline.ingest.columns import Column, event_columns, feature_column
 from pipeline.ingest.conversion import converted, reads
 from pipeline.ingest.sets import decoded_sets
-from pipeline.ingest.times import LATEST
+from pipeline.ingest.times import LATEST, PER_SECOND
 from pipeline.ingest.values import WrongValueError
 from pipeline.serve.raw import Place, arrow_array, check_names, said
 from schemas.errors import RequestError, UserError
@@ -32,9 +32,6 @@ Value = int | float | str | list[int] | list[str] | None
 
 Values = NDArray[Any] | list[Any]
 """Values of a column of some events; an array, where they are integers or numbers and none is missing."""
-
-PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "datetime": 1, "mmdd": 1}
-"""Units in a second of the times that are kept: of dates, whole seconds are."""
 
 _YEAR = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -147,7 +144,7 @@ class StoredColumns(Settings):
                 "correct the file, or set events.timestamp_unit if times are of another kind",
             ),
         ]
-        if PER_SECOND[self.timestamp_unit] > 1:
+        if self._per_second > 1:
             read.append(Column(self.timestamp, "moment", "integer"))
         return (*read, *(each.column for each in (*self.behaviors, *self.users) if each.file_feature is None))
 
@@ -239,8 +236,7 @@ class StoredColumns(Settings):
 
     def seconds(self, moment_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """Whole seconds since 1970 of times as they are kept."""
-        per_second = PER_SECOND[self.timestamp_unit]
-        return moment_N if per_second == 1 else np.floor_divide(moment_N, per_second)
+        return moment_N if self._per_second == 1 else np.floor_divide(moment_N, self._per_second)
 
     def timestamps(self, moments: list[int]) -> list[Any]:
         """Raw timestamps that are read as these moments: numbers of the log's unit, or texts of ISO 8601 in UTC."""
@@ -250,6 +246,11 @@ class StoredColumns(Settings):
         if self.timestamp_unit == "datetime":
             return [(_YEAR + timedelta(seconds=moment)).strftime("%Y-%m-%dT%H:%M:%SZ").zfill(20) for moment in moments]
         return moments
+
+    @property
+    def _per_second(self) -> int:
+        """Units in a second of the times that are kept: of dates, whole seconds are."""
+        return PER_SECOND.get(self.timestamp_unit, 1)
 
     @property
     def _event_names(self) -> tuple[str, ...]:
