@@ -16,7 +16,7 @@ from schemas.model import ModelSettings
 from schemas.programs import Programs
 from schemas.shards import FeatureRecord, RawType
 from schemas.storage import sha256
-from schemas.stream import HistorySequence
+from schemas.stream import ONLY_SEQUENCE, HistorySequence
 
 MODEL = "model.json"
 """Name of the manifest."""
@@ -168,7 +168,7 @@ class ServedManifest(_Record):
     def lengths(self) -> dict[str, int]:
         """N by sequence."""
         if self.stream.sequences is None:
-            return {"history": self.stream.history_length}
+            return {ONLY_SEQUENCE: self.stream.history_length}
         return {name: sequence.length for name, sequence in self.stream.sequences.items()}
 
     def table(self, name: str) -> ServedTable:

@@ -12,6 +12,8 @@ Length = Annotated[int, Field(gt=0, le=10_000_000)]
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 Values = Annotated[tuple[str | int, ...], Field(min_length=1)]
 """Raw values of a feature; integers may be written as such or as text."""
+ONLY_SEQUENCE = "history"
+"""Name of the sequence where the settings cut none."""
 
 
 class HistorySequence(Settings):

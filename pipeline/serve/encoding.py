@@ -23,11 +23,10 @@ from pipeline.serve.columns import RequestColumn, RequestColumns
 from pipeline.serve.raw import Place, columns_of, typed
 from pipeline.serve.vocabulary import Vocabulary
 from schemas.served import ServedStream
+from schemas.stream import ONLY_SEQUENCE
 
 MOST_CANDIDATES = 100_000
 """Candidates of a request; more are several requests."""
-ONLY_SEQUENCE = "history"
-"""Name of the sequence where the settings cut none."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pipeline.stream.data_set import DataSet, ItemFeatures
 from pipeline.stream.row_group import RowGroup
 from schemas.errors import UserError
 from schemas.shards import label_column
-from schemas.stream import StreamSettings
+from schemas.stream import ONLY_SEQUENCE, StreamSettings
 
 I64 = NDArray[np.int64]
 
@@ -222,8 +222,6 @@ class Items:
         return np.where(item_X > self.largest, np.int32(0), item_X) if self.renames else item_X
 
 
-ONLY_SEQUENCE = "history"
-"""Name of the sequence where the settings cut none."""
 _SHOWN = 20
 """Values of a feature that a message lists."""
 
