@@ -72,10 +72,7 @@ class Dictionary:
         Raises:
             UserError: it cannot be read, or is none.
         """
-        try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); {REMEDY}") from None
+        table = mapped_table(path)
         if table.schema not in (schema_of("text"), schema_of("integer")):
             raise UserError(f"{path} is not a dictionary; {REMEDY}")
         return cls(table)
@@ -125,6 +122,18 @@ class Dictionary:
             value_S, entry_S = value_S[same_S], entry_S[same_S]
         id_X[value_S] = self._id_N.take(entry_S)
         return id_X
+
+
+def mapped_table(path: Path) -> pa.Table:
+    """A file of Arrow, mapped into memory and not read.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); {REMEDY}") from None
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:

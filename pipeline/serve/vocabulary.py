@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.hashing import hash_values
 from pipeline.ingest.encodings import encode_numbers
 from pipeline.ingest.sets import decoded_sets
-from pipeline.serve.dictionary import Dictionary
+from pipeline.serve.dictionary import Dictionary, mapped_table
 from pipeline.serve.sets import RequestBags
 from schemas.errors import UserError
 from schemas.served import REMEDY, ServedData, ServedManifest
@@ -66,14 +66,14 @@ class Vocabulary:
         columns_I: dict[str, NDArray[Any]] = {}
         place_I = None
         if read or data.placed_items:
-            table = _table(manifest.verified(folder, ITEM_FEATURES))
+            table = mapped_table(manifest.verified(folder, ITEM_FEATURES))
             columns_I = {each.name: _flat(folder, table, each.name, data.items + 1, value_type(each)) for each in read}
             if data.placed_items:
                 place_I = _flat(folder, table, ITEM_PLACE, data.items + 1, pa.int32())
         bags = {}
         for record in read:
             if record.bag_file is not None:
-                lists = _table(manifest.verified(folder, record.bag_file))["ids"].combine_chunks()
+                lists = mapped_table(manifest.verified(folder, record.bag_file))["ids"].combine_chunks()
                 bags[record.name] = (lists.offsets.to_numpy(), lists.values.to_numpy())
         return cls(data, words, columns_I, place_I, bags)
 
@@ -170,13 +170,6 @@ def numbers_of(values: pa.Array) -> NDArray[np.float64]:
     """Numbers as an array, NaN where one is missing."""
     number: NDArray[np.float64] = pc.fill_null(values, float("nan")).to_numpy()
     return number
-
-
-def _table(path: Path) -> pa.Table:
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); {REMEDY}") from None
 
 
 def _flat(folder: Path, table: pa.Table, name: str, rows: int, kind: pa.DataType) -> NDArray[Any]:
