@@ -158,17 +158,14 @@ class StoredColumns(Settings):
         kind = int if self.user_type == "integer" else str
         if not isinstance(number, kind) or isinstance(number, bool):
             raise RequestError(f"user is {said(raw)}; ids of users are {self.user_type}s here")
-        return self._user(number)
+        return self.parse_user(number)
 
-    def parse_user(self, text: str) -> UserId:
+    def parse_user(self, raw: int | str) -> UserId:
         """The id of a user that somebody has typed.
 
         Raises:
             RequestError: it is none.
         """
-        return self._user(text)
-
-    def _user(self, raw: int | str) -> UserId:
         column = Column(self.user, "user", self.user_type)
         try:
             kept = converted(column, pa.array([raw]), self.timestamp_unit, None)[0][0].as_py()
