@@ -107,6 +107,11 @@ class Exported:
     """Of the user."""
     candidates: list[dict[str, Any]]
 
+    @property
+    def body(self) -> dict[str, Any]:
+        """What a server is asked."""
+        return {"history": self.history, "candidates": self.candidates}
+
 
 @pytest.fixture(scope="session")
 def raw_log(tmp_path_factory: pytest.TempPathFactory) -> RawLog:

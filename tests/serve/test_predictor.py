@@ -235,7 +235,7 @@ scores = predictor.score(request["history"], request["candidates"]).tolist()
 heavy = ("torchrec", "fbgemm_gpu", "petastorm", "duckdb", "ibis", "pyspark")
 print(json.dumps([scores, [name for name in heavy if name in sys.modules]]))
 """
-    request = json.dumps({"history": exported.history, "candidates": exported.candidates})
+    request = json.dumps(exported.body)
     ended = subprocess.run([sys.executable, "-c", program], input=request, text=True, capture_output=True, check=True)
     scores, loaded = json.loads(ended.stdout)
     assert loaded == []

@@ -38,7 +38,7 @@ def _accepts(place: tuple[str, int]) -> bool:
 
 def test_scores_are_those_of_the_predictor(server: Server, exported: Exported) -> None:
     predictor = Predictor.load(exported.folder)
-    answer = server.post("/score", {"history": exported.history, "candidates": exported.candidates})
+    answer = server.post("/score", exported.body)
     assert answer.status_code == 200, answer.text
     assert answer.json()["model"] == predictor.version
     name, _, milliseconds = answer.headers["Server-Timing"].partition(";dur=")
@@ -169,7 +169,7 @@ def test_what_is_measured(server: Server, exported: Exported) -> None:
     names = ('dare_requests_total{route="/score",status="200"}', 'dare_request_seconds_count{route="/score"}')
     refused, candidates = 'dare_errors_total{kind="request"}', "dare_candidates_total"
     before = [server.metric(name) for name in (*names, refused, candidates)]
-    for body in ({"history": exported.history, "candidates": exported.candidates}, {}):
+    for body in (exported.body, {}):
         server.post("/score", body)
     after = [server.metric(name) for name in (*names, refused, candidates)]
     assert [late - early for early, late in zip(before, after, strict=True)] == [1, 2, 1, len(exported.candidates)]
@@ -245,7 +245,7 @@ def test_a_store_that_is_down(exported: Exported, tmp_path: Path) -> None:
         url = f"redis://127.0.0.1:{taken.getsockname()[1]}/0"
         with Server(tmp_path, exported.folder, "--store", url) as server:
             server.ready()
-            with_history = server.post("/score", {"history": exported.history, "candidates": exported.candidates})
+            with_history = server.post("/score", exported.body)
             assert with_history.status_code == 200
             for path, body in (
                 ("/score", {"user": 1, "candidates": exported.candidates}),
@@ -262,7 +262,7 @@ def test_a_store_that_is_down(exported: Exported, tmp_path: Path) -> None:
 def test_a_fault_is_told_by_a_number_and_its_trace_is_in_the_log(exported: Exported, tmp_path: Path) -> None:
     with Server(tmp_path, exported.folder, sabotage=break_down) as server:
         server.ready()
-        answer = server.post("/score", {"history": exported.history, "candidates": exported.candidates})
+        answer = server.post("/score", exported.body)
         assert answer.status_code == 500
         number = answer.json()["error"].rpartition(" ")[2]
         assert "secret" not in answer.text
@@ -274,23 +274,22 @@ def test_a_fault_is_told_by_a_number_and_its_trace_is_in_the_log(exported: Expor
 
 def test_more_requests_than_it_takes_are_refused_and_late_ones_are_told(exported: Exported, tmp_path: Path) -> None:
     limits = ["--threads", 1, "--queue", 1, "--timeout", 5]
-    body = {"history": exported.history, "candidates": exported.candidates}
     with (
         Server(tmp_path, exported.folder, *limits, sabotage=hold, given=(tmp_path,)) as server,
         ThreadPoolExecutor(2) as senders,
     ):
         server.ready()
-        held = senders.submit(server.post, "/score", body)
+        held = senders.submit(server.post, "/score", exported.body)
         server.until((tmp_path / "0").exists)
-        queued = senders.submit(server.post, "/score", body)
+        queued = senders.submit(server.post, "/score", exported.body)
         # The request that asks is counted, too.
         server.until(lambda: server.metric("dare_requests_in_flight") == 3)
-        answer = server.post("/score", body)
+        answer = server.post("/score", exported.body)
         assert answer.status_code == 503
         assert answer.headers["Retry-After"] == "1"
         assert [held.result().status_code, queued.result().status_code] == [504, 504]
         (tmp_path / "go").touch()
-        server.until(lambda: server.post("/score", body).status_code == 200)
+        server.until(lambda: server.post("/score", exported.body).status_code == 200)
         # What had not begun in its time was never begun.
         assert not (tmp_path / "2").exists()
 
@@ -349,10 +348,9 @@ def test_what_the_sender_has_done_wrong_leaves_no_trace_in_the_log(server: Serve
 
 @pytest.mark.parametrize("interrupt", [False, True])
 def test_requests_on_their_way_are_answered_before_it_ends(exported: Exported, tmp_path: Path, interrupt: bool) -> None:
-    body = {"history": exported.history, "candidates": exported.candidates}
     with Server(tmp_path, exported.folder, sabotage=hold, given=(tmp_path,)) as server, ThreadPoolExecutor(1) as sender:
         place = server.ready().place()
-        waiting = sender.submit(server.post, "/score", body)
+        waiting = sender.submit(server.post, "/score", exported.body)
         server.until((tmp_path / "0").exists)
         server.interrupt() if interrupt else server.terminate()
         server.until(lambda: not _accepts(place))
@@ -364,10 +362,9 @@ def test_requests_on_their_way_are_answered_before_it_ends(exported: Exported, t
 
 
 def test_signals_again_and_again(exported: Exported, tmp_path: Path) -> None:
-    body = {"history": exported.history, "candidates": exported.candidates}
     with Server(tmp_path, exported.folder, sabotage=hold, given=(tmp_path,)) as server, ThreadPoolExecutor(1) as sender:
         server.ready()
-        sender.submit(server.post, "/score", body)
+        sender.submit(server.post, "/score", exported.body)
         server.until((tmp_path / "0").exists)
         # The request is never done: the second one does not wait for it, and those after it are not heard.
         while server.process.is_alive():

@@ -32,13 +32,12 @@ class Load:
 def load(server: Server, exported: Exported, senders: int = 4) -> Iterator[Load]:
     """Senders who ask again as soon as they are answered, until the block ends."""
     told, stop = Load(), threading.Event()
-    body = {"history": exported.history, "candidates": exported.candidates}
 
     def send() -> None:
         with requests.Session() as session:
             while not stop.is_set():
                 try:
-                    answer = session.post(server.address() + "/score", json=body, timeout=60)
+                    answer = session.post(server.address() + "/score", json=exported.body, timeout=60)
                     content = answer.json()
                     told.answers.append((answer.status_code, content["model"], tuple(content["scores"])))
                 except Exception as error:
@@ -99,12 +98,11 @@ def test_no_request_is_lost_when_models_are_swapped_under_load(exported: Exporte
 
 def test_a_request_on_its_way_is_answered_by_the_model_that_it_began_with(exported: Exported, tmp_path: Path) -> None:
     root, gate = exported.folder.parent, tmp_path
-    body = {"history": exported.history, "candidates": exported.candidates}
     arguments = [exported.folder, "--models", root, "--threads", 2]
     with Server(tmp_path, *arguments, sabotage=hold, given=(gate,)) as server:
         server.ready()
         answers: list[requests.Response] = []
-        thread = threading.Thread(target=lambda: answers.append(server.post("/score", body)))
+        thread = threading.Thread(target=lambda: answers.append(server.post("/score", exported.body)))
         thread.start()
         server.until((gate / "0").exists)
         other = str(exported.other.relative_to(root))
@@ -113,7 +111,7 @@ def test_a_request_on_its_way_is_answered_by_the_model_that_it_began_with(export
         thread.join()
         assert answers[0].json()["model"] == version(exported.folder)
         assert tuple(answers[0].json()["scores"]) == scores(exported, exported.folder)
-        assert server.post("/score", body).json()["model"] == version(exported.other)
+        assert server.post("/score", exported.body).json()["model"] == version(exported.other)
 
 
 def test_what_may_not_be_loaded(exported: Exported, tmp_path: Path) -> None:
@@ -143,14 +141,13 @@ def test_what_may_not_be_loaded(exported: Exported, tmp_path: Path) -> None:
             assert (answer.status_code, said in answer.json()["error"]) == (status, True), answer.text
             assert "\n" not in answer.json()["error"]
         assert server.get("/health").json()["model"] == version(exported.folder)
-        body = {"history": exported.history, "candidates": exported.candidates}
-        assert tuple(server.post("/score", body).json()["scores"]) == scores(exported, exported.folder)
+        assert tuple(server.post("/score", exported.body).json()["scores"]) == scores(exported, exported.folder)
         assert server.metric('dare_reloads_total{outcome="refused"}') == 9
         assert server.metric('dare_errors_total{kind="refused"}') == 1
         # What was given is loaded again: it is damaged by now.
         damage(root / "now")
         assert server.post("/reload", {}).status_code == 409
-        assert server.post("/score", body).status_code == 200
+        assert server.post("/score", exported.body).status_code == 200
 
 
 def test_a_link_is_watched(exported: Exported, tmp_path: Path) -> None:
@@ -219,7 +216,7 @@ def test_a_server_of_two_models(exported: Exported, tmp_path: Path) -> None:
         health = server.ready().get("/health").json()
         assert [each["name"] for each in health["models"]] == [first.name, second.name]
         for model, folder in ((None, first), (first.name, first), (second.name, second)):
-            body = {"history": exported.history, "candidates": exported.candidates, "model": model}
+            body = {**exported.body, "model": model}
             answer = server.post("/score", body).json()
             assert answer["model"] == version(folder)
             assert tuple(answer["scores"]) == scores(exported, folder)
