@@ -34,7 +34,7 @@ def mix(key: NDArray[Any], salt: int) -> U64:
     return z ^ (z >> np.uint64(31))
 
 
-def hash_texts(values: pa.Array, words_WN: U64 | None = None) -> U64:
+def hash_texts(values: pa.Array) -> U64:
     """64-bit hashes of texts, the same on every machine and in every version of this program.
 
     The hash begins as ``mix(length in bytes, 0)``. Then each word of 8 bytes, little-endian, the last one filled up
@@ -42,7 +42,6 @@ def hash_texts(values: pa.Array, words_WN: U64 | None = None) -> U64:
 
     Args:
         values: (N,) of Arrow's type string, as UTF-8; a null has the hash of the empty text.
-        words_WN: zeros, into which the first W words of each text are written.
 
     Returns:
         (N,) uint64.
@@ -67,8 +66,6 @@ def hash_texts(values: pa.Array, words_WN: U64 | None = None) -> U64:
         if shortest < (number + 1) * _WORD:
             unused = np.maximum((number + 1) * _WORD - length[longer], 0).astype(np.uint64) * np.uint64(8)
             word = (word << unused) >> unused
-        if words_WN is not None and number < len(words_WN):
-            words_WN[number, longer] = word
         hashed[longer] = mix(hashed[longer] ^ word, number + 1)
     return hashed
 
