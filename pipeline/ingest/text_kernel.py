@@ -5,10 +5,10 @@ N = texts, S = slots of the memory, W = words of 8 bytes that a slot has, B = te
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from embeddings.compiled import compiled
 from pipeline.hashing import U64
 
 # Everything is unsigned: numba would look whether an index is below 0, at a third of the time.
@@ -20,7 +20,7 @@ _TOGETHER = 128
 """Texts whose slots are fetched together."""
 
 
-@numba.njit(nogil=True)
+@compiled()
 def _finalized(z: np.uint64) -> np.uint64:
     # `pipeline.hashing.mix` of a number to which the salt has been added.
     z = (z ^ (z >> _U(30))) * _U(0xBF58476D1CE4E5B9)
@@ -28,7 +28,7 @@ def _finalized(z: np.uint64) -> np.uint64:
     return z ^ (z >> _U(31))
 
 
-@numba.njit(nogil=True)
+@compiled()
 def _last_word(content: NDArray[np.uint8], words: U64, start: np.uint64, end: np.uint64) -> np.uint64:
     """The word of the bytes ``start`` .. ``end``, fewer than 8, filled up with zeros."""
     if start < _U(len(words)):
@@ -42,7 +42,7 @@ def _last_word(content: NDArray[np.uint8], words: U64, start: np.uint64, end: np
     return word
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def hash_into(hash_N: U64, content: NDArray[np.uint8], words: U64, offset_N: NDArray[np.int32]) -> None:
     """Hash texts as `pipeline.hashing.hash_texts` does.
 
@@ -65,7 +65,7 @@ def hash_into(hash_N: U64, content: NDArray[np.uint8], words: U64, offset_N: NDA
         hash_N[_U(index)] = hashed
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def remember(
     memory_SW: U64,
     place: np.uint64,
