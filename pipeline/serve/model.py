@@ -152,9 +152,12 @@ class ServedModel:
                     found[feature], scale_R = IndexedRows(table.table_RD, column_M), table.scale_R
                 else:
                     # Equal values once: a category has many behaviours.
-                    value_L, index_M = (column_M, None) if feature == "item" else column_M.unique(return_inverse=True)
+                    value_L, index_M = (
+                        (column_M, torch.arange(len(column_M)))
+                        if feature == "item"
+                        else column_M.unique(return_inverse=True)
+                    )
                     rows_Ld = self._rows.inherent(history_set, feature, value_L, batch, search=True)
-                    index_M = torch.arange(len(column_M)) if index_M is None else index_M
                     found[feature] = IndexedRows(_at_least_one(rows_Ld), index_M)
             behaviors[sequence] = found
         cross = self._rows.cross[target_set], self._rows.cross[history_set]
@@ -178,11 +181,11 @@ class ServedModel:
             return self._run["dense"](tensors)
         # The rows of whole histories, target by target, may be too much for the memory.
         longest = max(1, *(branch.chosen.index_TK.shape[1] for branch in branches))
-        floats = longest * sum(inputs[name].shape[-1] for name in inputs if name.startswith(("behaviors.", "cross.")))
+        of_targets = [not name.startswith(("behaviors.", "cross.")) for name in program.inputs]
+        floats = longest * sum(tensor.shape[-1] for tensor, cut in zip(tensors, of_targets, strict=True) if not cut)
         chunk = max(2, CHUNK_FLOATS // max(1, floats))
         if targets <= chunk:
             return self._run["dense"](tensors)
-        of_targets = [not name.startswith(("behaviors.", "cross.")) for name in program.inputs]
         parts = []
         for first in range(0, targets, chunk):
             part = [
