@@ -171,10 +171,6 @@ class ServedManifest(_Record):
             return {ONLY_SEQUENCE: self.stream.history_length}
         return {name: sequence.length for name, sequence in self.stream.sequences.items()}
 
-    def table(self, name: str) -> ServedTable:
-        """Return a table by its name."""
-        return next(table for table in self.tables if table.name == name)
-
     def dictionary(self, name: str) -> str | None:
         """Return the name of the file that knows the raw values of ``item`` or of a feature; None: there is none."""
         file = dictionary_file(name)

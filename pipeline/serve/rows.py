@@ -7,7 +7,7 @@ import ctypes
 import mmap
 import zlib
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,11 +62,6 @@ class StoredRows:
         # A byte a block: setting one is atomic, and two threads that verify the same block find the same.
         self._verified_B = np.zeros(table.blocks, np.bool_)
         self._all_verified = False
-
-    @classmethod
-    def open(cls, folder: Path, manifest: ServedManifest, name: str) -> Self:
-        """Open a table by its name; errors are those of the class."""
-        return cls(folder, manifest, manifest.table(name))
 
     def __len__(self) -> int:
         return self.table.rows

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.export.rows import in_precision, write_rows
-from pipeline.serve.rows import StoredRows
+from pipeline.serve.rows import StoredRows, open_tables
 from schemas.errors import UserError
 from schemas.model import ModelSettings
 from schemas.programs import Programs
@@ -75,7 +75,8 @@ def export(folder: Path, precision: RowPrecision, rows_RD: Tensor) -> ServedMani
 
 
 def opened(folder: Path) -> StoredRows:
-    return StoredRows.open(folder, ServedManifest.read(folder), "item_attention")
+    (rows,) = open_tables(folder, ServedManifest.read(folder)).values()
+    return rows
 
 
 def drawn(rows: int = ROWS) -> Tensor:
