@@ -350,8 +350,7 @@ def _exported(part: nn.Module) -> ExportedProgram:
     dynamic = [
         {place: free[dim] for place, dim in enumerate(shape.dims) if isinstance(dim, str)} for shape in shapes.values()
     ]
-    program = torch.export.export(part, tuple(example), dynamic_shapes=(tuple(dynamic),), strict=False)
-    return program
+    return torch.export.export(part, tuple(example), dynamic_shapes=(tuple(dynamic),), strict=False)
 
 
 def _why_not_compiled(exported: Mapping[ProgramName, ExportedProgram], folder: Path) -> str | None:

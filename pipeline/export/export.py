@@ -268,7 +268,7 @@ def _changed_windows(base: StoredRows, stored: StoredTables) -> Iterator[Stored]
     firsts = range(0, table.rows, count)
     for first, changes in zip(firsts, stored.changes(_source(table), count), strict=True):
         last = min(first + count, table.rows)
-        base.check(torch.tensor(range(first, last, table.block_rows)))
+        base.check(torch.arange(first, last, table.block_rows))
         rows_XD = base.table_RD[first:last].clone()
         scale_X = None if base.scale_R is None else base.scale_R[first:last].clone()
         for row_N, values in changes:

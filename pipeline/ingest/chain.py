@@ -66,10 +66,10 @@ class Base:
                 f"{option} {folder}: no day can follow it; begin a chain with `dare prepare history.keep=NUMBER`"
             )
         if not closed and manifest.without_events:
-            day = manifest.chain.number if manifest.chain is not None else 0
+            assert manifest.chain is not None
             raise UserError(
                 f"{option} {folder}: it has impressions alone, to be scored, and no events, so no day can follow it; "
-                f"extend day {day - 1} of the chain, which it was made from"
+                f"extend day {manifest.chain.number - 1} of the chain, which it was made from"
             )
         return cls(folder, manifest, data_set_fingerprint(folder), closed, followed=not closed)
 

@@ -40,7 +40,7 @@ def top_k_of_request(inputs: TopKInputs) -> tuple[Tensor, Tensor]:
     # scores of the row, of all targets, are read from the first-level cache.
     column_N = torch.arange(count)
     if any(few):
-        first = part_rows[few.index(True)].to(torch.int32).numpy()
+        first = part_rows[few.index(True)].numpy()
         column_N = torch.from_numpy(np.argsort(first.astype(np.uint16), kind="stable"))
     ids_N = inputs.ids_M[start:end][column_N]
     rows = [inputs.rows_RD.index_select(0, ids_N).float()]
